@@ -1,0 +1,5 @@
+"""`python -m streamshard`."""
+
+from streamshard.cli import main
+
+main()

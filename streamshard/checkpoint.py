@@ -1,0 +1,242 @@
+"""Checkpoints and adapters on disk: names to lazy tensors, and the files beside the weights.
+
+Opening reads headers and JSON only. Nothing found in these files is executed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamshard.errors import AdapterError, InputError, listed, printable
+from streamshard.files import read_bytes, reading
+from streamshard.format import Header, parse_json, read_header
+from streamshard.tensors import Lazy, Stored
+
+__all__ = ["AdapterFolder", "Checkpoint", "open_adapter", "open_checkpoint"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+REPORT_NAME = "streamshard.json"
+MAX_JSON_BYTES = 50_000_000
+
+# What a training run or another tool leaves beside the weights and a loadable folder must not have.
+_NOT_CARRIED = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx)|.*\.index\.json|adapter_.*"
+    r"|trainer_state\.json|zero_to_fp32\.py|latest|streamshard\.json",
+    re.IGNORECASE,
+)
+_NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint as found on disk.
+
+    `tensors` are in file order, shard after shard; `shard_of` gives each tensor's file name and
+    `metadata` each file's metadata. `config` is None where there is no `config.json`.
+    """
+
+    path: Path
+    tensors: dict[str, Stored]
+    shard_of: dict[str, str]
+    metadata: dict[str, dict[str, str]]
+    config: dict[str, Any] | None
+    side_files: tuple[Path, ...] = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the side files are relative to."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """A PEFT adapter as found on disk: its config, its tensors, and the file they are in."""
+
+    path: Path
+    file: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, Lazy]
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a folder with an index, a folder with one `.safetensors` file, or such a file itself.
+
+    A bare file has neither config nor side files. Raises `InputError` for what is missing,
+    malformed or ambiguous, `ReadError` for what cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{printable(str(path))}: no such file or folder. Check the path.")
+    if path.is_file():
+        header = read_header(path)
+        return _checkpoint(path, {path.name: header}, None, ())
+    weights, config = _find_weights(path), _read_config(path)
+    if weights.name == INDEX_NAME:
+        headers = _open_index(weights)
+    else:
+        headers = {weights.name: read_header(weights)}
+    return _checkpoint(path, headers, config, tuple(_side_files(path)))
+
+
+def open_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
+    """Open a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
+
+    A `.bin` is read with torch's `weights_only=True`, so it cannot run code. Raises `InputError`
+    or `AdapterError`.
+    """
+    path = Path(path)
+    if path.is_file() and path.name.startswith("adapter_model."):
+        path = path.parent
+    if not path.is_dir():
+        raise InputError(f"{printable(str(path))}: no such adapter folder. Check the path.")
+    if not (path / "adapter_config.json").is_file():
+        inner = sorted(found.parent.name for found in path.glob("*/adapter_config.json"))
+        hint = (
+            f"Adapters lie in its sub-folders {listed(inner)}: give one of these."
+            if inner
+            else "Give the folder that PEFT's save_pretrained wrote."
+        )
+        raise InputError(f"{printable(str(path))}: has no adapter_config.json. {hint}")
+    config = _read_json_object(path / "adapter_config.json")
+    file = path / "adapter_model.safetensors"
+    if file.is_file():
+        tensors: Mapping[str, Lazy] = read_header(file).tensors
+    elif (path / "adapter_model.bin").is_file():
+        file = path / "adapter_model.bin"
+        tensors = _unpickle(file)
+    else:
+        raise InputError(
+            f"{printable(str(path))}: has neither adapter_model.safetensors nor adapter_model.bin."
+            " The folder is incomplete: copy or save the adapter again."
+        )
+    if not tensors:
+        raise AdapterError(f"{printable(str(file))}: has no tensors; there is nothing to merge.")
+    return AdapterFolder(path, file, config, tensors)
+
+
+def _find_weights(folder: Path) -> Path:
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    if index.is_file() and single.is_file():
+        raise InputError(
+            f"{printable(str(folder))}: has both {INDEX_NAME} and {SINGLE_NAME}, and loaders "
+            "disagree on which counts. Remove the stale one."
+        )
+    for found in (index, single):
+        if found.is_file():
+            return found
+    others = sorted(
+        p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_") and p.is_file()
+    )
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise InputError(
+            f"{printable(str(folder))}: has {len(others)} .safetensors files but no {INDEX_NAME}, "
+            "so what belongs together is not known. Add the index, or give one file."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{printable(str(folder))}: is a PEFT adapter, not a checkpoint. "
+            "Pass it as --adapter and the model it was trained on as --base."
+        )
+    pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+    hint = (
+        f"It has {listed(pickles, 2)}: convert these to safetensors first."
+        if pickles
+        else "Give a folder with model.safetensors or an index."
+    )
+    raise InputError(f"{printable(str(folder))}: has no .safetensors weights. {hint}")
+
+
+def _open_index(index: Path) -> dict[str, Header]:
+    where = printable(str(index))
+    content = _read_json_object(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError(f"{where}: has no weight_map from tensor names to file names.")
+    if not weight_map:
+        raise InputError(f"{where}: lists no tensors.")
+    headers = {}
+    for name in sorted(set(weight_map.values())):
+        _check_file_name(where, name)
+        file = index.parent / name
+        if not file.is_file():
+            raise InputError(
+                f"{where}: names '{printable(name)}', which is not in the folder. "
+                "The checkpoint is incomplete: fetch or copy that file."
+            )
+        headers[name] = read_header(file)
+    for name, header in headers.items():
+        stray = [tensor for tensor in header.tensors if weight_map.get(tensor) != name]
+        if stray:
+            raise InputError(
+                f"{where}: '{printable(name)}' holds {listed(stray)}, which the index does not "
+                "list there. Files and index are not of one checkpoint."
+            )
+    missing = [t for t, name in weight_map.items() if t not in headers[name].tensors]
+    if missing:
+        raise InputError(
+            f"{where}: lists {listed(missing)}, which the files do not hold. "
+            "Files and index are not of one checkpoint."
+        )
+    return headers
+
+
+def _check_file_name(where: str, name: str) -> None:
+    # Plain names only: no folder, drive or parent can be expressed, on any platform.
+    if not re.fullmatch(r"[^/\\:\x00-\x1f]+\.safetensors", name):
+        raise InputError(
+            f"{where}: names the file '{printable(name)}'; only .safetensors files of the same "
+            "folder are allowed. The index is damaged or hostile."
+        )
+
+
+def _checkpoint(
+    path: Path,
+    headers: Mapping[str, Header],
+    config: dict[str, Any] | None,
+    side_files: tuple[Path, ...],
+) -> Checkpoint:
+    tensors: dict[str, Stored] = {}
+    shard_of: dict[str, str] = {}
+    for file, header in headers.items():
+        tensors |= header.tensors
+        shard_of |= dict.fromkeys(header.tensors, file)
+    if not tensors:
+        raise InputError(f"{printable(str(path))}: holds no tensors.")
+    metadata = {file: header.metadata for file, header in headers.items()}
+    return Checkpoint(path, tensors, shard_of, metadata, config, side_files)
+
+
+def _side_files(folder: Path) -> Iterator[Path]:
+    with reading(folder):
+        for parent, folders, names in os.walk(folder):
+            folders[:] = sorted(name for name in folders if not _NOT_ENTERED.fullmatch(name))
+            for name in sorted(names):
+                file = Path(parent, name)
+                if not _NOT_CARRIED.fullmatch(name) and file.is_file():
+                    yield file
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    file = folder / "config.json"
+    return _read_json_object(file) if file.is_file() else None
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    content = parse_json(read_bytes(file, MAX_JSON_BYTES), printable(str(file)))
+    if not isinstance(content, dict):
+        raise InputError(f"{printable(str(file))}: is not a JSON object.")
+    return content
+
+
+def _unpickle(file: Path) -> dict[str, Lazy]:
+    from streamshard.pickled import read_pickled  # imports torch
+
+    return read_pickled(file)

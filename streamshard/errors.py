@@ -1,0 +1,94 @@
+"""What can go wrong, one class a kind, each with the exit code of the command line.
+
+Every message names the file and the tensor, what was expected and found, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
+__all__ = [
+    "AdapterError",
+    "InputError",
+    "OutputError",
+    "ReadError",
+    "StreamshardError",
+    "UsageError",
+    "WriteError",
+    "listed",
+    "nearest",
+    "printable",
+]
+
+
+class StreamshardError(Exception):
+    """Base of all errors that streamshard raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(StreamshardError):
+    """The options contradict each other or the arguments."""
+
+    exit_code = 2
+
+
+class InputError(StreamshardError):
+    """A checkpoint, header, index or config is malformed or not supported."""
+
+    exit_code = 3
+
+
+class AdapterError(StreamshardError):
+    """The adapter does not fit the base, or is of a kind that cannot be merged exactly."""
+
+    exit_code = 4
+
+
+class OutputError(StreamshardError):
+    """The output exists, or lies inside an input."""
+
+    exit_code = 5
+
+
+class WriteError(StreamshardError):
+    """There is no space, no permission, or the system refused a write."""
+
+    exit_code = 6
+
+
+class ReadError(StreamshardError):
+    """A file could not be read, or changed while it was being read."""
+
+    exit_code = 7
+
+
+def printable(text: str, limit: int = 200) -> str:
+    r"""`text` with control and other unprintable characters escaped, shortened to `limit`.
+
+    >>> print(printable("a\x1b[31mb"))
+    a\x1b[31mb
+    """
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """The first `limit` names in quotes, and how many more there are.
+
+    >>> listed(["a", "b", "c"], limit=2)
+    "'a', 'b' and 1 more"
+    """
+    every = list(names)
+    shown = ", ".join(f"'{printable(name)}'" for name in every[:limit])
+    rest = len(every) - limit
+    return f"{shown} and {rest:,} more" if rest > 0 else shown
+
+
+def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
+    """Up to `count` names in `known` that look most like `name`, best first."""
+    tail = name.rsplit(".", 2)[-2:]
+    # Comparing with every name of a 40,000-tensor checkpoint takes seconds: prefer a shared tail.
+    pool = [k for k in known if k.rsplit(".", 2)[-2:] == tail] or list(known)
+    return difflib.get_close_matches(name, pool[:2000], n=count, cutoff=0.3)

@@ -1,0 +1,303 @@
+"""Folding LoRA pairs into weights: which pair goes where, and the mapping that results.
+
+`merge` is a function from a base mapping and adapters to a mapping. It reads the adapters'
+values (to refuse what is not finite) but no weight of the base. Formula: `W + s * B @ A`
+(arXiv:2106.09685), `s` from `peft_config`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from streamshard.arithmetic import FLOATS
+from streamshard.errors import AdapterError, InputError, listed, nearest, printable
+from streamshard.peft_config import LoraSettings
+from streamshard.tensors import Lazy, LowRank, Workspace, add_low_rank, read_float32
+
+__all__ = ["Adapter", "Merged", "check_base", "merge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One adapter: what messages call it, its settings, its tensors, and a factor on its scale."""
+
+    where: str
+    settings: LoraSettings
+    tensors: Mapping[str, Lazy]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The new mapping, and for each base tensor that changes, its updates."""
+
+    tensors: dict[str, Lazy]
+    updates: dict[str, tuple[LowRank, ...]]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """lora_A and lora_B of one module, as named in the file."""
+
+    A: str
+    B: str
+
+
+_PAIR_KEY = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_PREFIX = re.compile(r"(?:module\.|base_model\.model\.)*")
+_QUANTIZED = re.compile(
+    r".*\.(?:qweight|qzeros|scales|g_idx|SCB|absmax|quant_state\..+|weight_scale(?:_inv)?|"
+    r"weight_packed|weight_format|(?:.+_)?(?:blocks|scales))"
+)
+
+# What a key that is no LoRA pair says about the kind of adapter.
+_OTHER_KINDS = (
+    (r"\.lora_magnitude_vector", "a DoRA magnitude"),
+    (r"\.lora_embedding_[AB]", "LoRA on an embedding"),
+    (r"\.lora_B\.bias|\.lora_B\.[^.]+\.bias", "a bias of lora_B"),
+    (r"\.lora_(?:A|B|E)(?:\.[^.]+)?$", "a factor without .weight, as AdaLoRA has"),
+    (r"trainable_tokens", "trained token rows"),
+    (r"\.base_layer\.", "a saved base layer"),
+    (r"\.modules_to_save\.", "a fully trained module"),
+    (r"lora_(?:up|down)|\.alpha$|lora_unet|lora_te", "a kohya-style factor"),
+    (r"\.lora_[ab]\.", "a torchtune factor"),
+    (r"hada_|lokr_|oft_|vera_|ia3_|ln_tuning|\.hra_|\.bone_|\.miss_", "not LoRA"),
+    (r"\.(?:weight|bias)$", "a fully trained tensor (modules_to_save or bias)"),
+)
+
+
+def check_base(base: Mapping[str, Lazy]) -> None:
+    """Raise `InputError` if a checkpoint is quantized or already wrapped by LoRA."""
+    quantized = [name for name in base if _QUANTIZED.fullmatch(name)]
+    if quantized:
+        raise InputError(
+            f"the base is quantized: it has {listed(quantized, 3)}. An update cannot be added to "
+            "quantized weights without a further loss: use the unquantized checkpoint."
+        )
+    wrapped = [name for name in base if ".lora_A." in name or ".lora_B." in name]
+    if wrapped:
+        raise InputError(
+            f"the base is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. "
+            "Use the checkpoint that the training started from."
+        )
+
+
+def merge(base: Mapping[str, Lazy], adapters: Sequence[Adapter], work: Workspace) -> Merged:
+    """Add every pair of every adapter to the weight it was trained on.
+
+    Each tensor of an adapter is used exactly once. Raises `AdapterError` for what has no home,
+    does not fit, is not finite, or changes nothing.
+    """
+    updates: dict[str, list[LowRank]] = {}
+    warnings: list[str] = []
+    for adapter in adapters:
+        pairs = _pairs(adapter)
+        homes = _homes(base, adapter, pairs)
+        fitting = {m: _update(base, adapter, m, pair, homes[m]) for m, pair in pairs.items()}
+        idle = []
+        for module, update in fitting.items():
+            # Both factors are read in any case: a zero must not hide a NaN.
+            peaks = [_largest(adapter, key, work) for key in (pairs[module].A, pairs[module].B)]
+            if update.scale and all(peaks):
+                updates.setdefault(homes[module], []).append(update)
+            else:
+                idle.append(module)
+        if len(idle) == len(pairs):
+            raise AdapterError(
+                f"{adapter.where}: every update is exactly zero (lora_B is zero, or the weight is "
+                "0): the adapter was not trained, or was saved by a trainer that lost its values."
+            )
+        if idle:
+            warnings.append(
+                f"{adapter.where}: {len(idle)} of {len(pairs)} updates are exactly zero and leave "
+                f"their weights as they are: {listed(idle, 3)}"
+            )
+    tensors = dict(base)
+    for name, terms in updates.items():
+        tensors[name] = add_low_rank(base[name], terms)
+    final = {name: tuple(updates[name]) for name in base if name in updates}
+    return Merged(tensors, final, tuple(warnings))
+
+
+def _pairs(adapter: Adapter) -> dict[str, _Pair]:
+    """Module name (as the adapter has it, wrappers and prefix removed) to its pair."""
+    halves: dict[str, dict[str, str]] = {}
+    prefixes: dict[str, str] = {}
+    names: set[str] = set()
+    for key in adapter.tensors:
+        match = _PAIR_KEY.fullmatch(key)
+        if match is None:
+            raise _unknown_key(adapter, key)
+        module, side, name = match[1], match[2], match[3]
+        names.add(name or "")
+        plain = _WRAPPERS.sub("", module)
+        prefix = _PREFIX.match(plain)
+        prefixes.setdefault(prefix[0] if prefix else "", key)
+        plain = plain[prefix.end() :] if prefix else plain
+        half = halves.setdefault(plain, {})
+        if side in half:
+            raise AdapterError(
+                f"{adapter.where}: '{printable(half[side])}' and '{printable(key)}' are the same "
+                f"factor of '{printable(plain)}'. Remove one."
+            )
+        half[side] = key
+    if len(names) > 1:
+        found = sorted(name for name in names if name)
+        raise AdapterError(
+            f"{adapter.where}: holds several adapters ({listed(found)}) or keys with and without "
+            "an adapter name. Save one adapter alone."
+        )
+    if len(prefixes) > 1:
+        raise AdapterError(
+            f"{adapter.where}: keys begin in different ways, for example "
+            f"{listed(prefixes.values())}. One prefix for all is expected: the file mixes "
+            "several models."
+        )
+    lone = [key for half in halves.values() if len(half) == 1 for key in half.values()]
+    if lone:
+        raise AdapterError(
+            f"{adapter.where}: {listed(lone)}: the partner (lora_A or lora_B) is missing. "
+            "The file is incomplete: save or copy the adapter again."
+        )
+    return {module: _Pair(half["A"], half["B"]) for module, half in halves.items()}
+
+
+def _unknown_key(adapter: Adapter, key: str) -> AdapterError:
+    kind = next((kind for pattern, kind in _OTHER_KINDS if re.search(pattern, key)), "not LoRA")
+    return AdapterError(
+        f"{adapter.where}: tensor '{printable(key)}' is {kind}, which cannot be merged. Only pairs "
+        "lora_A.weight, lora_B.weight on linear weights can. Nothing is left out silently."
+    )
+
+
+def _hf_spelling(module: str) -> str:
+    """The *flat* spelling of a module name of transformers' InternVL classes."""
+    module = re.sub(r"^(?:model\.)?(?:language_model\.)?lm_head$", "language_model.lm_head", module)
+    module = re.sub(r"^model\.(vision_tower|multi_modal_projector)\.", r"\1.", module)
+    if not module.startswith("language_model.lm_head"):
+        module = re.sub(
+            r"^(?:model\.)?language_model\.(?:model\.)?", "language_model.model.", module
+        )
+    return module
+
+
+_REWRITES: tuple[tuple[str, Callable[[str], str]], ...] = (
+    ("as named", lambda module: module),
+    ("without leading 'model.'", lambda module: re.sub(r"^model\.", "", module)),
+    ("with leading 'model.'", lambda module: f"model.{module}"),
+    ("without leading 'language_model.'", lambda module: re.sub(r"^language_model\.", "", module)),
+    ("with leading 'language_model.'", lambda module: f"language_model.{module}"),
+)
+
+
+def _homes(
+    base: Mapping[str, Lazy], adapter: Adapter, pairs: Mapping[str, _Pair]
+) -> dict[str, str]:
+    """The base tensor of every module, by one rewrite of names for the whole adapter."""
+    weights = {name.removesuffix(".weight"): name for name in base if name.endswith(".weight")}
+    flat = {_hf_spelling(module): name for module, name in weights.items()}
+    found: dict[str, dict[str, str]] = {}
+    best: tuple[int, str, list[str]] = (-1, "", [])
+    candidates = [(how, weights, rewrite) for how, rewrite in _REWRITES]
+    candidates.append(("by the spellings of transformers' InternVL", flat, _hf_spelling))
+    for how, known, rewrite in candidates:
+        homes = {m: known[rewrite(m)] for m in pairs if rewrite(m) in known}
+        if len(homes) == len(pairs):
+            if len(set(homes.values())) == len(pairs):
+                found.setdefault(how, homes)
+        elif len(homes) > best[0]:
+            best = (len(homes), how, [m for m in pairs if m not in homes])
+    different = list({tuple(sorted(homes.items())): how for how, homes in found.items()}.values())
+    if len(different) > 1:
+        raise AdapterError(
+            f"{adapter.where}: its module names fit this base in more than one way "
+            f"({', '.join(different)}). Rename the keys as the base has them."
+        )
+    if found:
+        return next(iter(found.values()))
+    raise _no_home(weights, adapter, pairs, best)
+
+
+def _no_home(
+    weights: Mapping[str, str],
+    adapter: Adapter,
+    pairs: Mapping[str, _Pair],
+    best: tuple[int, str, list[str]],
+) -> AdapterError:
+    matched, how, homeless = best
+    lines = [
+        f"{adapter.where}: {len(homeless)} of {len(pairs)} modules are not in the base "
+        f"({matched} are, {how}):"
+    ]
+    for module in homeless[:3]:
+        near = nearest(module, weights.keys())
+        lines.append(
+            f"  '{printable(pairs[module].A)}': nearest in the base: "
+            + (listed(near) if near else "nothing like it")
+        )
+    lines.append("Is this the base that the adapter was trained on, in the same layout?")
+    return AdapterError("\n".join(lines))
+
+
+def _update(
+    base: Mapping[str, Lazy], adapter: Adapter, module: str, pair: _Pair, home: str
+) -> LowRank:
+    """The update of one base tensor, every shape and dtype checked."""
+    A, B, W = adapter.tensors[pair.A], adapter.tensors[pair.B], base[home]
+    where = f"{adapter.where}: '{printable(pair.A)}'"
+    for key, factor in ((pair.A, A), (pair.B, B)):
+        if factor.dtype not in FLOATS:
+            raise AdapterError(
+                f"{adapter.where}: '{printable(key)}' is {factor.dtype}; "
+                f"one of {', '.join(FLOATS)} was expected."
+            )
+        if len(factor.shape) != 2 or not factor.nbytes:
+            raise AdapterError(
+                f"{adapter.where}: '{printable(key)}' has shape {list(factor.shape)}; a matrix was "
+                "expected. The adapter may have been saved from a partitioned (ZeRO-3, FSDP) "
+                "model, or be for a convolution, which is not supported."
+            )
+    rank = adapter.settings.rank(module)
+    if not A.shape[0] == B.shape[1] == rank:
+        raise AdapterError(
+            f"{where} has rank {A.shape[0]} and its lora_B {B.shape[1]}, but adapter_config.json "
+            f"says {rank}. Config and tensors are not of one adapter."
+        )
+    if W.dtype not in FLOATS:
+        raise InputError(
+            f"base tensor '{printable(home)}' is {W.dtype}; an update can only be added to "
+            f"{', '.join(FLOATS)}. Use the unquantized checkpoint."
+        )
+    if W.shape != (B.shape[0], A.shape[1]):
+        raise AdapterError(
+            f"{where} and its lora_B make an update of shape {[B.shape[0], A.shape[1]]}, but base "
+            f"tensor '{printable(home)}' is {list(W.shape)}. The adapter belongs to another model."
+        )
+    scale = adapter.settings.scaling(module) * adapter.weight
+    return LowRank(A, B, scale, 0, B.shape[0])
+
+
+def _largest(adapter: Adapter, key: str, work: Workspace) -> float:
+    """The largest magnitude in a factor; raises `AdapterError` for NaN and infinities."""
+    tensor = adapter.tensors[key]
+    step = max(1_000_000 // tensor.columns, 1)
+    largest = 0.0
+    for start in range(0, tensor.rows, step):
+        block = np.abs(read_float32(tensor, start, min(start + step, tensor.rows), work))
+        peak = float(block.max())
+        if not np.isfinite(peak):
+            row = start + int(np.argmin(np.isfinite(block).all(axis=1)))
+            raise AdapterError(
+                f"{adapter.where}: '{printable(key)}' has a NaN or infinite value in row {row:,}. "
+                "The training diverged or the file is damaged: use an earlier checkpoint."
+            )
+        largest = max(largest, peak)
+    return largest

@@ -1,0 +1,96 @@
+"""Memory and processors: how many workers, and what was used."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from streamshard.errors import UsageError
+from streamshard.tensors import BLOCK_ELEMENTS, TILE_ROWS, Computed
+
+if TYPE_CHECKING:
+    from streamshard.writer import Shard
+
+__all__ = ["memory_estimate", "parse_size", "peak_rss_bytes", "worker_count"]
+
+MAX_WORKERS = 8
+# Measured: interpreter, numpy with BLAS, and a plan of some thousand tensors.
+_PROCESS_NBYTES = 48_000_000
+
+_UNITS = {"": 1, "B": 1}
+for _place, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1000**_place, f"{_letter}B": 1000**_place, f"{_letter}IB": 1024**_place}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "500 MB" (decimal), "1GiB" (binary) or a plain number.
+
+    >>> parse_size("1.5GB"), parse_size("1 KiB"), parse_size(7)
+    (1500000000, 1024, 7)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{size!r} is no size; write it like 5GB or 500MB")
+    nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if nbytes < 1:
+        raise ValueError(f"{size!r} is no size greater than 0")
+    return nbytes
+
+
+def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int | None) -> int:
+    """How many threads to use: as asked, else one a processor, fewer for a memory budget.
+
+    Raises `UsageError` if the budget does not allow a single one.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers is {workers}; at least 1 is needed.")
+    count = workers or min(_processors(), MAX_WORKERS)
+    if max_memory is None:
+        return count
+    least = memory_estimate(shards, 1)
+    if least > max_memory:
+        raise UsageError(
+            f"--max-memory is {max_memory:,} bytes, but one worker needs about {least:,} for this "
+            "model and adapter."
+        )
+    return min(count, 1 + (max_memory - least) // _worker_nbytes(shards))
+
+
+def memory_estimate(shards: Sequence[Shard], workers: int) -> int:
+    """About how many bytes of resident memory a run takes at most."""
+    return _PROCESS_NBYTES + workers * _worker_nbytes(shards)
+
+
+def _worker_nbytes(shards: Sequence[Shard]) -> int:
+    """Bytes of the buffers of one worker: blocks in fp32 and fp64, a row block, the factors."""
+    largest = 0
+    for shard in shards:
+        for tensor in shard.tensors.values():
+            for piece in tensor.pieces:
+                if isinstance(piece, Computed):
+                    rows = TILE_ROWS * (piece.row_nbytes + piece.source.row_nbytes)
+                    factors = sum(4 * term.A.rows * term.A.columns for term in piece.terms)
+                    largest = max(largest, rows + factors)
+    return 24 * BLOCK_ELEMENTS + 1_000_000 + largest
+
+
+def _processors() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
