@@ -73,6 +73,7 @@ DTYPE_BITS: dict[str, int] = {
 # the call, so these must not depend on memory, workers, shards or layout.
 TILE_ROWS = 64
 TILE_COLUMNS = 2048
+CHUNK_ROWS = 16 * TILE_ROWS
 BLOCK_ELEMENTS = TILE_ROWS * TILE_COLUMNS
 
 
@@ -94,7 +95,9 @@ class Workspace:
         self.files = files
         self.squared_change = 0.0
         self._buffers: dict[str, Bytes] = {}
+        # The tensors are kept too, so that no other one can get their id.
         self._factors: dict[int, tuple[Lazy, Float32]] = {}
+        self._scaled: dict[tuple[int, float], tuple[int, Lazy, Float32]] = {}
 
     def bytes(self, name: str, nbytes: int) -> Bytes:
         """A buffer that is used again under the same name; its content is left over."""
@@ -116,9 +119,25 @@ class Workspace:
             self._factors[id(tensor)] = held
         return held[1]
 
+    def scaled_rows(self, tensor: Lazy, scale: float, tile: int) -> Float32:
+        """`TILE_ROWS` rows of `scale * tensor` from row `tile` on, zeros beyond the last one."""
+        chunk = tile // CHUNK_ROWS
+        kept = self._scaled.get((id(tensor), scale))
+        if kept is None or kept[0] != chunk:
+            first = chunk * CHUNK_ROWS
+            count = min(CHUNK_ROWS, tensor.rows - first)
+            rows = np.zeros((-(-count // TILE_ROWS) * TILE_ROWS, tensor.columns), np.float32)
+            # The scale is applied in fp64, so that it costs one rounding and not two.
+            rows[:count] = read_float32(tensor, first, first + count, self) * np.float64(scale)
+            kept = (chunk, tensor, rows)
+            self._scaled[id(tensor), scale] = kept
+        first = tile - chunk * CHUNK_ROWS
+        return kept[2][first : first + TILE_ROWS]
+
     def forget_factors(self) -> None:
         """Drop the kept matrices; called when another tensor begins."""
         self._factors.clear()
+        self._scaled.clear()
 
 
 class Lazy(ABC):
@@ -287,29 +306,23 @@ class LowRank:
         """The same update for rows `[start, stop)` of this window."""
         return replace(self, start=self.start + start, stop=self.start + stop)
 
-    def add_to(self, block: Float32, row: int, column: int, work: Workspace) -> None:
-        """Add the update to a block of fp32 whose first element is (`row`, `column`)."""
-        right = work.factor(self.A)
-        first, last = self.start + row, self.start + row + len(block)
-        for column_start in range(column, column + block.shape[1], TILE_COLUMNS):
-            column_stop = min(column_start + TILE_COLUMNS, column + block.shape[1])
-            product = work.float32("product", TILE_ROWS, column_stop - column_start)
-            target = block[:, column_start - column : column_stop - column]
-            for tile in range(first - first % TILE_ROWS, last, TILE_ROWS):
-                left = self._left(tile, work)
-                np.matmul(left, right[:, column_start:column_stop], out=product)
-                low, high = max(first, tile), min(last, tile + TILE_ROWS)
-                rows = target[low - first : high - first]
-                np.add(rows, product[low - tile : high - tile], out=rows)
+    def fill(self, out: Float32, row: int, column: int, work: Workspace) -> None:
+        """Put the part of the update that begins at (`row`, `column`) into `out`.
 
-    def _left(self, tile: int, work: Workspace) -> Float32:
-        """Rows of `scale * B` from `tile` on, filled up with zeros to a whole tile."""
-        stop = min(tile + TILE_ROWS, self.B.rows)
-        rows = read_float32(self.B, tile, stop, work)
-        left = np.zeros((TILE_ROWS, self.B.columns), np.float32)
-        # The scale is applied in fp64, so that it costs one rounding and not two.
-        left[: stop - tile] = rows.astype(np.float64) * self.scale
-        return left
+        `column` is a multiple of `TILE_COLUMNS`, and `out` is no wider than that.
+        """
+        right = work.factor(self.A)[:, column : column + out.shape[1]]
+        first, last = self.start + row, self.start + row + len(out)
+        for tile in range(first - first % TILE_ROWS, last, TILE_ROWS):
+            left = work.scaled_rows(self.B, self.scale, tile)
+            low, high = max(first, tile), min(last, tile + TILE_ROWS)
+            rows = out[low - first : high - first]
+            if len(rows) == TILE_ROWS:
+                np.matmul(left, right, out=rows)
+            else:
+                product = work.float32("product", TILE_ROWS, out.shape[1])
+                np.matmul(left, right, out=product)
+                np.copyto(rows, product[low - tile : high - tile])
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,9 +370,15 @@ class Computed(Lazy):
             total = work.float32("total", height, width)
             change = work.float32("change", height, width)
             widen(old[place], self.source.dtype, base)
-            np.copyto(total, base)
-            for term in self.terms:
-                term.add_to(total, start + row, column, work)
+            if self.terms:
+                self.terms[0].fill(total, start + row, column, work)
+                np.add(total, base, out=total)
+            else:
+                np.copyto(total, base)
+            for term in self.terms[1:]:
+                update = work.float32("update", height, width)
+                term.fill(update, start + row, column, work)
+                np.add(total, update, out=total)
             narrow(total, self.dtype, new[place], change)
             np.subtract(change, base, out=change)
             exact = work.bytes("exact", change.size * 8).view(np.float64)
