@@ -1,18 +1,27 @@
 """Floating-point formats of checkpoints and fp32, both ways, on blocks.
 
 numpy has no bfloat16. Widening it to fp32 is a shift by 16 bits; rounding fp32 to it, to
-nearest with ties to even, is an integer addition and a shift.
+nearest with ties to even, is an integer addition and a shift. Where the compiled kernel is
+installed it does the same to bfloat16 in one pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FLOATS", "narrow", "widen"]
+try:
+    from streamshard import _kernels
+except ImportError:  # installed without a compiler
+    _kernels = None  # type: ignore[assignment]
 
-Bytes = npt.NDArray[np.uint8]
-Float32 = npt.NDArray[np.float32]
+__all__ = ["FLOATS", "add_and_round", "narrow", "widen"]
+
+Float32: TypeAlias = npt.NDArray[np.float32]
+Elements: TypeAlias = npt.NDArray[np.generic]
 
 # dtypes that widen to fp32 without loss, and how numpy stores their elements
 FLOATS: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
@@ -22,7 +31,7 @@ _ONE = np.uint32(1)
 _HALF_BELOW = np.uint32(0x7FFF)
 
 
-def widen(values: npt.NDArray[np.generic], dtype: str, out: Float32) -> None:
+def widen(values: Elements, dtype: str, out: Float32) -> None:
     """Elements of `dtype` (an array of `FLOATS[dtype]`) as fp32, exactly, into `out`."""
     if dtype == "BF16":
         bits = out.view(np.uint32)
@@ -32,26 +41,55 @@ def widen(values: npt.NDArray[np.generic], dtype: str, out: Float32) -> None:
         np.copyto(out, values)
 
 
-def narrow(values: Float32, dtype: str, out: npt.NDArray[np.generic], scratch: Float32) -> None:
+def narrow(values: Float32, dtype: str, out: Elements, rounded: Float32) -> None:
     """Round fp32 to the nearest element of `dtype`, ties to even, into `out`.
 
-    Afterwards `scratch` (the shape of `values`) holds the rounded values as fp32. Values must
-    not be NaN with a payload that all but fills the mantissa; infinities and the NaN that
-    hardware produces survive.
+    `rounded` (the shape of `values`) gets the same values as fp32. A NaN may become something
+    else; infinities do not.
     """
     if dtype == "BF16":
-        bits, rounded = values.view(np.uint32), scratch.view(np.uint32)
-        np.right_shift(bits, _BITS_16, out=rounded)
-        np.bitwise_and(rounded, _ONE, out=rounded)
-        np.add(rounded, bits, out=rounded)
-        np.add(rounded, _HALF_BELOW, out=rounded)
-        np.right_shift(rounded, _BITS_16, out=rounded)
-        np.copyto(out, rounded, casting="unsafe")
-        np.left_shift(rounded, _BITS_16, out=rounded)
+        bits, shifted = values.view(np.uint32), rounded.view(np.uint32)
+        np.right_shift(bits, _BITS_16, out=shifted)
+        np.bitwise_and(shifted, _ONE, out=shifted)
+        np.add(shifted, bits, out=shifted)
+        np.add(shifted, _HALF_BELOW, out=shifted)
+        np.right_shift(shifted, _BITS_16, out=shifted)
+        np.copyto(out, shifted, casting="unsafe")
+        np.left_shift(shifted, _BITS_16, out=shifted)
     elif dtype == "F16":
         with np.errstate(over="ignore"):
             np.copyto(out, values, casting="unsafe")
-        np.copyto(scratch, out)
+        np.copyto(rounded, out)
     else:
         np.copyto(out, values)
-        np.copyto(scratch, values)
+        np.copyto(rounded, values)
+
+
+def add_and_round(
+    old: Elements,
+    old_dtype: str,
+    update: Float32 | None,
+    new: Elements,
+    dtype: str,
+    scratch: Callable[[str, int, int], Float32],
+) -> float:
+    """Round `old + update` (added in fp32) to `dtype` into `new`, which may be `old` itself.
+
+    All are matrices of one shape; `scratch` gives fp32 matrices by name. Returns the sum of the
+    squares of `new - old` in fp64, which is finite only if every element of both is.
+    """
+    if _kernels is not None and update is not None and old_dtype == dtype == "BF16":
+        return _kernels.add_bf16(old, update, new)
+    base = scratch("base", *old.shape)
+    total = scratch("total", *old.shape)
+    change = scratch("change", *old.shape)
+    widen(old, old_dtype, base)
+    if update is None:
+        np.copyto(total, base)
+    else:
+        np.add(base, update, out=total)
+    narrow(total, dtype, new, change)
+    with np.errstate(invalid="ignore"):
+        np.subtract(change, base, out=change)
+    exact = change.astype(np.float64).reshape(-1)
+    return float(np.dot(exact, exact))

@@ -113,6 +113,13 @@ class OutputFile:
             with writing(self.path, len(data) - done):
                 done += _pwrite(self._descriptor, data[done:], offset + done)
 
+    def begin_sync(self, offset: int, nbytes: int) -> None:
+        """Ask the system to start putting a range on disk, so that `sync` has less to wait for."""
+        if hasattr(os, "posix_fadvise"):
+            with writing(self.path, 0):
+                # On Linux this starts writing dirty pages out; pages not yet clean stay cached.
+                os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
     def sync(self) -> None:
         """Wait until the disk has what was written."""
         with writing(self.path, 0):

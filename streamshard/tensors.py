@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from streamshard.arithmetic import FLOATS, narrow, widen
+from streamshard.arithmetic import FLOATS, add_and_round, narrow, widen
 from streamshard.errors import InputError
 from streamshard.files import ByteRange, Files
 
@@ -71,9 +71,9 @@ DTYPE_BITS: dict[str, int] = {
 
 # The grid of the low-rank product. Constants: the bits of a BLAS product depend on the size of
 # the call, so these must not depend on memory, workers, shards or layout.
-TILE_ROWS = 64
-TILE_COLUMNS = 2048
-CHUNK_ROWS = 16 * TILE_ROWS
+TILE_ROWS = 128
+TILE_COLUMNS = 1024
+CHUNK_ROWS = 8 * TILE_ROWS
 BLOCK_ELEMENTS = TILE_ROWS * TILE_COLUMNS
 
 
@@ -365,28 +365,50 @@ class Computed(Lazy):
         old = raw.view(FLOATS[self.source.dtype]).reshape(rows, columns)
         new = out.view(FLOATS[self.dtype]).reshape(rows, columns)
         for row, column, height, width in _blocks(rows, columns):
-            place = np.s_[row : row + height, column : column + width]
-            base = work.float32("base", height, width)
-            total = work.float32("total", height, width)
-            change = work.float32("change", height, width)
-            widen(old[place], self.source.dtype, base)
-            if self.terms:
-                self.terms[0].fill(total, start + row, column, work)
-                np.add(total, base, out=total)
-            else:
-                np.copyto(total, base)
-            for term in self.terms[1:]:
-                update = work.float32("update", height, width)
-                term.fill(update, start + row, column, work)
-                np.add(total, update, out=total)
-            narrow(total, self.dtype, new[place], change)
-            np.subtract(change, base, out=change)
-            exact = work.bytes("exact", change.size * 8).view(np.float64)
-            np.copyto(exact, change.reshape(-1))
-            squared = float(np.dot(exact, exact))
+            block = np.s_[row : row + height, column : column + width]
+            update = self._update(start + row, column, height, width, work)
+            squared = add_and_round(
+                old[block], self.source.dtype, update, new[block], self.dtype, work.float32
+            )
             if not math.isfinite(squared):
-                _raise_not_finite(base, total, change, start + row, self.dtype)
+                raise self._not_finite(start + row, column, (height, width), update, work)
             work.squared_change += squared
+
+    def _update(
+        self, row: int, column: int, height: int, width: int, work: Workspace
+    ) -> Float32 | None:
+        """The sum of the terms for a block, in fp32."""
+        if not self.terms:
+            return None
+        update = work.float32("update", height, width)
+        self.terms[0].fill(update, row, column, work)
+        for term in self.terms[1:]:
+            more = work.float32("more", height, width)
+            term.fill(more, row, column, work)
+            np.add(update, more, out=update)
+        return update
+
+    def _not_finite(
+        self, row: int, column: int, shape: Shape, update: Float32 | None, work: Workspace
+    ) -> NotFiniteError:
+        """Which row of a block is not finite, and why."""
+        # The block may be overwritten already: its source is read again.
+        base = read_float32(self.source, row, row + shape[0], work)
+        base = np.ascontiguousarray(base[:, column : column + shape[1]])
+        total = base if update is None else base + update
+        rounded = np.empty_like(base)
+        narrow(total, self.dtype, np.empty(shape, FLOATS[self.dtype]), rounded)
+        bad = int(np.argmin(np.isfinite(rounded - base).all(axis=1)))
+        if not np.isfinite(base[bad]).all():
+            detail = "the base weight is not finite (NaN or infinite)"
+        elif np.isfinite(total[bad]).all():
+            detail = (
+                f"a value of magnitude {np.abs(total[bad]).max():g} does not fit in {self.dtype}; "
+                "write --dtype bf16 or fp32 instead"
+            )
+        else:
+            detail = "the merged weight is not finite (NaN or infinite)"
+        return NotFiniteError(row + bad, detail)
 
 
 def concat(parts: Iterable[Lazy]) -> Lazy:
@@ -481,21 +503,6 @@ def _blocks(rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
     for row in range(0, rows, height):
         for column in range(0, columns, width):
             yield row, column, min(height, rows - row), min(width, columns - column)
-
-
-def _raise_not_finite(base: Float32, total: Float32, change: Float32, row: int, dtype: str) -> None:
-    bad = int(np.argmin(np.isfinite(change).all(axis=1)))
-    if not np.isfinite(base[bad]).all():
-        detail = "the base weight is not finite (NaN or infinite)"
-    elif np.isfinite(total[bad]).all():
-        largest = float(np.abs(total[bad]).max())
-        detail = (
-            f"a value of magnitude {largest:g} does not fit in {dtype}; "
-            "write --dtype bf16 or fp32 instead"
-        )
-    else:
-        detail = "the merged weight is not finite (NaN or infinite)"
-    raise NotFiniteError(row + bad, detail)
 
 
 def _check_rows(tensor: Lazy, start: int, stop: int) -> None:

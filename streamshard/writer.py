@@ -223,6 +223,8 @@ class _Run:
         with self.lock:
             if squared:
                 self.squared[unit.place] = (unit.name, squared)
+            output = self.outputs[unit.shard]
+            self.syncs.append(self.syncer.submit(output.begin_sync, unit.offset, unit.nbytes))
             self.left[unit.shard] -= unit.nbytes
             if not self.left[unit.shard]:
                 self.syncs.append(self.syncer.submit(_finish, self.outputs.pop(unit.shard)))
