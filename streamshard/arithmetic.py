@@ -18,7 +18,7 @@ try:
 except ImportError:  # installed without a compiler
     _kernels = None  # type: ignore[assignment]
 
-__all__ = ["FLOATS", "add_and_round", "narrow", "widen"]
+__all__ = ["FLOATS", "add_and_round", "narrow", "squared_distance_bf16", "widen"]
 
 Float32: TypeAlias = npt.NDArray[np.float32]
 Elements: TypeAlias = npt.NDArray[np.generic]
@@ -93,3 +93,15 @@ def add_and_round(
         np.subtract(change, base, out=change)
     exact = change.astype(np.float64).reshape(-1)
     return float(np.dot(exact, exact))
+
+
+def squared_distance_bf16(one: Elements, other: Elements) -> float:
+    """Sum in fp64 of the squared differences of two arrays of bfloat16 (as uint16)."""
+    if _kernels is not None:
+        return _kernels.distance_bf16(one, other)
+    left, right = np.empty(one.shape, np.float32), np.empty(other.shape, np.float32)
+    widen(one, "BF16", left)
+    widen(other, "BF16", right)
+    with np.errstate(invalid="ignore"):
+        change = (left - right).astype(np.float64).reshape(-1)
+    return float(np.dot(change, change))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from streamshard.distance import squared_distance
 from streamshard.errors import AdapterError, OutputError, printable
 from streamshard.files import (
     ByteRange,
@@ -28,7 +29,15 @@ from streamshard.files import (
     writing,
 )
 from streamshard.format import build_header, total_nbytes, total_parameters
-from streamshard.tensors import TILE_ROWS, Lazy, NotFiniteError, Workspace
+from streamshard.tensors import (
+    DTYPE_BITS,
+    TILE_ROWS,
+    Bytes,
+    Lazy,
+    NotFiniteError,
+    Stored,
+    Workspace,
+)
 
 __all__ = ["Shard", "index_bytes", "output_folder", "plan_shards", "write_shards"]
 
@@ -156,6 +165,9 @@ class _Unit:
     shard: int
     name: str
     place: int  # among the units of the whole run
+    dtype: str
+    reference: Stored | None  # to measure the distance from
+    at: int  # place in the tensor, in bytes
     source: Lazy | ByteRange
     start: int
     stop: int
@@ -163,12 +175,13 @@ class _Unit:
     nbytes: int
 
 
-def _units(shards: Sequence[Shard]) -> Iterator[_Unit]:
+def _units(shards: Sequence[Shard], reference: Mapping[str, Stored]) -> Iterator[_Unit]:
     place = 0
     for number, shard in enumerate(shards):
         for name in sorted(shard.tensors, key=shard.begins.__getitem__):
-            offset = shard.begins[name]
-            for piece in shard.tensors[name].pieces:
+            tensor, begin = shard.tensors[name], shard.begins[name]
+            offset = begin
+            for piece in tensor.pieces:
                 ranges = piece.ranges()
                 sources: Sequence[Lazy | ByteRange] = (piece,) if ranges is None else ranges
                 for source in sources:
@@ -180,7 +193,19 @@ def _units(shards: Sequence[Shard]) -> Iterator[_Unit]:
                     for start in range(0, count, step):
                         stop = min(start + step, count)
                         nbytes = (stop - start) * row_nbytes
-                        yield _Unit(number, name, place, source, start, stop, offset, nbytes)
+                        yield _Unit(
+                            shard=number,
+                            name=name,
+                            place=place,
+                            dtype=tensor.dtype,
+                            reference=reference.get(name),
+                            at=offset - begin,
+                            source=source,
+                            start=start,
+                            stop=stop,
+                            offset=offset,
+                            nbytes=nbytes,
+                        )
                         place += 1
                         offset += nbytes
 
@@ -195,6 +220,7 @@ class _Run:
     progress: Progress | None
     units: Iterator[_Unit]
     syncer: ThreadPoolExecutor
+    compares: bool
     lock: threading.Lock = field(default_factory=threading.Lock)
     stop: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
@@ -243,10 +269,17 @@ class _Run:
                     if unit.source is not last:
                         workspace.forget_factors()
                         last = unit.source
-                    _compute(unit, unit.source, output, workspace)
+                    blocks = _computed(unit, unit.source, workspace)
                 else:
-                    _copy(unit, unit.source, output, workspace)
-                self.finished(unit, workspace.squared_change)
+                    blocks = _copied(unit, unit.source, workspace)
+                distance = 0.0
+                done = 0
+                for block in blocks:
+                    output.write(block.data, unit.offset + done)
+                    if unit.reference is not None:
+                        distance += _distance(unit, unit.reference, done, block, workspace)
+                    done += block.nbytes
+                self.finished(unit, distance if self.compares else workspace.squared_change)
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             with self.lock:
                 self.error = self.error or error
@@ -254,12 +287,18 @@ class _Run:
 
 
 def write_shards(
-    shards: Sequence[Shard], folder: Path, *, workers: int, progress: Progress | None = None
+    shards: Sequence[Shard],
+    folder: Path,
+    *,
+    workers: int,
+    reference: Mapping[str, Stored] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Write the files of a plan into `folder` and wait until the disk has them.
 
-    `progress` is told the bytes and the tensor of each finished unit. Returns, for every tensor
-    that was computed, the sum of squared differences of what was written from its source.
+    `progress` is told the bytes and the tensor of each finished unit. Returns the sums of squared
+    differences that are not 0: of what was written from `reference` (comparable tensors by name) if
+    that is given, otherwise of computed tensors from their sources.
     """
     from threadpoolctl import threadpool_limits
 
@@ -269,7 +308,8 @@ def write_shards(
         # One BLAS thread a worker: the bits of a product depend on the number of threads.
         threadpool_limits(1, user_api="blas"),
     ):
-        run = _Run(shards, folder, files, progress, _units(shards), syncer)
+        units = _units(shards, reference or {})
+        run = _Run(shards, folder, files, progress, units, syncer, compares=reference is not None)
         threads = [threading.Thread(target=run.work, daemon=True) for _ in range(workers)]
         try:
             for thread in threads:
@@ -309,31 +349,38 @@ def _finish(output: OutputFile) -> None:
         output.close()
 
 
-def _copy(unit: _Unit, source: ByteRange, output: OutputFile, work: Workspace) -> None:
+def _copied(unit: _Unit, source: ByteRange, work: Workspace) -> Iterator[Bytes]:
+    """The bytes of a unit, in blocks to write."""
     work.files.check(source)
-    buffer = work.bytes("copy", WRITE_BYTES).data
+    buffer = work.bytes("out", WRITE_BYTES)
     for start in range(unit.start, unit.stop, WRITE_BYTES):
         nbytes = min(WRITE_BYTES, unit.stop - start)
         part = ByteRange(source.path, source.offset + start, nbytes, source.file_nbytes)
-        work.files.read_into(part, buffer[:nbytes])
-        output.write(buffer[:nbytes], unit.offset + start - unit.start)
+        work.files.read_into(part, buffer[:nbytes].data)
+        yield buffer[:nbytes]
 
 
-def _compute(unit: _Unit, source: Lazy, output: OutputFile, work: Workspace) -> None:
+def _computed(unit: _Unit, source: Lazy, work: Workspace) -> Iterator[Bytes]:
+    """The rows of a unit, in blocks to write."""
     row_nbytes = source.row_nbytes
     step = _rows_of(WRITE_BYTES, row_nbytes)
-    offset = unit.offset
     for start in range(unit.start, unit.stop, step):
         stop = min(start + step, unit.stop)
-        out = work.bytes("out", (stop - start) * row_nbytes)
+        rows = work.bytes("out", (stop - start) * row_nbytes)
         try:
-            source.fill(start, stop, out, work)
+            source.fill(start, stop, rows, work)
         except NotFiniteError as error:
-            raise AdapterError(
-                f"tensor '{printable(unit.name)}', {error}. Nothing was written."
-            ) from error
-        view = out.data
-        for first in range(0, len(view), WRITE_BYTES):
-            part = view[first : first + WRITE_BYTES]
-            output.write(part, offset)
-            offset += len(part)
+            message = f"tensor '{printable(unit.name)}', {error}. Nothing was written."
+            raise AdapterError(message) from error
+        for first in range(0, len(rows), WRITE_BYTES):
+            yield rows[first : first + WRITE_BYTES]
+
+
+def _distance(unit: _Unit, reference: Stored, done: int, block: Bytes, work: Workspace) -> float:
+    """Squared distance of a block from the same elements of the reference."""
+    bits, own_bits = DTYPE_BITS[reference.dtype], DTYPE_BITS[unit.dtype]
+    offset = reference.offset + (unit.at + done) * bits // own_bits
+    theirs = work.bytes("reference", block.nbytes * bits // own_bits)
+    span = ByteRange(reference.path, offset, theirs.nbytes, reference.file_nbytes)
+    work.files.read_into(span, theirs.data)
+    return squared_distance(block, unit.dtype, theirs, reference.dtype)

@@ -1,0 +1,115 @@
+"""L2 distances of tensors, block by block, in fp64.
+
+Blocks whose bytes and dtypes are equal are at distance 0 and are not converted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from streamshard.arithmetic import FLOATS, squared_distance_bf16, widen
+from streamshard.tensors import DTYPE_BITS, Bytes, Lazy, Workspace
+
+__all__ = ["Distances", "is_comparable", "squared_distance"]
+
+BLOCK_NBYTES = 256 * 1024
+
+# Elements that numpy itself understands; the other floats go through fp32.
+_NUMPY: dict[str, type[np.generic]] = {
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I16": np.int16,
+    "U16": np.uint16,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "I64": np.int64,
+    "U64": np.uint64,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+
+
+@dataclass
+class Distances:
+    """The distances of a set of tensors from a reference.
+
+    `squared` maps each compared tensor to its squared distance, `parameters` counts their elements,
+    `skipped` names what only one side has or what cannot be compared.
+    """
+
+    reference: str | None
+    squared: dict[str, float] = field(default_factory=dict)
+    parameters: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+    def norms(self) -> dict[str, float]:
+        """The L2 norm of every difference that is not zero."""
+        return {name: math.sqrt(value) for name, value in self.squared.items() if value}
+
+    def report(self) -> dict[str, Any] | None:
+        """The `l2` part of a report; None without a reference.
+
+        `sum` and `per_parameter` are what InternVL's conversion tools print as total and average.
+        """
+        if self.reference is None:
+            return None
+        total = math.fsum(math.sqrt(value) for value in self.squared.values())
+        return {
+            "reference": self.reference,
+            "sum": total,
+            "per_parameter": total / max(self.parameters, 1),
+            "global": math.sqrt(math.fsum(self.squared.values())),
+            "compared": len(self.squared),
+            "skipped": self.skipped,
+        }
+
+
+def is_comparable(one: Lazy, other: Lazy) -> bool:
+    """Whether two tensors have one shape, and dtypes that are numbers."""
+    return one.shape == other.shape and all(
+        dtype in _NUMPY or dtype in FLOATS for dtype in (one.dtype, other.dtype)
+    )
+
+
+def squared_distance(one: Bytes, one_dtype: str, other: Bytes, other_dtype: str) -> float:
+    """Sum of the squared differences of two blocks of as many elements, given as bytes.
+
+    The result is NaN where a NaN stands in one of them and the blocks differ.
+    """
+    if one_dtype == other_dtype:
+        if np.array_equal(one, other):
+            return 0.0
+        if one_dtype == "BF16":
+            return squared_distance_bf16(one.view(np.uint16), other.view(np.uint16))
+    with np.errstate(invalid="ignore"):
+        difference = _float64(one, one_dtype) - _float64(other, other_dtype)
+    return float(np.dot(difference, difference))
+
+
+def tensor_distance(one: Lazy, other: Lazy, work: Workspace) -> float:
+    """Squared distance of two comparable tensors, read block by block."""
+    total = 0.0
+    row_nbytes = max(one.row_nbytes, other.row_nbytes, 1)
+    step = max(BLOCK_NBYTES // row_nbytes, 1)
+    for start in range(0, one.rows, step):
+        stop = min(start + step, one.rows)
+        mine = work.bytes("mine", (stop - start) * one.row_nbytes)
+        theirs = work.bytes("theirs", (stop - start) * other.row_nbytes)
+        one.fill(start, stop, mine, work)
+        other.fill(start, stop, theirs, work)
+        total += squared_distance(mine, one.dtype, theirs, other.dtype)
+    return total
+
+
+def _float64(block: Bytes, dtype: str) -> npt.NDArray[np.float64]:
+    if dtype in _NUMPY:
+        return block.view(_NUMPY[dtype]).astype(np.float64)
+    values = np.empty(block.nbytes * 8 // DTYPE_BITS[dtype], np.float32)
+    widen(block.view(FLOATS[dtype]), dtype, values)
+    return values.astype(np.float64)
