@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Checkpoint:
     """A checkpoint as found on disk.
 
     `tensors` are in file order, shard after shard; `shard_of` gives each tensor's file name and
-    `metadata` each file's metadata. `config` is None where there is no `config.json`.
+    `metadata` each file's metadata. `config` is None where there is no `config.json`; `side_files`
+    are what lies beside the weights and is carried along, by name relative to the folder.
     """
 
     path: Path
@@ -46,12 +47,7 @@ class Checkpoint:
     shard_of: dict[str, str]
     metadata: dict[str, dict[str, str]]
     config: dict[str, Any] | None
-    side_files: tuple[Path, ...] = field(repr=False)
-
-    @property
-    def folder(self) -> Path:
-        """The folder that the side files are relative to."""
-        return self.path if self.path.is_dir() else self.path.parent
+    side_files: dict[str, Path] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +71,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise InputError(f"{printable(str(path))}: no such file or folder. Check the path.")
     if path.is_file():
         header = read_header(path)
-        return _checkpoint(path, {path.name: header}, None, ())
+        return _checkpoint(path, {path.name: header}, None, {})
     weights, config = _find_weights(path), _read_config(path)
     if weights.name == INDEX_NAME:
         headers = _open_index(weights)
     else:
         headers = {weights.name: read_header(weights)}
-    return _checkpoint(path, headers, config, tuple(_side_files(path)))
+    return _checkpoint(path, headers, config, _side_files(path))
 
 
 def open_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
@@ -201,7 +197,7 @@ def _checkpoint(
     path: Path,
     headers: Mapping[str, Header],
     config: dict[str, Any] | None,
-    side_files: tuple[Path, ...],
+    side_files: dict[str, Path],
 ) -> Checkpoint:
     tensors: dict[str, Stored] = {}
     shard_of: dict[str, str] = {}
@@ -214,14 +210,17 @@ def _checkpoint(
     return Checkpoint(path, tensors, shard_of, metadata, config, side_files)
 
 
-def _side_files(folder: Path) -> Iterator[Path]:
+def _side_files(folder: Path) -> dict[str, Path]:
+    """Everything that is to be carried along, by its name relative to the folder."""
+    found = {}
     with reading(folder):
         for parent, folders, names in os.walk(folder):
             folders[:] = sorted(name for name in folders if not _NOT_ENTERED.fullmatch(name))
             for name in sorted(names):
                 file = Path(parent, name)
                 if not _NOT_CARRIED.fullmatch(name) and file.is_file():
-                    yield file
+                    found[file.relative_to(folder).as_posix()] = file
+    return found
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from streamshard.errors import StreamshardError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from streamshard.commands import Plan
+    from streamshard.run import Plan
 
 __all__ = ["main"]
 

@@ -6,57 +6,22 @@ The keys of a report are those of the command line's `--json`; keys that do not 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from streamshard import __version__
-from streamshard.checkpoint import REPORT_NAME, Checkpoint, open_adapter, open_checkpoint
-from streamshard.errors import InputError, OutputError, UsageError, WriteError, listed, printable
-from streamshard.files import Files, copy_files, disk_free, write_new
-from streamshard.format import total_parameters
-from streamshard.layouts import layout_of
+from streamshard.checkpoint import Checkpoint, open_adapter, open_checkpoint
+from streamshard.errors import InputError, UsageError, listed, printable
+from streamshard.files import Files
 from streamshard.lora import Adapter, Merged, check_base, merge
 from streamshard.peft_config import read_settings
-from streamshard.resources import memory_estimate, parse_size, peak_rss_bytes, worker_count
-from streamshard.tensors import Lazy, Workspace, cast
-from streamshard.writer import Shard, index_bytes, output_folder, plan_shards, write_shards
+from streamshard.run import Job, Options, PathLike, Report, check_places, run
+from streamshard.tensors import Workspace
 
-__all__ = ["Plan", "merge_lora"]
-
-PathLike: TypeAlias = "str | os.PathLike[str]"
-Report: TypeAlias = dict[str, Any]
-
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-_TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run would do, known before any weight is read; handed to `on_plan`."""
-
-    output: Path
-    shards: tuple[Shard, ...]
-    nbytes: int
-    free_nbytes: int
-    workers: int
-    memory_nbytes: int
-    merged: int
-
-    def as_dict(self) -> Report:
-        """The plan as the report of `--dry-run` shows it."""
-        return {
-            "files": [{"name": shard.name, "bytes": shard.nbytes} for shard in self.shards],
-            "free_bytes": self.free_nbytes,
-            "workers": self.workers,
-            "memory_bytes": self.memory_nbytes,
-            "merged": self.merged,
-        }
+__all__ = ["merge_lora"]
 
 
 def merge_lora(
@@ -65,14 +30,7 @@ def merge_lora(
     adapter: PathLike | Sequence[PathLike],
     output: PathLike | None = None,
     weight: Sequence[float] | None = None,
-    max_shard_size: int | str | None = None,
-    dtype: str = "keep",
-    workers: int | None = None,
-    max_memory: int | str | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    on_plan: Callable[[Plan], None] | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    **options: Any,
 ) -> Report:
     """Fold PEFT LoRA adapters into a base checkpoint and write the result to a new folder.
 
@@ -80,59 +38,43 @@ def merge_lora(
     to nearest even; every other tensor and file is copied as bytes.
 
     `base` is a folder or a `.safetensors` file, `adapter` one adapter folder or several, whose
-    updates are summed. `output` defaults to `./<base name>-merged`. `max_shard_size` (bytes or
-    "5GB") re-shards; by default files are those of the base. `dtype` is "keep", "bf16", "fp16" or
-    "fp32". `max_memory` lowers the number of `workers`. `dry_run` checks everything and
-    writes nothing. `on_plan` is called once before writing, `progress` with the bytes and
-    the tensor of each finished piece.
+    updates are summed. `output` defaults to `./<base name>-merged`. Further keywords are those of
+    `streamshard.run.Options`.
 
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
-    started = time.perf_counter()
+    started, chosen = time.perf_counter(), Options(**options)
     source = open_checkpoint(base)
-    check_base(source.tensors)
+    check_base(source.tensors, source.config)
     adapters = _read_adapters(adapter, weight)
-    target = _output_path(output, source)
-    _check_places(target, [source.path, *(Path(a) for a in _paths(adapter))], overwrite=overwrite)
+    name = source.path.resolve().name.removesuffix(".safetensors")
+    target = Path(f"{name}-merged" if output is None else output)
+    check_places(target, [source.path, *_paths(adapter)], overwrite=chosen.overwrite)
     with contextlib.closing(Files()) as files:
         result = merge(source.tensors, adapters, Workspace(files))
     _check_ties(source, result)
-    tensors = _cast_all(result.tensors, dtype)
-    shards = plan_shards(
-        tensors,
+    warnings = list(result.warnings)
+    if source.config is None:
+        where = printable(str(source.path))
+        warnings.append(f"{where}: has no config.json; the output has none either")
+    job = Job(
+        command="merge-lora",
+        output=target,
+        started=started,
+        tensors=result.tensors,
         shard_of=source.shard_of,
         metadata=source.metadata,
-        max_shard_size=_size(max_shard_size, "--max-shard-size"),
+        config=source.config if chosen.dtype != "keep" else None,
+        side_files=source.side_files,
+        l2_from=str(source.path),
+        facts={
+            "merged": len(result.updates),
+            "base": str(source.path),
+            "adapters": [_describe(adapter) for adapter in adapters],
+            "warnings": warnings,
+        },
     )
-    plan = _plan(target, source, shards, result, workers, _size(max_memory, "--max-memory"))
-    if on_plan is not None:
-        on_plan(plan)
-    report: Report = {
-        "command": "merge-lora",
-        "version": __version__,
-        "output": str(target),
-        "layout": layout_of(source.tensors),
-        "tensors": len(tensors),
-        "parameters": total_parameters(tensors),
-        "bytes": plan.nbytes,
-        "shards": len(shards),
-        "seconds": None,
-        "peak_rss_bytes": None,
-        "merged": len(result.updates),
-        "base": str(source.path),
-        "adapters": [_describe(a) for a in adapters],
-        "l2": None,
-        "missing": [],
-        "unexpected": [],
-        "warnings": [*result.warnings, *_side_warnings(source)],
-        "dry_run": dry_run,
-        "plan": plan.as_dict() if dry_run else None,
-    }
-    if not dry_run:
-        report["l2"] = _write(plan, source, dtype, overwrite, progress, report, started)
-    report["seconds"] = round(time.perf_counter() - started, 3)
-    report["peak_rss_bytes"] = peak_rss_bytes()
-    return report
+    return run(job, chosen)
 
 
 def _read_adapters(
@@ -162,47 +104,6 @@ def _paths(adapter: PathLike | Sequence[PathLike]) -> list[Path]:
     return [Path(path) for path in one]
 
 
-def _output_path(output: PathLike | None, source: Checkpoint) -> Path:
-    if output is not None:
-        return Path(output)
-    return Path(f"{source.path.resolve().name.removesuffix('.safetensors')}-merged")
-
-
-def _check_places(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse an output that exists, is an input, or lies inside one (also through links)."""
-    if target.is_symlink():
-        raise OutputError(
-            f"{printable(str(target))}: is a symbolic link, and links are never written through. "
-            "Give the folder itself."
-        )
-    if target.exists() and not overwrite:
-        raise OutputError(
-            f"{printable(str(target))}: exists. Choose another --output, or pass --overwrite."
-        )
-    place = target.resolve()
-    for path in inputs:
-        folder = path.resolve() if path.is_dir() else path.resolve().parent
-        # By identity and not only by name: bind mounts and case-insensitive disks have two names.
-        if _is_within(place, folder) and (path.is_dir() or place == folder):
-            raise OutputError(
-                f"{printable(str(target))}: is, or lies inside, the input {printable(str(path))}. "
-                "Inputs are never changed: choose an --output outside of it."
-            )
-        if _is_within(folder, place):
-            raise OutputError(
-                f"{printable(str(target))}: contains the input {printable(str(path))}, which "
-                "replacing it would delete. Choose another --output."
-            )
-
-
-def _is_within(path: Path, folder: Path) -> bool:
-    return any(
-        candidate == folder
-        or (candidate.exists() and folder.exists() and candidate.samefile(folder))
-        for candidate in (path, *path.parents)
-    )
-
-
 def _check_ties(source: Checkpoint, result: Merged) -> None:
     """Refuse an update of a head or embedding that loading would tie to its twin again."""
     ends = ("lm_head.weight", "embed_tokens.weight")
@@ -222,110 +123,6 @@ def _check_ties(source: Checkpoint, result: Merged) -> None:
         )
 
 
-def _cast_all(tensors: Mapping[str, Lazy], dtype: str) -> dict[str, Lazy]:
-    if dtype == "keep":
-        return dict(tensors)
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype is {dtype!r}; keep, {', '.join(DTYPES)} can be chosen.")
-    return {name: cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
-
-
-def _size(size: int | str | None, option: str) -> int | None:
-    if size is None:
-        return None
-    try:
-        nbytes = parse_size(size)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}") from error
-    return nbytes
-
-
-def _plan(
-    target: Path,
-    source: Checkpoint,
-    shards: Sequence[Shard],
-    result: Merged,
-    workers: int | None,
-    max_memory: int | None,
-) -> Plan:
-    side = sum(file.stat().st_size for file in source.side_files)
-    nbytes = sum(shard.nbytes for shard in shards)
-    free = disk_free(target.absolute())
-    needed = nbytes + side + 64 * 1024 * len(shards)
-    if needed > free:
-        raise WriteError(
-            f"{printable(str(target))}: {needed:,} bytes are needed but {free:,} are free. "
-            "Free some space, or choose an --output on another disk."
-        )
-    count = worker_count(shards, workers, max_memory)
-    memory = memory_estimate(shards, count)
-    return Plan(target, tuple(shards), nbytes, free, count, memory, len(result.updates))
-
-
-def _write(
-    plan: Plan,
-    source: Checkpoint,
-    dtype: str,
-    overwrite: bool,
-    progress: Callable[[int, str], None] | None,
-    report: Report,
-    started: float,
-) -> Report:
-    """Write everything into place and return the L2 part of the report."""
-    with output_folder(plan.output, overwrite=overwrite) as staging:
-        squared = write_shards(plan.shards, staging, workers=plan.workers, progress=progress)
-        norms = {name: math.sqrt(value) for name, value in squared.items()}
-        l2: Report = {
-            "reference": str(source.path),
-            "sum": math.fsum(norms.values()),
-            "per_parameter": math.fsum(norms.values()) / max(report["parameters"], 1),
-            "global": math.sqrt(math.fsum(squared.values())),
-            "compared": report["tensors"],
-            "skipped": [],
-        }
-        rewritten = _config_bytes(source, dtype)
-        carried = [
-            f for f in source.side_files if f.name not in rewritten or f.parent != source.path
-        ]
-        copy_files(carried, source.folder, staging)
-        for name, data in rewritten.items():
-            write_new(staging / name, data)
-        kept = {
-            **report,
-            "l2": l2,
-            "seconds": round(time.perf_counter() - started, 3),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "l2_per_tensor": norms,
-        }
-        if len(plan.shards) > 1:
-            write_new(staging / "model.safetensors.index.json", index_bytes(plan.shards))
-        write_new(staging / REPORT_NAME, _json_bytes(kept))
-    return l2
-
-
-def _config_bytes(source: Checkpoint, dtype: str) -> dict[str, bytes]:
-    """`config.json` with the new dtype, if that changes; otherwise it is copied as bytes."""
-    if dtype == "keep" or source.config is None:
-        return {}
-    name = _TORCH_DTYPES[DTYPES[dtype]]
-
-    def renamed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {
-                key: name
-                if key in ("torch_dtype", "dtype") and inner is not None
-                else renamed(inner)
-                for key, inner in value.items()
-            }
-        return value
-
-    return {"config.json": _json_bytes(renamed(source.config))}
-
-
-def _json_bytes(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def _describe(adapter: Adapter) -> Report:
     settings = adapter.settings
     return {
@@ -335,9 +132,3 @@ def _describe(adapter: Adapter) -> Report:
         "lora_alpha": settings.lora_alpha,
         "use_rslora": settings.use_rslora,
     }
-
-
-def _side_warnings(source: Checkpoint) -> list[str]:
-    if source.config is None:
-        return [f"{printable(str(source.path))}: has no config.json; the output has none either"]
-    return []

@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,10 +174,10 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
-def copy_files(sources: Iterable[Path], root: Path, target: Path) -> None:
-    """Copy files below `root` to the same places below `target`, as bytes."""
-    for source in sources:
-        copy = target / source.relative_to(root)
+def copy_files(sources: Mapping[str, Path], target: Path) -> None:
+    """Copy files, as bytes, to their names below `target`."""
+    for name, source in sources.items():
+        copy = target / name
         with writing(copy, source.stat().st_size):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -74,8 +75,13 @@ _OTHER_KINDS = (
 )
 
 
-def check_base(base: Mapping[str, Lazy]) -> None:
+def check_base(base: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> None:
     """Raise `InputError` if a checkpoint is quantized or already wrapped by LoRA."""
+    if config is not None and config.get("quantization_config"):
+        raise InputError(
+            "config.json of the base has a quantization_config. An update cannot be added to "
+            "quantized weights without a further loss: use the unquantized checkpoint."
+        )
     quantized = [name for name in base if _QUANTIZED.fullmatch(name)]
     if quantized:
         raise InputError(
