@@ -87,7 +87,8 @@ def add_and_round(
     if update is None:
         np.copyto(total, base)
     else:
-        np.add(base, update, out=total)
+        with np.errstate(invalid="ignore", over="ignore"):
+            np.add(base, update, out=total)
     narrow(total, dtype, new, change)
     with np.errstate(invalid="ignore"):
         np.subtract(change, base, out=change)

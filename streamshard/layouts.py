@@ -75,9 +75,9 @@ def in_memory(join: Callable[[Sequence[Any]], Any]) -> Ops[Any]:
 class Converted(Generic[T]):
     """Tensors in the other layout, and what kept the rest of the model from being converted.
 
-    `missing` are names of the source layout that the tables ask for and the source has not;
-    `unexpected` are names in the source that the tables do not know, each with the reason.
-    Whatever needs a missing tensor is left out: nothing is ever invented.
+    `missing` are names of the source layout that the tables ask for and the source has not (at
+    most `MAX_MISSING` of them), `unexpected` are names in the source that have no place in the
+    tables, each with the reason. Whatever needs a missing tensor is left out: nothing is invented.
     """
 
     tensors: dict[str, T]
@@ -125,7 +125,8 @@ SPELLINGS: dict[str, tuple[str, str, str]] = {
 WRITTEN_SPELLINGS = ("flat", "nested")
 
 _WRAPPERS = re.compile(
-    r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"^(?:(?:_orig_mod|module)\.)+"
+    r"|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _PEFT = re.compile(r"^(?:base_model\.model\.)+|(?<=^language_model\.)(?:base_model\.model\.)+"
                    r"|(?<=^vision_model\.)(?:base_model\.model\.)+")  # fmt: skip
@@ -137,7 +138,19 @@ _INDEX = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.)")
 _HOLE = re.compile(r"\{(\w+)\}")
 
 # More missing names than this are not looked for: nobody reads them.
-_MANY = 1000
+MAX_MISSING = 1000
+
+_OTHER = {"custom": "hf", "hf": "custom"}
+_TITLES = {"custom": "custom", "hf": "HF"}
+_UNKNOWN = "no row of the tables has this name"
+_HOLES = {"block": "vision layers", "layer": "language model layers", "expert": "experts"}
+_SWITCHES = {
+    "qkv_bias": "bias of the vision encoder's q, k, v",
+    "qk_norm": "norm of the vision encoder's q and k",
+    "norm_bias": "bias of the vision encoder's norms",
+    "attention_bias": "bias of the language model's attention",
+    "mlp_bias": "bias of the language model's MLP",
+}
 
 Holes = tuple[int, ...]
 
@@ -285,13 +298,11 @@ def detect(names: Collection[str], config: Mapping[str, Any] | None = None) -> D
         spelling=spelling,
         family=family,
         lora_wrapped=_has_lora(names),
-        packed_experts=bool(family) and not keys.isdisjoint(_table(family, packed=True).found["hf"]),
+        packed_experts=bool(family)
+        and not keys.isdisjoint(_table(family, packed=True).found["hf"]),
         evidence=tuple(evidence),
         warnings=tuple(warnings),
     )
-
-
-_TITLES = {"custom": "custom", "hf": "HF"}
 
 
 def dims_from_names(names: Collection[str], layout: str) -> Dims:
@@ -392,8 +403,9 @@ def _find(table: _Table, side: str, name: str) -> tuple[int, int, Holes] | None:
     return (*match, holes)
 
 
-# One thing in the tables that the source has: its row and indexes, to its names by place.
-_Found = dict[tuple[int, Holes], list[str | None]]
+# What the source has of the tables: the number of a row with its indexes, to a bit for each of the
+# row's names. Small, because a large mixture of experts has 40,000 of these.
+_Found = dict[Holes, int]
 
 
 @overload
@@ -425,15 +437,15 @@ def convert(
     table = _table(dims.family)
     found, unexpected = _match(source, table, side)
     actual = _counted(dims, found, table)
-    unexpected |= _remove_misplaced(found, table, actual)
-    missing = tuple(itertools.islice(_missing(found, table, actual, side), _MANY))
+    unexpected |= _remove_misplaced(found, table, actual, side)
+    missing = tuple(itertools.islice(_missing(found, table, actual, side), MAX_MISSING))
     out: dict[str, Any] = {}
-    for (number, holes), names in found.items():
+    for (number, *holes), bits in found.items():
         entry = table.entries[number]
-        whole = [name for name in names if name is not None]
-        if entry.row.op != "drop" and len(whole) == len(names):
-            parts = {name: source[name] for name in whole}
+        if entry.row.op != "drop" and bits == (1 << len(entry.names(side))) - 1:
+            names = [name.format(*holes) for name in entry.names(side)]
             targets = [name.format(*holes) for name in entry.names(layout)]
+            parts = {name: source[name] for name in names}
             out |= _carry(parts, targets, entry.row, dims, ops)
     for entry in table.entries:
         tied = side == "hf" and dims.tied and entry.hf[0] not in source
@@ -500,7 +512,7 @@ def pieces(name: str, rows: int, dims: Dims, layout: str) -> list[Piece]:
         if dims.experts is None:
             raise InputError(f"'{printable(name)}': the config must say num_experts.")
         targets = _expert_names(entry, holes, dims.experts)
-        sizes = _part_rows(entry.row, len(targets), rows, dims, plain)
+        sizes = _rows_of_parts(entry.row, len(targets), dims, rows, plain)
         return [
             replace(piece, source_start=start + piece.source_start)
             for target, start, size in zip(
@@ -524,20 +536,19 @@ def pieces(name: str, rows: int, dims: Dims, layout: str) -> list[Piece]:
     if entry.row.op == "same":
         return [Piece(targets[0], 0, 0, rows)]
     if len(targets) > 1:
-        sizes = _part_rows(entry.row, len(targets), rows, dims, plain)
+        sizes = _rows_of_parts(entry.row, len(targets), dims, rows, plain)
         return [
             Piece(targets[part], start, at, stop - start)
             for at, part, start, stop in _segments(entry.row, sizes, dims)
         ]
-    sizes = _rows_of_parts(entry.row, dims, {place: rows}, entry.names(side), holes)
+    sizes = _part_rows(entry.row, len(entry.names(side)), dims, rows, plain)
+    if sizes[place] != rows:
+        raise _wrong_rows(plain, rows, f"{sizes[place]:,}")
     return [
         Piece(targets[0], at, start, stop - start)
         for at, part, start, stop in _segments(entry.row, sizes, dims)
         if part == place
     ]
-
-
-_OTHER = {"custom": "hf", "hf": "custom"}
 
 
 def _check_side(names: Iterable[str], side: str) -> None:
@@ -569,14 +580,9 @@ def _match(source: Iterable[str], table: _Table, side: str) -> tuple[_Found, dic
             unknown[name] = _UNKNOWN
             continue
         number, place, holes = match
-        key = number, holes
-        if key not in found:
-            found[key] = [None] * len(table.entries[number].names(side))
-        found[key][place] = name
+        key = (number, *holes)
+        found[key] = found.get(key, 0) | 1 << place
     return found, unknown
-
-
-_UNKNOWN = "no row of the tables has this name"
 
 
 def _counted(dims: Dims, found: _Found, table: _Table) -> Dims:
@@ -584,7 +590,7 @@ def _counted(dims: Dims, found: _Found, table: _Table) -> Dims:
     indexes: dict[str, set[int]] = {"block": set(), "layer": set(), "expert": set()}
     switches: dict[str, Any] = {}
     dense = set()
-    for number, holes in found:
+    for number, *holes in found:
         entry = table.entries[number]
         if entry.row.op == "drop":
             continue
@@ -612,7 +618,7 @@ def _count(dims: Dims, hole: str) -> int:
     return {"block": dims.blocks, "layer": dims.layers, "expert": dims.experts}[hole] or 0
 
 
-def _is_in_layer(entry: _Entry, holes: Holes, dims: Dims) -> bool:
+def _is_in_layer(entry: _Entry, holes: Sequence[int], dims: Dims) -> bool:
     """Whether a row that only dense or only sparse layers have belongs in this one."""
     if not entry.row.layers:
         return True
@@ -620,10 +626,10 @@ def _is_in_layer(entry: _Entry, holes: Holes, dims: Dims) -> bool:
     return is_dense == (entry.row.layers == "dense")
 
 
-def _remove_misplaced(found: _Found, table: _Table, dims: Dims) -> dict[str, str]:
+def _remove_misplaced(found: _Found, table: _Table, dims: Dims, side: str) -> dict[str, str]:
     """Take out what a model of these dimensions does not have, and say why."""
     misplaced: dict[str, str] = {}
-    for number, holes in list(found):
+    for number, *holes in list(found):
         entry = table.entries[number]
         beyond = [
             f"there are {_count(dims, hole)} {_HOLES[hole]}"
@@ -639,19 +645,11 @@ def _remove_misplaced(found: _Found, table: _Table, dims: Dims) -> dict[str, str
             reason = f"by the config this layer {has} experts"
         else:
             continue
-        names = found.pop((number, holes))
-        misplaced |= {name: reason for name in names if name is not None}
+        bits = found.pop((number, *holes))
+        for place, name in enumerate(entry.names(side)):
+            if bits >> place & 1:
+                misplaced[name.format(*holes)] = reason
     return misplaced
-
-
-_HOLES = {"block": "vision layers", "layer": "language model layers", "expert": "experts"}
-_SWITCHES = {
-    "qkv_bias": "bias of the vision encoder's q, k, v",
-    "qk_norm": "norm of the vision encoder's q and k",
-    "norm_bias": "bias of the vision encoder's norms",
-    "attention_bias": "bias of the language model's attention",
-    "mlp_bias": "bias of the language model's MLP",
-}
 
 
 def _missing(found: _Found, table: _Table, dims: Dims, side: str) -> Iterator[str]:
@@ -662,12 +660,11 @@ def _missing(found: _Found, table: _Table, dims: Dims, side: str) -> Iterator[st
         if row.op == "drop" or tied or (row.only and not getattr(dims, row.only)):
             continue
         for holes in itertools.product(*(range(_count(dims, hole)) for hole in entry.holes)):
-            present = found.get((number, holes))
-            if present is None and not _is_in_layer(entry, holes, dims):
-                continue
-            for place, name in enumerate(names):
-                if present is None or present[place] is None:
-                    yield name.format(*holes)
+            if _is_in_layer(entry, holes, dims):
+                bits = found.get((number, *holes), 0)
+                for place, name in enumerate(names):
+                    if not bits >> place & 1:
+                        yield name.format(*holes)
 
 
 def _carry(
@@ -685,7 +682,7 @@ def _carry(
 def _split(
     name: str, whole: Any, targets: Sequence[str], row: Row, dims: Dims, ops: Ops[Any]
 ) -> dict[str, Any]:
-    sizes = _part_rows(row, len(targets), _rows(whole, name), dims, name)
+    sizes = _rows_of_parts(row, len(targets), dims, _rows(whole, name), name)
     taken: list[list[Any]] = [[] for _ in targets]
     for at, part, start, stop in _segments(row, sizes, dims):
         taken[part].append(ops.rows(whole, at, at + stop - start))
@@ -697,14 +694,15 @@ def _split(
 
 def _fuse(parts: Mapping[str, Any], row: Row, dims: Dims, ops: Ops[Any]) -> Any:
     names, tensors = list(parts), list(parts.values())
-    rows = {place: _rows(tensor, names[place]) for place, tensor in enumerate(tensors)}
-    sizes = _rows_of_parts(row, dims, rows, names, ())
-    for name, tensor in parts.items():
-        kind, first = _kind(tensor), _kind(tensors[0])
-        if kind != first:
+    sizes = _part_rows(row, len(parts), dims, _rows(tensors[0], names[0]), names[0])
+    first = _kind(tensors[0])
+    for (name, tensor), size in zip(parts.items(), sizes, strict=True):
+        if _rows(tensor, name) != size:
+            raise _wrong_rows(name, _rows(tensor, name), f"{size:,}")
+        if _kind(tensor) != first:
             raise InputError(
-                f"'{printable(names[0])}' is {first} and '{printable(name)}' is {kind}, but they "
-                "are to become one tensor. Dtype and columns must be the same."
+                f"'{printable(names[0])}' is {first} and '{printable(name)}' is {_kind(tensor)}, "
+                "but they are to become one tensor. Dtype and columns must be the same."
             )
     return ops.join(
         [
@@ -742,40 +740,14 @@ def _segments(row: Row, sizes: Sequence[int], dims: Dims) -> Iterator[tuple[int,
             at += rows
 
 
-def _part_rows(row: Row, count: int, total: int, dims: Dims, name: str) -> list[int]:
-    """Rows of each part of a tensor of `total` rows; raises `InputError` if they cannot be."""
-    sizes = _stated_rows(row, count, dims, name)
-    if sizes is None:
-        sizes = [total // count] * count
-    if sum(sizes) != total:
-        expected = " + ".join(map(str, sizes)) if any(sizes) else f"a multiple of {count}"
-        raise InputError(
-            f"'{printable(name)}' has {total:,} rows; {expected} were expected. "
-            "Is this the config of that checkpoint?"
-        )
-    return sizes
+def _part_rows(row: Row, count: int, dims: Dims, guess: int, name: str) -> list[int]:
+    """Rows of each part by the config, or as many as guessed where it does not say.
 
-
-def _rows_of_parts(
-    row: Row, dims: Dims, rows: Mapping[int, int], names: Sequence[str], holes: Holes
-) -> list[int]:
-    """Rows of all parts, of which some are known; raises `InputError` if these do not fit."""
-    first = next(iter(rows.values()))
-    sizes = _stated_rows(row, len(names), dims, names[0].format(*holes)) or [first] * len(names)
-    for place, found in rows.items():
-        if found != sizes[place]:
-            raise InputError(
-                f"'{printable(names[place].format(*holes))}' has {found:,} rows; {sizes[place]:,} "
-                "were expected. Is this the config of that checkpoint?"
-            )
-    return sizes
-
-
-def _stated_rows(row: Row, count: int, dims: Dims, name: str) -> list[int] | None:
-    """Rows of each part by the config; None where it does not say, and equal parts are meant."""
+    Raises `InputError` if the config does not divide, or says nothing and a guess cannot be made.
+    """
     if row.op != "grouped":
-        rows = getattr(dims, row.part_rows) if row.part_rows else None
-        return None if rows is None else [rows] * count
+        stated = getattr(dims, row.part_rows) if row.part_rows else None
+        return [guess if stated is None else stated] * count
     heads, kv_heads, head_dim = dims.heads, dims.kv_heads, dims.head_dim
     if heads is None or kv_heads is None or head_dim is None:
         raise InputError(
@@ -789,12 +761,29 @@ def _stated_rows(row: Row, count: int, dims: Dims, name: str) -> list[int] | Non
     return [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
 
 
-def _unpack(tensors: Mapping[str, Any], dims: Dims, ops: Ops[Any]) -> dict[str, Any]:
+def _rows_of_parts(row: Row, count: int, dims: Dims, total: int, name: str) -> list[int]:
+    """Rows of each part of a tensor of `total` rows; raises `InputError` if they do not fit."""
+    sizes = _part_rows(row, count, dims, total // count, name)
+    if sum(sizes) != total:
+        equal = len(set(sizes)) == 1
+        expected = f"{count} x {sizes[0]:,}" if equal else " + ".join(f"{n:,}" for n in sizes)
+        raise _wrong_rows(name, total, expected)
+    return sizes
+
+
+def _wrong_rows(name: str, found: int, expected: str) -> InputError:
+    return InputError(
+        f"'{printable(name)}' has {found:,} rows; {expected} were expected. "
+        "Is this the config of that checkpoint?"
+    )
+
+
+def _unpack(tensors: Mapping[str, Any], dims: Dims, ops: Ops[Any]) -> Mapping[str, Any]:
     """The like with packed experts one by one."""
     table = _table(dims.family, packed=True)
-    if not table.entries:
-        return dict(tensors)
     ends = tuple(entry.hf[0].rpartition("}")[2] for entry in table.entries)
+    if not any(name.endswith(ends) for name in tensors):
+        return tensors
     out: dict[str, Any] = {}
     for name, tensor in tensors.items():
         match = _find(table, "hf", name) if name.endswith(ends) else None
@@ -828,27 +817,21 @@ def _expert_names(entry: _Entry, holes: Holes, experts: int) -> list[str]:
 def _complete(result: Converted[T], dims: Dims, side: str) -> dict[str, T]:
     """The tensors of a conversion that left nothing over; raises `InputError` otherwise."""
     table = _table(dims.family)
+    layout = f"the {_TITLES[side]} layout of {dims.family}"
     lines = []
     if result.unexpected:
-        lines.append(
-            f"{len(result.unexpected):,} tensors do not belong in the {_TITLES[side]} layout of "
-            f"{dims.family}:"
-        )
+        lines.append(f"not in {layout} ({len(result.unexpected):,}):")
         for name, reason in itertools.islice(result.unexpected.items(), 5):
             near = _nearest(name, table, side) if reason == _UNKNOWN else []
-            why = f"nearest: {listed(near)}" if near else reason
-            lines.append(f"  '{printable(name)}': {why}")
+            lines.append(f"  '{printable(name)}': {f'nearest: {listed(near)}' if near else reason}")
     if result.missing:
-        count = len(result.missing)
+        more = " or more" if len(result.missing) == MAX_MISSING else ""
         lines.append(
-            f"{count:,}{' or more' if count == _MANY else ''} tensors are missing in the "
-            f"{_TITLES[side]} layout of {dims.family}: {listed(result.missing)}."
+            f"missing in {layout} ({len(result.missing):,}{more}): {listed(result.missing)}"
         )
-        if any(entry.row.tied_to and entry.names(side)[0] in result.missing
-               for entry in table.entries):  # fmt: skip
-            lines.append(
-                "Nothing says that the head is tied to the embedding, and a head is never invented."
-            )
+        heads = {entry.names(side)[0] for entry in table.entries if entry.row.tied_to}
+        if not heads.isdisjoint(result.missing):
+            lines.append("Nothing ties the head to the embedding, and a head is never invented.")
     if not lines:
         return result.tensors
     if _has_lora(result.unexpected):

@@ -14,7 +14,7 @@ from streamshard import __version__
 from streamshard.checkpoint import REPORT_NAME
 from streamshard.distance import Distances, is_comparable
 from streamshard.errors import OutputError, UsageError, WriteError, printable
-from streamshard.files import copy_files, disk_free, write_new
+from streamshard.files import copy_files, disk_free, reading, write_new
 from streamshard.format import total_parameters
 from streamshard.layouts import layout_of
 from streamshard.resources import memory_estimate, parse_size, peak_rss_bytes, worker_count
@@ -157,6 +157,20 @@ def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
         raise OutputError(
             f"{printable(str(target))}: exists. Choose another --output, or pass --overwrite."
         )
+    if target.exists() and not _is_replaceable(target):
+        raise OutputError(
+            f"{printable(str(target))}: is no checkpoint folder, and --overwrite replaces only these: "
+            "what else lies there would be lost. Choose another --output, or remove it yourself."
+        )
+
+
+def _is_replaceable(target: Path) -> bool:
+    """Whether a folder is empty or holds weights, so that nobody's home is taken for an output."""
+    if not target.is_dir() or target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        return False
+    with reading(target):
+        names = [entry.name for entry in target.iterdir()]
+    return not names or any(n == REPORT_NAME or n.endswith(".safetensors") for n in names)
 
 
 def _is_within(path: Path, folder: Path) -> bool:

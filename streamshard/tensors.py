@@ -395,10 +395,12 @@ class Computed(Lazy):
         # The block may be overwritten already: its source is read again.
         base = read_float32(self.source, row, row + shape[0], work)
         base = np.ascontiguousarray(base[:, column : column + shape[1]])
-        total = base if update is None else base + update
+        with np.errstate(invalid="ignore", over="ignore"):
+            total = base if update is None else base + update
         rounded = np.empty_like(base)
         narrow(total, self.dtype, np.empty(shape, FLOATS[self.dtype]), rounded)
-        bad = int(np.argmin(np.isfinite(rounded - base).all(axis=1)))
+        with np.errstate(invalid="ignore"):
+            bad = int(np.argmin(np.isfinite(rounded - base).all(axis=1)))
         if not np.isfinite(base[bad]).all():
             detail = "the base weight is not finite (NaN or infinite)"
         elif np.isfinite(total[bad]).all():
