@@ -57,7 +57,7 @@ def narrow(values: Float32, dtype: str, out: Elements, rounded: Float32) -> None
         np.copyto(out, shifted, casting="unsafe")
         np.left_shift(shifted, _BITS_16, out=shifted)
     elif dtype == "F16":
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # the caller sees the infinity
             np.copyto(out, values, casting="unsafe")
         np.copyto(rounded, out)
     else:
@@ -87,11 +87,9 @@ def add_and_round(
     if update is None:
         np.copyto(total, base)
     else:
-        with np.errstate(invalid="ignore", over="ignore"):
-            np.add(base, update, out=total)
+        np.add(base, update, out=total)
     narrow(total, dtype, new, change)
-    with np.errstate(invalid="ignore"):
-        np.subtract(change, base, out=change)
+    np.subtract(change, base, out=change)
     exact = change.astype(np.float64).reshape(-1)
     return float(np.dot(exact, exact))
 

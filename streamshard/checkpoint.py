@@ -26,7 +26,7 @@ MAX_JSON_BYTES = 50_000_000
 
 # What a training run or another tool leaves beside the weights and a loadable folder must not have.
 _NOT_CARRIED = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx)|.*\.index\.json|adapter_.*"
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx)|.*\.index\.json|adapter_config\.json"
     r"|trainer_state\.json|zero_to_fp32\.py|latest|streamshard\.json",
     re.IGNORECASE,
 )
@@ -67,17 +67,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     malformed or ambiguous, `ReadError` for what cannot be read.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{printable(str(path))}: no such file or folder. Check the path.")
-    if path.is_file():
-        header = read_header(path)
-        return _checkpoint(path, {path.name: header}, None, {})
-    weights, config = _find_weights(path), _read_config(path)
-    if weights.name == INDEX_NAME:
-        headers = _open_index(weights)
-    else:
-        headers = {weights.name: read_header(weights)}
-    return _checkpoint(path, headers, config, _side_files(path))
+    with reading(path):
+        if not path.exists():
+            raise InputError(f"{printable(str(path))}: no such file or folder. Check the path.")
+        if path.is_file():
+            header = read_header(path)
+            return _checkpoint(path, {path.name: header}, None, {})
+        weights, config = _find_weights(path), _read_config(path)
+        if weights.name == INDEX_NAME:
+            headers = _open_index(weights)
+        else:
+            headers = {weights.name: read_header(weights)}
+        return _checkpoint(path, headers, config, _side_files(path))
 
 
 def open_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
@@ -87,6 +88,11 @@ def open_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
     or `AdapterError`.
     """
     path = Path(path)
+    with reading(path):
+        return _open_adapter(path)
+
+
+def _open_adapter(path: Path) -> AdapterFolder:
     if path.is_file() and path.name.startswith("adapter_model."):
         path = path.parent
     if not path.is_dir():
@@ -213,13 +219,12 @@ def _checkpoint(
 def _side_files(folder: Path) -> dict[str, Path]:
     """Everything that is to be carried along, by its name relative to the folder."""
     found = {}
-    with reading(folder):
-        for parent, folders, names in os.walk(folder):
-            folders[:] = sorted(name for name in folders if not _NOT_ENTERED.fullmatch(name))
-            for name in sorted(names):
-                file = Path(parent, name)
-                if not _NOT_CARRIED.fullmatch(name) and file.is_file():
-                    found[file.relative_to(folder).as_posix()] = file
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not _NOT_ENTERED.fullmatch(name))
+        for name in sorted(names):
+            file = Path(parent, name)
+            if not _NOT_CARRIED.fullmatch(name) and file.is_file():
+                found[file.relative_to(folder).as_posix()] = file
     return found
 
 

@@ -193,7 +193,7 @@ class _Screen:
     def result(self, report: dict[str, Any]) -> None:
         """Print the report."""
         if self._as_json:
-            click.echo(json.dumps(report, ensure_ascii=False))
+            click.echo(json.dumps(report))
             return
         for warning in report["warnings"]:
             click.echo(f"warning: {warning}", err=True)

@@ -159,8 +159,8 @@ def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
         )
     if target.exists() and not _is_replaceable(target):
         raise OutputError(
-            f"{printable(str(target))}: is no checkpoint folder, and --overwrite replaces only these: "
-            "what else lies there would be lost. Choose another --output, or remove it yourself."
+            f"{printable(str(target))}: is no checkpoint folder, and --overwrite replaces "
+            "only these: what else lies there would be lost. Choose another --output, or remove it yourself."
         )
 
 
@@ -274,4 +274,6 @@ def _timed(report: Report, job: Job) -> Report:
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
     """JSON as this package writes it into output folders."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A path that is not UTF-8 has surrogates, which this turns into JSON's own escapes.
+    return text.encode(errors="backslashreplace")

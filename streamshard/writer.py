@@ -122,21 +122,26 @@ def output_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
     If the block raises, the staging folder is removed and `target` is as it was.
     """
-    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
     if target.exists() and not overwrite:
         raise OutputError(
             f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
         )
-    with writing(staging, 0):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+    target = target.parent.resolve() / target.resolve().name  # "." has no name
+    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
+        with writing(staging, 0):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
         yield staging
         sync_folder(staging)
         _replace(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise
     sync_folder(target.parent)
 
@@ -235,14 +240,26 @@ class _Run:
             unit = None if self.stop.is_set() else next(self.units, None)
             if unit is None:
                 return None
-            output = self.outputs.get(unit.shard)
-            if output is None:
-                shard = self.shards[unit.shard]
-                output = OutputFile(self.folder / shard.name, shard.nbytes)
-                self.outputs[unit.shard] = output
-                self.left[unit.shard] = shard.nbytes - len(shard.header)
-                output.write(memoryview(shard.header), 0)
-            return unit, output
+            if unit.shard not in self.outputs:
+                try:
+                    self.begin(unit.shard)
+                except BaseException as error:
+                    self.fail(error)
+                    raise
+            return unit, self.outputs[unit.shard]
+
+    def begin(self, number: int) -> None:
+        """Create the file of a shard and write its header."""
+        shard = self.shards[number]
+        output = OutputFile(self.folder / shard.name, shard.nbytes)
+        self.outputs[number] = output
+        self.left[number] = shard.nbytes - len(shard.header)
+        output.write(memoryview(shard.header), 0)
+
+    def fail(self, error: BaseException) -> None:
+        """Stop all workers; the first error is the one that is reported."""
+        self.error = self.error or error
+        self.stop.set()
 
     def finished(self, unit: _Unit, squared: float) -> None:
         """Take note of a finished unit; the last one of a file has the file synced."""
@@ -281,9 +298,7 @@ class _Run:
                     done += block.nbytes
                 self.finished(unit, distance if self.compares else workspace.squared_change)
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
-            with self.lock:
-                self.error = self.error or error
-            self.stop.set()
+            self.fail(error)
 
 
 def write_shards(
