@@ -160,7 +160,8 @@ def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
     if target.exists() and not _is_replaceable(target):
         raise OutputError(
             f"{printable(str(target))}: is no checkpoint folder, and --overwrite replaces "
-            "only these: what else lies there would be lost. Choose another --output, or remove it yourself."
+            "only these: what else lies there would be lost. Choose another --output, or "
+            "remove it yourself."
         )
 
 

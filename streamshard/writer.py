@@ -126,7 +126,7 @@ def output_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
         raise OutputError(
             f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
         )
-    target = target.parent.resolve() / target.resolve().name  # "." has no name
+    target = target.resolve()  # "." has no name
     staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
     made = [folder for folder in target.parents if not folder.exists()]
     try:
