@@ -17,7 +17,13 @@ from streamshard.files import read_bytes, reading
 from streamshard.format import Header, parse_json, read_header
 from streamshard.tensors import Lazy, Stored
 
-__all__ = ["AdapterFolder", "Checkpoint", "open_adapter", "open_checkpoint"]
+__all__ = [
+    "AdapterFolder",
+    "Checkpoint",
+    "open_adapter",
+    "open_checkpoint",
+    "read_json_object",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -60,11 +66,12 @@ class AdapterFolder:
     tensors: Mapping[str, Lazy]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, needs_weights: bool = True) -> Checkpoint:
     """Open a folder with an index, a folder with one `.safetensors` file, or such a file itself.
 
-    A bare file has neither config nor side files. Raises `InputError` for what is missing,
-    malformed or ambiguous, `ReadError` for what cannot be read.
+    A bare file has neither config nor side files. A folder without weights is accepted only if
+    they are not needed. Raises `InputError` for what is missing, malformed or ambiguous,
+    `ReadError` for what cannot be read.
     """
     path = Path(path)
     with reading(path):
@@ -73,7 +80,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if path.is_file():
             header = read_header(path)
             return _checkpoint(path, {path.name: header}, None, {})
-        weights, config = _find_weights(path), _read_config(path)
+        config = _read_config(path)
+        if not needs_weights and not any(path.glob("*.safetensors*")):
+            return Checkpoint(path, {}, {}, {}, config, _side_files(path))
+        weights = _find_weights(path)
         if weights.name == INDEX_NAME:
             headers = _open_index(weights)
         else:
@@ -105,7 +115,7 @@ def _open_adapter(path: Path) -> AdapterFolder:
             else "Give the folder that PEFT's save_pretrained wrote."
         )
         raise InputError(f"{printable(str(path))}: has no adapter_config.json. {hint}")
-    config = _read_json_object(path / "adapter_config.json")
+    config = read_json_object(path / "adapter_config.json")
     file = path / "adapter_model.safetensors"
     if file.is_file():
         tensors: Mapping[str, Lazy] = read_header(file).tensors
@@ -158,7 +168,7 @@ def _find_weights(folder: Path) -> Path:
 
 def _open_index(index: Path) -> dict[str, Header]:
     where = printable(str(index))
-    content = _read_json_object(index)
+    content = read_json_object(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{where}: has no weight_map from tensor names to file names.")
@@ -230,10 +240,11 @@ def _side_files(folder: Path) -> dict[str, Path]:
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
     file = folder / "config.json"
-    return _read_json_object(file) if file.is_file() else None
+    return read_json_object(file) if file.is_file() else None
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The JSON object in an untrusted file; raises `InputError` if it is none."""
     content = parse_json(read_bytes(file, MAX_JSON_BYTES), printable(str(file)))
     if not isinstance(content, dict):
         raise InputError(f"{printable(str(file))}: is not a JSON object.")

@@ -10,16 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from streamshard.arithmetic import FLOATS
 from streamshard.errors import AdapterError, InputError, listed, nearest, printable
 from streamshard.peft_config import LoraSettings
-from streamshard.tensors import Lazy, LowRank, Workspace, add_low_rank, read_float32
+from streamshard.tensors import Lazy, LowRank, Workspace, add_low_rank, concat, read_float32
 
-__all__ = ["Adapter", "Merged", "check_base", "merge"]
+__all__ = ["Adapter", "Carry", "Merged", "Place", "check_base", "merge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,29 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """The new mapping, and for each base tensor that changes, its updates."""
+    """The new mapping, the names of the tensors that change, and what is worth knowing."""
 
     tensors: dict[str, Lazy]
-    updates: dict[str, tuple[LowRank, ...]]
+    changed: tuple[str, ...]
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where rows of an update go: `rows` from `source_start` on, to `target` from `start` on.
+
+    `whole` says that they must be all rows of the target.
+    """
+
+    target: str
+    start: int
+    source_start: int
+    rows: int
+    whole: bool
+
+
+# Finds the places of a weight of another layout, given its name and its rows; none if unknown.
+Carry: TypeAlias = Callable[[str, int], Sequence[Place]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,26 +115,34 @@ def check_base(base: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> No
         )
 
 
-def merge(base: Mapping[str, Lazy], adapters: Sequence[Adapter], work: Workspace) -> Merged:
+def merge(
+    base: Mapping[str, Lazy],
+    adapters: Sequence[Adapter],
+    work: Workspace,
+    carry: Carry | None = None,
+) -> Merged:
     """Add every pair of every adapter to the weight it was trained on.
 
-    Each tensor of an adapter is used exactly once. Raises `AdapterError` for what has no home,
-    does not fit, is not finite, or changes nothing.
+    Each tensor of an adapter is used exactly once. `carry` knows the names of another layout, for
+    adapters that were trained there. Raises `AdapterError` for what has no home, does not fit, is
+    not finite, or changes nothing.
     """
-    updates: dict[str, list[LowRank]] = {}
+    updates: dict[str, list[tuple[int, LowRank]]] = {}
     warnings: list[str] = []
     for adapter in adapters:
         pairs = _pairs(adapter)
-        homes = _homes(base, adapter, pairs)
+        homes = _homes(base, adapter, pairs, carry)
         fitting = {m: _update(base, adapter, m, pair, homes[m]) for m, pair in pairs.items()}
         idle = []
         for module, update in fitting.items():
             # Both factors are read in any case: a zero must not hide a NaN.
             peaks = [_largest(adapter, key, work) for key in (pairs[module].A, pairs[module].B)]
-            if update.scale and all(peaks):
-                updates.setdefault(homes[module], []).append(update)
-            else:
+            if not update.scale or not all(peaks):
                 idle.append(module)
+                continue
+            for place in homes[module]:
+                rows = update.take(place.source_start, place.source_start + place.rows)
+                updates.setdefault(place.target, []).append((place.start, rows))
         if len(idle) == len(pairs):
             raise AdapterError(
                 f"{adapter.where}: every update is exactly zero (lora_B is zero, or the weight is "
@@ -128,9 +155,24 @@ def merge(base: Mapping[str, Lazy], adapters: Sequence[Adapter], work: Workspace
             )
     tensors = dict(base)
     for name, terms in updates.items():
-        tensors[name] = add_low_rank(base[name], terms)
-    final = {name: tuple(updates[name]) for name in base if name in updates}
-    return Merged(tensors, final, tuple(warnings))
+        tensors[name] = _add(base[name], terms)
+    changed = tuple(name for name in base if name in updates)
+    return Merged(tensors, changed, tuple(warnings))
+
+
+def _add(tensor: Lazy, terms: Sequence[tuple[int, LowRank]]) -> Lazy:
+    """Add updates of some rows each; rows without one keep their bytes."""
+    ends = {at for start, term in terms for at in (start, start + term.stop - term.start)}
+    parts = []
+    for low, high in pairwise(sorted({0, tensor.shape[0], *ends})):
+        own = [
+            term.take(low - start, high - start)
+            for start, term in terms
+            if start <= low and high <= start + term.stop - term.start
+        ]
+        part = tensor.take(low, high)
+        parts.append(add_low_rank(part, own) if own else part)
+    return concat(parts)
 
 
 def _pairs(adapter: Adapter) -> dict[str, _Pair]:
@@ -205,9 +247,9 @@ _REWRITES: tuple[tuple[str, Callable[[str], str]], ...] = (
 
 
 def _homes(
-    base: Mapping[str, Lazy], adapter: Adapter, pairs: Mapping[str, _Pair]
-) -> dict[str, str]:
-    """The base tensor of every module, by one rewrite of names for the whole adapter."""
+    base: Mapping[str, Lazy], adapter: Adapter, pairs: Mapping[str, _Pair], carry: Carry | None
+) -> dict[str, Sequence[Place]]:
+    """Where the update of every module goes, by one rewrite of names for the whole adapter."""
     weights = {name.removesuffix(".weight"): name for name in base if name.endswith(".weight")}
     flat = {_hf_spelling(module): name for module, name in weights.items()}
     found: dict[str, dict[str, str]] = {}
@@ -228,7 +270,18 @@ def _homes(
             f"({', '.join(different)}). Rename the keys as the base has them."
         )
     if found:
-        return next(iter(found.values()))
+        homes = next(iter(found.values()))
+        rows = {m: adapter.tensors[pair.B].rows for m, pair in pairs.items()}
+        return {m: [Place(name, 0, 0, rows[m], whole=True)] for m, name in homes.items()}
+    if carry is not None:
+        carried = {
+            m: carry(f"{m}.weight", adapter.tensors[pair.B].rows) for m, pair in pairs.items()
+        }
+        homeless = [m for m, places in carried.items() if not places]
+        if not homeless:
+            return carried
+        if len(pairs) - len(homeless) > best[0]:
+            best = (len(pairs) - len(homeless), "by the names of the other layout", homeless)
     raise _no_home(weights, adapter, pairs, best)
 
 
@@ -254,10 +307,14 @@ def _no_home(
 
 
 def _update(
-    base: Mapping[str, Lazy], adapter: Adapter, module: str, pair: _Pair, home: str
+    base: Mapping[str, Lazy],
+    adapter: Adapter,
+    module: str,
+    pair: _Pair,
+    places: Sequence[Place],
 ) -> LowRank:
-    """The update of one base tensor, every shape and dtype checked."""
-    A, B, W = adapter.tensors[pair.A], adapter.tensors[pair.B], base[home]
+    """The update of one module, every shape and dtype checked."""
+    A, B = adapter.tensors[pair.A], adapter.tensors[pair.B]
     where = f"{adapter.where}: '{printable(pair.A)}'"
     for key, factor in ((pair.A, A), (pair.B, B)):
         if factor.dtype not in FLOATS:
@@ -277,16 +334,21 @@ def _update(
             f"{where} has rank {A.shape[0]} and its lora_B {B.shape[1]}, but adapter_config.json "
             f"says {rank}. Config and tensors are not of one adapter."
         )
-    if W.dtype not in FLOATS:
-        raise InputError(
-            f"base tensor '{printable(home)}' is {W.dtype}; an update can only be added to "
-            f"{', '.join(FLOATS)}. Use the unquantized checkpoint."
-        )
-    if W.shape != (B.shape[0], A.shape[1]):
-        raise AdapterError(
-            f"{where} and its lora_B make an update of shape {[B.shape[0], A.shape[1]]}, but base "
-            f"tensor '{printable(home)}' is {list(W.shape)}. The adapter belongs to another model."
-        )
+    for place in places:
+        W = base[place.target]
+        if W.dtype not in FLOATS:
+            raise InputError(
+                f"base tensor '{printable(place.target)}' is {W.dtype}; an update can only be added "
+                f"to {', '.join(FLOATS)}. Use the unquantized checkpoint."
+            )
+        end = place.start + place.rows
+        fits = end == W.rows if place.whole else end <= W.rows
+        if len(W.shape) != 2 or W.columns != A.columns or not fits:
+            raise AdapterError(
+                f"{where} and its lora_B make an update of shape {[B.rows, A.columns]}, but base "
+                f"tensor '{printable(place.target)}' is {list(W.shape)}. The adapter belongs to "
+                "another model."
+            )
     scale = adapter.settings.scaling(module) * adapter.weight
     return LowRank(A, B, scale, 0, B.shape[0])
 

@@ -1,0 +1,311 @@
+"""Carrying a checkpoint to the other layout, beside a reference folder of that layout.
+
+Weights come from the source; config, remote code, tokenizer and processor from the reference.
+What the two disagree on is an error, as it would be a wrong model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from streamshard.checkpoint import Checkpoint, read_json_object
+from streamshard.errors import InputError, UsageError, listed, printable
+from streamshard.families import (
+    Dims,
+    check_config,
+    config_fixes,
+    config_layout,
+    dims_from_config,
+    llm_architecture,
+)
+from streamshard.layouts import Converted, convert
+from streamshard.tensors import Lazy, Stored
+
+__all__ = ["Target", "carry_over", "model_dims", "shard_names"]
+
+_INNER = {"custom": "llm_config", "hf": "text_config"}
+_OTHER = {"custom": "hf", "hf": "custom"}
+_EMBEDDINGS = (
+    "language_model.model.embed_tokens.weight",
+    "language_model.model.tok_embeddings.weight",
+)
+_TOKENIZER = re.compile(
+    r"tokenizer.*|vocab\.(?:json|txt)|merges\.txt|added_tokens\.json|special_tokens_map\.json"
+    r"|tokenization_.*\.py|spiece\.model|sentencepiece.*"
+)
+# What must be equal in both configs, by the names of the custom and of the HF config. The order of
+# the weights says nothing of these, and a wrong one is a model that talks nonsense.
+_LLM_KEYS = ("hidden_size", "intermediate_size", "rms_norm_eps", "rope_theta", "hidden_act")
+_TOP_KEYS = (("downsample_ratio", "downsample_ratio"), ("select_layer", "vision_feature_layer"))
+_VISION_KEYS = ("image_size", "patch_size", "layer_norm_eps", "hidden_size", "intermediate_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A checkpoint carried over: its tensors and files, and what was missing or unexpected."""
+
+    tensors: dict[str, Lazy]
+    config: dict[str, Any] | None
+    """`config.json` if the reference's must be changed; None if it can be copied."""
+    side_files: dict[str, Path]
+    reference: dict[str, Stored] | None
+    missing: list[str]
+    unexpected: list[str]
+    warnings: list[str]
+
+
+def model_dims(source: Checkpoint, reference: Checkpoint | None, layout: str) -> Dims:
+    """The dimensions of a model that goes to `layout`; both configs must agree on them.
+
+    Raises `InputError` if they are of different models, or describe what HF cannot express.
+    """
+    configs = {_OTHER[layout]: source, layout: reference}
+    custom, hf = configs["custom"], configs["hf"]
+    architecture = None
+    if custom is not None and custom.config is not None:
+        where = printable(str(custom.path / "config.json"))
+        _check_layout(custom, "custom", where)
+        check_config(custom.config, where)
+        architecture = llm_architecture(custom.config, where)
+    found = {}
+    for side, checkpoint in (("custom", custom), ("hf", hf)):
+        if checkpoint is not None and checkpoint.config is not None:
+            where = printable(str(checkpoint.path / "config.json"))
+            _check_layout(checkpoint, side, where)
+            found[side] = dims_from_config(
+                checkpoint.config, architecture=architecture, where=where
+            )
+    if not found:
+        raise InputError(
+            f"{printable(str(source.path))}: has no config.json, so the heads of its attention are not "
+            "known. Give the whole folder."
+        )
+    if len(found) == 2 and source.config and reference is not None and reference.config:
+        _compare_dims(found["custom"], found["hf"], reference.path)
+        _compare_configs(custom, hf, reference.path)
+    if layout == "custom" and "hf" in found:
+        return found["hf"]
+    return found.get(_OTHER[layout]) or replace(found[layout], tied=None)
+
+
+def carry_over(
+    tensors: Mapping[str, Lazy],
+    source: Checkpoint,
+    reference: Checkpoint,
+    layout: str,
+    *,
+    tokenizer_from: str | None,
+    allow_missing: bool = False,
+    allow_unexpected: bool = False,
+) -> Target:
+    """Bring `tensors` (those of `source`, perhaps merged) to `layout`, with what lies beside them.
+
+    Raises `InputError` for missing or unexpected tensors that are not allowed, shapes other than the
+    reference's, and vocabularies that differ while `tokenizer_from` does not say whose
+    tokenizer belongs to the weights.
+    """
+    if reference.config is None:
+        raise InputError(
+            f"{printable(str(reference.path))}: has no config.json. The reference folder gives config "
+            "and tokenizer of the layout to write: give the original model of that layout."
+        )
+    if tokenizer_from not in (None, "source", "reference"):
+        raise UsageError(
+            f"--tokenizer-from is {tokenizer_from!r}; source or reference was expected."
+        )
+    dims = model_dims(source, reference, layout)
+    result = convert(tensors, dims, layout)
+    known = _canonical(reference, dims, layout) if reference.tensors else None
+    missing, unexpected = list(result.missing), list(result.unexpected)
+    if known is not None:
+        missing += sorted(set(known) - set(result.tensors) - set(missing))
+        unexpected += sorted(set(result.tensors) - set(known) - set(unexpected))
+    _refuse(missing, "missing", "--allow-missing", allow_missing, result, source)
+    _refuse(unexpected, "unexpected", "--allow-unexpected", allow_unexpected, result, source)
+    rows = _vocabulary(result.tensors)
+    own = _vocabulary(known or {}) or reference.config[_INNER[layout]].get("vocab_size")
+    if rows is not None and own != rows and tokenizer_from is None:
+        raise InputError(
+            f"the embedding of {printable(str(source.path))} has {rows:,} rows, that of the reference "
+            f"{printable(str(reference.path))} {own:,}: the vocabularies differ. Say whose tokenizer "
+            "belongs to the weights: --tokenizer-from source (usual after adding tokens) or reference."
+        )
+    _check_shapes(result.tensors, known or {}, reference.path)
+    config = config_fixes(reference.config, layout)
+    side_files = dict(reference.side_files)
+    if tokenizer_from == "source":
+        _take_tokenizer(source, side_files, config, layout)
+    if rows is not None:
+        config[_INNER[layout]]["vocab_size"] = rows
+    return Target(
+        tensors=result.tensors,
+        config=None if config == reference.config else config,
+        side_files=side_files,
+        reference=known,
+        missing=missing,
+        unexpected=unexpected,
+        warnings=_other_files(source, reference),
+    )
+
+
+def shard_names(tensors: Mapping[str, Lazy], source: Checkpoint) -> dict[str, str]:
+    """The file of each tensor: that of its first byte in the source, numbered anew if one is empty."""
+    names = {}
+    for name, tensor in tensors.items():
+        piece: Any = tensor.pieces[0]
+        names[name] = Path(getattr(piece, "source", piece).pieces[0].path).name
+    used = sorted(set(names.values()))
+    if len(used) == len(source.metadata):
+        return names
+    count = len(used)
+    new = {old: f"model-{i:05d}-of-{count:05d}.safetensors" for i, old in enumerate(used, 1)}
+    return {name: new[file] for name, file in names.items()}
+
+
+def _check_layout(checkpoint: Checkpoint, side: str, where: str) -> None:
+    found = config_layout(checkpoint.config or {})
+    if found != side:
+        kind = "neither layout" if found is None else f"the {found} layout"
+        raise InputError(
+            f"{where}: model_type is of {kind}, but a {side} model (model_type "
+            f"{'internvl_chat' if side == 'custom' else 'internvl'}) was expected here. "
+            "Are the two folders swapped?"
+        )
+
+
+def _compare_dims(custom: Dims, hf: Dims, path: Path) -> None:
+    for field in fields(Dims):
+        if field.name == "tied":
+            continue
+        one, other = getattr(custom, field.name), getattr(hf, field.name)
+        if one is not None and other is not None and one != other:
+            raise InputError(
+                f"{printable(str(path))}: is of another model: {field.name} is {one} in the custom "
+                f"config but {other} in the HF config. Give the reference of the same model."
+            )
+
+
+def _compare_configs(custom: Checkpoint | None, hf: Checkpoint | None, path: Path) -> None:
+    one = (custom.config if custom else None) or {}
+    other = (hf.config if hf else None) or {}
+    pairs = [(key, one.get(key), other.get(name)) for key, name in _TOP_KEYS]
+    for inner, twin, keys in (
+        ("llm_config", "text_config", _LLM_KEYS),
+        ("vision_config", "vision_config", _VISION_KEYS),
+    ):
+        mine, theirs = one.get(inner) or {}, other.get(twin) or {}
+        pairs += [(f"{inner}.{key}", _value(mine, key), _value(theirs, key)) for key in keys]
+    for key, left, right in pairs:
+        if left is not None and right is not None and left != right:
+            raise InputError(
+                f"{printable(str(path))}: is of another model: {key} is {left} in the custom config but "
+                f"{right} in the HF config, and the weights were trained with one of them. Give the "
+                "reference of the same model, or make the configs agree."
+            )
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    value = config.get(key)
+    if key == "rope_theta" and value is None and isinstance(config.get("rope_parameters"), dict):
+        value = config["rope_parameters"].get("rope_theta")
+    if isinstance(value, list) and len(set(map(str, value))) == 1:
+        value = value[0]  # HF has [height, width]
+    return value
+
+
+def _canonical(reference: Checkpoint, dims: Dims, layout: str) -> dict[str, Stored]:
+    """The reference's tensors under the names that are written here, whatever its spelling."""
+    back = convert(convert(reference.tensors, dims, _OTHER[layout]).tensors, dims, layout)
+    return {name: t for name, t in back.tensors.items() if isinstance(t, Stored)}
+
+
+def _refuse(
+    names: list[str],
+    what: str,
+    option: str,
+    allowed: bool,
+    result: Converted[Lazy],
+    source: Checkpoint,
+) -> None:
+    if names and not allowed:
+        reasons = [result.unexpected[name] for name in names[:1] if name in result.unexpected]
+        raise InputError(
+            f"{printable(str(source.path))}: {len(names)} tensors are {what}: {listed(names)}"
+            f"{'; ' + reasons[0] if reasons else ''}. The output would not be the whole model. "
+            f"Check that source and reference are of one model; {option} writes it nevertheless and "
+            "reports the names."
+        )
+
+
+def _vocabulary(tensors: Mapping[str, Lazy]) -> int | None:
+    return next((tensors[name].shape[0] for name in _EMBEDDINGS if name in tensors), None)
+
+
+def _check_shapes(tensors: Mapping[str, Lazy], known: Mapping[str, Lazy], path: Path) -> None:
+    for name, tensor in tensors.items():
+        other = known.get(name)
+        vocabulary = name in _EMBEDDINGS or name.endswith((".output.weight", ".lm_head.weight"))
+        skip = 1 if vocabulary else 0
+        if other is not None and tensor.shape[skip:] != other.shape[skip:]:
+            raise InputError(
+                f"{printable(str(path))}: is of another model: '{printable(name)}' is "
+                f"{list(other.shape)} there, but {list(tensor.shape)} in the source. Give the reference "
+                "of the same model."
+            )
+
+
+def _take_tokenizer(
+    source: Checkpoint, side_files: dict[str, Path], config: dict[str, Any], layout: str
+) -> None:
+    """Replace the reference's tokenizer by the source's, and the id that depends on it."""
+    own = {n: f for n, f in source.side_files.items() if _TOKENIZER.fullmatch(n)}
+    if not own:
+        raise InputError(
+            f"{printable(str(source.path))}: has no tokenizer files, so --tokenizer-from source cannot "
+            "be done. Give the folder with the tokenizer, or --tokenizer-from reference."
+        )
+    for name in [name for name in side_files if _TOKENIZER.fullmatch(name)]:
+        del side_files[name]
+    side_files |= own
+    if layout == "hf":
+        config["image_token_id"] = _image_token_id(source)
+
+
+def _image_token_id(source: Checkpoint) -> int:
+    token = "<IMG_CONTEXT>"  # noqa: S105 - the token of text that stands for a part of an image
+    files = source.side_files
+    found: Any = None
+    if "added_tokens.json" in files:
+        found = read_json_object(files["added_tokens.json"]).get(token)
+    if found is None and "tokenizer_config.json" in files:
+        decoder = read_json_object(files["tokenizer_config.json"]).get("added_tokens_decoder")
+        for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
+            if isinstance(entry, dict) and entry.get("content") == token and number.isdigit():
+                found = int(number)
+    if found is None and "tokenizer.json" in files:
+        entries = read_json_object(files["tokenizer.json"]).get("added_tokens")
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and entry.get("content") == token:
+                found = entry.get("id")
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise InputError(
+            f"{printable(str(source.path))}: its tokenizer files do not say which id {token} has, and "
+            "the HF config needs it as image_token_id. Use --tokenizer-from reference."
+        )
+    return found
+
+
+def _other_files(source: Checkpoint, reference: Checkpoint) -> list[str]:
+    """A hint where the source has a scaling of rotary positions that the reference has not."""
+    configs = [checkpoint.config or {} for checkpoint in (source, reference)]
+    inner = [c.get("llm_config") or c.get("text_config") or {} for c in configs]
+    scaling = [c.get("rope_scaling") for c in inner]
+    if source.config is not None and bool(scaling[0]) != bool(scaling[1]):
+        old = inner[1].get("rope_parameters") or inner[0].get("rope_parameters")
+        if not old:
+            return [f"rope_scaling is {scaling[0]} in the source and {scaling[1]} in the reference"]
+    return []
