@@ -25,8 +25,6 @@ from streamshard.errors import StreamshardError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from streamshard.run import Plan
-
 __all__ = ["main"]
 
 _CONTEXT = {
@@ -44,14 +42,16 @@ class _Terminated(BaseException):
 @click.group(context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="streamshard")
 def cli() -> None:
-    """Merge LoRA adapters into InternVL checkpoints, tensor by tensor.
+    """Merge LoRA adapters into InternVL checkpoints and convert them, tensor by tensor.
 
     Works on a CPU-only machine in some tens of MB of memory, whatever the model's size, and
     refuses what it cannot do exactly.
 
     \b
-    Example:
+    Examples:
       streamshard merge-lora --adapter ./my-lora --base ./InternVL3-8B --output ./merged
+      streamshard hf2custom --hf-path ./tuned-hf --custom-path ./InternVL3-8B --save-path ./tuned
+      streamshard inspect ./merged
     """
 
 
@@ -89,6 +89,40 @@ def _output_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _reading_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of commands that only read."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no messages but errors."),
+        click.option("-v", "--verbose", is_flag=True, help="Log details; tracebacks of errors."),
+    ):
+        command = option(command)
+    return command
+
+
+def _conversion_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of both conversions."""
+    options = [
+        click.option("--save-path", required=True, metavar="FOLDER", help="New folder to write."),
+        click.option(
+            "--tokenizer-from",
+            type=click.Choice(["source", "reference"]),
+            help="Whose tokenizer belongs to the weights, if the vocabularies differ.",
+        ),
+        click.option(
+            "--allow-missing", is_flag=True, help="Write although tensors are missing; report them."
+        ),
+        click.option(
+            "--allow-unexpected",
+            is_flag=True,
+            help="Write although the source has tensors with no place; report them.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return _output_options(command)
+
+
 @cli.command("merge-lora", short_help="Fold PEFT LoRA adapters into a base checkpoint.")
 @click.option(
     "--adapter",
@@ -112,22 +146,31 @@ def _output_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar="W",
     help="Factor on an adapter's update, once per --adapter.  [default: 1]",
 )
+@click.option(
+    "--layout",
+    type=click.Choice(["keep", "custom", "hf"]),
+    default="keep",
+    show_default=True,
+    help="Convert in the same pass; needs --reference.",
+)
+@click.option(
+    "--reference",
+    metavar="FOLDER",
+    help="With --layout: the original model in that layout, for config, code and tokenizer.",
+)
+@click.option(
+    "--tokenizer-from",
+    type=click.Choice(["source", "reference"]),
+    help="With --layout: whose tokenizer belongs to the weights, if the vocabularies differ.",
+)
 @_output_options
-def merge_lora(
-    adapters: tuple[str, ...],
-    base: str,
-    output: str | None,
-    weights: tuple[float, ...],
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **options: Any,
-) -> None:
+def merge_lora(adapters: tuple[str, ...], weights: tuple[float, ...], **options: Any) -> None:
     """Fold PEFT LoRA adapters into a base checkpoint.
 
     The output is a complete folder: merged weights, config, tokenizer and every other file of
     the base. A merged element is W + s*B*A accumulated in fp32 and rounded once; everything else is
     copied byte for byte. Each tensor of the adapter must find its weight, or nothing is written.
+    Adapter and base may be in different layouts.
 
     \b
     Examples:
@@ -135,23 +178,131 @@ def merge_lora(
       streamshard merge-lora --adapter ./my-lora --base ./InternVL3-8B --dry-run
       streamshard merge-lora --adapter ./a --weight 0.7 --adapter ./b --weight 0.3 \\
           --base ./InternVL3-8B --output ./merged --max-shard-size 2GB
+      streamshard merge-lora --adapter ./hf-lora --base ./InternVL3-8B-hf --output ./merged \\
+          --layout custom --reference ./InternVL3-8B
     """
+    _write(
+        "merge_lora",
+        _merge_text,
+        adapter=list(adapters),
+        weight=list(weights),
+        **options,
+    )
+
+
+@cli.command("hf2custom", short_help="Convert HF weights to the custom layout.")
+@click.option("--hf-path", required=True, metavar="PATH", help="Checkpoint to convert.")
+@click.option(
+    "--custom-path",
+    required=True,
+    metavar="FOLDER",
+    help="Original model in the custom layout: config, code, tokenizer; weights to compare with.",
+)
+@_conversion_options
+def hf2custom(**options: Any) -> None:
+    """Convert HF weights (InternVLForConditionalGeneration) to the custom layout (InternVLChatModel).
+
+    Weights come from --hf-path, in any spelling that transformers ever wrote; everything else from
+    --custom-path, which may have no weights. If it has some, the L2 distance from them is
+    printed. Missing and unexpected tensors are errors.
+
+    \b
+    Example:
+      streamshard hf2custom --hf-path ./my-finetune-hf --custom-path ./InternVL3-8B \\
+          --save-path ./my-finetune
+    """
+    _write("hf_to_custom", _conversion_text, **options)
+
+
+@cli.command("custom2hf", short_help="Convert custom weights to the HF layout.")
+@click.option("--custom-path", required=True, metavar="PATH", help="Checkpoint to convert.")
+@click.option(
+    "--hf-path",
+    required=True,
+    metavar="FOLDER",
+    help="Original model in the HF layout: config, tokenizer, processor; weights to compare with.",
+)
+@_conversion_options
+def custom2hf(**options: Any) -> None:
+    """Convert custom weights (InternVLChatModel) to the HF layout (InternVLForConditionalGeneration).
+
+    The inverse of hf2custom. Names are those that every version of transformers reads.
+
+    \b
+    Example:
+      streamshard custom2hf --custom-path ./my-finetune --hf-path ./InternVL3-8B-hf \\
+          --save-path ./my-finetune-hf
+    """
+    _write("custom_to_hf", _conversion_text, **options)
+
+
+@cli.command("diff", short_help="Compare two checkpoints.")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a processor]")
+@_reading_options
+def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
+    """Compare two checkpoints: names, shapes, dtypes and L2 distances, layouts reconciled.
+
+    \b
+    Example:
+      streamshard diff ./merged ./InternVL3-8B
+    """
+    screen = _begin(**output)
+    from streamshard import inspection
+
+    with contextlib.closing(screen):
+        report = inspection.diff(
+            a, b, workers=workers, on_total=screen.begin, progress=screen.progress
+        )
+    screen.result(report, _diff_text)
+
+
+@cli.command("inspect", short_help="Say what a checkpoint or adapter is.")
+@click.argument("path", metavar="X")
+@_reading_options
+def inspect(path: str, **output: Any) -> None:
+    """Say what a checkpoint or adapter is: layout, family, dimensions, dtypes, files, LoRA state.
+
+    Reads headers and configs only.
+
+    \b
+    Example:
+      streamshard inspect ./InternVL3-8B --json
+    """
+    screen = _begin(**output)
+    from streamshard import inspection
+
+    screen.result(inspection.inspect(path), _inspect_text)
+
+
+def _begin(*, as_json: bool, quiet: bool, verbose: bool) -> _Screen:
+    """Set up logging and memory before anything heavy is imported."""
     _log_to_stderr(verbose=verbose)
     _one_blas_thread()
+    return _Screen(as_json=as_json, quiet=quiet)
+
+
+def _write(
+    function: str,
+    text: Callable[[dict[str, Any]], str],
+    *,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Run a writing command of the Python API and print its report."""
+    screen = _begin(as_json=as_json, quiet=quiet, verbose=verbose)
     from streamshard import commands
 
-    screen = _Screen(as_json=as_json, quiet=quiet)
     with contextlib.closing(screen):
-        report = commands.merge_lora(
-            base=base,
-            adapter=list(adapters),
-            output=output,
-            weight=list(weights),
-            on_plan=screen.plan,
+        report = getattr(commands, function)(
+            on_plan=lambda plan: screen.begin(plan.tensor_nbytes),
             progress=screen.progress,
             **options,
         )
-    screen.result(report)
+    screen.result(report, _plan_text if report["dry_run"] else text)
 
 
 class _Screen:
@@ -167,14 +318,14 @@ class _Screen:
         if self._bar is not None:
             self._bar.close()
 
-    def plan(self, plan: Plan) -> None:
+    def begin(self, nbytes: int) -> None:
         """Begin the progress bar."""
         if self._quiet:
             return
         from tqdm import tqdm
 
         self._bar = tqdm(
-            total=sum(t.nbytes for shard in plan.shards for t in shard.tensors.values()),
+            total=nbytes,
             unit="B",
             unit_scale=True,
             dynamic_ncols=True,
@@ -190,45 +341,123 @@ class _Screen:
             self._bar.set_postfix({"tensor": name[-40:]}, refresh=False)
             self._bar.update(nbytes)
 
-    def result(self, report: dict[str, Any]) -> None:
-        """Print the report."""
+    def result(self, report: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> None:
+        """Print the report, as JSON or as `text` puts it."""
         if self._as_json:
             click.echo(json.dumps(report))
             return
         for warning in report["warnings"]:
             click.echo(f"warning: {warning}", err=True)
         if not self._quiet:
-            click.echo(_plan_text(report) if report["dry_run"] else _result_text(report))
+            click.echo(text(report))
 
 
 def _plan_text(report: dict[str, Any]) -> str:
     plan = report["plan"]
     files = [f"  {file['name']}  {_bytes(file['bytes'])}" for file in plan["files"]]
+    changed = (
+        f"{report['tensors']} tensors are converted"
+        if report["merged"] is None
+        else f"{report['merged']} tensors get an update"
+    )
     return "\n".join(
         [
             f"Would write {report['output']} ({_bytes(report['bytes'])}; "
             f"{_bytes(plan['free_bytes'])} free on that disk):",
             *files[:20],
             *([f"  and {len(files) - 20} more files"] if len(files) > 20 else []),
-            f"{report['merged']} of {report['tensors']} tensors get an update, the others are "
-            f"copied; {plan['workers']} threads, about {_bytes(plan['memory_bytes'])} of memory.",
+            f"{changed}; {plan['workers']} threads, about {_bytes(plan['memory_bytes'])} of memory.",
             "Nothing was written.",
         ]
     )
 
 
-def _result_text(report: dict[str, Any]) -> str:
+def _merge_text(report: dict[str, Any]) -> str:
     l2 = report["l2"]
     return "\n".join(
         [
-            f"Merged {report['merged']} of {report['tensors']} tensors into {report['output']}",
-            f"  {_bytes(report['bytes'])} in {report['shards']} files, {report['seconds']:.1f} s, "
-            f"{_bytes(report['bytes'] / report['seconds'])}/s, peak memory "
-            f"{_bytes(report['peak_rss_bytes'])}",
+            f"Merged {report['merged']} updates into {report['output']}",
+            _effort_text(report),
             f"  L2 from the base: {l2['global']:.6g} (sum over tensors {l2['sum']:.6g}, "
             f"per parameter {l2['per_parameter']:.6g})",
         ]
     )
+
+
+def _conversion_text(report: dict[str, Any]) -> str:
+    l2 = report["l2"]
+    lines = [
+        f"Converted {report['tensors']} tensors into {report['output']}",
+        _effort_text(report),
+        f"  missing: {', '.join(report['missing']) or 'none'}",
+        f"  unexpected: {', '.join(report['unexpected']) or 'none'}",
+    ]
+    if l2 is None:
+        lines.append("  L2: not computed, the reference has no weights")
+    else:
+        lines.append(
+            f"  L2 from {l2['reference']}: total {l2['sum']:.6g}, average {l2['per_parameter']:.6g} "
+            f"(global {l2['global']:.6g}; {l2['compared']} tensors compared)"
+        )
+    return "\n".join(lines)
+
+
+def _effort_text(report: dict[str, Any]) -> str:
+    return (
+        f"  {_bytes(report['bytes'])} in {report['shards']} files, {report['seconds']:.1f} s, "
+        f"{_bytes(report['bytes'] / report['seconds'])}/s, peak memory "
+        f"{_bytes(report['peak_rss_bytes'])}"
+    )
+
+
+def _diff_text(report: dict[str, Any]) -> str:
+    l2 = report["l2"]
+    lines = [
+        f"{report['equal']} tensors are equal, {len(report['different'])} differ; "
+        f"{len(report['missing'])} are only in {report['b']}, "
+        f"{len(report['unexpected'])} only in {report['a']}",
+        f"L2: total {l2['sum']:.6g}, average {l2['per_parameter']:.6g}, global {l2['global']:.6g}",
+    ]
+    for title, key in (("only in B", "missing"), ("only in A", "unexpected")):
+        lines += [f"  {title}: {name}" for name in report[key][:10]]
+    for title, key in (("shapes", "shapes"), ("dtypes", "dtypes")):
+        lines += [
+            f"  {title} differ: {name}: {left} and {right}"
+            for name, (left, right) in list(report[key].items())[:10]
+        ]
+    if report["different"]:
+        lines.append(f"  {'L2':>12} {'relative':>12}  largest differences")
+    for row in report["different"][:15]:
+        relative = "" if row["relative"] is None else f"{row['relative']:.4g}"
+        lines.append(f"  {row['l2']:>12.6g} {relative:>12}  {row['name']}")
+    return "\n".join(lines)
+
+
+def _inspect_text(report: dict[str, Any]) -> str:
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report["dtypes"].items())
+    size = (
+        f"{report['tensors']} tensors ({dtypes}), {report['parameters']:,} parameters, "
+        f"{_bytes(report['bytes'])} in {report['shards']} files"
+    )
+    if "adapter" in report:
+        facts = ", ".join(f"{k} {v}" for k, v in report["adapter"].items() if v is not None)
+        return f"PEFT adapter {report['path']}\n  {facts}\n  {size}"
+    lora = report["lora"]
+    lines = [
+        f"{report['path']}",
+        f"  layout {report['layout']}, spelling {report.get('spelling') or '-'}, "
+        f"language model {report.get('family') or 'unknown'}",
+        f"  {size}",
+    ]
+    if report["dimensions"]:
+        known = {k: v for k, v in report["dimensions"].items() if v is not None}
+        lines.append("  " + ", ".join(f"{k} {v}" for k, v in known.items()))
+    lines.append(
+        f"  LoRA: {lora['pairs']} pairs inside, ranks {lora['ranks']}"
+        if lora["wrapped"]
+        else "  LoRA: none inside"
+    )
+    return "\n".join(lines)
 
 
 def _bytes(count: float) -> str:

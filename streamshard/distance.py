@@ -15,7 +15,7 @@ import numpy.typing as npt
 from streamshard.arithmetic import FLOATS, squared_distance_bf16, widen
 from streamshard.tensors import DTYPE_BITS, Bytes, Lazy, Workspace
 
-__all__ = ["Distances", "is_comparable", "squared_distance"]
+__all__ = ["Distances", "is_comparable", "squared_distance", "tensor_distance"]
 
 BLOCK_NBYTES = 256 * 1024
 
@@ -92,9 +92,9 @@ def squared_distance(one: Bytes, one_dtype: str, other: Bytes, other_dtype: str)
     return float(np.dot(difference, difference))
 
 
-def tensor_distance(one: Lazy, other: Lazy, work: Workspace) -> float:
-    """Squared distance of two comparable tensors, read block by block."""
-    total = 0.0
+def tensor_distance(one: Lazy, other: Lazy, work: Workspace) -> tuple[float, float]:
+    """Squared distance of two comparable tensors, read block by block, and the second's squared norm."""
+    total = norm = 0.0
     row_nbytes = max(one.row_nbytes, other.row_nbytes, 1)
     step = max(BLOCK_NBYTES // row_nbytes, 1)
     for start in range(0, one.rows, step):
@@ -104,7 +104,8 @@ def tensor_distance(one: Lazy, other: Lazy, work: Workspace) -> float:
         one.fill(start, stop, mine, work)
         other.fill(start, stop, theirs, work)
         total += squared_distance(mine, one.dtype, theirs, other.dtype)
-    return total
+        norm += squared_distance(theirs, other.dtype, np.zeros_like(theirs), other.dtype)
+    return total, norm
 
 
 def _float64(block: Bytes, dtype: str) -> npt.NDArray[np.float64]:

@@ -14,7 +14,7 @@ from streamshard.tensors import BLOCK_ELEMENTS, TILE_ROWS, Computed
 if TYPE_CHECKING:
     from streamshard.writer import Shard
 
-__all__ = ["memory_estimate", "parse_size", "peak_rss_bytes", "worker_count"]
+__all__ = ["memory_estimate", "parse_size", "peak_rss_bytes", "processors", "worker_count"]
 
 MAX_WORKERS = 8
 # Measured: interpreter, numpy with BLAS, and a plan of some thousand tensors.
@@ -47,7 +47,7 @@ def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int |
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}; at least 1 is needed.")
-    count = workers or min(_processors(), MAX_WORKERS)
+    count = workers or min(processors(), MAX_WORKERS)
     if max_memory is None:
         return count
     least = memory_estimate(shards, 1)
@@ -77,7 +77,8 @@ def _worker_nbytes(shards: Sequence[Shard]) -> int:
     return 24 * BLOCK_ELEMENTS + 1_000_000 + largest
 
 
-def _processors() -> int:
+def processors() -> int:
+    """How many processors this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows

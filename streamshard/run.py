@@ -15,7 +15,7 @@ from streamshard.checkpoint import REPORT_NAME
 from streamshard.distance import Distances, is_comparable
 from streamshard.errors import OutputError, UsageError, WriteError, printable
 from streamshard.files import copy_files, disk_free, reading, write_new
-from streamshard.format import total_parameters
+from streamshard.format import total_nbytes, total_parameters
 from streamshard.layouts import layout_of
 from streamshard.resources import memory_estimate, parse_size, peak_rss_bytes, worker_count
 from streamshard.tensors import Lazy, Stored, cast
@@ -40,6 +40,11 @@ class Plan:
     free_nbytes: int
     workers: int
     memory_nbytes: int
+
+    @property
+    def tensor_nbytes(self) -> int:
+        """Bytes of tensor data to write, headers not counted: what progress adds up to."""
+        return sum(total_nbytes(shard.tensors) for shard in self.shards)
 
     def as_dict(self) -> Report:
         """The plan as the report of `--dry-run` shows it."""

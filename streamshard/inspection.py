@@ -1,0 +1,272 @@
+"""Looking at checkpoints: `inspect` reads headers and configs only, `diff` compares two."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from streamshard import __version__
+from streamshard.checkpoint import Checkpoint, open_adapter, open_checkpoint
+from streamshard.conversion import model_dims
+from streamshard.distance import Distances, is_comparable, tensor_distance
+from streamshard.errors import InputError, printable
+from streamshard.families import dims_from_config
+from streamshard.files import Files
+from streamshard.format import total_nbytes, total_parameters
+from streamshard.layouts import convert, detect, layout_of
+from streamshard.resources import peak_rss_bytes, processors
+from streamshard.run import PathLike, Report
+from streamshard.tensors import Lazy, Workspace
+
+__all__ = ["diff", "inspect"]
+
+_OTHER = {"custom": "hf", "hf": "custom"}
+
+
+def inspect(path: PathLike) -> Report:
+    """What a checkpoint or adapter is: layout, spelling, family, dimensions, dtypes, files, LoRA.
+
+    Reads headers and configs only. Raises `InputError` for what is malformed.
+    """
+    started = time.perf_counter()
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return _inspect_adapter(folder, started)
+    found = open_checkpoint(path)
+    report = _report("inspect", found.tensors, started)
+    facts: dict[str, Any] = {}
+    try:
+        seen = detect(list(found.tensors), found.config)
+        facts = {
+            "layout": seen.layout,
+            "spelling": seen.spelling,
+            "family": seen.family,
+            "packed_experts": seen.packed_experts,
+            "evidence": list(seen.evidence),
+        }
+        report["warnings"] += seen.warnings
+    except InputError as error:
+        report["warnings"].append(str(error))
+    return {
+        **report,
+        **facts,
+        "path": str(found.path),
+        "dimensions": _dimensions(found),
+        "dtypes": dict(Counter(tensor.dtype for tensor in found.tensors.values())),
+        "files": {
+            name: sum(t.nbytes for n, t in found.tensors.items() if found.shard_of[n] == name)
+            for name in found.metadata
+        },
+        "shards": len(found.metadata),
+        "lora": _lora_state(found),
+        **_timing(started),
+    }
+
+
+def diff(
+    a: PathLike,
+    b: PathLike,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, str], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
+) -> Report:
+    """L2 distances of two checkpoints and what differs in names, shapes and dtypes.
+
+    Layouts are reconciled: names are those of `b`. `missing` are names that only `b` has,
+    `unexpected` ones that only `a` has. `on_total` is told how many bytes will be read, `progress`
+    the bytes and the name of each finished tensor.
+    """
+    started = time.perf_counter()
+    one, other = open_checkpoint(a), open_checkpoint(b)
+    ours, theirs = _reconciled(one, other)
+    shared = {name: (ours[name], theirs[name]) for name in theirs if name in ours}
+    comparable = {name: pair for name, pair in shared.items() if is_comparable(*pair)}
+    if on_total is not None:
+        on_total(sum(left.nbytes for left, _ in comparable.values()))
+    squared, sizes = _measure(comparable, workers or processors(), progress)
+    skipped = sorted((set(ours) | set(theirs)) - set(comparable))
+    distances = Distances(
+        str(other.path),
+        squared,
+        total_parameters({name: left for name, (left, _) in comparable.items()}),
+        skipped,
+    )
+    different: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "l2": math.sqrt(value),
+            "relative": math.sqrt(value / sizes[name]) if sizes[name] else None,
+        }
+        for name, value in squared.items()
+        if value
+    ]
+    different.sort(key=lambda row: -row["l2"])
+    return {
+        **_report("diff", ours, started),
+        "layout": layout_of(theirs),
+        "l2": distances.report(),
+        "missing": sorted(set(theirs) - set(ours)),
+        "unexpected": sorted(set(ours) - set(theirs)),
+        "a": str(one.path),
+        "b": str(other.path),
+        "shapes": _unequal(shared, "shape"),
+        "dtypes": _unequal(shared, "dtype"),
+        "different": different,
+        "equal": sum(not value for value in squared.values()),
+        **_timing(started),
+    }
+
+
+def _report(command: str, tensors: Mapping[str, Lazy], started: float) -> Report:
+    return {
+        "command": command,
+        "version": __version__,
+        "output": None,
+        "layout": layout_of(tensors),
+        "tensors": len(tensors),
+        "parameters": total_parameters(tensors),
+        "bytes": total_nbytes(tensors),
+        "shards": None,
+        "merged": None,
+        "l2": None,
+        "missing": [],
+        "unexpected": [],
+        "warnings": [],
+        **_timing(started),
+    }
+
+
+def _timing(started: float) -> Report:
+    return {
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _inspect_adapter(folder: Path, started: float) -> Report:
+    adapter = open_adapter(folder)
+    keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
+    return {
+        **_report("inspect", adapter.tensors, started),
+        "path": str(folder),
+        "adapter": {key: adapter.config.get(key) for key in keys},
+        "dtypes": dict(Counter(tensor.dtype for tensor in adapter.tensors.values())),
+        "files": {adapter.file.name: total_nbytes(adapter.tensors)},
+        "shards": 1,
+        **_timing(started),
+    }
+
+
+def _dimensions(found: Checkpoint) -> dict[str, Any] | None:
+    """The dimensions in `config.json`, as far as they can be told without another folder."""
+    if found.config is None:
+        return None
+    try:
+        dims = dims_from_config(found.config)
+    except InputError:
+        try:
+            # What HF calls llama has several custom classes; the dimensions are the same.
+            dims = dims_from_config(found.config, architecture="LlamaForCausalLM")
+        except InputError:
+            return None
+    return {
+        "vision_layers": dims.blocks,
+        "vision_hidden": dims.vision_hidden,
+        "layers": dims.layers,
+        "heads": dims.heads,
+        "kv_heads": dims.kv_heads,
+        "head_dim": dims.head_dim,
+        "experts": dims.experts,
+    }
+
+
+def _lora_state(found: Checkpoint) -> dict[str, Any]:
+    """LoRA pairs among the tensors, and the ranks that the config states."""
+    pairs = [name for name in found.tensors if ".lora_A." in name]
+    config = found.config or {}
+    return {
+        "wrapped": bool(pairs),
+        "pairs": len(pairs),
+        "ranks": sorted(
+            {found.tensors[name].shape[0] for name in pairs if found.tensors[name].shape}
+        ),
+        "use_llm_lora": config.get("use_llm_lora"),
+        "use_backbone_lora": config.get("use_backbone_lora"),
+    }
+
+
+def _reconciled(
+    one: Checkpoint, other: Checkpoint
+) -> tuple[Mapping[str, Lazy], Mapping[str, Lazy]]:
+    """Both checkpoints under the names of the second one's layout."""
+    mine, theirs = layout_of(one.tensors), layout_of(other.tensors)
+    if mine is None or theirs is None or (one.config is None and other.config is None):
+        return one.tensors, other.tensors
+    if mine == theirs == "custom" or (mine == theirs and set(one.tensors) == set(other.tensors)):
+        return one.tensors, other.tensors
+    if mine != theirs:
+        dims = model_dims(one, other, theirs)
+        ours = convert(one.tensors, dims, theirs)
+        _check_unexpected(one, ours.unexpected)
+        if theirs == "custom":
+            return ours.tensors, other.tensors
+    else:
+        config = one.config or other.config or {}
+        dims = dims_from_config(config, architecture=_any_architecture(config))
+        ours = convert(convert(one.tensors, dims, _OTHER[theirs]).tensors, dims, theirs)
+    back = convert(convert(other.tensors, dims, _OTHER[theirs]).tensors, dims, theirs)
+    return ours.tensors, back.tensors
+
+
+def _any_architecture(config: Mapping[str, Any]) -> str | None:
+    inner = config.get("text_config")
+    llama = isinstance(inner, dict) and inner.get("model_type") == "llama"
+    return "LlamaForCausalLM" if llama else None
+
+
+def _check_unexpected(found: Checkpoint, unexpected: Mapping[str, str]) -> None:
+    if unexpected:
+        name, reason = next(iter(unexpected.items()))
+        raise InputError(
+            f"{printable(str(found.path))}: '{printable(name)}' and {len(unexpected) - 1} more cannot be "
+            f"brought to the other layout: {reason}."
+        )
+
+
+def _unequal(shared: Mapping[str, tuple[Lazy, Lazy]], what: str) -> dict[str, list[Any]]:
+    return {
+        name: [getattr(left, what), getattr(right, what)]
+        for name, (left, right) in shared.items()
+        if getattr(left, what) != getattr(right, what)
+    }
+
+
+def _measure(
+    pairs: Mapping[str, tuple[Lazy, Lazy]],
+    workers: int,
+    progress: Callable[[int, str], None] | None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Squared distances of pairs of tensors, and the squared norms of the second ones."""
+    lock, local = threading.Lock(), threading.local()
+    with contextlib.closing(Files()) as files, ThreadPoolExecutor(workers) as pool:
+
+        def measured(item: tuple[str, tuple[Lazy, Lazy]]) -> tuple[str, float, float]:
+            if not hasattr(local, "work"):
+                local.work = Workspace(files)
+            name, (left, right) = item
+            distance, size = tensor_distance(left, right, local.work)
+            if progress is not None:
+                with lock:
+                    progress(left.nbytes, name)
+            return name, distance, size
+
+        found = list(pool.map(measured, pairs.items()))
+    return {n: d for n, d, _ in found}, {n: s for n, _, s in found}
