@@ -9,13 +9,40 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["StreamshardError", "__version__", "merge_lora"]
+__all__ = [
+    "StreamshardError",
+    "__version__",
+    "compute_l2_distance",
+    "convert_keys_back",
+    "convert_keys_to_hf",
+    "custom_to_hf",
+    "diff",
+    "hf_to_custom",
+    "inspect",
+    "merge_lora",
+]
 
 if TYPE_CHECKING:
-    from streamshard.commands import merge_lora
+    from streamshard.commands import custom_to_hf, hf_to_custom, merge_lora
     from streamshard.errors import StreamshardError
+    from streamshard.inspection import diff, inspect
+    from streamshard.state_dicts import (
+        compute_l2_distance,
+        convert_keys_back,
+        convert_keys_to_hf,
+    )
 
-_HOMES = {"merge_lora": "streamshard.commands", "StreamshardError": "streamshard.errors"}
+_HOMES = {
+    "StreamshardError": "errors",
+    "compute_l2_distance": "state_dicts",
+    "convert_keys_back": "state_dicts",
+    "convert_keys_to_hf": "state_dicts",
+    "custom_to_hf": "commands",
+    "diff": "inspection",
+    "hf_to_custom": "commands",
+    "inspect": "inspection",
+    "merge_lora": "commands",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -23,7 +50,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'streamshard' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"streamshard.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

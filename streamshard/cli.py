@@ -25,7 +25,7 @@ from streamshard.errors import StreamshardError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = ["main"]
+__all__ = ["main", "run_upstream"]
 
 _CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -487,13 +487,46 @@ def _on_terminate(_signum: int, _frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def main() -> None:
+def run_upstream(function: str, description: str | None) -> None:
+    """One of InternVL's conversion scripts: its options and printed facts, our engine."""
+
+    @click.command(help=description and f"\b\n{description}", context_settings=_CONTEXT)
+    @click.option("--custom-path", required=True, help="Checkpoint in the custom layout.")
+    @click.option("--hf-path", required=True, help="Checkpoint in the HF layout.")
+    @click.option("--save-path", required=True, help="New folder to write.")
+    def convert(**options: Any) -> None:
+        _one_blas_thread()
+        from streamshard import commands
+
+        screen = _Screen(as_json=False, quiet=False)
+        with contextlib.closing(screen):
+            report = getattr(commands, function)(
+                on_plan=lambda plan: screen.begin(plan.tensor_nbytes),
+                progress=screen.progress,
+                **options,
+            )
+        screen.result(report, _upstream_text)
+
+    main(convert)
+
+
+def _upstream_text(report: dict[str, Any]) -> str:
+    l2 = report["l2"]
+    lines = [f"Missing keys: {report['missing']}", f"Unexpected keys: {report['unexpected']}"]
+    if l2 is not None:
+        lines.append(f"Total L2 distance: {l2['sum']:.6f}")
+        lines.append(f"Average per-parameter L2: {l2['per_parameter']:.8f}")
+    return "\n".join([*lines, f"Saved to {report['output']}"])
+
+
+def main(command: click.Command = cli) -> None:
     """Run the command line and exit with the code of what happened."""
+    name = "streamshard" if command is cli else None
     verbose = {"-v", "--verbose"} & set(sys.argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _on_terminate)
     try:
-        cli.main(prog_name="streamshard", standalone_mode=False)
+        command.main(prog_name=name, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -509,4 +542,15 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
+        # Whoever read stdout has gone; Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if verbose:
+            raise
+        click.echo(
+            f"error: unexpected {type(error).__name__}: {error}\nThis is a bug in streamshard: please "
+            "report it with the output of the same command and --verbose.",
+            err=True,
+        )
         sys.exit(1)

@@ -80,8 +80,9 @@ def plan_shards(
         for name, tensor in tensors.items():
             files.setdefault(shard_of[name], {})[name] = tensor
         if len(files) == 1:
+            (only,) = files
+            metadata = {"model.safetensors": metadata.get(only, {})}
             files = {"model.safetensors": dict(tensors)}
-            metadata = {"model.safetensors": next(iter(metadata.values()))}
     else:
         from huggingface_hub import split_state_dict_into_shards_factory
 

@@ -1,0 +1,9 @@
+"""Drop-in for InternVL's script of this name: the same options and facts, streamshard's engine.
+
+python tools/internvl_custom2hf.py --custom_path C --hf_path H --save_path S
+"""
+
+from streamshard.cli import run_upstream
+
+if __name__ == "__main__":
+    run_upstream("custom_to_hf", __doc__)

@@ -1,0 +1,9 @@
+"""Drop-in for InternVL's script of this name: the same options and facts, streamshard's engine.
+
+python tools/internvl_hf2custom.py --custom_path C --hf_path H --save_path S
+"""
+
+from streamshard.cli import run_upstream
+
+if __name__ == "__main__":
+    run_upstream("hf_to_custom", __doc__)
