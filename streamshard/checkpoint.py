@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamshard.errors import AdapterError, InputError, listed, printable
+from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.files import read_bytes, reading
 from streamshard.format import Header, parse_json, read_header
 from streamshard.tensors import Lazy, Stored
@@ -73,10 +73,16 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_weights: bool = True)
     they are not needed. Raises `InputError` for what is missing, malformed or ambiguous,
     `ReadError` for what cannot be read.
     """
+    if not os.fspath(path):
+        raise UsageError("the path of a checkpoint is empty.")
     path = Path(path)
     with reading(path):
         if not path.exists():
-            raise InputError(f"{printable(str(path))}: no such file or folder. Check the path.")
+            raise _no_such(path, "file or folder")
+        if path.is_file() and path.suffix != ".safetensors":
+            raise InputError(
+                f"{printable(str(path))}: is no .safetensors file. Give the checkpoint's folder."
+            )
         if path.is_file():
             header = read_header(path)
             return _checkpoint(path, {path.name: header}, None, {})
@@ -106,7 +112,7 @@ def _open_adapter(path: Path) -> AdapterFolder:
     if path.is_file() and path.name.startswith("adapter_model."):
         path = path.parent
     if not path.is_dir():
-        raise InputError(f"{printable(str(path))}: no such adapter folder. Check the path.")
+        raise _no_such(path, "adapter folder")
     if not (path / "adapter_config.json").is_file():
         inner = sorted(found.parent.name for found in path.glob("*/adapter_config.json"))
         hint = (
@@ -130,6 +136,13 @@ def _open_adapter(path: Path) -> AdapterFolder:
     if not tensors:
         raise AdapterError(f"{printable(str(file))}: has no tensors; there is nothing to merge.")
     return AdapterFolder(path, file, config, tensors)
+
+
+def _no_such(path: Path, what: str) -> InputError:
+    hint = "Check the path."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(path)):
+        hint = "Hub ids are not supported yet: download it (hf download) and give the folder."
+    return InputError(f"{printable(str(path))}: no such {what}. {hint}")
 
 
 def _find_weights(folder: Path) -> Path:
@@ -231,6 +244,13 @@ def _side_files(folder: Path) -> dict[str, Path]:
     found = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not _NOT_ENTERED.fullmatch(name))
+        linked = [name for name in folders if Path(parent, name).is_symlink()]
+        if linked:
+            raise InputError(
+                f"{printable(str(parent))}: {listed(linked)}: a link to a folder is not followed, and "
+                "leaving it out would make the output incomplete. Put the folder in its place, or "
+                "remove the link."
+            )
         for name in sorted(names):
             file = Path(parent, name)
             if not _NOT_CARRIED.fullmatch(name) and file.is_file():

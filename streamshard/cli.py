@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamshard import __version__
-from streamshard.errors import StreamshardError
+from streamshard.errors import StreamshardError, WriteError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -71,7 +71,7 @@ def _output_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Round every float tensor to this dtype, once.",
         ),
         click.option(
-            "--workers", type=click.IntRange(min=1), help="Threads.  [default: one a processor]"
+            "--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor]"
         ),
         click.option(
             "--max-memory", metavar="SIZE", help="Use fewer threads to stay below this, like 512MB."
@@ -239,7 +239,7 @@ def custom2hf(**options: Any) -> None:
 @cli.command("diff", short_help="Compare two checkpoints.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a processor]")
+@click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor]")
 @_reading_options
 def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
     """Compare two checkpoints: names, shapes, dtypes and L2 distances, layouts reconciled.
@@ -343,13 +343,19 @@ class _Screen:
 
     def result(self, report: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> None:
         """Print the report, as JSON or as `text` puts it."""
-        if self._as_json:
-            click.echo(json.dumps(report))
+        if not self._as_json and not self._quiet:
+            for warning in report["warnings"]:
+                click.echo(f"warning: {warning}", err=True)
+        if self._quiet and not self._as_json:
             return
-        for warning in report["warnings"]:
-            click.echo(f"warning: {warning}", err=True)
-        if not self._quiet:
-            click.echo(text(report))
+        try:
+            click.echo(json.dumps(report) if self._as_json else text(report))
+            sys.stdout.flush()
+        except OSError as error:
+            # Python would complain once more when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            done = f"; {report['output']} is complete" if report["output"] else ""
+            raise WriteError(f"the report cannot be printed: {error.strerror}{done}.") from error
 
 
 def _plan_text(report: dict[str, Any]) -> str:
@@ -483,8 +489,20 @@ def _one_blas_thread() -> None:
         os.environ[name] = "1"
 
 
+def _on_interrupt(_signum: int, _frame: FrameType | None) -> None:
+    _ignore_signals()
+    raise KeyboardInterrupt
+
+
 def _on_terminate(_signum: int, _frame: FrameType | None) -> None:
+    _ignore_signals()
     raise _Terminated
+
+
+def _ignore_signals() -> None:
+    # A second Ctrl-C must not interrupt the removal of what is half written.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def run_upstream(function: str, description: str | None) -> None:
@@ -524,7 +542,10 @@ def main(command: click.Command = cli) -> None:
     name = "streamshard" if command is cli else None
     verbose = {"-v", "--verbose"} & set(sys.argv)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _on_terminate)
+        signal.signal(signal.SIGINT, _on_interrupt)
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), _on_terminate)
     try:
         command.main(prog_name=name, standalone_mode=False)
     except click.ClickException as error:
@@ -541,10 +562,6 @@ def main(command: click.Command = cli) -> None:
             traceback.print_exc()
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # Whoever read stdout has gone; Python would complain once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
         if verbose:
             raise

@@ -61,7 +61,7 @@ def merge_lora(
     own = layout_of(source.tensors)
     converts = _converts(layout, own, reference, source)
     adapters = _read_adapters(adapter, weight)
-    name = source.path.resolve().name.removesuffix(".safetensors")
+    name = source.path.absolute().name.removesuffix(".safetensors")
     target = Path(f"{name}-merged" if output is None else output)
     inputs = [source.path, *_paths(adapter), *([Path(reference)] if reference is not None else [])]
     check_places(target, inputs, overwrite=chosen.overwrite)
@@ -81,7 +81,7 @@ def merge_lora(
         )
         facts["warnings"] += converted.warnings
         job = _job("merge-lora", target, started, source, converted, str(source.path), facts)
-        return run(job, chosen)
+        return run(dataclasses.replace(job, must_change=True), chosen)
     if source.config is None:
         where = printable(str(source.path))
         facts["warnings"].append(f"{where}: has no config.json; the output has none either")
@@ -95,6 +95,7 @@ def merge_lora(
         config=source.config if chosen.dtype != "keep" else None,
         side_files=source.side_files,
         l2_from=str(source.path),
+        must_change=True,
         facts=facts,
     )
     return run(job, chosen)

@@ -65,13 +65,13 @@ class ReadError(StreamshardError):
 
 
 def printable(text: str, limit: int = 200) -> str:
-    r"""`text` with control and other unprintable characters escaped, shortened to `limit`.
+    r"""`text` with control and other unprintable characters escaped; the middle of long text is left out.
 
     >>> print(printable("a\x1b[31mb"))
     a\x1b[31mb
     """
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+    return safe if len(safe) <= limit else f"{safe[: limit // 2]}…{safe[-limit // 2 :]}"
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

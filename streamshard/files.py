@@ -178,9 +178,14 @@ def copy_files(sources: Mapping[str, Path], target: Path) -> None:
     """Copy files, as bytes, to their names below `target`."""
     for name, source in sources.items():
         copy = target / name
-        with writing(copy, source.stat().st_size):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
+        with reading(source), source.open("rb") as file:
+            nbytes = os.fstat(file.fileno()).st_size
+            with writing(copy, nbytes):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                with copy.open("xb") as out:
+                    shutil.copyfileobj(file, out)
+                    out.flush()
+                    os.fsync(out.fileno())
 
 
 def write_new(path: Path, data: bytes) -> None:

@@ -222,7 +222,9 @@ def _unknown_key(adapter: Adapter, key: str) -> AdapterError:
     kind = next((kind for pattern, kind in _OTHER_KINDS if re.search(pattern, key)), "not LoRA")
     return AdapterError(
         f"{adapter.where}: tensor '{printable(key)}' is {kind}, which cannot be merged. Only pairs "
-        "lora_A.weight, lora_B.weight on linear weights can. Nothing is left out silently."
+        "lora_A.weight, lora_B.weight on linear weights can. Nothing is left out silently. (PEFT adds "
+        "the whole layer to the file where lm_head or an embedding is a target: "
+        "save_pretrained(..., save_embedding_layers=False) leaves it out.)"
     )
 
 
@@ -320,7 +322,7 @@ def _update(
         if factor.dtype not in FLOATS:
             raise AdapterError(
                 f"{adapter.where}: '{printable(key)}' is {factor.dtype}; "
-                f"one of {', '.join(FLOATS)} was expected."
+                f"one of {', '.join(FLOATS)} was expected. Save the adapter as float32."
             )
         if len(factor.shape) != 2 or not factor.nbytes:
             raise AdapterError(

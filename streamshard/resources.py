@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["memory_estimate", "parse_size", "peak_rss_bytes", "processors", "worker_count"]
 
 MAX_WORKERS = 8
+MOST_WORKERS = 64
 # Measured: interpreter, numpy with BLAS, and a plan of some thousand tensors.
 _PROCESS_NBYTES = 48_000_000
 
@@ -45,8 +46,8 @@ def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int |
 
     Raises `UsageError` if the budget does not allow a single one.
     """
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers is {workers}; at least 1 is needed.")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"--workers is {workers}; 1 to {MOST_WORKERS} can be chosen.")
     count = workers or min(processors(), MAX_WORKERS)
     if max_memory is None:
         return count
@@ -54,7 +55,7 @@ def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int |
     if least > max_memory:
         raise UsageError(
             f"--max-memory is {max_memory:,} bytes, but one worker needs about {least:,} for this "
-            "model and adapter."
+            "model and adapter. Allow more, or leave the option out."
         )
     return min(count, 1 + (max_memory - least) // _worker_nbytes(shards))
 

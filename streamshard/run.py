@@ -13,8 +13,15 @@ from typing import Any, TypeAlias
 from streamshard import __version__
 from streamshard.checkpoint import REPORT_NAME
 from streamshard.distance import Distances, is_comparable
-from streamshard.errors import OutputError, UsageError, WriteError, printable
-from streamshard.files import copy_files, disk_free, reading, write_new
+from streamshard.errors import (
+    AdapterError,
+    InputError,
+    OutputError,
+    UsageError,
+    WriteError,
+    printable,
+)
+from streamshard.files import copy_files, disk_free, reading, write_new, writing
 from streamshard.format import total_nbytes, total_parameters
 from streamshard.layouts import layout_of
 from streamshard.resources import memory_estimate, parse_size, peak_rss_bytes, worker_count
@@ -97,6 +104,8 @@ class Job:
     side_files: Mapping[str, Path]
     l2_from: str | None
     reference: Mapping[str, Stored] | None = None
+    must_change: bool = False
+    """Whether it is an error if everything written equals its source."""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -139,6 +148,13 @@ def run(job: Job, options: Options) -> Report:
 
 def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Refuse an output that exists, is an input, or lies inside one (also through links)."""
+    if not target.name and target != Path():
+        raise OutputError(f"{printable(str(target))}: is no folder that can be written.")
+    with writing(target, 0):
+        _check_places(target, inputs, overwrite=overwrite)
+
+
+def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     if target.is_symlink():
         raise OutputError(
             f"{printable(str(target))}: is a symbolic link, and links are never written through. "
@@ -164,19 +180,24 @@ def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
         )
     if target.exists() and not _is_replaceable(target):
         raise OutputError(
-            f"{printable(str(target))}: is no checkpoint folder, and --overwrite replaces "
-            "only these: what else lies there would be lost. Choose another --output, or "
-            "remove it yourself."
+            f"{printable(str(target))}: was not written by streamshard (it has no {REPORT_NAME}), and "
+            "--overwrite replaces only what was: other files there would be lost. Choose another "
+            "--output, or remove it yourself."
+        )
+    if target.is_mount():
+        raise OutputError(
+            f"{printable(str(target))}: is where a disk is mounted, which cannot be replaced. "
+            f"Write to a folder inside it: {printable(str(target / 'merged'))}."
         )
 
 
 def _is_replaceable(target: Path) -> bool:
-    """Whether a folder is empty or holds weights, so that nobody's home is taken for an output."""
+    """Whether a folder is empty or our own, so that nobody's files are taken for an old output."""
     if not target.is_dir() or target.resolve() in (Path.cwd(), *Path.cwd().parents):
         return False
     with reading(target):
         names = [entry.name for entry in target.iterdir()]
-    return not names or any(n == REPORT_NAME or n.endswith(".safetensors") for n in names)
+    return not names or REPORT_NAME in names
 
 
 def _is_within(path: Path, folder: Path) -> bool:
@@ -192,7 +213,13 @@ def _cast_all(tensors: Mapping[str, Lazy], dtype: str) -> dict[str, Lazy]:
         return dict(tensors)
     if dtype not in DTYPES:
         raise UsageError(f"--dtype is {dtype!r}; keep, {', '.join(DTYPES)} can be chosen.")
-    return {name: cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
+    out = {}
+    for name, tensor in tensors.items():
+        try:
+            out[name] = cast(tensor, DTYPES[dtype])
+        except InputError as error:
+            raise InputError(f"tensor '{printable(name)}': {error}") from error
+    return out
 
 
 def _size(size: int | str | None, option: str) -> int | None:
@@ -231,6 +258,11 @@ def _write(job: Job, plan: Plan, options: Options, report: Report) -> None:
             reference=job.reference and {name: job.reference[name] for name in distances.squared},
         )
         distances.squared |= squared
+        if job.must_change and not any(squared.values()):
+            raise AdapterError(
+                f"{printable(str(job.output))}: the updates change no weight: they cancel each other "
+                "or are lost in rounding. Check --weight and lora_alpha. Nothing was written."
+            )
         report["l2"] = distances.report()
         config = _with_dtype(job.config, options.dtype)
         copied = {n: f for n, f in job.side_files.items() if n != "config.json" or config is None}

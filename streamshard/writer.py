@@ -8,8 +8,11 @@ order, and what they measure is summed in the order of the units.
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import json
 import os
+import platform
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,16 +131,17 @@ def output_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
             f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
         )
     target = target.resolve()  # "." has no name
-    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    start = f".{target.name}.partial-{platform.node()}-"
+    staging = target.with_name(f"{start}{os.getpid()}")
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         with writing(staging, 0):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove_stale(target.parent, start)
             staging.mkdir()
         yield staging
         sync_folder(staging)
-        _replace(staging, target)
+        _replace(staging, target, overwrite=overwrite)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in made:
@@ -147,21 +151,36 @@ def output_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     sync_folder(target.parent)
 
 
-def _replace(staging: Path, target: Path) -> None:
+def _remove_stale(folder: Path, start: str) -> None:
+    """Remove what killed runs on this machine left for the same output."""
+    for left in folder.glob(glob.escape(start) + "*"):
+        import psutil
+
+        number = left.name[len(start) :]
+        if number.isdecimal() and (
+            int(number) == os.getpid() or not psutil.pid_exists(int(number))
+        ):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _replace(staging: Path, target: Path, *, overwrite: bool) -> None:
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     with writing(target, 0):
-        if target.exists():
+        if overwrite and target.exists():
             target.rename(old)
         try:
+            # Fails if another run has put its output there in the meantime.
             staging.rename(target)
-        except OSError:
+        except OSError as error:
             if old.exists():
                 old.rename(target)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise OutputError(
+                    f"{printable(str(target))}: appeared while this run was writing. Two runs have "
+                    "one output: choose another for one of them."
+                ) from error
             raise
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    elif old.exists() or old.is_symlink():
-        old.unlink()
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
