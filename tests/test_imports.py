@@ -1,0 +1,196 @@
+"""The architecture as import statements say it, and what a run imports in the end."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import streamshard
+
+PACKAGE = Path(streamshard.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+# Who may import whom from the package, at the top or within a function.
+ALLOWED = {
+    "errors": set(),
+    "files": {"errors"},
+    "arithmetic": {"errors"},
+    "tensors": {"arithmetic", "errors", "files"},
+    "format": {"errors", "files", "tensors"},
+    "distance": {"arithmetic", "errors", "tensors"},
+    "lora": {"arithmetic", "errors", "peft_config", "tensors"},
+    "peft_config": {"errors"},
+    "layouts": {"errors", "families", "tensors"},
+    "pickled": {"errors", "tensors"},
+    "cli": {"commands", "errors", "inspection"},
+    "__main__": {"cli"},
+}
+# The mathematics and the names know nothing of files and commands.
+PURE = {"lora", "peft_config", "layouts", "distance", "families", "arithmetic", "tensors"}
+NOT_IN_PURE = {"os", "pathlib", "shutil", "io", "format", "checkpoint", "writer", "commands", "cli"}
+HEAVY = {"torch", "transformers", "peft", "huggingface_hub", "safetensors"}
+LOW = {"errors", "files", "arithmetic", "tensors", "format", "lora", "peft_config", "layouts"}
+
+
+def imports(module: str, *, top: bool = False) -> set[str]:
+    """First segments of all modules that a module imports; those of the package by their own name.
+
+    `top` leaves out what functions import when they are called, and what only type checkers see.
+    """
+    found: set[str] = set()
+
+    def walk(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if top and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                if not top:
+                    for statement in child.orelse:
+                        walk(statement)
+                continue
+            if isinstance(child, ast.Import):
+                found.update(own(alias.name) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{module} has a relative import"
+                if child.module == "streamshard":
+                    found.update(alias.name for alias in child.names)
+                else:
+                    found.add(own(child.module or ""))
+            walk(child)
+
+    walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
+    return found
+
+
+def own(name: str) -> str:
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if first == "streamshard" and rest else first
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_arrows(module):
+    of_package = imports(module) & {*MODULES, "_kernels"}
+    assert of_package - {"_kernels"} <= ALLOWED[module]
+    assert "_kernels" not in of_package or module == "arithmetic"
+
+
+def test_the_reader_of_imports_sees_them():
+    assert {"lora", "checkpoint", "pathlib"} <= imports("commands")
+    assert "pickled" in imports("checkpoint")
+    assert "pickled" not in imports("checkpoint", top=True)
+    assert "torch" in imports("pickled")
+    assert "commands" in imports("cli")
+
+
+@pytest.mark.parametrize("module", sorted(PURE & {*MODULES}))
+def test_the_mathematics_knows_no_files_and_no_commands(module):
+    assert not imports(module) & NOT_IN_PURE
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not {"open", "print"} & set(calls)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_heavy_at_the_top(module):
+    assert not imports(module, top=True) & (HEAVY - {"safetensors"})
+    if module in {"__init__", "__main__", "cli", "errors"}:
+        assert "numpy" not in imports(module, top=True)
+
+
+@pytest.mark.parametrize("module", sorted(LOW))
+def test_nothing_below_imports_what_is_above(module):
+    assert not imports(module) & {"commands", "cli", "writer", "checkpoint"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in {"cli", "__main__"}])
+def test_only_the_command_line_prints(module):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not {call for call in calls if call in {"print", "click.echo"} or "stdout" in call}
+    assert "click" not in imports(module)
+
+
+def test_no_cycles():
+    arrows = {m: imports(m, top=True) & {*MODULES} for m in MODULES if m != "__init__"}
+    while arrows:
+        leaves = {m for m, targets in arrows.items() if not targets & set(arrows)}
+        assert leaves, f"imports in a circle: {sorted(arrows)}"
+        arrows = {m: targets for m, targets in arrows.items() if m not in leaves}
+
+
+# --- what is loaded in the end --------------------------------------------------------------------
+
+LOADED = "import json, sys; print(json.dumps(sorted({n.partition('.')[0] for n in sys.modules})))"
+
+
+def loaded_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"{code}\n{LOADED}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_package_alone_is_light():
+    loaded = loaded_after("import streamshard; streamshard.__version__; dir(streamshard)")
+    assert not loaded & {*HEAVY, "numpy", "click", "tqdm", "psutil"}
+
+
+def test_the_public_names_are_there():
+    loaded = loaded_after(
+        "from streamshard import *; import streamshard as s; [getattr(s, n) for n in s.__all__]"
+    )
+    assert not loaded & {"torch", "transformers", "peft"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["merge-lora", "--help"], ["diff", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = f"""
+import sys
+sys.argv = ["streamshard", *{arguments}]
+from streamshard.cli import main
+try:
+    main()
+except SystemExit as error:
+    assert not error.code
+"""
+    loaded = loaded_after(code)
+    assert not loaded & {*HEAVY, "numpy", "tqdm", "psutil", "threadpoolctl"}
+
+
+@pytest.mark.parametrize("more", [{}, {"max_shard_size": "5KB"}, {"dtype": "fp32"}], ids=str)
+def test_a_merge_of_safetensors_imports_no_torch(more, pair):
+    code = f"""
+import streamshard
+report = streamshard.merge_lora(
+    base={str(pair.base)!r}, adapter={str(pair.adapter)!r}, output={str(pair.output)!r}, **{more}
+)
+assert report["merged"] == 2
+"""
+    loaded = loaded_after(code)
+    assert not loaded & {"torch", "transformers", "peft"}
+    assert {"numpy", "safetensors"} <= loaded
+    assert (pair.output / "streamshard.json").exists()
+
+
+def test_a_pickled_adapter_does_import_torch(pair):
+    """So that the test above can fail."""
+    import reference
+
+    content = reference.load_file(pair.adapter / "adapter_model.safetensors")
+    reference.torch.save(content, pair.adapter / "adapter_model.bin")
+    (pair.adapter / "adapter_model.safetensors").unlink()
+    code = f"""
+import streamshard
+streamshard.merge_lora(
+    base={str(pair.base)!r}, adapter={str(pair.adapter)!r}, output={str(pair.output)!r}
+)
+"""
+    assert "torch" in loaded_after(code)

@@ -1,0 +1,118 @@
+"""Where output goes: two runs, what killed runs leave, mounts, and what must not be followed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Pair
+
+from streamshard.errors import OutputError
+from streamshard.writer import output_folder
+
+
+def test_of_two_runs_on_one_output_the_second_loses(tmp_path):
+    target = tmp_path / "out"
+
+    def late() -> None:
+        with output_folder(target, overwrite=False) as staging:
+            (staging / "mine").write_text("second")
+            target.mkdir()
+            (target / "theirs").write_text("first")
+
+    with pytest.raises(OutputError, match="appeared while"):
+        late()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (target / "theirs").read_text() == "first"
+
+
+def test_what_a_killed_run_left_is_removed_but_not_what_a_live_one_has(pair: Pair, cli):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    start = f".{pair.output.name}.partial-{platform.node()}-"
+    left, live, other = (
+        pair.output.with_name(name)
+        for name in (
+            f"{start}{dead.pid}",
+            f"{start}{os.getppid()}",
+            f".merged.partial-x-{dead.pid}",
+        )
+    )
+    for folder in (left, live, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    assert cli(*pair.command).code == 0
+    assert not left.exists()
+    assert live.exists()
+    assert other.exists()
+
+
+def test_a_mount_point_is_not_replaced(pair: Pair, cli, monkeypatch):
+    pair.output.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == pair.output)
+    outcome = cli(*pair.command, "--overwrite")
+    assert outcome.code == 5
+    assert str(pair.output / "merged") in outcome.err
+
+
+def test_a_name_that_is_too_long_is_a_write_error(pair: Pair, cli):
+    command = ["merge-lora", "--base", pair.base, "--adapter", pair.adapter]
+    outcome = cli(*command, "--output", pair.root / ("a" * 300))
+    assert outcome.code == 6
+    assert "too long" in outcome.err
+
+
+def test_a_linked_folder_in_the_base_is_named(pair: Pair, cli):
+    (pair.root / "elsewhere").mkdir()
+    (pair.base / "assets").symlink_to(pair.root / "elsewhere")
+    outcome = cli(*pair.command)
+    assert outcome.code == 3
+    assert "'assets'" in outcome.err
+    assert not pair.output.exists()
+
+
+def test_updates_that_cancel_are_an_error(pair: Pair, cli):
+    twice = ["--adapter", pair.adapter, "--weight", 1, "--weight", -1]
+    outcome = cli(*pair.command, *twice)
+    assert outcome.code == 4
+    assert "change no weight" in outcome.err
+    assert list(pair.output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [0, 65, 10**20])
+def test_absurd_numbers_of_workers_are_a_usage_error(count, pair: Pair, cli):
+    assert cli(*pair.command, "--workers", count).code == 2
+
+
+def test_a_hub_id_is_told_from_a_missing_folder(pair: Pair, cli):
+    command = ["merge-lora", "--adapter", pair.adapter, "--output", pair.output]
+    assert "hf download" in cli(*command, "--base", "OpenGVLab/InternVL3-8B").err
+    assert "Check the path" in cli(*command, "--base", "/no/such/folder").err
+    assert cli(*command, "--base", "").code == 2
+
+
+def test_a_report_that_cannot_be_printed_is_not_a_failed_merge(pair: Pair):
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "streamshard", *pair.command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 6
+    assert "is complete" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert (pair.output / "model.safetensors.index.json").exists()
+
+
+def test_the_default_name_is_that_of_a_link_and_not_of_its_target(pair: Pair, cli, monkeypatch):
+    (pair.root / "MyModel").symlink_to(pair.base)
+    monkeypatch.chdir(pair.root)
+    outcome = cli("merge-lora", "--base", "MyModel", "--adapter", pair.adapter)
+    assert outcome.code == 0
+    assert (pair.root / "MyModel-merged" / "config.json").exists()
