@@ -1,10 +1,10 @@
-"""Time and memory of `merge-lora` beside `cp -r` and beside transformers + peft, in one run.
+"""Time and memory of streamshard beside `cp -r` and beside transformers + peft, in one run.
 
-    python bench/merge.py --preset InternVL3-1B --preset InternVL3-8B --runs 5 --peers
+    python bench/run.py --preset InternVL3-1B --preset InternVL3-8B --runs 5 --peers
 
 Generates each checkpoint (HF layout, random bf16) and an r=16 adapter in a temporary folder, runs
 the contenders in turn, `--runs` times, and prints a table of medians; `--json FILE` keeps every
-figure. The files are in the page cache for all contenders alike, dirty pages are flushed before
+figure. With `--convert` hf2custom is measured too, without and with L2 from a reference. The files are in the page cache for all contenders alike, dirty pages are flushed before
 each run, and every output is deleted before the next.
 
 `cp -r` returns before the disk has the data, `merge-lora` after; `cp -r + sync` is the comparison
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peer-runs", type=int, default=1, help="runs of the peers (default 1)")
     parser.add_argument("--r", type=int, default=16, help="LoRA rank (default 16)")
     parser.add_argument("--workers", type=int, help="threads of merge-lora")
+    parser.add_argument("--convert", action="store_true", help="also hf2custom")
     parser.add_argument("--folder", type=Path, help="where to put the temporary folder")
     parser.add_argument("--json", type=Path, help="keep every figure in this file")
     options = parser.parse_args(arguments)
@@ -69,7 +70,8 @@ def measure(preset: str, folder: Path, options: argparse.Namespace) -> dict[str,
     generate += ["--preset", preset, "--output", str(base), "--adapter", str(adapter)]
     # In a process of its own: a child's peak memory counts that of the process it came from.
     subprocess.run([*generate, "--adapter-r", str(options.r)], check=True, stdout=sys.stderr)
-    ours = [sys.executable, "-m", "streamshard", "merge-lora", "--quiet"]
+    python = [sys.executable, "-m", "streamshard"]
+    ours = [*python, "merge-lora", "--quiet"]
     ours += ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
     if options.workers:
         ours += ["--workers", str(options.workers)]
@@ -80,6 +82,15 @@ def measure(preset: str, folder: Path, options: argparse.Namespace) -> dict[str,
         "merge-lora": (ours, False),
         "merge-lora --dry-run": ([*ours, "--dry-run"], False),
     }
+    if options.convert:
+        bare, full = folder / "custom", folder / "reference"
+        generate = [*generate[:2], "--layout", "custom", "--preset", preset, "--output", str(full)]
+        subprocess.run(generate, check=True, stdout=sys.stderr)
+        shutil.copytree(full, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
+        convert = [*python, "hf2custom", "--quiet", "--hf-path", str(base)]
+        convert += ["--save-path", str(output), "--custom-path"]
+        contenders["hf2custom"] = ([*convert, str(bare)], False)
+        contenders["hf2custom, L2 from a reference"] = ([*convert, str(full)], False)
     peer = [sys.executable, "-c", PEER, str(base), str(adapter), str(output)]
     runs: dict[str, list[dict[str, float]]] = {}
     for number in range(options.runs):
