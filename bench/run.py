@@ -4,8 +4,9 @@
 
 Generates each checkpoint (HF layout, random bf16) and an r=16 adapter in a temporary folder, runs
 the contenders in turn, `--runs` times, and prints a table of medians; `--json FILE` keeps every
-figure. With `--convert` hf2custom is measured too, without and with L2 from a reference. The files are in the page cache for all contenders alike, dirty pages are flushed before
-each run, and every output is deleted before the next.
+figure. With `--convert` hf2custom is measured too, without and with L2 from a reference. The
+files are in the page cache for all contenders alike, dirty pages are flushed before each run,
+and every output is deleted before the next.
 
 `cp -r` returns before the disk has the data, `merge-lora` after; `cp -r + sync` is the comparison
 that waits too.

@@ -82,11 +82,12 @@ def squared_distance(one: Bytes, one_dtype: str, other: Bytes, other_dtype: str)
 
     The result is NaN where a NaN stands in one of them and the blocks differ.
     """
-    if one_dtype == other_dtype:
-        if np.array_equal(one, other):
-            return 0.0
-        if one_dtype == "BF16":
-            return squared_distance_bf16(one.view(np.uint16), other.view(np.uint16))
+    if one_dtype == other_dtype == "BF16":
+        squared = squared_distance_bf16(one.view(np.uint16), other.view(np.uint16))
+        # Of equal infinities and NaNs the difference is NaN.
+        return 0.0 if math.isnan(squared) and np.array_equal(one, other) else squared
+    if one_dtype == other_dtype and np.array_equal(one, other):
+        return 0.0
     with np.errstate(invalid="ignore"):
         difference = _float64(one, one_dtype) - _float64(other, other_dtype)
     return float(np.dot(difference, difference))
