@@ -27,7 +27,6 @@ __all__ = [
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-REPORT_NAME = "streamshard.json"
 MAX_JSON_BYTES = 50_000_000
 
 # What a training run or another tool leaves beside the weights and a loadable folder must not have.
@@ -87,7 +86,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_weights: bool = True)
             header = read_header(path)
             return _checkpoint(path, {path.name: header}, None, {})
         config = _read_config(path)
-        if not needs_weights and not any(path.glob("*.safetensors*")):
+        if not needs_weights and not any(path.glob("*.safetensors")):
             return Checkpoint(path, {}, {}, {}, config, _side_files(path))
         weights = _find_weights(path)
         if weights.name == INDEX_NAME:
@@ -242,7 +241,7 @@ def _checkpoint(
 def _side_files(folder: Path) -> dict[str, Path]:
     """Everything that is to be carried along, by its name relative to the folder."""
     found = {}
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not _NOT_ENTERED.fullmatch(name))
         linked = [name for name in folders if Path(parent, name).is_symlink()]
         if linked:
@@ -253,9 +252,19 @@ def _side_files(folder: Path) -> dict[str, Path]:
             )
         for name in sorted(names):
             file = Path(parent, name)
-            if not _NOT_CARRIED.fullmatch(name) and file.is_file():
+            if _NOT_CARRIED.fullmatch(name):
+                continue
+            if file.is_symlink() and not file.exists():
+                raise InputError(
+                    f"{printable(str(file))}: is a link to nothing. Fetch the file or remove the link."
+                )
+            if file.is_file():
                 found[file.relative_to(folder).as_posix()] = file
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

@@ -71,7 +71,9 @@ def _output_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Round every float tensor to this dtype, once.",
         ),
         click.option(
-            "--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor]"
+            "--workers",
+            type=click.IntRange(1, 64),
+            help="Threads.  [default: one a processor, at most 8]",
         ),
         click.option(
             "--max-memory", metavar="SIZE", help="Use fewer threads to stay below this, like 512MB."
@@ -82,7 +84,7 @@ def _output_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
         click.option("-q", "--quiet", is_flag=True, help="No progress and no messages but errors."),
-        click.option("-v", "--verbose", is_flag=True, help="Log details; tracebacks of errors."),
+        click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -94,7 +96,7 @@ def _reading_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
         click.option("-q", "--quiet", is_flag=True, help="No progress and no messages but errors."),
-        click.option("-v", "--verbose", is_flag=True, help="Log details; tracebacks of errors."),
+        click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors."),
     ):
         command = option(command)
     return command
@@ -239,7 +241,9 @@ def custom2hf(**options: Any) -> None:
 @cli.command("diff", short_help="Compare two checkpoints.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor]")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor, at most 8]"
+)
 @_reading_options
 def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
     """Compare two checkpoints: names, shapes, dtypes and L2 distances, layouts reconciled.
@@ -489,6 +493,15 @@ def _one_blas_thread() -> None:
         os.environ[name] = "1"
 
 
+def _handle_signals() -> None:
+    handlers = {"SIGINT": _on_interrupt, "SIGTERM": _on_terminate, "SIGHUP": _on_terminate}
+    for signal_name, handler in handlers.items():
+        number = getattr(signal, signal_name, None)  # Windows has no SIGHUP
+        # Under nohup a hang-up is ignored, and stays so.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def _on_interrupt(_signum: int, _frame: FrameType | None) -> None:
     _ignore_signals()
     raise KeyboardInterrupt
@@ -542,10 +555,7 @@ def main(command: click.Command = cli) -> None:
     name = "streamshard" if command is cli else None
     verbose = {"-v", "--verbose"} & set(sys.argv)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _on_interrupt)
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), _on_terminate)
+        _handle_signals()
     try:
         command.main(prog_name=name, standalone_mode=False)
     except click.ClickException as error:

@@ -23,7 +23,8 @@ from streamshard.files import Files
 from streamshard.layouts import flat_names, layout_of, pieces
 from streamshard.lora import Adapter, Carry, Merged, Place, check_base, merge
 from streamshard.peft_config import read_settings
-from streamshard.run import Job, Options, PathLike, Report, check_places, run
+from streamshard.report import Report
+from streamshard.run import Job, Options, PathLike, check_places, run
 from streamshard.tensors import Workspace
 
 __all__ = ["custom_to_hf", "hf_to_custom", "merge_lora"]
@@ -276,12 +277,12 @@ def _paths(adapter: PathLike | Sequence[PathLike]) -> list[Path]:
 
 def _check_ties(source: Checkpoint, result: Merged) -> None:
     """Refuse an update of a head or embedding that loading would tie to its twin again."""
-    ends = ("lm_head.weight", "embed_tokens.weight")
+    ends = ("lm_head.weight", "embed_tokens.weight", ".output.weight", "tok_embeddings.weight")
     touched = [name for name in result.changed if name.endswith(ends)]
     config = source.config
-    if not touched or config is None or config.get("model_type") == "internvl_chat":
-        return  # the custom class never ties
-    inner = config.get("text_config")
+    if not touched or config is None:
+        return
+    inner = config.get("text_config", config.get("llm_config"))
     default = config.get("model_type") == "internvl"
     flags = [config.get("tie_word_embeddings", default)]
     flags += [inner.get("tie_word_embeddings", False)] if isinstance(inner, dict) else []

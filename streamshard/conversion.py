@@ -126,16 +126,16 @@ def carry_over(
         unexpected += sorted(set(result.tensors) - set(known) - set(unexpected))
     _refuse(missing, "missing", "--allow-missing", allow_missing, result, source)
     _refuse(unexpected, "unexpected", "--allow-unexpected", allow_unexpected, result, source)
+    config = config_fixes(reference.config, layout)
     rows = _vocabulary(result.tensors)
-    own = _vocabulary(known or {}) or reference.config[_INNER[layout]].get("vocab_size")
-    if rows is not None and own != rows and tokenizer_from is None:
+    own = _vocabulary(known or {}) or config[_INNER[layout]].get("vocab_size")
+    if isinstance(own, int) and rows not in (None, own) and tokenizer_from is None:
         raise InputError(
             f"the embedding of {printable(str(source.path))} has {rows:,} rows, that of the reference "
             f"{printable(str(reference.path))} {own:,}: the vocabularies differ. Say whose tokenizer "
             "belongs to the weights: --tokenizer-from source (usual after adding tokens) or reference."
         )
     _check_shapes(result.tensors, known or {}, reference.path)
-    config = config_fixes(reference.config, layout)
     side_files = dict(reference.side_files)
     if tokenizer_from == "source":
         _take_tokenizer(source, side_files, config, layout)
@@ -148,7 +148,7 @@ def carry_over(
         reference=known,
         missing=missing,
         unexpected=unexpected,
-        warnings=_other_files(source, reference),
+        warnings=_rope_warnings(source, reference),
     )
 
 
@@ -299,7 +299,7 @@ def _image_token_id(source: Checkpoint) -> int:
     return found
 
 
-def _other_files(source: Checkpoint, reference: Checkpoint) -> list[str]:
+def _rope_warnings(source: Checkpoint, reference: Checkpoint) -> list[str]:
     """A hint where the source has a scaling of rotary positions that the reference has not."""
     configs = [checkpoint.config or {} for checkpoint in (source, reference)]
     inner = [c.get("llm_config") or c.get("text_config") or {} for c in configs]

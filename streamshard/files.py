@@ -177,15 +177,25 @@ def read_bytes(path: Path, limit: int) -> bytes:
 def copy_files(sources: Mapping[str, Path], target: Path) -> None:
     """Copy files, as bytes, to their names below `target`."""
     for name, source in sources.items():
-        copy = target / name
-        with reading(source), source.open("rb") as file:
-            nbytes = os.fstat(file.fileno()).st_size
-            with writing(copy, nbytes):
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                with copy.open("xb") as out:
-                    shutil.copyfileobj(file, out)
-                    out.flush()
-                    os.fsync(out.fileno())
+        _copy_file(source, target / name)
+    for folder in {(target / name).parent for name in sources} - {target}:
+        sync_folder(folder)
+
+
+def _copy_file(source: Path, copy: Path) -> None:
+    with reading(source):
+        file = source.open("rb")
+    with file, writing(copy, 0):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with copy.open("xb") as out:
+            while True:
+                with reading(source):  # an error of the source is not one of the output
+                    block = file.read(1 << 20)
+                if not block:
+                    break
+                out.write(block)
+            out.flush()
+            os.fsync(out.fileno())
 
 
 def write_new(path: Path, data: bytes) -> None:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from streamshard import __version__
 from streamshard.checkpoint import Checkpoint, open_adapter, open_checkpoint
 from streamshard.conversion import model_dims
 from streamshard.distance import Distances, is_comparable, tensor_distance
@@ -21,8 +20,9 @@ from streamshard.families import dims_from_config
 from streamshard.files import Files
 from streamshard.format import total_nbytes, total_parameters
 from streamshard.layouts import convert, detect, layout_of
-from streamshard.resources import peak_rss_bytes, processors
-from streamshard.run import PathLike, Report
+from streamshard.report import Report, finished, new_report
+from streamshard.resources import workers_or_default
+from streamshard.run import PathLike
 from streamshard.tensors import Lazy, Workspace
 
 __all__ = ["diff", "inspect"]
@@ -40,7 +40,10 @@ def inspect(path: PathLike) -> Report:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)
-    report = _report("inspect", found.tensors, started)
+    report = new_report("inspect", found.tensors)
+    files = Counter(dict.fromkeys(found.metadata, 0))
+    for name, tensor in found.tensors.items():
+        files[found.shard_of[name]] += tensor.nbytes
     facts: dict[str, Any] = {}
     try:
         seen = detect(list(found.tensors), found.config)
@@ -54,20 +57,16 @@ def inspect(path: PathLike) -> Report:
         report["warnings"] += seen.warnings
     except InputError as error:
         report["warnings"].append(str(error))
-    return {
-        **report,
+    report |= {
         **facts,
         "path": str(found.path),
         "dimensions": _dimensions(found),
         "dtypes": dict(Counter(tensor.dtype for tensor in found.tensors.values())),
-        "files": {
-            name: sum(t.nbytes for n, t in found.tensors.items() if found.shard_of[n] == name)
-            for name in found.metadata
-        },
+        "files": dict(files),
         "shards": len(found.metadata),
         "lora": _lora_state(found),
-        **_timing(started),
     }
+    return finished(report, started)
 
 
 def diff(
@@ -91,7 +90,7 @@ def diff(
     comparable = {name: pair for name, pair in shared.items() if is_comparable(*pair)}
     if on_total is not None:
         on_total(sum(left.nbytes for left, _ in comparable.values()))
-    squared, sizes = _measure(comparable, workers or processors(), progress)
+    squared, sizes = _measure(comparable, workers_or_default(workers), progress)
     skipped = sorted((set(ours) | set(theirs)) - set(comparable))
     distances = Distances(
         str(other.path),
@@ -108,9 +107,9 @@ def diff(
         for name, value in squared.items()
         if value
     ]
-    different.sort(key=lambda row: -row["l2"])
-    return {
-        **_report("diff", ours, started),
+    different.sort(key=lambda row: (not math.isnan(row["l2"]), -row["l2"]))
+    report = {
+        **new_report("diff", ours),
         "layout": layout_of(theirs),
         "l2": distances.report(),
         "missing": sorted(set(theirs) - set(ours)),
@@ -120,49 +119,23 @@ def diff(
         "shapes": _unequal(shared, "shape"),
         "dtypes": _unequal(shared, "dtype"),
         "different": different,
-        "equal": sum(not value for value in squared.values()),
-        **_timing(started),
+        "equal": sum(value == 0 for value in squared.values()),
     }
-
-
-def _report(command: str, tensors: Mapping[str, Lazy], started: float) -> Report:
-    return {
-        "command": command,
-        "version": __version__,
-        "output": None,
-        "layout": layout_of(tensors),
-        "tensors": len(tensors),
-        "parameters": total_parameters(tensors),
-        "bytes": total_nbytes(tensors),
-        "shards": None,
-        "merged": None,
-        "l2": None,
-        "missing": [],
-        "unexpected": [],
-        "warnings": [],
-        **_timing(started),
-    }
-
-
-def _timing(started: float) -> Report:
-    return {
-        "seconds": round(time.perf_counter() - started, 3),
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
+    return finished(report, started)
 
 
 def _inspect_adapter(folder: Path, started: float) -> Report:
     adapter = open_adapter(folder)
     keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
-    return {
-        **_report("inspect", adapter.tensors, started),
+    report = {
+        **new_report("inspect", adapter.tensors),
         "path": str(folder),
         "adapter": {key: adapter.config.get(key) for key in keys},
         "dtypes": dict(Counter(tensor.dtype for tensor in adapter.tensors.values())),
         "files": {adapter.file.name: total_nbytes(adapter.tensors)},
         "shards": 1,
-        **_timing(started),
     }
+    return finished(report, started)
 
 
 def _dimensions(found: Checkpoint) -> dict[str, Any] | None:
@@ -255,8 +228,14 @@ def _measure(
     progress: Callable[[int, str], None] | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Squared distances of pairs of tensors, and the squared norms of the second ones."""
+    from threadpoolctl import threadpool_limits
+
     lock, local = threading.Lock(), threading.local()
-    with contextlib.closing(Files()) as files, ThreadPoolExecutor(workers) as pool:
+    with (
+        threadpool_limits(1, user_api="blas"),
+        contextlib.closing(Files()) as files,
+        ThreadPoolExecutor(workers) as pool,
+    ):
 
         def measured(item: tuple[str, tuple[Lazy, Lazy]]) -> tuple[str, float, float]:
             if not hasattr(local, "work"):

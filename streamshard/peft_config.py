@@ -85,7 +85,8 @@ class LoraSettings:
 
     def rank(self, module: str) -> int:
         """The rank that the config gives to `module` (its name in the base model)."""
-        return self.rank_pattern.get(_matching(self.rank_pattern, module) or "", self.r)
+        key = _matching(self.rank_pattern, module)
+        return self.r if key is None else self.rank_pattern[key]
 
     def alpha(self, module: str) -> float:
         """`lora_alpha` of `module`.
@@ -93,7 +94,8 @@ class LoraSettings:
         Raises `AdapterError` where releases of PEFT before 0.15 would have read the patterns
         differently and the config does not say which release wrote it.
         """
-        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module) or "", self.lora_alpha)
+        key = _matching(self.alpha_pattern, module)
+        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         if self.rank_pattern and self.alpha_pattern and not self.knows_version:
             self._check_eras(module, alpha)
         return alpha
@@ -198,7 +200,8 @@ def _patterns(value: object, where: str) -> list[tuple[str, object]]:
         raise AdapterError(f"{where} is {printable(repr(value), 60)}; an object was expected.")
     for key in value:
         try:
-            re.compile(key)
+            re.compile(rf"(.*\.)?({key})$")
+            re.compile(rf".*\.{key}$")
         except (re.error, RecursionError, OverflowError) as error:
             raise AdapterError(
                 f"{where}: '{printable(key)}' is no valid pattern: {error}."

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from streamshard.errors import InputError, printable
 from streamshard.tensors import Array, Lazy
 
@@ -22,6 +20,13 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
     names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
+        # What the unpickler lets through may still be no plain array: sparse, or of a stride of 0.
+        for tensor in content.values() if isinstance(content, dict) else ():
+            if isinstance(tensor, torch.Tensor) and (
+                tensor.layout != torch.strided
+                or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+            ):
+                raise ValueError("a tensor is no plain array")  # noqa: TRY301
     except Exception as error:  # torch raises whatever its unpickler meets
         raise InputError(
             f"{printable(str(file))}: cannot be loaded as plain tensors: {printable(str(error))} "
@@ -41,5 +46,5 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
                 "only bfloat16, float16 and float32 adapters can be merged."
             )
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        tensors[name] = Array(np.asarray(flat), tuple(tensor.shape), names[tensor.dtype])
+        tensors[name] = Array(flat, tuple(tensor.shape), names[tensor.dtype])
     return tensors

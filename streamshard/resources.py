@@ -9,15 +9,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from streamshard.errors import UsageError
-from streamshard.tensors import BLOCK_ELEMENTS, TILE_ROWS, Computed
+from streamshard.tensors import (
+    BLOCK_ELEMENTS,
+    CHUNK_ROWS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    Computed,
+    Lazy,
+)
 
 if TYPE_CHECKING:
     from streamshard.writer import Shard
 
-__all__ = ["memory_estimate", "parse_size", "peak_rss_bytes", "processors", "worker_count"]
+__all__ = ["memory_estimate", "parse_size", "peak_rss_bytes", "worker_count", "workers_or_default"]
 
-MAX_WORKERS = 8
-MOST_WORKERS = 64
+DEFAULT_WORKERS = 8
+MAX_WORKERS = 64
 # Measured: interpreter, numpy with BLAS, and a plan of some thousand tensors.
 _PROCESS_NBYTES = 48_000_000
 
@@ -46,9 +53,7 @@ def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int |
 
     Raises `UsageError` if the budget does not allow a single one.
     """
-    if workers is not None and not 1 <= workers <= MOST_WORKERS:
-        raise UsageError(f"--workers is {workers}; 1 to {MOST_WORKERS} can be chosen.")
-    count = workers or min(processors(), MAX_WORKERS)
+    count = workers_or_default(workers)
     if max_memory is None:
         return count
     least = memory_estimate(shards, 1)
@@ -58,6 +63,13 @@ def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int |
             "model and adapter. Allow more, or leave the option out."
         )
     return min(count, 1 + (max_memory - least) // _worker_nbytes(shards))
+
+
+def workers_or_default(workers: int | None) -> int:
+    """The number of threads asked for, else one a processor; raises `UsageError` if absurd."""
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise UsageError(f"--workers is {workers}; 1 to {MAX_WORKERS} can be chosen.")
+    return workers or min(_processors(), DEFAULT_WORKERS)
 
 
 def memory_estimate(shards: Sequence[Shard], workers: int) -> int:
@@ -73,13 +85,17 @@ def _worker_nbytes(shards: Sequence[Shard]) -> int:
             for piece in tensor.pieces:
                 if isinstance(piece, Computed):
                     rows = TILE_ROWS * (piece.row_nbytes + piece.source.row_nbytes)
-                    factors = sum(4 * term.A.rows * term.A.columns for term in piece.terms)
+                    factors = sum(_factor_nbytes(term.A) for term in piece.terms)
                     largest = max(largest, rows + factors)
     return 24 * BLOCK_ELEMENTS + 1_000_000 + largest
 
 
-def processors() -> int:
-    """How many processors this process may use."""
+def _factor_nbytes(A: Lazy) -> int:
+    # All of A as stored and in fp32, rows of B likewise, and what is multiplied in fp64.
+    return A.nbytes + A.rows * (4 * A.columns + 20 * CHUNK_ROWS + 8 * TILE_COLUMNS)
+
+
+def _processors() -> int:
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from streamshard import __version__
-from streamshard.checkpoint import REPORT_NAME
 from streamshard.distance import Distances, is_comparable
 from streamshard.errors import (
     AdapterError,
@@ -23,15 +19,14 @@ from streamshard.errors import (
 )
 from streamshard.files import copy_files, disk_free, reading, write_new, writing
 from streamshard.format import total_nbytes, total_parameters
-from streamshard.layouts import layout_of
-from streamshard.resources import memory_estimate, parse_size, peak_rss_bytes, worker_count
+from streamshard.report import REPORT_NAME, Report, finished, json_bytes, new_report
+from streamshard.resources import memory_estimate, parse_size, worker_count
 from streamshard.tensors import Lazy, Stored, cast
 from streamshard.writer import Shard, index_bytes, output_folder, plan_shards, write_shards
 
-__all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "Report", "check_places", "run"]
+__all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "run"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
-Report: TypeAlias = dict[str, Any]
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -122,28 +117,17 @@ def run(job: Job, options: Options) -> Report:
     if options.on_plan is not None:
         options.on_plan(plan)
     report: Report = {
-        "command": job.command,
-        "version": __version__,
+        **new_report(job.command, tensors),
         "output": str(job.output),
-        "layout": layout_of(tensors),
-        "tensors": len(tensors),
-        "parameters": total_parameters(tensors),
         "bytes": plan.nbytes,
         "shards": len(shards),
-        "seconds": None,
-        "peak_rss_bytes": None,
-        "merged": None,
-        "l2": None,
-        "missing": [],
-        "unexpected": [],
-        "warnings": [],
         **job.facts,
         "dry_run": options.dry_run,
         "plan": plan.as_dict() if options.dry_run else None,
     }
     if not options.dry_run:
-        _write(job, plan, options, report)
-    return _timed(report, job)
+        _write(job, plan, tensors, options, report)
+    return finished(report, job.started)
 
 
 def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
@@ -245,11 +229,12 @@ def _plan(job: Job, shards: Sequence[Shard], options: Options) -> Plan:
     return Plan(job.output, tuple(shards), nbytes, free, count, memory_estimate(shards, count))
 
 
-def _write(job: Job, plan: Plan, options: Options, report: Report) -> None:
+def _write(
+    job: Job, plan: Plan, tensors: Mapping[str, Lazy], options: Options, report: Report
+) -> None:
     """Write everything into place and put the distances into the report."""
+    distances = _compared(job, tensors)
     with output_folder(plan.output, overwrite=options.overwrite) as staging:
-        found = {name: t for shard in plan.shards for name, t in shard.tensors.items()}
-        distances = _compared(job, found)
         squared = write_shards(
             plan.shards,
             staging,
@@ -271,7 +256,7 @@ def _write(job: Job, plan: Plan, options: Options, report: Report) -> None:
             write_new(staging / "config.json", json_bytes(config))
         if len(plan.shards) > 1:
             write_new(staging / "model.safetensors.index.json", index_bytes(plan.shards))
-        kept = {**_timed(report, job), "l2_per_tensor": distances.norms()}
+        kept = finished({**report, "l2_per_tensor": distances.norms()}, job.started)
         write_new(staging / REPORT_NAME, json_bytes(kept))
 
 
@@ -303,15 +288,3 @@ def _with_dtype(config: Mapping[str, Any] | None, dtype: str) -> Mapping[str, An
         }
 
     return dict(renamed(config))
-
-
-def _timed(report: Report, job: Job) -> Report:
-    seconds = round(time.perf_counter() - job.started, 3)
-    return {**report, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
-
-
-def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """JSON as this package writes it into output folders."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    # A path that is not UTF-8 has surrogates, which this turns into JSON's own escapes.
-    return text.encode(errors="backslashreplace")

@@ -171,10 +171,10 @@ def _replace(staging: Path, target: Path, *, overwrite: bool) -> None:
         try:
             # Fails if another run has put its output there in the meantime.
             staging.rename(target)
-        except OSError as error:
-            if old.exists():
+        except BaseException as error:
+            if old.exists() and not target.exists():
                 old.rename(target)
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise OutputError(
                     f"{printable(str(target))}: appeared while this run was writing. Two runs have "
                     "one output: choose another for one of them."
@@ -287,10 +287,10 @@ class _Run:
             if squared:
                 self.squared[unit.place] = (unit.name, squared)
             output = self.outputs[unit.shard]
-            self.syncs.append(self.syncer.submit(output.begin_sync, unit.offset, unit.nbytes))
+            self.syncer.submit(output.begin_sync, unit.offset, unit.nbytes)
             self.left[unit.shard] -= unit.nbytes
             if not self.left[unit.shard]:
-                self.syncs.append(self.syncer.submit(_finish, self.outputs.pop(unit.shard)))
+                self.syncs.append(self.syncer.submit(_finish, output))
             if self.progress is not None:
                 self.progress(unit.nbytes, unit.name)
 
@@ -363,6 +363,7 @@ def write_shards(
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
+            syncer.shutdown(cancel_futures=True)
             for output in run.outputs.values():
                 output.close()
     squared: dict[str, float] = {}
@@ -378,10 +379,8 @@ def _rows_of(nbytes: int, row_nbytes: int) -> int:
 
 
 def _finish(output: OutputFile) -> None:
-    try:
-        output.sync()
-    finally:
-        output.close()
+    output.sync()
+    output.close()
 
 
 def _copied(unit: _Unit, source: ByteRange, work: Workspace) -> Iterator[Bytes]:

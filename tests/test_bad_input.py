@@ -238,8 +238,8 @@ ADAPTERS: dict[str, tuple[Callable[[Pair], None], int, list[str]]] = {
     "text-alpha": (adapter(lora_alpha="8"), 4, ["lora_alpha", "'8'"]),
     "infinite-alpha": (
         edit("adapter/adapter_config.json", lambda b: b.replace(b'alpha": 8', b'alpha": 1e999')),
-        4,
-        ["lora_alpha"],
+        3,
+        ["adapter_config.json", "1e999"],
     ),
     "no-r": (adapter(r=...), 4, ["adapter_config.json: r "]),
     "zero-r": (adapter(r=0), 4, ["adapter_config.json: r "]),

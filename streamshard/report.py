@@ -1,0 +1,67 @@
+"""Reports: what every command returns, prints with `--json`, and keeps as `streamshard.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from streamshard import __version__
+from streamshard.format import total_nbytes, total_parameters
+from streamshard.layouts import layout_of
+from streamshard.resources import peak_rss_bytes
+from streamshard.tensors import Lazy
+
+__all__ = ["REPORT_NAME", "Report", "finished", "json_bytes", "new_report"]
+
+Report: TypeAlias = dict[str, Any]
+
+REPORT_NAME = "streamshard.json"
+
+
+def new_report(command: str, tensors: Mapping[str, Lazy]) -> Report:
+    """Every key that a report has at least; what does not apply to a command is None."""
+    return {
+        "command": command,
+        "version": __version__,
+        "output": None,
+        "layout": layout_of(tensors),
+        "tensors": len(tensors),
+        "parameters": total_parameters(tensors),
+        "bytes": total_nbytes(tensors),
+        "shards": None,
+        "seconds": None,
+        "peak_rss_bytes": None,
+        "merged": None,
+        "l2": None,
+        "missing": [],
+        "unexpected": [],
+        "warnings": [],
+    }
+
+
+def finished(report: Report, started: float) -> Report:
+    """The report with the time since `started` (`time.perf_counter`) and the peak memory."""
+    seconds = round(time.perf_counter() - started, 3)
+    done = {**report, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+    return {key: _plain(value) for key, value in done.items()}
+
+
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """JSON as this package writes it into output folders."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A path that is not UTF-8 has surrogates, which this turns into JSON's own escapes.
+    return text.encode(errors="backslashreplace")
+
+
+def _plain(value: Any) -> Any:
+    """`value` with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value
