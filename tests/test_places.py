@@ -116,3 +116,70 @@ def test_the_default_name_is_that_of_a_link_and_not_of_its_target(pair: Pair, cl
     outcome = cli("merge-lora", "--base", "MyModel", "--adapter", pair.adapter)
     assert outcome.code == 0
     assert (pair.root / "MyModel-merged" / "config.json").exists()
+
+
+def test_a_link_to_nothing_in_the_base_is_named(pair: Pair, cli):
+    (pair.base / "vocab.json").symlink_to(pair.root / "never fetched")
+    outcome = cli(*pair.command)
+    assert outcome.code == 3
+    assert "vocab.json" in outcome.err
+
+
+def test_an_interrupted_swap_restores_the_old_output(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    rename = Path.rename
+
+    def interrupted(self: Path, other: Path) -> Path:
+        if ".partial-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    def swap() -> None:
+        with output_folder(target, overwrite=True):
+            monkeypatch.setattr(Path, "rename", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        swap()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (target / "old").read_text() == "old"
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(pair: Pair, cli):
+    import signal
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli(*pair.command).code == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_help_names_the_program(cli):
+    assert "Usage: streamshard merge-lora" in cli("merge-lora", "--help").out
+
+
+def test_the_json_of_a_diff_with_nan_is_json(pair: Pair, cli):
+    import json
+
+    import reference
+    import torch
+    from reference import save_file
+
+    content = reference.read(pair.base)
+    name = next(iter(content))
+    for folder in ("a", "b"):
+        (pair.root / folder).mkdir()
+        save_file(content, pair.root / folder / "model.safetensors", {"format": "pt"})
+        content[name] = torch.full_like(content[name], float("nan"))
+    outcome = cli("diff", pair.root / "a", pair.root / "b", "--json")
+    assert outcome.code == 0
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(constant)
+
+    report = json.loads(outcome.out, parse_constant=refuse)
+    assert report["l2"]["sum"] is None
+    assert [row["name"] for row in report["different"]] == [name]
