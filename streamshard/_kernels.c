@@ -79,13 +79,14 @@ static void distance(const uint16_t *one, const uint16_t *other, Py_ssize_t coun
     memcpy(sums, totals, sizeof sums);
     for (; i + LANES <= count; i += LANES)
         for (int lane = 0; lane < LANES; lane++) {
-            float change = as_float((uint32_t)one[i + lane] << 16)
-                           - as_float((uint32_t)other[i + lane] << 16);
-            sums[lane] += (double)change * (double)change;
+            double change = (double)as_float((uint32_t)one[i + lane] << 16)
+                            - (double)as_float((uint32_t)other[i + lane] << 16);
+            sums[lane] += change * change;
         }
     for (; i < count; i++) {
-        float change = as_float((uint32_t)one[i] << 16) - as_float((uint32_t)other[i] << 16);
-        sums[0] += (double)change * (double)change;
+        double change = (double)as_float((uint32_t)one[i] << 16)
+                        - (double)as_float((uint32_t)other[i] << 16);
+        sums[0] += change * change;
     }
     memcpy(totals, sums, sizeof sums);
 }

@@ -102,5 +102,5 @@ def squared_distance_bf16(one: Elements, other: Elements) -> float:
     widen(one, "BF16", left)
     widen(other, "BF16", right)
     with np.errstate(invalid="ignore"):
-        change = (left - right).astype(np.float64).reshape(-1)
+        change = (left.astype(np.float64) - right).reshape(-1)
     return float(np.dot(change, change))

@@ -17,19 +17,19 @@ from typing import Any
 
 from streamshard.checkpoint import Checkpoint, open_adapter, open_checkpoint
 from streamshard.conversion import Target, carry_over, shard_names
+from streamshard.detection import layout_of
 from streamshard.errors import InputError, UsageError, listed, printable
-from streamshard.families import Dims, dims_from_config
+from streamshard.families import OTHER, Dims, dims_from_config
 from streamshard.files import Files
-from streamshard.layouts import flat_names, layout_of, pieces
+from streamshard.layouts import pieces
 from streamshard.lora import Adapter, Carry, Merged, Place, check_base, merge
 from streamshard.peft_config import read_settings
 from streamshard.report import Report
 from streamshard.run import Job, Options, PathLike, check_places, run
+from streamshard.spelling import flat_names
 from streamshard.tensors import Workspace
 
 __all__ = ["custom_to_hf", "hf_to_custom", "merge_lora"]
-
-_OTHER = {"custom": "hf", "hf": "custom"}
 
 
 def merge_lora(
@@ -81,7 +81,9 @@ def merge_lora(
             result.tensors, source, folder, layout, tokenizer_from=tokenizer_from
         )
         facts["warnings"] += converted.warnings
-        job = _job("merge-lora", target, started, source, converted, str(source.path), facts)
+        job = _job(
+            "merge-lora", target, started, source, converted, str(source.path), facts, chosen.dtype
+        )
         return run(dataclasses.replace(job, must_change=True), chosen)
     if source.config is None:
         where = printable(str(source.path))
@@ -163,7 +165,7 @@ def _convert(
         "warnings": converted.warnings,
     }
     compared = None if converted.reference is None else str(reference.path)
-    job = _job(command, target, started, source, converted, compared, facts)
+    job = _job(command, target, started, source, converted, compared, facts, chosen.dtype)
     return run(dataclasses.replace(job, reference=converted.reference), chosen)
 
 
@@ -175,7 +177,9 @@ def _job(
     converted: Target,
     l2_from: str | None,
     facts: Mapping[str, Any],
+    dtype: str,
 ) -> Job:
+    config = converted.config if dtype == "keep" else converted.config or converted.base_config
     return Job(
         command=command,
         output=target,
@@ -183,7 +187,7 @@ def _job(
         tensors=converted.tensors,
         shard_of=shard_names(converted.tensors, source),
         metadata={},
-        config=converted.config,
+        config=config,
         side_files=converted.side_files,
         l2_from=l2_from,
         facts=facts,
@@ -215,7 +219,7 @@ def _carry(source: Checkpoint, own: str | None) -> Carry | None:
     """Finds where updates of the other layout's weights go; None if the base is no InternVL."""
     if own is None or source.config is None:
         return None
-    config, other = source.config, _OTHER[own]
+    config, other = source.config, OTHER[own]
     spelled = flat_names(source.tensors, own)
 
     def places(name: str, rows: int) -> list[Place]:
@@ -243,7 +247,9 @@ def _adapter_dims(config: Mapping[str, Any], name: str) -> Dims:
     architecture = None
     if isinstance(inner, dict) and inner.get("model_type") == "llama":
         # An HF base does not say which custom class it came from; the adapter's names do.
-        internlm2 = re.search(r"\.(?:attention\.w|feed_forward\.w|tok_embeddings\.)", name)
+        internlm2 = re.search(
+            r"\.(?:attention\.w|feed_forward\.w|tok_embeddings\.)|language_model\.output\.", name
+        )
         architecture = "InternLM2ForCausalLM" if internlm2 else "LlamaForCausalLM"
     return dims_from_config(config, architecture=architecture)
 

@@ -7,7 +7,7 @@ What the two disagree on is an error, as it would be a wrong model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,33 +15,51 @@ from typing import Any
 from streamshard.checkpoint import Checkpoint, read_json_object
 from streamshard.errors import InputError, UsageError, listed, printable
 from streamshard.families import (
+    INNER,
+    OTHER,
+    TORCH_DTYPES,
     Dims,
     check_config,
     config_fixes,
     config_layout,
     dims_from_config,
     llm_architecture,
+    with_dtype,
 )
 from streamshard.layouts import Converted, convert
 from streamshard.tensors import Lazy, Stored
 
 __all__ = ["Target", "carry_over", "model_dims", "shard_names"]
 
-_INNER = {"custom": "llm_config", "hf": "text_config"}
-_OTHER = {"custom": "hf", "hf": "custom"}
 _EMBEDDINGS = (
     "language_model.model.embed_tokens.weight",
     "language_model.model.tok_embeddings.weight",
 )
+_HEADS = ("language_model.lm_head.weight", "language_model.output.weight")
 _TOKENIZER = re.compile(
     r"tokenizer.*|vocab\.(?:json|txt)|merges\.txt|added_tokens\.json|special_tokens_map\.json"
     r"|tokenization_.*\.py|spiece\.model|sentencepiece.*"
 )
 # What must be equal in both configs, by the names of the custom and of the HF config. The order of
 # the weights says nothing of these, and a wrong one is a model that talks nonsense.
-_LLM_KEYS = ("hidden_size", "intermediate_size", "rms_norm_eps", "rope_theta", "hidden_act")
+_LLM_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "hidden_act",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+)
 _TOP_KEYS = (("downsample_ratio", "downsample_ratio"), ("select_layer", "vision_feature_layer"))
-_VISION_KEYS = ("image_size", "patch_size", "layer_norm_eps", "hidden_size", "intermediate_size")
+_VISION_KEYS = (
+    "image_size",
+    "patch_size",
+    "layer_norm_eps",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +69,8 @@ class Target:
     tensors: dict[str, Lazy]
     config: dict[str, Any] | None
     """`config.json` if the reference's must be changed; None if it can be copied."""
+    base_config: dict[str, Any]
+    """The reference's own."""
     side_files: dict[str, Path]
     reference: dict[str, Stored] | None
     missing: list[str]
@@ -58,22 +78,23 @@ class Target:
     warnings: list[str]
 
 
-def model_dims(source: Checkpoint, reference: Checkpoint | None, layout: str) -> Dims:
+def model_dims(source: Checkpoint, reference: Checkpoint, layout: str) -> Dims:
     """The dimensions of a model that goes to `layout`; both configs must agree on them.
 
-    Raises `InputError` if they are of different models, or describe what HF cannot express.
+    What one of them leaves out, as transformers does with defaults, the other one says. Raises
+    `InputError` if they are of different models, or describe what HF cannot express.
     """
-    configs = {_OTHER[layout]: source, layout: reference}
+    configs = {OTHER[layout]: source, layout: reference}
     custom, hf = configs["custom"], configs["hf"]
     architecture = None
-    if custom is not None and custom.config is not None:
+    if custom.config is not None:
         where = printable(str(custom.path / "config.json"))
         _check_layout(custom, "custom", where)
         check_config(custom.config, where)
         architecture = llm_architecture(custom.config, where)
     found = {}
     for side, checkpoint in (("custom", custom), ("hf", hf)):
-        if checkpoint is not None and checkpoint.config is not None:
+        if checkpoint.config is not None:
             where = printable(str(checkpoint.path / "config.json"))
             _check_layout(checkpoint, side, where)
             found[side] = dims_from_config(
@@ -84,12 +105,16 @@ def model_dims(source: Checkpoint, reference: Checkpoint | None, layout: str) ->
             f"{printable(str(source.path))}: has no config.json, so the heads of its attention are not "
             "known. Give the whole folder."
         )
-    if len(found) == 2 and source.config and reference is not None and reference.config:
-        _compare_dims(found["custom"], found["hf"], reference.path)
-        _compare_configs(custom, hf, reference.path)
-    if layout == "custom" and "hf" in found:
-        return found["hf"]
-    return found.get(_OTHER[layout]) or replace(found[layout], tied=None)
+    if len(found) < 2:
+        return next(iter(found.values()))
+    _compare_dims(found["custom"], found["hf"], reference.path)
+    _compare_configs(custom, hf, reference.path)
+    said = {
+        field.name: getattr(found["custom"], field.name)
+        for field in fields(Dims)
+        if getattr(found["hf"], field.name) is None
+    }
+    return replace(found["hf"], **said)
 
 
 def carry_over(
@@ -122,13 +147,26 @@ def carry_over(
     known = _canonical(reference, dims, layout) if reference.tensors else None
     missing, unexpected = list(result.missing), list(result.unexpected)
     if known is not None:
-        missing += sorted(set(known) - set(result.tensors) - set(missing))
+        # Reported once: what lacks only because a part of it does goes by the part's name.
+        whole = _canonical(reference, dims, layout, without=result.missing)
+        missing += sorted(set(whole) - set(result.tensors))
         unexpected += sorted(set(result.tensors) - set(known) - set(unexpected))
     _refuse(missing, "missing", "--allow-missing", allow_missing, result, source)
     _refuse(unexpected, "unexpected", "--allow-unexpected", allow_unexpected, result, source)
     config = config_fixes(reference.config, layout)
+    if config.get("quantization_config"):
+        raise InputError(
+            f"{printable(str(reference.path))}: its config.json has a quantization_config, but the "
+            "weights to write are not quantized. Give the unquantized original model."
+        )
     rows = _vocabulary(result.tensors)
-    own = _vocabulary(known or {}) or config[_INNER[layout]].get("vocab_size")
+    head = next((t.shape[0] for n, t in result.tensors.items() if n.endswith(_HEADS)), rows)
+    if rows != head:
+        raise InputError(
+            f"{printable(str(source.path))}: the embedding has {rows} rows, but the head has {head}. "
+            "No model can load that: the checkpoint is damaged or was put together wrongly."
+        )
+    own = _vocabulary(known or {}) or config[INNER[layout]].get("vocab_size")
     if isinstance(own, int) and rows not in (None, own) and tokenizer_from is None:
         raise InputError(
             f"the embedding of {printable(str(source.path))} has {rows:,} rows, that of the reference "
@@ -140,16 +178,25 @@ def carry_over(
     if tokenizer_from == "source":
         _take_tokenizer(source, side_files, config, layout)
     if rows is not None:
-        config[_INNER[layout]]["vocab_size"] = rows
+        config[INNER[layout]]["vocab_size"] = rows
+    config = _true_dtype(config, result.tensors)
     return Target(
         tensors=result.tensors,
         config=None if config == reference.config else config,
+        base_config=reference.config,
         side_files=side_files,
         reference=known,
         missing=missing,
         unexpected=unexpected,
         warnings=_rope_warnings(source, reference),
     )
+
+
+def _true_dtype(config: dict[str, Any], tensors: Mapping[str, Lazy]) -> dict[str, Any]:
+    """The config with the dtype of the tensors, if they are all of one: loaders round to it."""
+    found = {tensor.dtype for tensor in tensors.values()}
+    names = {TORCH_DTYPES[dtype] for dtype in found if dtype in TORCH_DTYPES}
+    return with_dtype(config, names.pop()) if len(found) == len(names) == 1 else config
 
 
 def shard_names(tensors: Mapping[str, Lazy], source: Checkpoint) -> dict[str, str]:
@@ -189,9 +236,8 @@ def _compare_dims(custom: Dims, hf: Dims, path: Path) -> None:
             )
 
 
-def _compare_configs(custom: Checkpoint | None, hf: Checkpoint | None, path: Path) -> None:
-    one = (custom.config if custom else None) or {}
-    other = (hf.config if hf else None) or {}
+def _compare_configs(custom: Checkpoint, hf: Checkpoint, path: Path) -> None:
+    one, other = custom.config or {}, hf.config or {}
     pairs = [(key, one.get(key), other.get(name)) for key, name in _TOP_KEYS]
     for inner, twin, keys in (
         ("llm_config", "text_config", _LLM_KEYS),
@@ -217,9 +263,16 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _canonical(reference: Checkpoint, dims: Dims, layout: str) -> dict[str, Stored]:
-    """The reference's tensors under the names that are written here, whatever its spelling."""
-    back = convert(convert(reference.tensors, dims, _OTHER[layout]).tensors, dims, layout)
+def _canonical(
+    reference: Checkpoint, dims: Dims, layout: str, without: Collection[str] = ()
+) -> dict[str, Stored]:
+    """The reference's tensors under the names that are written here, whatever its spelling.
+
+    `without` names tensors of the other layout to do as if it had not.
+    """
+    there = convert(reference.tensors, dims, OTHER[layout]).tensors
+    kept = {name: tensor for name, tensor in there.items() if name not in without}
+    back = convert(kept, dims, layout)
     return {name: t for name, t in back.tensors.items() if isinstance(t, Stored)}
 
 
@@ -248,7 +301,7 @@ def _vocabulary(tensors: Mapping[str, Lazy]) -> int | None:
 def _check_shapes(tensors: Mapping[str, Lazy], known: Mapping[str, Lazy], path: Path) -> None:
     for name, tensor in tensors.items():
         other = known.get(name)
-        vocabulary = name in _EMBEDDINGS or name.endswith((".output.weight", ".lm_head.weight"))
+        vocabulary = name in _EMBEDDINGS or name.endswith(_HEADS)
         skip = 1 if vocabulary else 0
         if other is not None and tensor.shape[skip:] != other.shape[skip:]:
             raise InputError(
@@ -300,12 +353,18 @@ def _image_token_id(source: Checkpoint) -> int:
 
 
 def _rope_warnings(source: Checkpoint, reference: Checkpoint) -> list[str]:
-    """A hint where the source has a scaling of rotary positions that the reference has not."""
-    configs = [checkpoint.config or {} for checkpoint in (source, reference)]
-    inner = [c.get("llm_config") or c.get("text_config") or {} for c in configs]
-    scaling = [c.get("rope_scaling") for c in inner]
-    if source.config is not None and bool(scaling[0]) != bool(scaling[1]):
-        old = inner[1].get("rope_parameters") or inner[0].get("rope_parameters")
-        if not old:
-            return [f"rope_scaling is {scaling[0]} in the source and {scaling[1]} in the reference"]
-    return []
+    """A hint where source and reference scale rotary positions in different ways."""
+    if source.config is None or reference.config is None:
+        return []
+    one, other = _rope_scaling(source.config), _rope_scaling(reference.config)
+    if one == other:
+        return []
+    return [f"rope_scaling is {one} in the source but {other} in the reference, which is written"]
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """Kind and factor of the scaling, in the words of any version of transformers."""
+    inner = config.get("llm_config") or config.get("text_config") or {}
+    stated = inner.get("rope_scaling") or inner.get("rope_parameters") or {}
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    return None if kind == "default" else (kind, stated.get("factor"))

@@ -23,6 +23,8 @@ from streamshard.errors import InputError, listed, printable
 
 __all__ = [
     "FAMILIES",
+    "INNER",
+    "OTHER",
     "Dims",
     "Family",
     "Row",
@@ -249,7 +251,11 @@ FAMILIES: dict[str, Family] = dict(
 # Real models have at most 94 layers and 128 experts; a damaged config must not cost hours.
 MAX_COUNT = 10_000
 
-_INNER = {"custom": "llm_config", "hf": "text_config"}
+# The other layout, and where a config of each has that of the language model.
+OTHER = {"custom": "hf", "hf": "custom"}
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+INNER = {"custom": "llm_config", "hf": "text_config"}
 _MODEL_TYPES = {"internvl_chat": "custom", "internvl": "hf"}
 
 # What the config classes assume for a key that is absent: InternVisionConfig has the values of
@@ -354,7 +360,7 @@ def dims_from_config(
             f"{where}: model_type is '{printable(str(config.get('model_type')))}'; 'internvl_chat' "
             "or 'internvl' was expected. Is this the folder of an InternVL model?"
         )
-    inner = _INNER[layout]
+    inner = INNER[layout]
     llm, vision = _section(config, inner, where), _section(config, "vision_config", where)
     family = _family_of(config, llm, layout, architecture, where)
     heads, kv_heads, head_dim = _head_counts(llm, family, f"{where}: {inner}")
@@ -415,8 +421,8 @@ def config_fixes(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
     are added: older readers know nothing else and would assume 10000.
     """
     fixed = copy.deepcopy(dict(config))
-    inner = dict(_section(fixed, _INNER[layout], "config.json"))
-    fixed[_INNER[layout]] = inner
+    inner = dict(_section(fixed, INNER[layout], "config.json"))
+    fixed[INNER[layout]] = inner
     fixed["tie_word_embeddings"] = inner["tie_word_embeddings"] = False
     if layout == "custom":
         fixed["use_llm_lora"] = fixed["use_backbone_lora"] = 0
@@ -425,7 +431,7 @@ def config_fixes(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
         return fixed
     if any(isinstance(value, dict) for value in parameters.values()):
         raise InputError(
-            f"config.json: {_INNER[layout]}.rope_parameters differ between kinds of layers, which "
+            f"config.json: {INNER[layout]}.rope_parameters differ between kinds of layers, which "
             "no InternVL model has. Write rope_theta and rope_scaling by hand."
         )
     if "rope_theta" in parameters:
@@ -442,6 +448,20 @@ def config_fixes(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
             scaling = {k: v for k, v in parameters.items() if k not in elsewhere}
             inner["rope_scaling"] = {**scaling, "rope_type": kind}
     return fixed
+
+
+def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A config that states dtype `name` (like "bfloat16") wherever it states one."""
+
+    def renamed(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: name if key in ("torch_dtype", "dtype") and inner is not None else renamed(inner)
+            for key, inner in value.items()
+        }
+
+    return dict(renamed(dict(config)))
 
 
 def _family_of(

@@ -14,20 +14,20 @@ from typing import Any
 
 from streamshard.checkpoint import Checkpoint, open_adapter, open_checkpoint
 from streamshard.conversion import model_dims
+from streamshard.detection import detect, layout_of
 from streamshard.distance import Distances, is_comparable, tensor_distance
-from streamshard.errors import InputError, printable
-from streamshard.families import dims_from_config
+from streamshard.errors import InputError
+from streamshard.families import OTHER, Dims, dims_from_config
 from streamshard.files import Files
 from streamshard.format import total_nbytes, total_parameters
-from streamshard.layouts import convert, detect, layout_of
+from streamshard.layouts import convert
 from streamshard.report import Report, finished, new_report
 from streamshard.resources import workers_or_default
 from streamshard.run import PathLike
+from streamshard.spelling import flat_names
 from streamshard.tensors import Lazy, Workspace
 
 __all__ = ["diff", "inspect"]
-
-_OTHER = {"custom": "hf", "hf": "custom"}
 
 
 def inspect(path: PathLike) -> Report:
@@ -44,7 +44,7 @@ def inspect(path: PathLike) -> Report:
     files = Counter(dict.fromkeys(found.metadata, 0))
     for name, tensor in found.tensors.items():
         files[found.shard_of[name]] += tensor.nbytes
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = dict.fromkeys(("spelling", "family", "packed_experts", "evidence"))
     try:
         seen = detect(list(found.tensors), found.config)
         facts = {
@@ -181,37 +181,40 @@ def _reconciled(
 ) -> tuple[Mapping[str, Lazy], Mapping[str, Lazy]]:
     """Both checkpoints under the names of the second one's layout."""
     mine, theirs = layout_of(one.tensors), layout_of(other.tensors)
-    if mine is None or theirs is None or (one.config is None and other.config is None):
+    if mine is None or theirs is None or mine == theirs == "custom":
         return one.tensors, other.tensors
-    if mine == theirs == "custom" or (mine == theirs and set(one.tensors) == set(other.tensors)):
-        return one.tensors, other.tensors
-    if mine != theirs:
-        dims = model_dims(one, other, theirs)
-        ours = convert(one.tensors, dims, theirs)
-        _check_unexpected(one, ours.unexpected)
-        if theirs == "custom":
-            return ours.tensors, other.tensors
+    if mine == theirs:
+        pair = [_dims(found, one.config or other.config) for found in (one, other)]
+        if None in pair:
+            return one.tensors, other.tensors
+        left, right = (dims for dims in pair if dims is not None)
     else:
-        config = one.config or other.config or {}
-        dims = dims_from_config(config, architecture=_any_architecture(config))
-        ours = convert(convert(one.tensors, dims, _OTHER[theirs]).tensors, dims, theirs)
-    back = convert(convert(other.tensors, dims, _OTHER[theirs]).tensors, dims, theirs)
-    return ours.tensors, back.tensors
+        left = right = model_dims(one, other, theirs)
+    return _renamed(one.tensors, left, mine, theirs), _renamed(other.tensors, right, theirs, theirs)
 
 
-def _any_architecture(config: Mapping[str, Any]) -> str | None:
+def _dims(found: Checkpoint, config: Mapping[str, Any] | None) -> Dims | None:
+    """The dimensions of an HF checkpoint; None if it has no config, and cannot get one."""
+    config = found.config or config
+    if config is None:
+        return None
     inner = config.get("text_config")
     llama = isinstance(inner, dict) and inner.get("model_type") == "llama"
-    return "LlamaForCausalLM" if llama else None
+    return dims_from_config(config, architecture="LlamaForCausalLM" if llama else None)
 
 
-def _check_unexpected(found: Checkpoint, unexpected: Mapping[str, str]) -> None:
-    if unexpected:
-        name, reason = next(iter(unexpected.items()))
-        raise InputError(
-            f"{printable(str(found.path))}: '{printable(name)}' and {len(unexpected) - 1} more cannot be "
-            f"brought to the other layout: {reason}."
-        )
+def _renamed(tensors: Mapping[str, Lazy], dims: Dims, mine: str, theirs: str) -> dict[str, Lazy]:
+    """All tensors under the names of a layout; what cannot be carried keeps its own."""
+    across = convert(tensors, dims, OTHER[mine]).tensors
+    home = convert(across, dims, mine).tensors
+    there = home if mine == theirs else across
+    packed = (".experts.gate_up_proj", ".experts.down_proj")
+    left = {
+        plain: tensors[given]
+        for plain, given in flat_names(tensors, mine).items()
+        if plain not in home and not plain.endswith(packed)
+    }
+    return {**left, **there}
 
 
 def _unequal(shared: Mapping[str, tuple[Lazy, Lazy]], what: str) -> dict[str, list[Any]]:

@@ -18,6 +18,7 @@ import numpy as np
 from streamshard.arithmetic import FLOATS
 from streamshard.errors import AdapterError, InputError, listed, nearest, printable
 from streamshard.peft_config import LoraSettings
+from streamshard.spelling import flat_parts
 from streamshard.tensors import Lazy, LowRank, Workspace, add_low_rank, concat, read_float32
 
 __all__ = ["Adapter", "Carry", "Merged", "Place", "check_base", "merge"]
@@ -228,15 +229,9 @@ def _unknown_key(adapter: Adapter, key: str) -> AdapterError:
     )
 
 
-def _hf_spelling(module: str) -> str:
-    """The *flat* spelling of a module name of transformers' InternVL classes."""
-    module = re.sub(r"^(?:model\.)?(?:language_model\.)?lm_head$", "language_model.lm_head", module)
-    module = re.sub(r"^model\.(vision_tower|multi_modal_projector)\.", r"\1.", module)
-    if not module.startswith("language_model.lm_head"):
-        module = re.sub(
-            r"^(?:model\.)?language_model\.(?:model\.)?", "language_model.model.", module
-        )
-    return module
+def _flat(module: str) -> str:
+    """The weight of a module in the flat spelling of transformers' InternVL classes."""
+    return flat_parts(f"{module}.weight")[0]
 
 
 _REWRITES: tuple[tuple[str, Callable[[str], str]], ...] = (
@@ -253,11 +248,11 @@ def _homes(
 ) -> dict[str, Sequence[Place]]:
     """Where the update of every module goes, by one rewrite of names for the whole adapter."""
     weights = {name.removesuffix(".weight"): name for name in base if name.endswith(".weight")}
-    flat = {_hf_spelling(module): name for module, name in weights.items()}
+    flat = {_flat(module): name for module, name in weights.items()}
     found: dict[str, dict[str, str]] = {}
     best: tuple[int, str, list[str]] = (-1, "", [])
     candidates = [(how, weights, rewrite) for how, rewrite in _REWRITES]
-    candidates.append(("by the spellings of transformers' InternVL", flat, _hf_spelling))
+    candidates.append(("by the spellings of transformers' InternVL", flat, _flat))
     for how, known, rewrite in candidates:
         homes = {m: known[rewrite(m)] for m in pairs if rewrite(m) in known}
         if len(homes) == len(pairs):
@@ -281,10 +276,26 @@ def _homes(
         }
         homeless = [m for m, places in carried.items() if not places]
         if not homeless:
+            _check_overlaps(adapter, carried)
             return carried
         if len(pairs) - len(homeless) > best[0]:
             best = (len(pairs) - len(homeless), "by the names of the other layout", homeless)
     raise _no_home(weights, adapter, pairs, best)
+
+
+def _check_overlaps(adapter: Adapter, homes: Mapping[str, Sequence[Place]]) -> None:
+    """Refuse two modules that go to the same rows of one tensor: one module, named twice."""
+    spans = sorted(
+        (place.target, place.start, place.start + place.rows, module)
+        for module, places in homes.items()
+        for place in places
+    )
+    for (target, _, stop, one), (other_target, start, _, other) in pairwise(spans):
+        if target == other_target and start < stop:
+            raise AdapterError(
+                f"{adapter.where}: '{printable(one)}' and '{printable(other)}' are both for the same "
+                f"rows of '{printable(target)}'. The file mixes spellings: keep one of each."
+            )
 
 
 def _no_home(

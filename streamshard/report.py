@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from streamshard import __version__
+from streamshard.detection import layout_of
 from streamshard.format import total_nbytes, total_parameters
-from streamshard.layouts import layout_of
 from streamshard.resources import peak_rss_bytes
 from streamshard.tensors import Lazy
 

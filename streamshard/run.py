@@ -17,6 +17,7 @@ from streamshard.errors import (
     WriteError,
     printable,
 )
+from streamshard.families import TORCH_DTYPES, with_dtype
 from streamshard.files import copy_files, disk_free, reading, write_new, writing
 from streamshard.format import total_nbytes, total_parameters
 from streamshard.report import REPORT_NAME, Report, finished, json_bytes, new_report
@@ -29,7 +30,6 @@ __all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "run"
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-_TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +249,9 @@ def _write(
                 "or are lost in rounding. Check --weight and lora_alpha. Nothing was written."
             )
         report["l2"] = distances.report()
-        config = _with_dtype(job.config, options.dtype)
+        config = job.config
+        if config is not None and options.dtype != "keep":
+            config = with_dtype(config, TORCH_DTYPES[DTYPES[options.dtype]])
         copied = {n: f for n, f in job.side_files.items() if n != "config.json" or config is None}
         copy_files(copied, staging)
         if config is not None:
@@ -271,20 +273,3 @@ def _compared(job: Job, tensors: Mapping[str, Lazy]) -> Distances:
         skipped = sorted((set(tensors) | set(known)) - set(comparable))
     zeros = dict.fromkeys(comparable, 0.0)
     return Distances(job.l2_from, zeros, total_parameters(comparable), skipped)
-
-
-def _with_dtype(config: Mapping[str, Any] | None, dtype: str) -> Mapping[str, Any] | None:
-    """A config to be written anew, with the dtype that the tensors were rounded to."""
-    if config is None or dtype == "keep":
-        return config
-    name = _TORCH_DTYPES[dtype]
-
-    def renamed(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {
-            key: name if key in ("torch_dtype", "dtype") and inner is not None else renamed(inner)
-            for key, inner in value.items()
-        }
-
-    return dict(renamed(config))

@@ -9,9 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from streamshard.detection import dims_from_names
 from streamshard.errors import InputError
 from streamshard.families import dims_from_config
-from streamshard.layouts import Ops, dims_from_names, in_memory, to_custom, to_hf
+from streamshard.layouts import to_custom, to_hf
+from streamshard.rows import Ops, in_memory
 
 __all__ = ["compute_l2_distance", "convert_keys_back", "convert_keys_to_hf"]
 
@@ -40,7 +42,8 @@ def convert_keys_to_hf(
 ) -> dict[str, Any]:
     """A state dict of `InternVLChatModel` under the names of `InternVLForConditionalGeneration`.
 
-    These are the ones that its `load_state_dict` takes (the *nested* spelling). `config` is the custom
+    These are the ones that its `load_state_dict` takes (the *nested* spelling); experts come out one
+    by one, as in files, which transformers 5 packs when it loads a folder. `config` is the custom
     `config.json`, needed for InternLM2 (head counts). Tensors are views of the given ones.
 
     Raises `InputError` for names that are missing or not known.

@@ -24,9 +24,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from streamshard.detection import Detected, detect, dims_from_names, layout_of
 from streamshard.errors import InputError, UsageError
 from streamshard.families import (
     FAMILIES,
+    INNER,
+    OTHER,
     Dims,
     check_config,
     config_fixes,
@@ -34,23 +37,12 @@ from streamshard.families import (
     dims_from_config,
     llm_architecture,
 )
-from streamshard.layouts import (
-    Detected,
-    convert,
-    detect,
-    dims_from_names,
-    flat_name,
-    in_memory,
-    layout_of,
-    pieces,
-    spell,
-    to_custom,
-    to_hf,
-)
+from streamshard.layouts import convert, pieces, to_custom, to_hf
+from streamshard.rows import in_memory
+from streamshard.spelling import flat_name, spell
 from streamshard.tensors import Array, Concat, Stored
 
 NUMPY, TORCH = in_memory(np.concatenate), in_memory(torch.cat)
-OTHER = {"custom": "hf", "hf": "custom"}
 
 TINY = [name for name in PRESETS if name.startswith("tiny-")]
 # One name for each set of dimensions: models that differ in nothing here are left out.
@@ -664,7 +656,7 @@ def test_packed_experts_of_another_number(shape):
 def moe_with_dense_layer(layout: str) -> tuple[dict[str, Stored], dict[str, Any]]:
     """The middle one of three layers has no experts."""
     made = config(MOE, layout)
-    made["llm_config" if layout == "custom" else "text_config"]["mlp_only_layers"] = [1]
+    made[INNER[layout]]["mlp_only_layers"] = [1]
     tensors = {
         n: t for n, t in lazy(MOE, layout).items() if not re.search(r"model\.layers\.1\.mlp", n)
     }
@@ -1045,7 +1037,7 @@ def test_llama_may_be_three_families():
 def changed(layout: str, **changes: Any) -> dict[str, Any]:
     """A config with some values of the language model, or of `vision`, changed or taken out."""
     made = config("tiny", layout)
-    inner = made["llm_config" if layout == "custom" else "text_config"]
+    inner = made[INNER[layout]]
     for key, value in changes.items():
         section = made["vision_config"] if key.startswith("vision_") else inner
         section[key.removeprefix("vision_")] = value
@@ -1114,7 +1106,7 @@ def test_flags_of_a_written_config(layout):
     before |= {"use_llm_lora": 16} if layout == "custom" else {}
     kept = json.dumps(before)
     after = config_fixes(before, layout)
-    inner = "llm_config" if layout == "custom" else "text_config"
+    inner = INNER[layout]
     assert after["tie_word_embeddings"] is False
     assert after[inner]["tie_word_embeddings"] is False
     assert json.dumps(before) == kept
@@ -1145,7 +1137,7 @@ def test_flags_of_a_written_config(layout):
 @pytest.mark.parametrize("layout", ["custom", "hf"])
 def test_rotary_settings_of_transformers_5_are_written_back(layout, parameters, expected):
     made = changed(layout, rope_theta=None, rope_scaling=None, rope_parameters=parameters)
-    inner = config_fixes(made, layout)["llm_config" if layout == "custom" else "text_config"]
+    inner = config_fixes(made, layout)[INNER[layout]]
     assert inner["rope_theta"] == 1e6
     assert inner.get("rope_scaling") == expected
     # transformers 5 still reads what it wrote.
