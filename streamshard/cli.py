@@ -13,9 +13,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -55,6 +55,16 @@ def cli() -> None:
     """
 
 
+_Option: TypeAlias = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def _with_options(command: Callable[..., None], options: Sequence[_Option]) -> Callable[..., None]:
+    """A command with options, which its help lists in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def _output_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that all writing commands share."""
     options = [
@@ -82,24 +92,18 @@ def _output_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--dry-run", is_flag=True, help="Check everything, show the plan, write nothing."
         ),
+    ]
+    return _with_options(_reading_options(command), options)
+
+
+def _reading_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of commands that only read, which the others have too."""
+    options = [
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
         click.option("-q", "--quiet", is_flag=True, help="No progress and no messages but errors."),
         click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _reading_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of commands that only read."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress and no messages but errors."),
-        click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors."),
-    ):
-        command = option(command)
-    return command
+    return _with_options(command, options)
 
 
 def _conversion_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -120,9 +124,7 @@ def _conversion_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Write although the source has tensors with no place; report them.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return _output_options(command)
+    return _with_options(_output_options(command), options)
 
 
 @cli.command("merge-lora", short_help="Fold PEFT LoRA adapters into a base checkpoint.")
@@ -526,17 +528,7 @@ def run_upstream(function: str, description: str | None) -> None:
     @click.option("--hf-path", required=True, help="Checkpoint in the HF layout.")
     @click.option("--save-path", required=True, help="New folder to write.")
     def convert(**options: Any) -> None:
-        _one_blas_thread()
-        from streamshard import commands
-
-        screen = _Screen(as_json=False, quiet=False)
-        with contextlib.closing(screen):
-            report = getattr(commands, function)(
-                on_plan=lambda plan: screen.begin(plan.tensor_nbytes),
-                progress=screen.progress,
-                **options,
-            )
-        screen.result(report, _upstream_text)
+        _write(function, _upstream_text, as_json=False, quiet=False, verbose=False, **options)
 
     main(convert)
 

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +223,13 @@ def _carry(source: Checkpoint, own: str | None) -> Carry | None:
     config, other = source.config, OTHER[own]
     spelled = flat_names(source.tensors, own)
 
+    @cache
+    def dims_of(architecture: str | None) -> Dims:
+        return dims_from_config(config, architecture=architecture)
+
     def places(name: str, rows: int) -> list[Place]:
         try:
-            dims = _adapter_dims(config, name)
+            dims = dims_of(_adapter_architecture(config, name))
             found = pieces(name, rows, dims, own)
         except InputError:
             return []
@@ -241,17 +246,16 @@ def _carry(source: Checkpoint, own: str | None) -> Carry | None:
     return places
 
 
-def _adapter_dims(config: Mapping[str, Any], name: str) -> Dims:
-    """The dimensions of a base, for a name of the other layout."""
+def _adapter_architecture(config: Mapping[str, Any], name: str) -> str | None:
+    """The custom class that an adapter's name is of, where the base is HF and of type llama."""
     inner = config.get("text_config")
-    architecture = None
     if isinstance(inner, dict) and inner.get("model_type") == "llama":
-        # An HF base does not say which custom class it came from; the adapter's names do.
+        # Such a base does not say which custom class it came from; the adapter's names do.
         internlm2 = re.search(
             r"\.(?:attention\.w|feed_forward\.w|tok_embeddings\.)|language_model\.output\.", name
         )
-        architecture = "InternLM2ForCausalLM" if internlm2 else "LlamaForCausalLM"
-    return dims_from_config(config, architecture=architecture)
+        return "InternLM2ForCausalLM" if internlm2 else "LlamaForCausalLM"
+    return None
 
 
 def _read_adapters(
