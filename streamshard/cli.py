@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
-from streamshard import __version__
+from streamshard import __version__, texts
 from streamshard.errors import StreamshardError, WriteError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def merge_lora(adapters: tuple[str, ...], weights: tuple[float, ...], **options:
     """
     _write(
         "merge_lora",
-        _merge_text,
+        texts.merge_text,
         adapter=list(adapters),
         weight=list(weights),
         **options,
@@ -215,7 +215,7 @@ def hf2custom(**options: Any) -> None:
       streamshard hf2custom --hf-path ./my-finetune-hf --custom-path ./InternVL3-8B \\
           --save-path ./my-finetune
     """
-    _write("hf_to_custom", _conversion_text, **options)
+    _write("hf_to_custom", texts.conversion_text, **options)
 
 
 @cli.command("custom2hf", short_help="Convert custom weights to the HF layout.")
@@ -237,7 +237,7 @@ def custom2hf(**options: Any) -> None:
       streamshard custom2hf --custom-path ./my-finetune --hf-path ./InternVL3-8B-hf \\
           --save-path ./my-finetune-hf
     """
-    _write("custom_to_hf", _conversion_text, **options)
+    _write("custom_to_hf", texts.conversion_text, **options)
 
 
 @cli.command("diff", short_help="Compare two checkpoints.")
@@ -261,7 +261,7 @@ def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
         report = inspection.diff(
             a, b, workers=workers, on_total=screen.begin, progress=screen.progress
         )
-    screen.result(report, _diff_text)
+    screen.result(report, texts.diff_text)
 
 
 @cli.command("inspect", short_help="Say what a checkpoint or adapter is.")
@@ -279,7 +279,7 @@ def inspect(path: str, **output: Any) -> None:
     screen = _begin(**output)
     from streamshard import inspection
 
-    screen.result(inspection.inspect(path), _inspect_text)
+    screen.result(inspection.inspect(path), texts.inspect_text)
 
 
 def _begin(*, as_json: bool, quiet: bool, verbose: bool) -> _Screen:
@@ -308,7 +308,7 @@ def _write(
             progress=screen.progress,
             **options,
         )
-    screen.result(report, _plan_text if report["dry_run"] else text)
+    screen.result(report, texts.plan_text if report["dry_run"] else text)
 
 
 class _Screen:
@@ -364,122 +364,6 @@ class _Screen:
             raise WriteError(f"the report cannot be printed: {error.strerror}{done}.") from error
 
 
-def _plan_text(report: dict[str, Any]) -> str:
-    plan = report["plan"]
-    files = [f"  {file['name']}  {_bytes(file['bytes'])}" for file in plan["files"]]
-    changed = (
-        f"{report['tensors']} tensors are converted"
-        if report["merged"] is None
-        else f"{report['merged']} tensors get an update"
-    )
-    return "\n".join(
-        [
-            f"Would write {report['output']} ({_bytes(report['bytes'])}; "
-            f"{_bytes(plan['free_bytes'])} free on that disk):",
-            *files[:20],
-            *([f"  and {len(files) - 20} more files"] if len(files) > 20 else []),
-            f"{changed}; {plan['workers']} threads, about {_bytes(plan['memory_bytes'])} of memory.",
-            "Nothing was written.",
-        ]
-    )
-
-
-def _merge_text(report: dict[str, Any]) -> str:
-    l2 = report["l2"]
-    return "\n".join(
-        [
-            f"Merged {report['merged']} updates into {report['output']}",
-            _effort_text(report),
-            f"  L2 from the base: {l2['global']:.6g} (sum over tensors {l2['sum']:.6g}, "
-            f"per parameter {l2['per_parameter']:.6g})",
-        ]
-    )
-
-
-def _conversion_text(report: dict[str, Any]) -> str:
-    l2 = report["l2"]
-    lines = [
-        f"Converted {report['tensors']} tensors into {report['output']}",
-        _effort_text(report),
-        f"  missing: {', '.join(report['missing']) or 'none'}",
-        f"  unexpected: {', '.join(report['unexpected']) or 'none'}",
-    ]
-    if l2 is None:
-        lines.append("  L2: not computed, the reference has no weights")
-    else:
-        lines.append(
-            f"  L2 from {l2['reference']}: total {l2['sum']:.6g}, average {l2['per_parameter']:.6g} "
-            f"(global {l2['global']:.6g}; {l2['compared']} tensors compared)"
-        )
-    return "\n".join(lines)
-
-
-def _effort_text(report: dict[str, Any]) -> str:
-    return (
-        f"  {_bytes(report['bytes'])} in {report['shards']} files, {report['seconds']:.1f} s, "
-        f"{_bytes(report['bytes'] / report['seconds'])}/s, peak memory "
-        f"{_bytes(report['peak_rss_bytes'])}"
-    )
-
-
-def _diff_text(report: dict[str, Any]) -> str:
-    l2 = report["l2"]
-    lines = [
-        f"{report['equal']} tensors are equal, {len(report['different'])} differ; "
-        f"{len(report['missing'])} are only in {report['b']}, "
-        f"{len(report['unexpected'])} only in {report['a']}",
-        f"L2: total {l2['sum']:.6g}, average {l2['per_parameter']:.6g}, global {l2['global']:.6g}",
-    ]
-    for title, key in (("only in B", "missing"), ("only in A", "unexpected")):
-        lines += [f"  {title}: {name}" for name in report[key][:10]]
-    for title, key in (("shapes", "shapes"), ("dtypes", "dtypes")):
-        lines += [
-            f"  {title} differ: {name}: {left} and {right}"
-            for name, (left, right) in list(report[key].items())[:10]
-        ]
-    if report["different"]:
-        lines.append(f"  {'L2':>12} {'relative':>12}  largest differences")
-    for row in report["different"][:15]:
-        relative = "" if row["relative"] is None else f"{row['relative']:.4g}"
-        lines.append(f"  {row['l2']:>12.6g} {relative:>12}  {row['name']}")
-    return "\n".join(lines)
-
-
-def _inspect_text(report: dict[str, Any]) -> str:
-    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report["dtypes"].items())
-    size = (
-        f"{report['tensors']} tensors ({dtypes}), {report['parameters']:,} parameters, "
-        f"{_bytes(report['bytes'])} in {report['shards']} files"
-    )
-    if "adapter" in report:
-        facts = ", ".join(f"{k} {v}" for k, v in report["adapter"].items() if v is not None)
-        return f"PEFT adapter {report['path']}\n  {facts}\n  {size}"
-    lora = report["lora"]
-    lines = [
-        f"{report['path']}",
-        f"  layout {report['layout']}, spelling {report.get('spelling') or '-'}, "
-        f"language model {report.get('family') or 'unknown'}",
-        f"  {size}",
-    ]
-    if report["dimensions"]:
-        known = {k: v for k, v in report["dimensions"].items() if v is not None}
-        lines.append("  " + ", ".join(f"{k} {v}" for k, v in known.items()))
-    lines.append(
-        f"  LoRA: {lora['pairs']} pairs inside, ranks {lora['ranks']}"
-        if lora["wrapped"]
-        else "  LoRA: none inside"
-    )
-    return "\n".join(lines)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
 def _log_to_stderr(*, verbose: bool) -> None:
     logging.basicConfig(
         stream=sys.stderr,
@@ -528,18 +412,9 @@ def run_upstream(function: str, description: str | None) -> None:
     @click.option("--hf-path", required=True, help="Checkpoint in the HF layout.")
     @click.option("--save-path", required=True, help="New folder to write.")
     def convert(**options: Any) -> None:
-        _write(function, _upstream_text, as_json=False, quiet=False, verbose=False, **options)
+        _write(function, texts.upstream_text, as_json=False, quiet=False, verbose=False, **options)
 
     main(convert)
-
-
-def _upstream_text(report: dict[str, Any]) -> str:
-    l2 = report["l2"]
-    lines = [f"Missing keys: {report['missing']}", f"Unexpected keys: {report['unexpected']}"]
-    if l2 is not None:
-        lines.append(f"Total L2 distance: {l2['sum']:.6f}")
-        lines.append(f"Average per-parameter L2: {l2['per_parameter']:.8f}")
-    return "\n".join([*lines, f"Saved to {report['output']}"])
 
 
 def main(command: click.Command = cli) -> None:

@@ -91,7 +91,8 @@ ALLOWED = {
         "spelling",
         "tensors",
     },
-    "cli": {"commands", "errors", "inspection"},
+    "texts": set(),
+    "cli": {"commands", "errors", "inspection", "texts"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -1,0 +1,145 @@
+"""What reports look like on a terminal: one function a command, from a report to its text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "conversion_text",
+    "diff_text",
+    "inspect_text",
+    "merge_text",
+    "plan_text",
+    "upstream_text",
+]
+
+
+def plan_text(report: dict[str, Any]) -> str:
+    """What `--dry-run` prints."""
+    plan = report["plan"]
+    files = [f"  {file['name']}  {_bytes(file['bytes'])}" for file in plan["files"]]
+    changed = (
+        f"{report['tensors']} tensors are converted"
+        if report["merged"] is None
+        else f"{report['merged']} tensors get an update"
+    )
+    return "\n".join(
+        [
+            f"Would write {report['output']} ({_bytes(report['bytes'])}; "
+            f"{_bytes(plan['free_bytes'])} free on that disk):",
+            *files[:20],
+            *([f"  and {len(files) - 20} more files"] if len(files) > 20 else []),
+            f"{changed}; {plan['workers']} threads, about {_bytes(plan['memory_bytes'])} of memory.",
+            "Nothing was written.",
+        ]
+    )
+
+
+def merge_text(report: dict[str, Any]) -> str:
+    """What `merge-lora` prints."""
+    l2 = report["l2"]
+    return "\n".join(
+        [
+            f"Merged {report['merged']} updates into {report['output']}",
+            _effort_text(report),
+            f"  L2 from the base: {l2['global']:.6g} (sum over tensors {l2['sum']:.6g}, "
+            f"per parameter {l2['per_parameter']:.6g})",
+        ]
+    )
+
+
+def conversion_text(report: dict[str, Any]) -> str:
+    """What `hf2custom` and `custom2hf` print."""
+    l2 = report["l2"]
+    lines = [
+        f"Converted {report['tensors']} tensors into {report['output']}",
+        _effort_text(report),
+        f"  missing: {', '.join(report['missing']) or 'none'}",
+        f"  unexpected: {', '.join(report['unexpected']) or 'none'}",
+    ]
+    if l2 is None:
+        lines.append("  L2: not computed, the reference has no weights")
+    else:
+        lines.append(
+            f"  L2 from {l2['reference']}: total {l2['sum']:.6g}, average {l2['per_parameter']:.6g} "
+            f"(global {l2['global']:.6g}; {l2['compared']} tensors compared)"
+        )
+    return "\n".join(lines)
+
+
+def _effort_text(report: dict[str, Any]) -> str:
+    return (
+        f"  {_bytes(report['bytes'])} in {report['shards']} files, {report['seconds']:.1f} s, "
+        f"{_bytes(report['bytes'] / report['seconds'])}/s, peak memory "
+        f"{_bytes(report['peak_rss_bytes'])}"
+    )
+
+
+def diff_text(report: dict[str, Any]) -> str:
+    """What `diff` prints."""
+    l2 = report["l2"]
+    lines = [
+        f"{report['equal']} tensors are equal, {len(report['different'])} differ; "
+        f"{len(report['missing'])} are only in {report['b']}, "
+        f"{len(report['unexpected'])} only in {report['a']}",
+        f"L2: total {l2['sum']:.6g}, average {l2['per_parameter']:.6g}, global {l2['global']:.6g}",
+    ]
+    for title, key in (("only in B", "missing"), ("only in A", "unexpected")):
+        lines += [f"  {title}: {name}" for name in report[key][:10]]
+    for title, key in (("shapes", "shapes"), ("dtypes", "dtypes")):
+        lines += [
+            f"  {title} differ: {name}: {left} and {right}"
+            for name, (left, right) in list(report[key].items())[:10]
+        ]
+    if report["different"]:
+        lines.append(f"  {'L2':>12} {'relative':>12}  largest differences")
+    for row in report["different"][:15]:
+        relative = "" if row["relative"] is None else f"{row['relative']:.4g}"
+        lines.append(f"  {row['l2']:>12.6g} {relative:>12}  {row['name']}")
+    return "\n".join(lines)
+
+
+def inspect_text(report: dict[str, Any]) -> str:
+    """What `inspect` prints."""
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report["dtypes"].items())
+    size = (
+        f"{report['tensors']} tensors ({dtypes}), {report['parameters']:,} parameters, "
+        f"{_bytes(report['bytes'])} in {report['shards']} files"
+    )
+    if "adapter" in report:
+        facts = ", ".join(f"{k} {v}" for k, v in report["adapter"].items() if v is not None)
+        return f"PEFT adapter {report['path']}\n  {facts}\n  {size}"
+    lora = report["lora"]
+    lines = [
+        f"{report['path']}",
+        f"  layout {report['layout']}, spelling {report.get('spelling') or '-'}, "
+        f"language model {report.get('family') or 'unknown'}",
+        f"  {size}",
+    ]
+    if report["dimensions"]:
+        known = {k: v for k, v in report["dimensions"].items() if v is not None}
+        lines.append("  " + ", ".join(f"{k} {v}" for k, v in known.items()))
+    lines.append(
+        f"  LoRA: {lora['pairs']} pairs inside, ranks {lora['ranks']}"
+        if lora["wrapped"]
+        else "  LoRA: none inside"
+    )
+    return "\n".join(lines)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def upstream_text(report: dict[str, Any]) -> str:
+    """What InternVL's own conversion scripts print."""
+    l2 = report["l2"]
+    lines = [f"Missing keys: {report['missing']}", f"Unexpected keys: {report['unexpected']}"]
+    if l2 is not None:
+        lines.append(f"Total L2 distance: {l2['sum']:.6f}")
+        lines.append(f"Average per-parameter L2: {l2['per_parameter']:.8f}")
+    return "\n".join([*lines, f"Saved to {report['output']}"])
