@@ -8,7 +8,7 @@ installed it does the same to bfloat16 in one pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,44 @@ try:
 except ImportError:  # installed without a compiler
     _kernels = None  # type: ignore[assignment]
 
-__all__ = ["FLOATS", "add_and_round", "narrow", "squared_distance_bf16", "widen"]
+__all__ = [
+    "FLOATS",
+    "Change",
+    "add_and_round",
+    "add_row_squares",
+    "narrow",
+    "squared_distance_bf16",
+    "widen",
+]
 
 Float32: TypeAlias = npt.NDArray[np.float32]
 Elements: TypeAlias = npt.NDArray[np.generic]
 
 # dtypes that widen to fp32 without loss, and how numpy stores their elements
 FLOATS: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+
+class Change(NamedTuple):
+    """What an update did: sums in fp64 of squares, and counts of elements.
+
+    `effected` is of what was written less what was there, `intended` of what was to be added
+    before rounding. Of `updated` elements `unchanged` have the value that they had.
+    """
+
+    effected: float = 0.0
+    intended: float = 0.0
+    updated: int = 0
+    unchanged: int = 0
+
+    def plus(self, other: Change) -> Change:
+        """Both together."""
+        return Change(
+            self.effected + other.effected,
+            self.intended + other.intended,
+            self.updated + other.updated,
+            self.unchanged + other.unchanged,
+        )
+
 
 _BITS_16 = np.uint32(16)
 _ONE = np.uint32(1)
@@ -72,14 +103,25 @@ def add_and_round(
     new: Elements,
     dtype: str,
     scratch: Callable[[str, int, int], Float32],
-) -> float:
-    """Round `old + update` (added in fp32) to `dtype` into `new`, which may be `old` itself.
+    scale: npt.NDArray[np.float64] | None = None,
+) -> Change:
+    """Round `(old + update) * scale` to `dtype` into `new`, which may be `old` itself.
 
-    All are matrices of one shape; `scratch` gives fp32 matrices by name. Returns the sum of the
-    squares of `new - old` in fp64, which is finite only if every element of both is.
+    All are matrices of one shape; `scale` is a column of one factor for each row, or a row of one
+    for each column. Sums are in fp32, products with `scale` in fp64. `scratch` gives fp32
+    matrices by name. The `effected` sum is finite only if every element of both is.
     """
-    if _kernels is not None and update is not None and old_dtype == dtype == "BF16":
-        return _kernels.add_bf16(old, update, new)
+    by_row = scale is None or scale.shape[1] == 1
+    if (
+        _kernels is not None
+        and update is not None
+        and by_row
+        and old_dtype == dtype == "BF16"
+        and old.size
+    ):
+        factors = None if scale is None else np.ascontiguousarray(scale[:, 0])
+        effected, intended, unchanged = _kernels.add_bf16(old, update, factors, new)
+        return Change(effected, intended, old.size, unchanged)
     base = scratch("base", *old.shape)
     total = scratch("total", *old.shape)
     change = scratch("change", *old.shape)
@@ -88,9 +130,38 @@ def add_and_round(
         np.copyto(total, base)
     else:
         np.add(base, update, out=total)
+        if scale is not None:
+            np.multiply(total, scale, out=total, casting="same_kind")
     narrow(total, dtype, new, change)
     np.subtract(change, base, out=change)
-    exact = change.astype(np.float64).reshape(-1)
+    if update is None:
+        return Change(_squares(change))
+    unchanged = old.size - int(np.count_nonzero(change))
+    if scale is not None:
+        update = np.subtract(total, base, out=total)
+    return Change(_squares(change), _squares(update), old.size, unchanged)
+
+
+def add_row_squares(
+    old: Elements,
+    old_dtype: str,
+    update: Float32,
+    sums: npt.NDArray[np.float64],
+    scratch: Callable[[str, int, int], Float32],
+) -> None:
+    """Add the squares of each row of `old + update` (added in fp32) to `sums`, in fp64."""
+    if _kernels is not None and old_dtype == "BF16" and old.size:
+        _kernels.squares_bf16(old, update, sums)
+        return
+    total = scratch("total", *old.shape)
+    widen(old, old_dtype, total)
+    np.add(total, update, out=total)
+    exact = total.astype(np.float64)
+    sums += np.einsum("ij,ij->i", exact, exact)
+
+
+def _squares(values: Float32) -> float:
+    exact = values.astype(np.float64).reshape(-1)
     return float(np.dot(exact, exact))
 
 

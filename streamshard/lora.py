@@ -19,7 +19,8 @@ from streamshard.arithmetic import FLOATS
 from streamshard.errors import AdapterError, InputError, listed, nearest, printable
 from streamshard.peft_config import LoraSettings
 from streamshard.spelling import flat_parts
-from streamshard.tensors import Lazy, LowRank, Workspace, add_low_rank, concat, read_float32
+from streamshard.tensors import Lazy, Workspace, concat, read_float32
+from streamshard.updates import LowRank, add_low_rank
 
 __all__ = ["Adapter", "Carry", "Merged", "Place", "check_base", "merge"]
 

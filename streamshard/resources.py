@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from streamshard.errors import UsageError
-from streamshard.tensors import (
+from streamshard.tensors import Lazy
+from streamshard.updates import (
     BLOCK_ELEMENTS,
     CHUNK_ROWS,
+    HELD_NBYTES,
     TILE_COLUMNS,
     TILE_ROWS,
+    Columns,
     Computed,
-    Lazy,
+    LowRank,
+    Transposed,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +89,11 @@ def _worker_nbytes(shards: Sequence[Shard]) -> int:
             for piece in tensor.pieces:
                 if isinstance(piece, Computed):
                     rows = TILE_ROWS * (piece.row_nbytes + piece.source.row_nbytes)
-                    factors = sum(_factor_nbytes(term.A) for term in piece.terms)
+                    if piece.magnitude is not None:  # a whole row of updates in fp32
+                        rows += TILE_ROWS * 4 * piece.columns
+                    factors = sum(
+                        _factor_nbytes(term.A) + _held_nbytes(term) for term in piece.terms
+                    )
                     largest = max(largest, rows + factors)
     return 24 * BLOCK_ELEMENTS + 1_000_000 + largest
 
@@ -93,6 +101,13 @@ def _worker_nbytes(shards: Sequence[Shard]) -> int:
 def _factor_nbytes(A: Lazy) -> int:
     # All of A as stored and in fp32, rows of B likewise, and what is multiplied in fp64.
     return A.nbytes + A.rows * (4 * A.columns + 20 * CHUNK_ROWS + 8 * TILE_COLUMNS)
+
+
+def _held_nbytes(term: LowRank) -> int:
+    """Bytes of the factors of fused experts that stay in memory, two of them at most."""
+    views = [f.source if isinstance(f, Transposed) else f for f in (term.A, term.B)]
+    held = [view.source.nbytes for view in views if isinstance(view, Columns)]
+    return 2 * min(max(held, default=0), HELD_NBYTES)
 
 
 def _processors() -> int:

@@ -22,7 +22,8 @@ from streamshard.files import copy_files, disk_free, reading, write_new, writing
 from streamshard.format import total_nbytes, total_parameters
 from streamshard.report import REPORT_NAME, Report, finished, json_bytes, new_report
 from streamshard.resources import memory_estimate, parse_size, worker_count
-from streamshard.tensors import Lazy, Stored, cast
+from streamshard.tensors import Lazy, Stored
+from streamshard.updates import cast
 from streamshard.writer import Shard, index_bytes, output_folder, plan_shards, write_shards
 
 __all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "run"]

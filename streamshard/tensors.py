@@ -1,8 +1,8 @@
 """Lazy tensors: small immutable values that know their shape and dtype and can fill row blocks.
 
 Two kinds of node preserve bytes (`Stored`, `Array`) and a third joins parts (`Concat`); these
-report where their bytes lie. The one that computes (`Computed`) holds a byte-preserving source:
-the constructors `concat`, `cast` and `add_low_rank` push the computation to the parts, so that
+report where their bytes lie. The one that computes (`updates.Computed`) holds a byte-preserving
+source: the constructors `concat`, `cast` and `update` push the computation to the parts, so that
 a tree is never deeper than that, and the rows of any node are again one of these nodes.
 """
 
@@ -10,30 +10,27 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from streamshard.arithmetic import FLOATS, add_and_round, narrow, widen
-from streamshard.errors import InputError
+from streamshard.arithmetic import FLOATS, Change, widen
 from streamshard.files import ByteRange, Files
 
 __all__ = [
     "DTYPE_BITS",
     "Array",
-    "Computed",
     "Concat",
     "Lazy",
-    "LowRank",
     "NotFiniteError",
     "Stored",
     "Workspace",
-    "add_low_rank",
-    "cast",
+    "check_elements",
+    "check_rows",
     "concat",
     "read_float32",
 ]
@@ -70,16 +67,6 @@ DTYPE_BITS: dict[str, int] = {
     "U64": 64,
 }
 
-# The grid of the low-rank product. Constants: the bits of a BLAS product depend on the size of
-# the call, so these must not depend on memory, workers, shards or layout.
-TILE_ROWS = 128
-TILE_COLUMNS = 1024
-CHUNK_ROWS = 8 * TILE_ROWS
-BLOCK_ELEMENTS = TILE_ROWS * TILE_COLUMNS
-# Summing more products than this in fp32 costs more than one bf16 element in 10,000 its correct
-# rounding (measured with updates of a third of the weights): higher ranks are summed in fp64.
-MAX_RANK_FLOAT32 = 64
-
 
 class NotFiniteError(ArithmeticError):
     """A computed row has an infinite or NaN element; whoever knows the tensor's name adds it."""
@@ -91,17 +78,15 @@ class NotFiniteError(ArithmeticError):
 class Workspace:
     """What one worker needs to fill rows: open inputs, reused buffers, and sums.
 
-    `squared_change` accumulates in fp64 the sum of (written - source)² over all computed
-    elements since it was last set.
+    `change` accumulates what updates did to computed elements since it was last set.
     """
 
     def __init__(self, files: Files) -> None:
         self.files = files
-        self.squared_change = 0.0
+        self.change = Change()
         self._buffers: dict[str, Bytes] = {}
-        # The tensors are kept too, so that no other one can get their id.
-        self._factors: dict[int, tuple[Lazy, Float32]] = {}
-        self._scaled: dict[tuple[int, float], tuple[int, Lazy, npt.NDArray[np.floating]]] = {}
+        self._kept: dict[Hashable, Any] = {}
+        self._held: dict[int, tuple[Lazy, Bytes]] = {}
 
     def bytes(self, name: str, nbytes: int) -> Bytes:
         """A buffer that is used again under the same name; its content is left over."""
@@ -115,38 +100,34 @@ class Workspace:
         """The like as an fp32 matrix."""
         return self.bytes(name, rows * columns * 4).view(np.float32).reshape(rows, columns)
 
-    def factor(self, tensor: Lazy) -> Float32:
-        """All of a small matrix as fp32, kept while the same node asks for it again."""
-        held = self._factors.get(id(tensor))
-        if held is None:
-            held = (tensor, read_float32(tensor, 0, tensor.rows, self))
-            self._factors[id(tensor)] = held
-        return held[1]
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gave for `key`, kept until another tensor begins.
 
-    def scaled_rows(self, tensor: Lazy, scale: float, tile: int) -> npt.NDArray[np.floating]:
-        """`TILE_ROWS` rows of `scale * tensor` from row `tile` on, zeros beyond the last one.
-
-        In fp32, or in fp64 for ranks above `MAX_RANK_FLOAT32`.
+        A key made of the id of a node must be kept with that node, so that no other can get it.
         """
-        chunk = tile // CHUNK_ROWS
-        kept = self._scaled.get((id(tensor), scale))
-        if kept is None or kept[0] != chunk:
-            first = chunk * CHUNK_ROWS
-            count = min(CHUNK_ROWS, tensor.rows - first)
-            exact = tensor.columns > MAX_RANK_FLOAT32
-            height = -(-count // TILE_ROWS) * TILE_ROWS
-            rows = np.zeros((height, tensor.columns), np.float64 if exact else np.float32)
-            # The scale is applied in fp64, so that it costs one rounding and not two.
-            rows[:count] = read_float32(tensor, first, first + count, self) * np.float64(scale)
-            kept = (chunk, tensor, rows)
-            self._scaled[id(tensor), scale] = kept
-        first = tile - chunk * CHUNK_ROWS
-        return kept[2][first : first + TILE_ROWS]
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
-    def forget_factors(self) -> None:
-        """Drop the kept matrices; called when another tensor begins."""
-        self._factors.clear()
-        self._scaled.clear()
+    def held(self, tensor: Lazy) -> Bytes:
+        """All bytes of a tensor; the last two that were asked for stay in memory.
+
+        For the factors of fused experts: each expert needs some of all of their rows.
+        """
+        key = id(tensor)
+        found = self._held.pop(key, None)
+        if found is None:
+            if len(self._held) > 1:
+                self._held.pop(next(iter(self._held)))
+            data = np.empty(tensor.nbytes, np.uint8)
+            tensor.fill(0, tensor.rows, data, self)
+            found = (tensor, data)
+        self._held[key] = found
+        return found[1]
+
+    def forget(self) -> None:
+        """Drop what was kept, but not what is held; called when another tensor begins."""
+        self._kept.clear()
 
 
 class Lazy(ABC):
@@ -213,7 +194,7 @@ class Stored(Lazy):
         return (ByteRange(self.path, self.offset, self.nbytes, self.file_nbytes),)
 
     def take(self, start: int, stop: int) -> Stored:
-        _check_rows(self, start, stop)
+        check_rows(self, start, stop)
         return replace(
             self,
             offset=self.offset + start * self.row_nbytes,
@@ -221,7 +202,7 @@ class Stored(Lazy):
         )
 
     def reshape(self, shape: Shape) -> Stored:
-        _check_elements(self, shape)
+        check_elements(self, shape)
         return replace(self, shape=shape)
 
     def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
@@ -239,12 +220,12 @@ class Array(Lazy):
     dtype: str
 
     def take(self, start: int, stop: int) -> Array:
-        _check_rows(self, start, stop)
+        check_rows(self, start, stop)
         part = self.data[start * self.row_nbytes : stop * self.row_nbytes]
         return Array(part, (stop - start, *self.shape[1:]), self.dtype)
 
     def reshape(self, shape: Shape) -> Array:
-        _check_elements(self, shape)
+        check_elements(self, shape)
         return Array(self.data, shape, self.dtype)
 
     def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
@@ -281,13 +262,13 @@ class Concat(Lazy):
             first += part.shape[0]
 
     def take(self, start: int, stop: int) -> Lazy:
-        _check_rows(self, start, stop)
+        check_rows(self, start, stop)
         if start == stop:
             return self.parts[0].take(0, 0)
         return concat([part.take(low, high) for part, low, high, _ in self._overlaps(start, stop)])
 
     def reshape(self, shape: Shape) -> Lazy:
-        _check_elements(self, shape)
+        check_elements(self, shape)
         inner, row = shape[1:], math.prod(shape[1:])
         if any(math.prod(part.shape) % row for part in self.parts):
             raise ValueError(f"the parts of {self.shape} do not fit {shape}")
@@ -298,135 +279,6 @@ class Concat(Lazy):
             place = out[at * self.row_nbytes : (at + high - low) * self.row_nbytes]
             step = part.rows // part.shape[0]  # a cast may have finer rows than dim 0
             part.fill(low * step, high * step, place, work)
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """The update `scale * B @ A`, of which rows `[start, stop)` are meant.
-
-    `A` is (r, columns), `B` is (rows, r). Tiles are counted from the first row of `B`, so any
-    window of rows has the same bits wherever it ends up.
-    """
-
-    A: Lazy
-    B: Lazy
-    scale: float
-    start: int
-    stop: int
-
-    def take(self, start: int, stop: int) -> LowRank:
-        """The same update for rows `[start, stop)` of this window."""
-        return replace(self, start=self.start + start, stop=self.start + stop)
-
-    def fill(self, out: Float32, row: int, column: int, work: Workspace) -> None:
-        """Put the part of the update that begins at (`row`, `column`) into `out`.
-
-        `column` is a multiple of `TILE_COLUMNS`, and `out` is no wider than that.
-        """
-        right = work.factor(self.A)[:, column : column + out.shape[1]]
-        if self.A.rows > MAX_RANK_FLOAT32:
-            right = right.astype(np.float64)
-        first, last = self.start + row, self.start + row + len(out)
-        for tile in range(first - first % TILE_ROWS, last, TILE_ROWS):
-            left = work.scaled_rows(self.B, self.scale, tile)
-            low, high = max(first, tile), min(last, tile + TILE_ROWS)
-            rows = out[low - first : high - first]
-            if len(rows) == TILE_ROWS and left.dtype == rows.dtype:
-                np.matmul(left, right, out=rows)
-            else:
-                np.copyto(rows, np.matmul(left, right)[low - tile : high - tile])
-
-
-@dataclass(frozen=True, slots=True)
-class Computed(Lazy):
-    """`source + sum of terms`, in fp32, rounded once to `dtype`.
-
-    `source` preserves bytes and is reshaped to the matrix that the terms are added to. Without
-    terms this is a cast. Made by `cast` and `add_low_rank`.
-    """
-
-    source: Lazy
-    terms: tuple[LowRank, ...]
-    dtype: str
-    shape: Shape
-
-    @property
-    def rows(self) -> int:
-        return self.source.rows
-
-    @property
-    def columns(self) -> int:
-        return self.source.columns
-
-    def take(self, start: int, stop: int) -> Computed:
-        _check_rows(self, start, stop)
-        step = self.rows // self.shape[0] if self.shape[0] else 0
-        first, last = start * step, stop * step
-        terms = tuple(term.take(first, last) for term in self.terms)
-        shape = (stop - start, *self.shape[1:])
-        return Computed(self.source.take(first, last), terms, self.dtype, shape)
-
-    def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
-        rows, columns = stop - start, self.columns
-        if not rows * columns:
-            return
-        # Same dtype: the rows are read to where they will be replaced.
-        same = self.source.dtype == self.dtype
-        raw = out if same else work.bytes("source", rows * self.source.row_nbytes)
-        self.source.fill(start, stop, raw, work)
-        old = raw.view(FLOATS[self.source.dtype]).reshape(rows, columns)
-        new = out.view(FLOATS[self.dtype]).reshape(rows, columns)
-        # Overflow is found below, with the row; a warning would only come on top.
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._fill_blocks(old, new, start, work)
-
-    def _fill_blocks(self, old: Elements, new: Elements, start: int, work: Workspace) -> None:
-        rows, columns = old.shape
-        for row, column, height, width in _blocks(rows, columns):
-            block = np.s_[row : row + height, column : column + width]
-            update = self._update(start + row, column, height, width, work)
-            squared = add_and_round(
-                old[block], self.source.dtype, update, new[block], self.dtype, work.float32
-            )
-            if not math.isfinite(squared):
-                raise self._not_finite(start + row, column, (height, width), update, work)
-            work.squared_change += squared
-
-    def _update(
-        self, row: int, column: int, height: int, width: int, work: Workspace
-    ) -> Float32 | None:
-        """The sum of the terms for a block, in fp32."""
-        if not self.terms:
-            return None
-        update = work.float32("update", height, width)
-        self.terms[0].fill(update, row, column, work)
-        for term in self.terms[1:]:
-            more = work.float32("more", height, width)
-            term.fill(more, row, column, work)
-            np.add(update, more, out=update)
-        return update
-
-    def _not_finite(
-        self, row: int, column: int, shape: Shape, update: Float32 | None, work: Workspace
-    ) -> NotFiniteError:
-        """Which row of a block is not finite, and why."""
-        # The block may be overwritten already: its source is read again.
-        base = read_float32(self.source, row, row + shape[0], work)
-        base = np.ascontiguousarray(base[:, column : column + shape[1]])
-        total = base if update is None else base + update
-        rounded = np.empty_like(base)
-        narrow(total, self.dtype, np.empty(shape, FLOATS[self.dtype]), rounded)
-        bad = int(np.argmin(np.isfinite(rounded - base).all(axis=1)))
-        if not np.isfinite(base[bad]).all():
-            detail = "the base weight is not finite (NaN or infinite)"
-        elif np.isfinite(total[bad]).all():
-            detail = (
-                f"a value of magnitude {np.abs(total[bad]).max():g} does not fit in {self.dtype}; "
-                "write --dtype bf16 or fp32 instead"
-            )
-        else:
-            detail = "the merged weight is not finite (NaN or infinite)"
-        return NotFiniteError(row + bad, detail)
 
 
 def concat(parts: Iterable[Lazy]) -> Lazy:
@@ -460,51 +312,6 @@ def concat(parts: Iterable[Lazy]) -> Lazy:
     return Concat(tuple(joined), (rows, *flat[0].shape[1:]), flat[0].dtype)
 
 
-def cast(tensor: Lazy, dtype: str) -> Lazy:
-    """`tensor` rounded to a float `dtype`; integers and other non-floats stay what they are.
-
-    Raises `InputError` for floats that do not widen to fp32 without loss.
-    """
-    if tensor.dtype == dtype or not tensor.dtype.startswith(("F", "BF")):
-        return tensor
-    if tensor.dtype not in FLOATS or dtype not in FLOATS:
-        raise InputError(
-            f"cannot convert {tensor.dtype} to {dtype}; only {', '.join(FLOATS)} can be converted. "
-            "Keep the dtype, or dequantize the checkpoint first."
-        )
-    if isinstance(tensor, Computed):
-        return replace(tensor, dtype=dtype)
-    if len(tensor.pieces) > 1:
-        return concat([cast(piece, dtype) for piece in tensor.pieces])
-    columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
-    matrix = (math.prod(tensor.shape) // max(columns, 1), columns)
-    return Computed(tensor.reshape(matrix), (), dtype, tensor.shape)
-
-
-def add_low_rank(tensor: Lazy, terms: Sequence[LowRank]) -> Lazy:
-    """`tensor` plus the sum of `terms` (each with as many rows), rounded once to its dtype.
-
-    Raises `ValueError` if a term's shape does not fit.
-    """
-    for term in terms:
-        if (term.stop - term.start, term.A.columns) != (tensor.rows, tensor.columns):
-            raise ValueError(f"a {term.B.shape} x {term.A.shape} update on {tensor.shape}")
-        if term.B.columns != term.A.rows:
-            raise ValueError(f"ranks of {term.B.shape} and {term.A.shape} differ")
-    if isinstance(tensor, Computed):
-        matrix = (tensor.shape[0], math.prod(tensor.shape[1:]))
-        return replace(tensor, source=tensor.source.reshape(matrix), terms=(*tensor.terms, *terms))
-    if tensor.ranges() is None and len(tensor.pieces) > 1:
-        parts, first = [], 0
-        for piece in tensor.pieces:
-            height = piece.shape[0]
-            parts.append(add_low_rank(piece, [t.take(first, first + height) for t in terms]))
-            first += height
-        return concat(parts)
-    source = tensor.reshape((tensor.rows, tensor.columns))
-    return Computed(source, tuple(terms), tensor.dtype, tensor.shape)
-
-
 def read_float32(tensor: Lazy, start: int, stop: int, work: Workspace) -> Float32:
     """Rows `[start, stop)` of a float tensor as a new fp32 matrix."""
     raw = work.bytes("narrow", (stop - start) * tensor.row_nbytes)
@@ -514,20 +321,13 @@ def read_float32(tensor: Lazy, start: int, stop: int, work: Workspace) -> Float3
     return out
 
 
-def _blocks(rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-    """Row, column, height and width of blocks that fit the processor's cache."""
-    width = min(columns, TILE_COLUMNS)
-    height = max(BLOCK_ELEMENTS // width // TILE_ROWS, 1) * TILE_ROWS
-    for row in range(0, rows, height):
-        for column in range(0, columns, width):
-            yield row, column, min(height, rows - row), min(width, columns - column)
-
-
-def _check_rows(tensor: Lazy, start: int, stop: int) -> None:
+def check_rows(tensor: Lazy, start: int, stop: int) -> None:
+    """Raise `ValueError` if there are no rows `[start, stop)`."""
     if not tensor.shape or not 0 <= start <= stop <= tensor.shape[0]:
         raise ValueError(f"rows {start}:{stop} of a tensor of shape {tensor.shape}")
 
 
-def _check_elements(tensor: Lazy, shape: Shape) -> None:
+def check_elements(tensor: Lazy, shape: Shape) -> None:
+    """Raise `ValueError` if `shape` has another number of elements."""
     if math.prod(shape) != math.prod(tensor.shape):
         raise ValueError(f"cannot reshape {tensor.shape} to {shape}")

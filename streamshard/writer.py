@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from streamshard.arithmetic import Change
 from streamshard.distance import squared_distance
 from streamshard.errors import AdapterError, OutputError, printable
 from streamshard.files import (
@@ -34,13 +35,13 @@ from streamshard.files import (
 from streamshard.format import build_header, total_nbytes, total_parameters
 from streamshard.tensors import (
     DTYPE_BITS,
-    TILE_ROWS,
     Bytes,
     Lazy,
     NotFiniteError,
     Stored,
     Workspace,
 )
+from streamshard.updates import TILE_ROWS
 
 __all__ = ["Shard", "index_bytes", "output_folder", "plan_shards", "write_shards"]
 
@@ -301,10 +302,10 @@ class _Run:
         try:
             while (taken := self.take()) is not None:
                 unit, output = taken
-                workspace.squared_change = 0.0
+                workspace.change = Change()
                 if isinstance(unit.source, Lazy):
                     if unit.source is not last:
-                        workspace.forget_factors()
+                        workspace.forget()
                         last = unit.source
                     blocks = _computed(unit, unit.source, workspace)
                 else:
@@ -316,7 +317,7 @@ class _Run:
                     if unit.reference is not None:
                         distance += _distance(unit, unit.reference, done, block, workspace)
                     done += block.nbytes
-                self.finished(unit, distance if self.compares else workspace.squared_change)
+                self.finished(unit, distance if self.compares else workspace.change.effected)
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             self.fail(error)
 

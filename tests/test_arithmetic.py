@@ -105,7 +105,7 @@ def test_sums_are_rounded_once(shape, dtype, kernel, place, monkeypatch):
         )
         update = np.where(rng.random(shape) < 0.3, ties, update)
     new = old if place == "same" else np.empty(shape, old.dtype)
-    squared = add_and_round(old, dtype, update, new, dtype, scratch)
+    squared = add_and_round(old, dtype, update, new, dtype, scratch).effected
     found = elements(np.ascontiguousarray(new).view(INTEGERS[dtype]), dtype)
     in_fp32 = (before.astype(np.float32) + update).astype(np.float64)
     np.testing.assert_array_equal(found, reference.round_once(in_fp32, dtype))
@@ -130,7 +130,7 @@ def test_sums_that_are_not_finite_show_in_the_square(where, column, kernel, monk
         else:
             old[1, column], update[1, column] = 0x7F7F, 3e38
         with np.errstate(over="ignore", invalid="ignore"):
-            squared = add_and_round(old, "BF16", update, old, "BF16", scratch)
+            squared = add_and_round(old, "BF16", update, old, "BF16", scratch).effected
         assert not np.isfinite(squared)
 
 

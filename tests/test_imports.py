@@ -25,14 +25,15 @@ ALLOWED = {
     "peft_config": {"errors"},
     "spelling": {"errors"},
     "tables": {"errors", "families", "spelling"},
-    "tensors": {"arithmetic", "errors", "files"},
+    "tensors": {"arithmetic", "files"},
     "detection": {"errors", "families", "spelling", "tables"},
+    "updates": {"arithmetic", "errors", "tensors"},
     "distance": {"arithmetic", "tensors"},
     "format": {"errors", "files", "tensors"},
     "inventory": {"families", "tables"},
-    "lora": {"arithmetic", "errors", "peft_config", "spelling", "tensors"},
+    "lora": {"arithmetic", "errors", "peft_config", "spelling", "tensors", "updates"},
     "pickled": {"errors", "tensors"},
-    "resources": {"errors", "tensors"},
+    "resources": {"errors", "tensors", "updates"},
     "rows": {"errors", "families", "tensors"},
     "checkpoint": {"errors", "files", "format", "pickled", "tensors"},
     "layouts": {
@@ -46,7 +47,7 @@ ALLOWED = {
         "tensors",
     },
     "report": {"detection", "format", "resources", "tensors"},
-    "writer": {"distance", "errors", "files", "format", "tensors"},
+    "writer": {"arithmetic", "distance", "errors", "files", "format", "tensors", "updates"},
     "conversion": {"checkpoint", "errors", "families", "layouts", "tensors"},
     "run": {
         "distance",
@@ -57,6 +58,7 @@ ALLOWED = {
         "report",
         "resources",
         "tensors",
+        "updates",
         "writer",
     },
     "state_dicts": {"detection", "errors", "families", "layouts", "rows"},
@@ -98,10 +100,20 @@ ALLOWED = {
 }
 # The mathematics and the names know nothing of files and commands.
 NAMES = {"families", "spelling", "tables", "detection", "rows", "inventory", "layouts"}
-PURE = {"lora", "peft_config", "distance", "arithmetic", "tensors", *NAMES}
+PURE = {"lora", "peft_config", "distance", "arithmetic", "tensors", "updates", *NAMES}
 NOT_IN_PURE = {"os", "pathlib", "shutil", "io", "format", "checkpoint", "writer", "commands", "cli"}
 HEAVY = {"torch", "transformers", "peft", "huggingface_hub", "safetensors"}
-LOW = {"errors", "files", "arithmetic", "tensors", "format", "lora", "peft_config", *NAMES}
+LOW = {
+    "errors",
+    "files",
+    "arithmetic",
+    "tensors",
+    "updates",
+    "format",
+    "lora",
+    "peft_config",
+    *NAMES,
+}
 
 
 def imports(module: str, *, top: bool = False) -> set[str]:
