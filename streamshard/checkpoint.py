@@ -18,11 +18,13 @@ from streamshard.format import Header, parse_json, read_header
 from streamshard.tensors import Lazy, Stored
 
 __all__ = [
+    "TOKENIZER",
     "AdapterFolder",
     "Checkpoint",
     "open_adapter",
     "open_checkpoint",
     "read_json_object",
+    "tokenizer_files",
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -34,6 +36,10 @@ _NOT_CARRIED = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx)|.*\.index\.json|adapter_config\.json"
     r"|trainer_state\.json|zero_to_fp32\.py|latest|streamshard\.json",
     re.IGNORECASE,
+)
+TOKENIZER = re.compile(
+    r"tokenizer.*|vocab\.(?:json|txt)|merges\.txt|added_tokens\.json|special_tokens_map\.json"
+    r"|tokenization_.*\.py|spiece\.model|sentencepiece.*"
 )
 _NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb")
 
@@ -261,6 +267,13 @@ def _side_files(folder: Path) -> dict[str, Path]:
             if file.is_file():
                 found[file.relative_to(folder).as_posix()] = file
     return found
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The tokenizer's files of a folder, by name."""
+    with reading(folder):
+        found = sorted(path for path in folder.iterdir() if TOKENIZER.fullmatch(path.name))
+        return {path.name: path for path in found if path.is_file()}
 
 
 def _raise(error: OSError) -> None:

@@ -16,19 +16,30 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint import Checkpoint, open_adapter, open_checkpoint
+from streamshard.checkpoint import (
+    TOKENIZER,
+    AdapterFolder,
+    Checkpoint,
+    open_adapter,
+    open_checkpoint,
+    tokenizer_files,
+)
 from streamshard.conversion import Target, carry_over, shard_names
 from streamshard.detection import layout_of
-from streamshard.errors import InputError, UsageError, listed, printable
-from streamshard.families import OTHER, Dims, dims_from_config
+from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
+from streamshard.experts import EXPERT_ORDERS
+from streamshard.families import OTHER, Dims, dims_from_config, untied, with_vocabulary
 from streamshard.files import Files
+from streamshard.hazards import check_not_merged
 from streamshard.layouts import pieces
-from streamshard.lora import Adapter, Carry, Merged, Place, check_base, merge
+from streamshard.lora import Adapter, Merged, check_base, merge
+from streamshard.matching import Carry, Place
 from streamshard.peft_config import read_settings
 from streamshard.report import Report
 from streamshard.run import Job, Options, PathLike, check_places, run
 from streamshard.spelling import flat_names
-from streamshard.tensors import Workspace
+from streamshard.tensors import Workspace, equal_bytes
+from streamshard.ties import embedding_and_head, is_stated_tied, tied_names
 
 __all__ = ["custom_to_hf", "hf_to_custom", "merge_lora"]
 
@@ -42,18 +53,26 @@ def merge_lora(
     layout: str = "keep",
     reference: PathLike | None = None,
     tokenizer_from: str | None = None,
+    adapter_name: str | None = None,
+    base_is_residual: bool = False,
+    expert_order: str = "peft",
+    allow_merged_base: bool = False,
     **options: Any,
 ) -> Report:
     """Fold PEFT LoRA adapters into a base checkpoint and write the result to a new folder.
 
     Every merged element is `W + sum of weight * s * B @ A`, accumulated in fp32 and rounded once
-    to nearest even; every other tensor and file is copied as bytes.
+    to nearest even (DoRA: scaled by its magnitudes before); whole modules and token rows that were
+    trained replace what the base has; every other tensor and file is copied as bytes.
 
     `base` is a folder or a `.safetensors` file, `adapter` one adapter folder or several, whose
     updates are summed; they may have been trained in another layout than the base's. `output`
     defaults to `./<base name>-merged`. `layout` "custom" or "hf" converts in the same pass; config and
-    tokenizer then come from `reference`, a folder of that layout. Further keywords are those of
-    `streamshard.run.Options`.
+    tokenizer then come from `reference`, a folder of that layout. `adapter_name` chooses among
+    adapters in one file. `base_is_residual` states that the base is what PiSSA or the like left
+    behind, `expert_order` ("peft" or "unsloth") how the factors of fused experts are ordered,
+    `allow_merged_base` that a base which seems to hold the adapter already is meant. Further keywords
+    are those of `streamshard.run.Options`.
 
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
@@ -62,20 +81,33 @@ def merge_lora(
     check_base(source.tensors, source.config)
     own = layout_of(source.tensors)
     converts = _converts(layout, own, reference, source)
-    adapters = _read_adapters(adapter, weight)
+    folders = _open_adapters(adapter)
+    adapters = _adapters(
+        folders,
+        weight,
+        adapter_name=adapter_name,
+        base_is_residual=base_is_residual,
+        expert_order=expert_order,
+    )
     name = source.path.absolute().name.removesuffix(".safetensors")
     target = Path(f"{name}-merged" if output is None else output)
-    inputs = [source.path, *_paths(adapter), *([Path(reference)] if reference is not None else [])]
+    inputs = [source.path, *(f.path for f in folders)]
+    inputs += [Path(reference)] if reference is not None else []
     check_places(target, inputs, overwrite=chosen.overwrite)
     with contextlib.closing(Files()) as files:
-        result = merge(source.tensors, adapters, Workspace(files), _carry(source, own))
-    _check_ties(source, result)
+        work = Workspace(files)
+        tie = _tie(source, work)
+        result = merge(source.tensors, adapters, work, _carry(source, own), tie)
+        if not allow_merged_base:
+            check_not_merged(result, work)
     facts: dict[str, Any] = {
-        "merged": len(result.changed),
+        "merged": len(result.updated),
+        "replaced": len(result.replaced),
         "base": str(source.path),
-        "adapters": [_describe(adapter) for adapter in adapters],
-        "warnings": list(result.warnings),
+        "adapters": result.facts,
+        "warnings": result.warnings,
     }
+    config, side_files = _merged_config(source, result, folders)
     if converts is not None:
         folder = open_checkpoint(converts, needs_weights=False)
         converted = carry_over(
@@ -94,10 +126,10 @@ def merge_lora(
         output=target,
         started=started,
         tensors=result.tensors,
-        shard_of=source.shard_of,
+        shard_of=_shard_of(source, result.tensors, tie),
         metadata=source.metadata,
-        config=source.config if chosen.dtype != "keep" else None,
-        side_files=source.side_files,
+        config=config if config != source.config or chosen.dtype != "keep" else None,
+        side_files=side_files,
         l2_from=str(source.path),
         must_change=True,
         facts=facts,
@@ -258,58 +290,99 @@ def _adapter_architecture(config: Mapping[str, Any], name: str) -> str | None:
     return None
 
 
-def _read_adapters(
-    adapter: PathLike | Sequence[PathLike], weight: Sequence[float] | None
+def _open_adapters(adapter: PathLike | Sequence[PathLike]) -> list[AdapterFolder]:
+    paths = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
+    if not paths:
+        raise UsageError("no adapter given: pass --adapter.")
+    return [open_adapter(path) for path in paths]
+
+
+def _adapters(
+    folders: Sequence[AdapterFolder],
+    weight: Sequence[float] | None,
+    *,
+    adapter_name: str | None,
+    base_is_residual: bool,
+    expert_order: str,
 ) -> list[Adapter]:
-    paths = _paths(adapter)
-    weights = [1.0] * len(paths) if not weight else list(weight)
-    if len(weights) != len(paths):
+    weights = [1.0] * len(folders) if not weight else list(weight)
+    if len(weights) != len(folders):
         raise UsageError(
-            f"{len(paths)} adapters but {len(weights)} weights: give --weight once per --adapter, "
+            f"{len(folders)} adapters but {len(weights)} weights: give --weight once per --adapter, "
             "or not at all."
         )
     if not all(math.isfinite(value) for value in weights):
         raise UsageError("--weight must be a finite number.")
-    adapters = []
-    for path, factor in zip(paths, weights, strict=True):
-        found = open_adapter(path)
-        settings = read_settings(found.config, printable(str(found.path / "adapter_config.json")))
-        adapters.append(Adapter(printable(str(found.file)), settings, found.tensors, factor))
-    return adapters
-
-
-def _paths(adapter: PathLike | Sequence[PathLike]) -> list[Path]:
-    one = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
-    if not one:
-        raise UsageError("no adapter given: pass --adapter.")
-    return [Path(path) for path in one]
-
-
-def _check_ties(source: Checkpoint, result: Merged) -> None:
-    """Refuse an update of a head or embedding that loading would tie to its twin again."""
-    ends = ("lm_head.weight", "embed_tokens.weight", ".output.weight", "tok_embeddings.weight")
-    touched = [name for name in result.changed if name.endswith(ends)]
-    config = source.config
-    if not touched or config is None:
-        return
-    inner = config.get("text_config", config.get("llm_config"))
-    default = config.get("model_type") == "internvl"
-    flags = [config.get("tie_word_embeddings", default)]
-    flags += [inner.get("tie_word_embeddings", False)] if isinstance(inner, dict) else []
-    if any(flags):
-        raise InputError(
-            f"{printable(str(source.path / 'config.json'))}: the config ties embedding and head, "
-            f"and the adapter changes {listed(touched)}: loaders would overwrite one by the other. "
-            "If both are stored, set tie_word_embeddings to false, at the top and in text_config."
+    if expert_order not in EXPERT_ORDERS:
+        raise UsageError(f"--expert-order is {expert_order!r}; {' or '.join(EXPERT_ORDERS)} it is.")
+    return [
+        Adapter(
+            printable(str(folder.file)),
+            read_settings(
+                folder.config,
+                printable(str(folder.path / "adapter_config.json")),
+                base_is_residual=base_is_residual,
+            ),
+            folder.tensors,
+            factor,
+            adapter_name,
+            expert_order,
         )
+        for folder, factor in zip(folders, weights, strict=True)
+    ]
 
 
-def _describe(adapter: Adapter) -> Report:
-    settings = adapter.settings
-    return {
-        "file": adapter.where,
-        "weight": adapter.weight,
-        "r": settings.r,
-        "lora_alpha": settings.lora_alpha,
-        "use_rslora": settings.use_rslora,
-    }
+def _tie(source: Checkpoint, work: Workspace) -> tuple[str, str] | None:
+    """Embedding and head of a base where these are one tensor, stored once or twice."""
+    tie = tied_names(source.tensors, source.config)
+    if tie is None or tie[1] not in source.tensors:
+        return tie
+    embedding, head = (source.tensors[name] for name in tie)
+    return tie if equal_bytes(embedding, head, work) else None
+
+
+def _merged_config(
+    source: Checkpoint, result: Merged, folders: Sequence[AdapterFolder]
+) -> tuple[dict[str, Any] | None, dict[str, Path]]:
+    """Config and side files of a merged base: tie flags, and what goes with a resized vocabulary."""
+    config, side_files = source.config, dict(source.side_files)
+    names = embedding_and_head(result.tensors)
+    sizes = {result.tensors[name].shape[0] for name in names if name is not None}
+    if len(sizes) > 1:
+        both = listed([name for name in names if name])
+        raise AdapterError(
+            f"{both} would have {' and '.join(map(str, sizes))} rows, "
+            "but no model can load that: the adapter has resized only one of them. Save it again "
+            "with both (save_embedding_layers=True), or add lm_head to modules_to_save."
+        )
+    touched = {*result.updated, *result.replaced}
+    if config is not None and (
+        result.untied
+        or (is_stated_tied(config) and names[1] in source.tensors and touched & set(names))
+    ):
+        config = untied(config)
+    old = source.tensors.get(names[0] or "")
+    if old is None or sizes == {old.shape[0]} or config is None:
+        return config, side_files
+    rows = sizes.pop()
+    config = with_vocabulary(config, rows)
+    tokenizers = [tokenizer_files(folder.path) for folder in folders]
+    own = next((found for found in reversed(tokenizers) if found), None)
+    note = f"the vocabulary has {rows:,} rows now, {old.shape[0]:,} before"
+    if own is None:
+        note += "; no adapter folder has a tokenizer, so the base's is kept, without the new tokens"
+    else:
+        side_files = {n: f for n, f in side_files.items() if not TOKENIZER.fullmatch(n)} | own
+        note += "; the tokenizer is that of the adapter folder"
+    result.warnings.append(note)
+    return config, side_files
+
+
+def _shard_of(
+    source: Checkpoint, tensors: Mapping[str, Any], tie: tuple[str, str] | None
+) -> dict[str, str]:
+    """The base's files; a head that was none before goes where the embedding is."""
+    shard_of = dict(source.shard_of)
+    if tie is not None and tie[1] in tensors:
+        shard_of.setdefault(tie[1], shard_of[tie[0]])
+    return shard_of

@@ -6,13 +6,12 @@ What the two disagree on is an error, as it would be a wrong model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint import Checkpoint, read_json_object
+from streamshard.checkpoint import TOKENIZER, Checkpoint, read_json_object
 from streamshard.errors import InputError, UsageError, listed, printable
 from streamshard.families import (
     INNER,
@@ -36,10 +35,6 @@ _EMBEDDINGS = (
     "language_model.model.tok_embeddings.weight",
 )
 _HEADS = ("language_model.lm_head.weight", "language_model.output.weight")
-_TOKENIZER = re.compile(
-    r"tokenizer.*|vocab\.(?:json|txt)|merges\.txt|added_tokens\.json|special_tokens_map\.json"
-    r"|tokenization_.*\.py|spiece\.model|sentencepiece.*"
-)
 # What must be equal in both configs, by the names of the custom and of the HF config. The order of
 # the weights says nothing of these, and a wrong one is a model that talks nonsense.
 _LLM_KEYS = (
@@ -315,13 +310,13 @@ def _take_tokenizer(
     source: Checkpoint, side_files: dict[str, Path], config: dict[str, Any], layout: str
 ) -> None:
     """Replace the reference's tokenizer by the source's, and the id that depends on it."""
-    own = {n: f for n, f in source.side_files.items() if _TOKENIZER.fullmatch(n)}
+    own = {n: f for n, f in source.side_files.items() if TOKENIZER.fullmatch(n)}
     if not own:
         raise InputError(
             f"{printable(str(source.path))}: has no tokenizer files, so --tokenizer-from source cannot "
             "be done. Give the folder with the tokenizer, or --tokenizer-from reference."
         )
-    for name in [name for name in side_files if _TOKENIZER.fullmatch(name)]:
+    for name in [name for name in side_files if TOKENIZER.fullmatch(name)]:
         del side_files[name]
     side_files |= own
     if layout == "hf":

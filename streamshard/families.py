@@ -32,7 +32,11 @@ __all__ = [
     "config_fixes",
     "config_layout",
     "dims_from_config",
+    "is_tied",
     "llm_architecture",
+    "untied",
+    "with_dtype",
+    "with_vocabulary",
 ]
 
 
@@ -393,7 +397,7 @@ def dims_from_config(
         attention_bias=next((b for b in attention_bias if b is not None), None),
         mlp_bias=next((b for b in mlp_bias if b is not None), None),
         dense_layers=_dense_layers(llm, layers, here) if family.packed else None,
-        tied=layout == "hf" and _is_tied(config, llm),
+        tied=layout == "hf" and is_tied(config, llm),
     )
 
 
@@ -447,6 +451,32 @@ def config_fixes(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
             elsewhere = ("rope_theta", "partial_rotary_factor", "type")
             scaling = {k: v for k, v in parameters.items() if k not in elsewhere}
             inner["rope_scaling"] = {**scaling, "rope_type": kind}
+    return fixed
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config which says, wherever it may be read, that embedding and head are two tensors."""
+    return _with_everywhere(config, "tie_word_embeddings", value=False, also_where_absent=True)
+
+
+def with_vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A config with `vocab_size` of `rows` wherever it has one."""
+    return _with_everywhere(config, "vocab_size", value=rows, also_where_absent=False)
+
+
+def _with_everywhere(
+    config: Mapping[str, Any], key: str, *, value: Any, also_where_absent: bool
+) -> dict[str, Any]:
+    """A config with `key` set at the top and in that of the language model."""
+    fixed = dict(config)
+    sections = [fixed]
+    for inner in INNER.values():
+        if isinstance(fixed.get(inner), dict):
+            fixed[inner] = dict(fixed[inner])
+            sections.append(fixed[inner])
+    for section in sections:
+        if key in section or also_where_absent:
+            section[key] = value
     return fixed
 
 
@@ -541,7 +571,7 @@ def _dense_layers(llm: Mapping[str, Any], layers: int | None, where: str) -> fro
     return frozenset(skipped | set(only))
 
 
-def _is_tied(config: Mapping[str, Any], llm: Mapping[str, Any]) -> bool:
+def is_tied(config: Mapping[str, Any], llm: Mapping[str, Any]) -> bool:
     """Whether an HF checkpoint that has no head left it out because it is the embedding.
 
     transformers 5 decides by the outer flag, true where absent (`InternVLConfig`), 4 by the inner

@@ -1,98 +1,75 @@
-"""Folding LoRA pairs into weights: which pair goes where, and the mapping that results.
+"""Folding adapters into weights: what each tensor of an adapter changes, and the mapping that results.
 
 `merge` is a function from a base mapping and adapters to a mapping. It reads the adapters'
-values (to refuse what is not finite) but no weight of the base. Formula: `W + s * B @ A`
-(arXiv:2106.09685), `s` from `peft_config`.
+values (to refuse what is not finite) but no weight of the base. Formulas: `W + s * B @ A`
+(arXiv:2106.09685), `s` from `peft_config`; DoRA `m * V / |V|` (arXiv:2402.09353); whole tensors and
+token rows replace what the base has.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
+from streamshard.adapter_keys import BASE_LAYER, Keys, Module, read_keys
 from streamshard.arithmetic import FLOATS
-from streamshard.errors import AdapterError, InputError, listed, nearest, printable
+from streamshard.errors import AdapterError, InputError, listed, printable
+from streamshard.experts import Stack, expert_updates, parameter_names, stacked_as
+from streamshard.matching import Carry, Place, Wanted, find_homes
 from streamshard.peft_config import LoraSettings
-from streamshard.spelling import flat_parts
-from streamshard.tensors import Lazy, Workspace, concat, read_float32
-from streamshard.updates import LowRank, add_low_rank
+from streamshard.tensors import Array, Lazy, Workspace, concat, equal_bytes, read_float32
+from streamshard.updates import LowRank, Transposed, add_low_rank, cast, with_magnitude
 
-__all__ = ["Adapter", "Carry", "Merged", "Place", "check_base", "merge"]
+__all__ = ["EMBEDDINGS", "HEADS", "Adapter", "Merged", "check_base", "merge"]
+
+# Modules whose rows are tokens; PEFT may save them whole, and training may add rows.
+EMBEDDINGS = ("embed_tokens", "tok_embeddings", "wte", "word_embeddings")
+HEADS = ("lm_head", "output")
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One adapter: what messages call it, its settings, its tensors, and a factor on its scale."""
+    """One adapter: what messages call it, its settings, its tensors, and a factor on its scale.
+
+    `name` chooses among several adapters in one file; `expert_order` is one of
+    `experts.EXPERT_ORDERS`.
+    """
 
     where: str
     settings: LoraSettings
     tensors: Mapping[str, Lazy]
     weight: float = 1.0
+    name: str | None = None
+    expert_order: str = "peft"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Merged:
-    """The new mapping, the names of the tensors that change, and what is worth knowing."""
+    """The new mapping, and what became of what.
 
-    tensors: dict[str, Lazy]
-    changed: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where rows of an update go: `rows` from `source_start` on, to `target` from `start` on.
-
-    `whole` says that they must be all rows of the target.
+    `updated` are the names of tensors that get an update, `replaced` of those that get other values
+    in whole or in some rows. `untied` says that embedding and head were one and no longer are;
+    `facts` are one dict an adapter for the report.
     """
 
-    target: str
-    start: int
-    source_start: int
-    rows: int
-    whole: bool
+    tensors: dict[str, Lazy]
+    updated: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    untied: bool = False
+    facts: list[dict[str, Any]] = field(default_factory=list)
 
 
-# Finds the places of a weight of another layout, given its name and its rows; none if unknown.
-Carry: TypeAlias = Callable[[str, int], Sequence[Place]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """lora_A and lora_B of one module, as named in the file."""
-
-    A: str
-    B: str
-
-
-_PAIR_KEY = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
-_PREFIX = re.compile(r"(?:module\.|base_model\.model\.)*")
 _QUANTIZED = re.compile(
     r".*\.(?:qweight|qzeros|scales|g_idx|SCB|absmax|quant_state\..+|weight_scale(?:_inv)?|"
     r"weight_packed|weight_format|(?:.+_)?(?:blocks|scales))"
-)
-
-# What a key that is no LoRA pair says about the kind of adapter.
-_OTHER_KINDS = (
-    (r"\.lora_magnitude_vector", "a DoRA magnitude"),
-    (r"\.lora_embedding_[AB]", "LoRA on an embedding"),
-    (r"\.lora_B\.bias|\.lora_B\.[^.]+\.bias", "a bias of lora_B"),
-    (r"\.lora_(?:A|B|E)(?:\.[^.]+)?$", "a factor without .weight, as AdaLoRA has"),
-    (r"trainable_tokens", "trained token rows"),
-    (r"\.base_layer\.", "a saved base layer"),
-    (r"\.modules_to_save\.", "a fully trained module"),
-    (r"lora_(?:up|down)|\.alpha$|lora_unet|lora_te", "a kohya-style factor"),
-    (r"\.lora_[ab]\.", "a torchtune factor"),
-    (r"hada_|lokr_|oft_|vera_|ia3_|ln_tuning|\.hra_|\.bone_|\.miss_", "not LoRA"),
-    (r"\.(?:weight|bias)$", "a fully trained tensor (modules_to_save or bias)"),
 )
 
 
@@ -112,9 +89,58 @@ def check_base(base: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> No
     wrapped = [name for name in base if ".lora_A." in name or ".lora_B." in name]
     if wrapped:
         raise InputError(
-            f"the base is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. "
-            "Use the checkpoint that the training started from."
+            f"the base is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. Use the "
+            "checkpoint that the training started from, or merge its own pairs: "
+            "merge-lora CHECKPOINT --output O."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Replacement:
+    """Rows that take the place of rows of a target."""
+
+    adapter: Adapter
+    target: str
+    start: int
+    rows: Lazy
+    whole: bool = False
+    is_tokens: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """A low-rank update of rows of a target, seen as a matrix of `height` rows.
+
+    With `magnitude`, one number for each row of the update or (`by_row` False) for each column of
+    the target, it is DoRA's.
+    """
+
+    start: int
+    term: LowRank
+    height: int
+    adapter: Adapter
+    magnitude: Lazy | None = None
+    by_row: bool = True
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.term.stop - self.term.start
+
+
+@dataclass(slots=True)
+class _Plan:
+    """One adapter, its keys sorted, and the places of the tensors that they change."""
+
+    adapter: Adapter
+    keys: Keys
+    parameters: dict[str, str]
+    """Module to the fused parameter that it adapts."""
+    homes: dict[str, list[Place]]
+
+    def weight(self, module: str) -> str:
+        """The tensor that a module's pair updates, as the adapter names it."""
+        plain = re.sub(r"(?:\.base_layer)+$", "", module)
+        return f"{plain}.{self.parameters.get(module, 'weight')}"
 
 
 def merge(
@@ -122,249 +148,712 @@ def merge(
     adapters: Sequence[Adapter],
     work: Workspace,
     carry: Carry | None = None,
+    tie: tuple[str, str] | None = None,
 ) -> Merged:
-    """Add every pair of every adapter to the weight it was trained on.
+    """Apply every tensor of every adapter to the weight it was trained on.
 
     Each tensor of an adapter is used exactly once. `carry` knows the names of another layout, for
-    adapters that were trained there. Raises `AdapterError` for what has no home, does not fit, is
-    not finite, or changes nothing.
+    adapters that were trained there. `tie` are the names of embedding and head where these are one
+    tensor, which the base may have once or twice. Raises `AdapterError` for what has no home, does
+    not fit, is not finite, or changes nothing.
     """
-    updates: dict[str, list[tuple[int, LowRank]]] = {}
-    warnings: list[str] = []
-    for adapter in adapters:
-        pairs = _pairs(adapter)
-        homes = _homes(base, adapter, pairs, carry)
-        fitting = {m: _update(base, adapter, m, pair, homes[m]) for m, pair in pairs.items()}
-        idle = []
-        for module, update in fitting.items():
-            # Both factors are read in any case: a zero must not hide a NaN.
-            peaks = [_largest(adapter, key, work) for key in (pairs[module].A, pairs[module].B)]
-            if not update.scale or not all(peaks):
-                idle.append(module)
-                continue
-            for place in homes[module]:
-                rows = update.take(place.source_start, place.source_start + place.rows)
-                updates.setdefault(place.target, []).append((place.start, rows))
-        if len(idle) == len(pairs):
+    whole = dict(base)
+    if tie is not None:
+        whole.setdefault(tie[1], base[tie[0]])
+    result = Merged(whole)
+    plans = [_plan(adapter, whole, carry) for adapter in adapters]
+    followed = [plan for plan in plans if tie is not None and _follows(plan, tie, work)]
+    replacements = [r for plan in plans for r in _replacements(plan, whole, result, work)]
+    _replace(result, replacements)
+    updates: dict[str, list[_Update]] = {}
+    for plan in plans:
+        found = _updates(plan, result, work)
+        if not found and not any(r.adapter is plan.adapter for r in replacements):
             raise AdapterError(
-                f"{adapter.where}: every update is exactly zero (lora_B is zero, or the weight is "
-                "0): the adapter was not trained, or was saved by a trainer that lost its values."
+                f"{plan.adapter.where}: every update is exactly zero (lora_B is zero, or the weight "
+                "is 0): the adapter was not trained, or was saved by a trainer that lost its values."
             )
-        if idle:
-            warnings.append(
-                f"{adapter.where}: {len(idle)} of {len(pairs)} updates are exactly zero and leave "
-                f"their weights as they are: {listed(idle, 3)}"
-            )
-    tensors = dict(base)
-    for name, terms in updates.items():
-        tensors[name] = _add(base[name], terms)
-    changed = tuple(name for name in base if name in updates)
-    return Merged(tensors, changed, tuple(warnings))
+        for target, update in found:
+            if plan not in followed or tie is None or target != tie[1]:
+                updates.setdefault(target, []).append(update)
+        _check_depth(plan, base, result)
+        result.facts.append(_facts(plan))
+    for name, own in updates.items():
+        _check_company(name, own, replacements)
+        result.tensors[name] = _updated(result.tensors[name], own)
+    result.updated = [name for name in result.tensors if name in updates]
+    if tie is not None:
+        _settle_tie(result, tie, replacements, work, follows=bool(followed))
+        if tie[1] not in base and not result.untied:
+            del result.tensors[tie[1]]
+    return result
 
 
-def _add(tensor: Lazy, terms: Sequence[tuple[int, LowRank]]) -> Lazy:
-    """Add updates of some rows each; rows without one keep their bytes."""
-    ends = {at for start, term in terms for at in (start, start + term.stop - term.start)}
-    parts = []
-    for low, high in pairwise(sorted({0, tensor.shape[0], *ends})):
-        own = [
-            term.take(low - start, high - start)
-            for start, term in terms
-            if start <= low and high <= start + term.stop - term.start
+def _plan(adapter: Adapter, base: Mapping[str, Lazy], carry: Carry | None) -> _Plan:
+    keys = read_keys(adapter.tensors, adapter.where, adapter.name)
+    settings, where = adapter.settings, adapter.where
+    adapted = [name for name, module in keys.modules.items() if module.A]
+    parameters = parameter_names(adapted, settings.target_parameters, where)
+    nested = [name for name in keys.modules if name.endswith(BASE_LAYER) and name not in parameters]
+    if nested:
+        raise AdapterError(
+            f"{where}: '{printable(nested[0])}' is within another adapted layer, as fused parameters "
+            "have it, but the config names no target_parameters there. Config and tensors are not "
+            "of one adapter."
+        )
+    plan = _Plan(adapter, keys, parameters, {})
+    _check_flags(plan, base)
+    _check_factors(plan)
+    try:
+        plan.homes = find_homes(base, _wanted(plan, turned=False), where, carry)
+    except AdapterError:
+        if not parameters:
+            raise
+        # The factors of fused experts may have in and out the other way round.
+        plan.homes = find_homes(base, _wanted(plan, turned=True), where, carry)
+    return plan
+
+
+def _wanted(plan: _Plan, *, turned: bool) -> dict[str, Wanted]:
+    """The tensors that an adapter changes, by its own names."""
+    tensors = plan.adapter.tensors
+    wanted: dict[str, Wanted] = {}
+    for name, module in plan.keys.modules.items():
+        weight = plan.weight(name)
+        if module.tokens:
+            wanted[weight] = Wanted(1, module.tokens)
+            continue
+        A, B = tensors[module.A], tensors[module.B]
+        rows = A.columns if turned or module.is_embedding else B.rows
+        if name in plan.parameters:
+            rows *= max(A.rows // plan.adapter.settings.rank(_pattern_key(plan, name)), 1)
+        wanted[weight] = Wanted(rows, module.A)
+        if module.bias:
+            wanted[f"{name}.bias"] = Wanted(tensors[module.bias].rows, module.bias)
+    for name, key in plan.keys.whole.items():
+        wanted.setdefault(name, Wanted(tensors[key].rows, key))
+    return wanted
+
+
+def _pattern_key(plan: _Plan, module: str) -> str:
+    """What rank_pattern and alpha_pattern are matched against."""
+    return plan.weight(module) if module in plan.parameters else module
+
+
+def _check_flags(plan: _Plan, base: Mapping[str, Lazy]) -> None:
+    """Raise `AdapterError` where config and tensors say different things."""
+    settings, keys = plan.adapter.settings, plan.keys
+    pairs = {name: module for name, module in keys.modules.items() if module.A}
+    plain = {name: module for name, module in pairs.items() if name not in plan.parameters}
+    tokens = [name for name, module in keys.modules.items() if module.tokens]
+    biases = [name for name in keys.whole if name.endswith(".bias")]
+    saved = {
+        entry: [name for name in keys.whole if _is_within(name, entry)]
+        for entry in settings.modules_to_save
+    }
+    lost = [entry for entry, names in saved.items() if not names]
+    for flag, on, what, having in (
+        ("use_dora", settings.use_dora, "magnitudes", {n for n in plain if plain[n].magnitude}),
+        ("lora_bias", settings.lora_bias, "biases of lora_B", {n for n in plain if plain[n].bias}),
+    ):
+        wrong = [
+            module.A if on else module.magnitude or module.bias
+            for name, module in plain.items()
+            if (name in having) != on
         ]
-        part = tensor.take(low, high)
-        parts.append(add_low_rank(part, own) if own else part)
-    return concat(parts)
-
-
-def _pairs(adapter: Adapter) -> dict[str, _Pair]:
-    """Module name (as the adapter has it, wrappers and prefix removed) to its pair."""
-    halves: dict[str, dict[str, str]] = {}
-    prefixes: dict[str, str] = {}
-    names: set[str] = set()
-    for key in adapter.tensors:
-        match = _PAIR_KEY.fullmatch(key)
-        if match is None:
-            raise _unknown_key(adapter, key)
-        module, side, name = match[1], match[2], match[3]
-        names.add(name or "")
-        plain = _WRAPPERS.sub("", module)
-        prefix = _PREFIX.match(plain)
-        prefixes.setdefault(prefix[0] if prefix else "", key)
-        plain = plain[prefix.end() :] if prefix else plain
-        half = halves.setdefault(plain, {})
-        if side in half:
-            raise AdapterError(
-                f"{adapter.where}: '{printable(half[side])}' and '{printable(key)}' are the same "
-                f"factor of '{printable(plain)}'. Remove one."
-            )
-        half[side] = key
-    if len(names) > 1:
-        found = sorted(name for name in names if name)
-        raise AdapterError(
-            f"{adapter.where}: holds several adapters ({listed(found)}) or keys with and without "
-            "an adapter name. Save one adapter alone."
+        if wrong:
+            raise _disagreement(plan, f"{flag} is {str(on).lower()}", what, wrong, lacks=on)
+    if lost:
+        raise _disagreement(
+            plan, f"modules_to_save has {listed(lost)}", "such tensors", [], lacks=True
         )
-    if len(prefixes) > 1:
-        raise AdapterError(
-            f"{adapter.where}: keys begin in different ways, for example "
-            f"{listed(prefixes.values())}. One prefix for all is expected: the file mixes "
-            "several models."
+    if bool(settings.token_indices) != bool(tokens):
+        on = bool(settings.token_indices)
+        state = "has" if on else "has no"
+        raise _disagreement(
+            plan,
+            f"the config {state} trainable_token_indices",
+            "trained token rows",
+            tokens,
+            lacks=on,
         )
-    lone = [key for half in halves.values() if len(half) == 1 for key in half.values()]
-    if lone:
-        raise AdapterError(
-            f"{adapter.where}: {listed(lone)}: the partner (lora_A or lora_B) is missing. "
-            "The file is incomplete: save or copy the adapter again."
+    if (
+        settings.target_parameters
+        and not plan.parameters
+        and not any(
+            plan.weight(name).endswith(target)
+            for name in pairs
+            for target in settings.target_parameters
         )
-    return {module: _Pair(half["A"], half["B"]) for module, half in halves.items()}
-
-
-def _unknown_key(adapter: Adapter, key: str) -> AdapterError:
-    kind = next((kind for pattern, kind in _OTHER_KINDS if re.search(pattern, key)), "not LoRA")
-    return AdapterError(
-        f"{adapter.where}: tensor '{printable(key)}' is {kind}, which cannot be merged. Only pairs "
-        "lora_A.weight, lora_B.weight on linear weights can. Nothing is left out silently. (PEFT adds "
-        "the whole layer to the file where lm_head or an embedding is a target: "
-        "save_pretrained(..., save_embedding_layers=False) leaves it out.)"
-    )
-
-
-def _flat(module: str) -> str:
-    """The weight of a module in the flat spelling of transformers' InternVL classes."""
-    return flat_parts(f"{module}.weight")[0]
-
-
-_REWRITES: tuple[tuple[str, Callable[[str], str]], ...] = (
-    ("as named", lambda module: module),
-    ("without leading 'model.'", lambda module: re.sub(r"^model\.", "", module)),
-    ("with leading 'model.'", lambda module: f"model.{module}"),
-    ("without leading 'language_model.'", lambda module: re.sub(r"^language_model\.", "", module)),
-    ("with leading 'language_model.'", lambda module: f"language_model.{module}"),
-)
-
-
-def _homes(
-    base: Mapping[str, Lazy], adapter: Adapter, pairs: Mapping[str, _Pair], carry: Carry | None
-) -> dict[str, Sequence[Place]]:
-    """Where the update of every module goes, by one rewrite of names for the whole adapter."""
-    weights = {name.removesuffix(".weight"): name for name in base if name.endswith(".weight")}
-    flat = {_flat(module): name for module, name in weights.items()}
-    found: dict[str, dict[str, str]] = {}
-    best: tuple[int, str, list[str]] = (-1, "", [])
-    candidates = [(how, weights, rewrite) for how, rewrite in _REWRITES]
-    candidates.append(("by the spellings of transformers' InternVL", flat, _flat))
-    for how, known, rewrite in candidates:
-        homes = {m: known[rewrite(m)] for m in pairs if rewrite(m) in known}
-        if len(homes) == len(pairs):
-            if len(set(homes.values())) == len(pairs):
-                found.setdefault(how, homes)
-        elif len(homes) > best[0]:
-            best = (len(homes), how, [m for m in pairs if m not in homes])
-    different = list({tuple(sorted(homes.items())): how for how, homes in found.items()}.values())
-    if len(different) > 1:
-        raise AdapterError(
-            f"{adapter.where}: its module names fit this base in more than one way "
-            f"({', '.join(different)}). Rename the keys as the base has them."
+    ):
+        raise _disagreement(
+            plan,
+            f"target_parameters has {listed(settings.target_parameters)}",
+            "pairs for them",
+            [],
+            lacks=True,
         )
-    if found:
-        homes = next(iter(found.values()))
-        rows = {m: adapter.tensors[pair.B].rows for m, pair in pairs.items()}
-        return {m: [Place(name, 0, 0, rows[m], whole=True)] for m, name in homes.items()}
-    if carry is not None:
-        carried = {
-            m: carry(f"{m}.weight", adapter.tensors[pair.B].rows) for m, pair in pairs.items()
-        }
-        homeless = [m for m, places in carried.items() if not places]
-        if not homeless:
-            _check_overlaps(adapter, carried)
-            return carried
-        if len(pairs) - len(homeless) > best[0]:
-            best = (len(pairs) - len(homeless), "by the names of the other layout", homeless)
-    raise _no_home(weights, adapter, pairs, best)
+    if settings.bias != "none" and not biases and any(name.endswith(".bias") for name in base):
+        raise _disagreement(plan, f"bias is '{settings.bias}'", "biases", [], lacks=True)
+    allowed = {name for names in saved.values() for name in names}
+    if settings.bias != "none":
+        allowed |= set(biases)
+    unasked = [k for n, k in keys.whole.items() if n not in allowed and not _is_of_tokens(n)]
+    if unasked:
+        raise _disagreement(
+            plan,
+            "neither modules_to_save nor bias of the config asks for them",
+            "whole tensors",
+            unasked,
+            lacks=False,
+        )
 
 
-def _check_overlaps(adapter: Adapter, homes: Mapping[str, Sequence[Place]]) -> None:
-    """Refuse two modules that go to the same rows of one tensor: one module, named twice."""
-    spans = sorted(
-        (place.target, place.start, place.start + place.rows, module)
-        for module, places in homes.items()
-        for place in places
-    )
-    for (target, _, stop, one), (other_target, start, _, other) in pairwise(spans):
-        if target == other_target and start < stop:
-            raise AdapterError(
-                f"{adapter.where}: '{printable(one)}' and '{printable(other)}' are both for the same "
-                f"rows of '{printable(target)}'. The file mixes spellings: keep one of each."
-            )
-
-
-def _no_home(
-    weights: Mapping[str, str],
-    adapter: Adapter,
-    pairs: Mapping[str, _Pair],
-    best: tuple[int, str, list[str]],
+def _disagreement(
+    plan: _Plan, config: str, what: str, names: Sequence[str], *, lacks: bool
 ) -> AdapterError:
-    matched, how, homeless = best
-    lines = [
-        f"{adapter.where}: {len(homeless)} of {len(pairs)} modules are not in the base "
-        f"({matched} are, {how}):"
+    shown = f" ({listed(names, 3)})" if names else ""
+    return AdapterError(
+        f"{plan.adapter.where}: {config}, but the file {'lacks' if lacks else 'has'} {what}{shown}. "
+        "Config and tensors are not of one adapter, or the file is incomplete: save the adapter "
+        "again, or correct adapter_config.json if you know what was trained."
+    )
+
+
+def _is_within(tensor: str, entry: str) -> bool:
+    """Whether a tensor is of a module that ends with `entry` (PEFT compares without a dot)."""
+    parts = tensor.split(".")[:-1]
+    return any(".".join(parts[: n + 1]).endswith(entry) for n in range(len(parts)))
+
+
+def _is_of_tokens(tensor: str) -> bool:
+    """Whether a tensor is the weight of an embedding or head, which PEFT may save unasked."""
+    parts = tensor.split(".")
+    return parts[-1] == "weight" and len(parts) > 1 and parts[-2] in (*EMBEDDINGS, *HEADS)
+
+
+def _check_factors(plan: _Plan) -> None:
+    """Raise `AdapterError` for factors of a wrong dtype, shape or rank."""
+    adapter, tensors = plan.adapter, plan.adapter.tensors
+    used = [
+        k for m in plan.keys.modules.values() for k in (m.A, m.B, m.magnitude, m.bias, m.tokens)
     ]
-    for module in homeless[:3]:
-        near = nearest(module, weights.keys())
-        lines.append(
-            f"  '{printable(pairs[module].A)}': nearest in the base: "
-            + (listed(near) if near else "nothing like it")
-        )
-    lines.append("Is this the base that the adapter was trained on, in the same layout?")
-    return AdapterError("\n".join(lines))
-
-
-def _update(
-    base: Mapping[str, Lazy],
-    adapter: Adapter,
-    module: str,
-    pair: _Pair,
-    places: Sequence[Place],
-) -> LowRank:
-    """The update of one module, every shape and dtype checked."""
-    A, B = adapter.tensors[pair.A], adapter.tensors[pair.B]
-    where = f"{adapter.where}: '{printable(pair.A)}'"
-    for key, factor in ((pair.A, A), (pair.B, B)):
-        if factor.dtype not in FLOATS:
+    for key in filter(None, [*used, *plan.keys.whole.values()]):
+        if tensors[key].dtype not in FLOATS:
             raise AdapterError(
-                f"{adapter.where}: '{printable(key)}' is {factor.dtype}; "
+                f"{adapter.where}: '{printable(key)}' is {tensors[key].dtype}; "
                 f"one of {', '.join(FLOATS)} was expected. Save the adapter as float32."
             )
-        if len(factor.shape) != 2 or not factor.nbytes:
+        if not tensors[key].nbytes:
+            raise _partitioned(adapter, key)
+    for name, module in plan.keys.modules.items():
+        if not module.A:
+            continue
+        A, B = tensors[module.A], tensors[module.B]
+        for key, factor in ((module.A, A), (module.B, B)):
+            # Convolutions have a kernel in A, and a kernel of 1 in B.
+            if len(factor.shape) < 2 or len(A.shape) != len(B.shape):
+                raise _partitioned(adapter, key)
+        rank, found = adapter.settings.rank(_pattern_key(plan, name)), A.shape[0]
+        fits = found == B.shape[1] and math.prod(B.shape[2:]) == 1
+        fits = fits and (found % rank == 0 if name in plan.parameters else found == rank)
+        if not fits:
             raise AdapterError(
-                f"{adapter.where}: '{printable(key)}' has shape {list(factor.shape)}; a matrix was "
-                "expected. The adapter may have been saved from a partitioned (ZeRO-3, FSDP) "
-                "model, or be for a convolution, which is not supported."
+                f"{adapter.where}: '{printable(module.A)}' has rank {found} and its lora_B "
+                f"{B.shape[1]}, but adapter_config.json says {rank}. Config and tensors are not of one "
+                "adapter, or it is for a grouped convolution, which PEFT cannot merge either."
             )
-    rank = adapter.settings.rank(module)
-    if not A.shape[0] == B.shape[1] == rank:
-        raise AdapterError(
-            f"{where} has rank {A.shape[0]} and its lora_B {B.shape[1]}, but adapter_config.json "
-            f"says {rank}. Config and tensors are not of one adapter."
+
+
+def _partitioned(adapter: Adapter, key: str) -> AdapterError:
+    return AdapterError(
+        f"{adapter.where}: '{printable(key)}' has shape {list(adapter.tensors[key].shape)}; a "
+        "matrix was expected. The adapter may have been saved from a partitioned (ZeRO-3, FSDP) "
+        "model: gather its weights and save it again."
+    )
+
+
+def _replacements(
+    plan: _Plan, base: Mapping[str, Lazy], result: Merged, work: Workspace
+) -> list[_Replacement]:
+    """Whole tensors and token rows, in the dtype of what they replace."""
+    adapter, tensors = plan.adapter, plan.adapter.tensors
+    found: list[_Replacement] = []
+    rounded = []
+    for name, key in plan.keys.whole.items():
+        tensor = tensors[key]
+        _largest(adapter, key, work)
+        for place in plan.homes[name]:
+            rows = tensor.take(place.source_start, place.source_start + place.rows)
+            target = base[place.target]
+            _check_replacement(adapter, key, rows, target, place)
+            if tensor.dtype != target.dtype:
+                rounded.append(place.target)
+            rows = cast(rows, target.dtype)
+            found.append(_Replacement(adapter, place.target, place.start, rows, whole=place.whole))
+    for name, module in plan.keys.modules.items():
+        if module.tokens:
+            _largest(adapter, module.tokens, work)
+            (place,) = plan.homes[plan.weight(name)]
+            found += _token_rows(plan, name, tensors[module.tokens], place.target, base)
+            if tensors[module.tokens].dtype != base[place.target].dtype:
+                rounded.append(place.target)
+    if rounded:
+        result.warnings.append(
+            f"{adapter.where}: values for {listed(rounded, 3)} are saved in another dtype than the "
+            "base's and are rounded to it (--dtype keeps more)"
         )
-    for place in places:
-        W = base[place.target]
-        if W.dtype not in FLOATS:
-            raise InputError(
-                f"base tensor '{printable(place.target)}' is {W.dtype}; an update can only be added "
-                f"to {', '.join(FLOATS)}. Use the unquantized checkpoint."
-            )
-        end = place.start + place.rows
-        fits = end == W.rows if place.whole else end <= W.rows
-        if len(W.shape) != 2 or W.columns != A.columns or not fits:
+    return found
+
+
+def _check_replacement(adapter: Adapter, key: str, rows: Lazy, target: Lazy, place: Place) -> None:
+    grows = place.whole and _is_of_tokens(place.target)
+    fits = rows.shape == target.shape if place.whole else rows.shape[1:] == target.shape[1:]
+    if not fits and not (grows and rows.shape[1:] == target.shape[1:]):
+        raise AdapterError(
+            f"{adapter.where}: '{printable(key)}' is {list(rows.shape)}, but base tensor "
+            f"'{printable(place.target)}' is {list(target.shape)}. The adapter belongs to another "
+            "model."
+        )
+    if target.dtype not in FLOATS:
+        raise InputError(
+            f"base tensor '{printable(place.target)}' is {target.dtype}; one of "
+            f"{', '.join(FLOATS)} was expected. Use the unquantized checkpoint."
+        )
+
+
+def _token_rows(
+    plan: _Plan, module: str, rows: Lazy, target: str, base: Mapping[str, Lazy]
+) -> list[_Replacement]:
+    """Trained rows, neighbours together (PEFT `TrainableTokensLayer`)."""
+    adapter, stated = plan.adapter, plan.adapter.settings.token_indices
+    named = [i for n, i in stated.items() if n and (module == n or module.endswith(f".{n}"))]
+    indices = named[0] if named else stated.get("")
+    if indices is None or len(indices) != rows.rows or len(named) > 1:
+        raise AdapterError(
+            f"{adapter.where}: '{printable(module)}' has {rows.rows} trained token rows, but the config "
+            f"names {'none' if indices is None else len(indices)} for it. Config and tensors are "
+            "not of one adapter."
+        )
+    W = base[target]
+    if rows.shape[1:] != W.shape[1:] or max(indices) >= W.rows:
+        raise AdapterError(
+            f"{adapter.where}: trained rows of {rows.columns} columns for tokens up to {max(indices):,} "
+            f"do not fit base tensor '{printable(target)}' of {list(W.shape)}. Was the vocabulary "
+            "resized before the training? Give the resized base."
+        )
+    found: list[_Replacement] = []
+    first = 0
+    for at in range(1, len(indices) + 1):
+        if at == len(indices) or indices[at] != indices[at - 1] + 1:
+            part = cast(rows.take(first, at), W.dtype)
+            found.append(_Replacement(adapter, target, indices[first], part, is_tokens=True))
+            first = at
+    return found
+
+
+def _replace(result: Merged, replacements: Sequence[_Replacement]) -> None:
+    """Put replacements into the mapping; each row may have one."""
+    by_target: dict[str, list[_Replacement]] = {}
+    for replacement in replacements:
+        by_target.setdefault(replacement.target, []).append(replacement)
+    for target, own in by_target.items():
+        own.sort(key=lambda r: r.start)
+        for one, other in pairwise(own):
+            if one.start + one.rows.rows > other.start or one.whole or other.whole:
+                raise AdapterError(
+                    f"{one.adapter.where} and {other.adapter.where}: both bring values of their own for "
+                    f"'{printable(target)}' (modules_to_save, biases or token rows). Only one of them "
+                    "can hold: merge one adapter, or remove these tensors from the other."
+                )
+        if own[0].whole:
+            result.tensors[target] = own[0].rows
+        else:
+            tensor, parts, at = result.tensors[target], [], 0
+            for replacement in own:
+                parts += [tensor.take(at, replacement.start), replacement.rows]
+                at = replacement.start + replacement.rows.rows
+            parts.append(tensor.take(at, tensor.shape[0]))
+            result.tensors[target] = concat([part for part in parts if part.shape[0]])
+    result.replaced = [name for name in result.tensors if name in by_target]
+
+
+def _updates(plan: _Plan, result: Merged, work: Workspace) -> list[tuple[str, _Update]]:
+    """What the pairs of an adapter add, by target; what is exactly zero is left out."""
+    adapter = plan.adapter
+    pairs = {name: module for name, module in plan.keys.modules.items() if module.A}
+    turned = _turned(plan, result.tensors)
+    found: list[tuple[str, _Update]] = []
+    idle = []
+    for name, module in pairs.items():
+        scale = adapter.settings.scaling(_pattern_key(plan, name)) * adapter.weight
+        # All factors are read in any case: a zero must not hide a NaN.
+        peaks = [_largest(adapter, key, work) for key in (module.A, module.B)]
+        for key in filter(None, (module.magnitude, module.bias)):
+            _largest(adapter, key, work)
+        if module.magnitude and adapter.weight != 1:
             raise AdapterError(
-                f"{where} and its lora_B make an update of shape {[B.rows, A.columns]}, but base "
-                f"tensor '{printable(place.target)}' is {list(W.shape)}. The adapter belongs to "
-                "another model."
+                f"{adapter.where}: is DoRA, whose update is not a sum that --weight could scale. "
+                "Merge it with weight 1."
             )
-    scale = adapter.settings.scaling(module) * adapter.weight
-    return LowRank(A, B, scale, 0, B.shape[0])
+        if name in plan.parameters:
+            new = _of_experts(plan, name, scale, result.tensors, turned=turned[name])
+        else:
+            new = _of_module(plan, name, module, scale, result.tensors, turned=turned[name])
+        if (not scale or not all(peaks)) and not module.magnitude:
+            idle.append(name)
+            new = []
+        if module.bias and scale:
+            new += _of_bias(plan, name, module, scale, result.tensors)
+        found += new
+    if idle and found:
+        result.warnings.append(
+            f"{adapter.where}: {len(idle)} of {len(pairs)} updates are exactly zero and leave "
+            f"their weights as they are: {listed(idle, 3)}"
+        )
+    return found
+
+
+def _turned(plan: _Plan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:
+    """Whether the update of each module is the transpose of `B @ A`."""
+    stacks = {
+        name: (_stack(plan, name, tensors), *_factors(plan, name)) for name in plan.parameters
+    }
+    found = stacked_as(stacks, plan.adapter.where)
+    where, settings = plan.adapter.where, plan.adapter.settings
+    open_names = []
+    for name, module in plan.keys.modules.items():
+        if name in found or not module.A:
+            continue
+        found[name] = module.is_embedding
+        if settings.fan_in_fan_out and not module.is_embedding:
+            A, B = _factors(plan, name)
+            shape = tensors[plan.homes[plan.weight(name)][0].target].shape
+            found[name] = shape == (A.columns, B.rows)
+            if A.columns == B.rows:
+                open_names.append(name)
+    told = {
+        turned
+        for name, turned in found.items()
+        if name not in open_names
+        and name not in stacks
+        and not plan.keys.modules[name].is_embedding
+    }
+    if open_names and len(told) != 1:
+        raise AdapterError(
+            f"{where}: fan_in_fan_out is true, {listed(open_names, 3)} are square, and no other module "
+            "of the adapter tells whether their weights are stored (in, out). Merge it with PEFT."
+        )
+    return found | dict.fromkeys(open_names, *told)
+
+
+def _factors(plan: _Plan, name: str) -> tuple[Lazy, Lazy]:
+    """A as (r, in) and B as (out, r), kernels of convolutions flattened."""
+    module, tensors = plan.keys.modules[name], plan.adapter.tensors
+    return tuple(t.reshape((t.rows, t.columns)) for t in (tensors[module.A], tensors[module.B]))  # type: ignore[return-value]
+
+
+def _of_module(
+    plan: _Plan,
+    name: str,
+    module: Module,
+    scale: float,
+    tensors: Mapping[str, Lazy],
+    *,
+    turned: bool,
+) -> list[tuple[str, _Update]]:
+    """The update of a linear layer, a convolution or an embedding."""
+    A, B = _factors(plan, name)
+    if turned:
+        A, B = Transposed(B), Transposed(A)
+    magnitude = plan.adapter.tensors[module.magnitude] if module.magnitude else None
+    if magnitude is not None:
+        magnitude = magnitude.reshape((math.prod(magnitude.shape),))
+        if magnitude.rows != (A.columns if turned else B.rows):
+            raise AdapterError(
+                f"{plan.adapter.where}: '{printable(module.magnitude)}' has {magnitude.rows} "
+                f"numbers; {A.columns if turned else B.rows} were expected, one for each output."
+            )
+    whole = LowRank(A, B, scale, 0, B.rows)
+    found = []
+    for place in plan.homes[plan.weight(name)]:
+        target = tensors[place.target]
+        stack = len(target.shape) == 3 and not place.whole
+        height = target.shape[0] * target.shape[1] if stack else target.rows
+        alone = place.whole and len(plan.homes[plan.weight(name)]) == 1
+        rows = B.rows if alone else place.rows
+        end = place.start + rows
+        fits = end == height if place.whole else end <= height
+        convolves = len(plan.adapter.tensors[module.A].shape) == len(target.shape)
+        flat = len(target.shape) == 2 or (place.whole and convolves) or stack
+        if A.columns * height != math.prod(target.shape) or not fits or not flat:
+            raise _misfit(plan, module.A, [B.rows, A.columns], place.target, target)
+        _check_target(place.target, target)
+        term = whole.take(place.source_start, place.source_start + rows)
+        own = magnitude
+        if own is not None and not turned:
+            own = own.take(place.source_start, place.source_start + rows)
+        update = _Update(place.start, term, height, plan.adapter, own, by_row=not turned)
+        found.append((place.target, update))
+    return found
+
+
+def _of_bias(
+    plan: _Plan, name: str, module: Module, scale: float, tensors: Mapping[str, Lazy]
+) -> list[tuple[str, _Update]]:
+    """The bias of lora_B, which goes to the bias of the layer: `b + s * b_B`."""
+    bias = plan.adapter.tensors[module.bias]
+    one = Array(np.ones(1, np.float32).view(np.uint8), (1, 1), "F32")
+    found = []
+    for place in plan.homes[f"{name}.bias"]:
+        target = tensors[place.target]
+        if len(target.shape) != 1 or place.start + place.rows > target.rows:
+            raise _misfit(plan, module.bias, list(bias.shape), place.target, target)
+        _check_target(place.target, target)
+        term = LowRank(one, bias.reshape((bias.rows, 1)), scale, 0, bias.rows)
+        term = term.take(place.source_start, place.source_start + place.rows)
+        found.append((place.target, _Update(place.start, term, target.rows, plan.adapter)))
+    return found
+
+
+def _of_experts(
+    plan: _Plan,
+    name: str,
+    scale: float,
+    tensors: Mapping[str, Lazy],
+    *,
+    turned: bool,
+) -> list[tuple[str, _Update]]:
+    """The updates of the experts of a fused parameter, fused or one by one in the base."""
+    A, B = _factors(plan, name)
+    stack = _stack(plan, name, tensors)
+    order = plan.adapter.expert_order
+    terms = expert_updates(stack, A, B, scale, turned=turned, order=order)
+    found = []
+    for place in plan.homes[plan.weight(name)]:
+        target = tensors[place.target]
+        _check_target(place.target, target)
+        if len(target.shape) == 3 or stack.experts == 1:
+            height = stack.experts * stack.rows
+            found += [
+                (place.target, _Update(number * stack.rows, term, height, plan.adapter))
+                for number, term in enumerate(terms)
+            ]
+            continue
+        number, first = divmod(place.source_start, stack.rows)
+        term = terms[number].take(first, first + place.rows)
+        found.append((place.target, _Update(place.start, term, target.rows, plan.adapter)))
+    return found
+
+
+def _stack(plan: _Plan, name: str, tensors: Mapping[str, Lazy]) -> Stack:
+    """The shape of a fused parameter, as the base has it or would have it."""
+    A, _ = _factors(plan, name)
+    places = plan.homes[plan.weight(name)]
+    first = tensors[places[0].target]
+    if len(places) == 1 and len(first.shape) in (2, 3):
+        return Stack(first.shape[0] if len(first.shape) == 3 else 1, *first.shape[-2:])
+    experts = A.rows // plan.adapter.settings.rank(_pattern_key(plan, name))
+    rows = sum(place.rows for place in places)
+    same = all(len(tensors[p.target].shape) == 2 for p in places) and rows % experts == 0
+    if not same or any(tensors[p.target].columns != first.columns for p in places):
+        raise _misfit(plan, plan.keys.modules[name].A, list(A.shape), places[0].target, first)
+    return Stack(experts, rows // experts, first.columns)
+
+
+def _misfit(plan: _Plan, key: str, shape: list[int], target: str, tensor: Lazy) -> AdapterError:
+    return AdapterError(
+        f"{plan.adapter.where}: '{printable(key)}' and its lora_B make an update of shape {shape}, but "
+        f"base tensor '{printable(target)}' is {list(tensor.shape)}. The adapter belongs to another "
+        "model."
+    )
+
+
+def _check_target(name: str, tensor: Lazy) -> None:
+    if tensor.dtype not in FLOATS:
+        raise InputError(
+            f"base tensor '{printable(name)}' is {tensor.dtype}; an update can only be added "
+            f"to {', '.join(FLOATS)}. Use the unquantized checkpoint."
+        )
+
+
+def _check_company(
+    name: str, updates: Sequence[_Update], replacements: Sequence[_Replacement]
+) -> None:
+    """Refuse what several adapters do to one tensor where their sum means nothing."""
+    for one in updates:
+        others = {
+            other.adapter.where
+            for other in updates
+            if other.adapter is not one.adapter
+            and other.start < one.stop
+            and one.start < other.stop
+        }
+        if one.magnitude is not None and others:
+            raise AdapterError(
+                f"{one.adapter.where}: is DoRA, and {listed(sorted(others))} also changes "
+                f"'{printable(name)}'. DoRA rescales what the other one adds: merge one after the "
+                "other was trained on top of it, or only one of them."
+            )
+        own = [r for r in replacements if r.target == name]
+        foreign = [r for r in own if r.adapter is not one.adapter or r.is_tokens]
+        if foreign:
+            raise AdapterError(
+                f"{one.adapter.where}: adds an update to '{printable(name)}', for which "
+                f"{foreign[0].adapter.where} has values of its own. What both together mean is not "
+                "defined: merge only one of them."
+            )
+
+
+def _updated(tensor: Lazy, updates: Sequence[_Update]) -> Lazy:
+    """Apply updates of some rows each; rows without one keep their bytes."""
+    height = updates[0].height
+    matrix = tensor.reshape((height, math.prod(tensor.shape) // max(height, 1)))
+    ends = {at for update in updates for at in (update.start, update.stop)}
+    parts = []
+    for low, high in pairwise(sorted({0, height, *ends})):
+        own = [u for u in updates if u.start <= low and high <= u.stop]
+        part = matrix.take(low, high)
+        if own and own[0].magnitude is not None:
+            term = own[0].term.take(low - own[0].start, high - own[0].start)
+            magnitude = own[0].magnitude
+            if own[0].by_row:
+                magnitude = magnitude.take(low - own[0].start, high - own[0].start)
+            part = with_magnitude(part, term, magnitude, by_row=own[0].by_row)
+        elif own:
+            part = add_low_rank(part, [u.term.take(low - u.start, high - u.start) for u in own])
+        parts.append(part)
+    return concat(parts).reshape(tensor.shape)
+
+
+def _follows(plan: _Plan, tie: tuple[str, str], work: Workspace) -> bool:
+    """Whether an adapter has the same update for a tied embedding and its head.
+
+    PEFT's `ensure_weight_tying` saves both: the head's A and B are the embedding's B and A,
+    transposed.
+    """
+    if not plan.adapter.settings.ensure_weight_tying:
+        return False
+    own: dict[str, Module] = {}
+    for name, module in plan.keys.modules.items():
+        if module.A:
+            own |= {p.target: module for p in plan.homes[plan.weight(name)] if p.target in tie}
+    if len(own) < 2:
+        return False
+    embedding, head = own[tie[0]], own[tie[1]]
+    tensors = plan.adapter.tensors
+    for one, other in ((embedding.A, head.B), (embedding.B, head.A)):
+        left = read_float32(tensors[one], 0, tensors[one].rows, work)
+        right = read_float32(tensors[other], 0, tensors[other].rows, work)
+        if left.T.shape != right.shape or not np.array_equal(left.T, right):
+            raise AdapterError(
+                f"{plan.adapter.where}: ensure_weight_tying is true, but '{printable(one)}' and "
+                f"'{printable(other)}' are not the same update. Save the adapter again."
+            )
+    return True
+
+
+def _settle_tie(
+    result: Merged,
+    tie: tuple[str, str],
+    replacements: Sequence[_Replacement],
+    work: Workspace,
+    *,
+    follows: bool,
+) -> None:
+    """Let the head follow the embedding if it is still the same; otherwise they are untied."""
+    embedding, head = ([r for r in replacements if r.target == name and r.adapter] for name in tie)
+    touched = [name in result.updated for name in tie]
+    only_tokens = not head and not any(touched) and all(r.is_tokens for r in embedding)
+    same = (
+        not any(touched)
+        and [(r.start, r.rows.shape) for r in embedding] == [(r.start, r.rows.shape) for r in head]
+        and all(equal_bytes(r.rows, s.rows, work) for r, s in zip(embedding, head, strict=True))
+    )
+    result.untied = not ((follows and not touched[1]) or only_tokens or same)
+    if not result.untied and (any(touched) or embedding):
+        result.tensors[tie[1]] = result.tensors[tie[0]]
+        result.replaced = [name for name in result.replaced if name != tie[1]]
+
+
+def _check_depth(plan: _Plan, base: Mapping[str, Lazy], result: Merged) -> None:
+    """Refuse an adapter for a model of fewer layers: it fits, and was trained on another base.
+
+    PEFT adapts the targets of every layer unless the config chooses layers.
+    """
+    settings = plan.adapter.settings
+    if settings.chooses_layers:
+        return
+    weights = (plan.weight(name) for name, module in plan.keys.modules.items() if module.A)
+    targets = {place.target for weight in weights for place in plan.homes[weight]}
+    there, here = _layers(base), _layers(targets)
+    lacking = {
+        name: sorted(there.get(name, set()) - numbers)
+        for name, numbers in here.items()
+        if there.get(name, set()) - numbers
+    }
+    for name, missing in lacking.items():
+        stack = name.partition(".{}.")[0]
+        used = {n for other, numbers in here.items() if other.startswith(stack) for n in numbers}
+        if not used.intersection(missing) and min(missing) > max(used):
+            raise AdapterError(
+                f"{plan.adapter.where}: has updates for the {len(used)} layers 0 to {max(used)} of "
+                f"'{printable(stack)}', but the base has {len(used) + len(missing)} layers, and the "
+                "config does not choose layers: the adapter was trained on another base. Give that "
+                "one as --base."
+            )
+    if lacking:
+        names = [name.replace("{}", str(missing[0])) for name, missing in lacking.items()]
+        result.warnings.append(
+            f"{plan.adapter.where}: other layers have updates for the like of {listed(names, 3)}, "
+            "which have none"
+        )
+
+
+def _layers(names: Iterable[str]) -> dict[str, set[int]]:
+    """Names with their first index taken out, to the indexes that occur."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        before, number, after = (
+            re.split(r"(?<=\.)(\d{1,6})(?=\.)", name, maxsplit=1)
+            if re.search(r"\.\d{1,6}\.", name)
+            else (name, "", "")
+        )
+        if number:
+            found.setdefault(f"{before}{{}}{after}", set()).add(int(number))
+    return found
+
+
+def _facts(plan: _Plan) -> dict[str, Any]:
+    """What the report says of an adapter."""
+    settings, adapter = plan.adapter.settings, plan.adapter
+    pairs = {name: module for name, module in plan.keys.modules.items() if module.A}
+    shapes = {name: len(adapter.tensors[module.A].shape) for name, module in pairs.items()}
+    kinds = {
+        "lora": bool(pairs),
+        "rslora": settings.use_rslora,
+        "dora": settings.use_dora,
+        "embedding": any(module.is_embedding for module in pairs.values()),
+        "convolution": any(rank > 2 for rank in shapes.values()),
+        "experts": bool(plan.parameters),
+        "lora_bias": settings.lora_bias,
+        "bias": any(name.endswith(".bias") for name in plan.keys.whole),
+        "modules_to_save": bool(settings.modules_to_save),
+        "tokens": bool(settings.token_indices),
+    }
+    scalings = Counter(
+        f"{settings.scaling(_pattern_key(plan, name)) * adapter.weight:g}" for name in pairs
+    )
+    return {
+        "file": adapter.where,
+        "weight": adapter.weight,
+        "r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "use_rslora": settings.use_rslora,
+        "kinds": [kind for kind, has in kinds.items() if has],
+        "scalings": dict(scalings),
+        "inert": plan.keys.inert,
+    }
 
 
 def _largest(adapter: Adapter, key: str, work: Workspace) -> float:

@@ -32,6 +32,7 @@ __all__ = [
     "check_elements",
     "check_rows",
     "concat",
+    "equal_bytes",
     "read_float32",
 ]
 
@@ -234,11 +235,22 @@ class Array(Lazy):
 
 @dataclass(frozen=True, slots=True)
 class Concat(Lazy):
-    """Parts joined along dim 0; made by `concat`."""
+    """Parts joined along dim 0; made by `concat`.
+
+    After `reshape` the parts may be rows of a matrix that is finer than dim 0.
+    """
 
     parts: tuple[Lazy, ...]
     shape: Shape
     dtype: str
+
+    @property
+    def rows(self) -> int:
+        return sum(part.shape[0] for part in self.parts)
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape) // max(self.rows, 1)
 
     @property
     def pieces(self) -> tuple[Lazy, ...]:
@@ -264,15 +276,24 @@ class Concat(Lazy):
     def take(self, start: int, stop: int) -> Lazy:
         check_rows(self, start, stop)
         if start == stop:
-            return self.parts[0].take(0, 0)
-        return concat([part.take(low, high) for part, low, high, _ in self._overlaps(start, stop)])
+            return self.parts[0].take(0, 0).reshape((0, *self.shape[1:]))
+        step = self.rows // self.shape[0]
+        overlaps = self._overlaps(start * step, stop * step)
+        found = concat([part.take(low, high) for part, low, high, _ in overlaps])
+        return found.reshape((stop - start, *self.shape[1:]))
 
     def reshape(self, shape: Shape) -> Lazy:
         check_elements(self, shape)
         inner, row = shape[1:], math.prod(shape[1:])
-        if any(math.prod(part.shape) % row for part in self.parts):
+        if shape == self.shape:
+            return self
+        if all(math.prod(part.shape) % row == 0 for part in self.parts):
+            return concat(
+                part.reshape((math.prod(part.shape) // row, *inner)) for part in self.parts
+            )
+        if not shape[0] or self.rows % shape[0]:
             raise ValueError(f"the parts of {self.shape} do not fit {shape}")
-        return concat(part.reshape((math.prod(part.shape) // row, *inner)) for part in self.parts)
+        return replace(self, shape=shape)
 
     def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
         for part, low, high, at in self._overlaps(start, stop):
@@ -319,6 +340,24 @@ def read_float32(tensor: Lazy, start: int, stop: int, work: Workspace) -> Float3
     out = np.empty((stop - start, tensor.columns), np.float32)
     widen(raw.view(FLOATS[tensor.dtype]).reshape(out.shape), tensor.dtype, out)
     return out
+
+
+def equal_bytes(one: Lazy, other: Lazy, work: Workspace) -> bool:
+    """Whether two tensors of one shape and dtype have the same bytes, read block by block."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    step = max(1_000_000 // max(one.row_nbytes, 1), 1)
+    for start in range(0, one.rows, step):
+        stop = min(start + step, one.rows)
+        left, right = (
+            work.bytes(name, (stop - start) * tensor.row_nbytes)
+            for name, tensor in (("left", one), ("right", other))
+        )
+        one.fill(start, stop, left, work)
+        other.fill(start, stop, right, work)
+        if not np.array_equal(left, right):
+            return False
+    return True
 
 
 def check_rows(tensor: Lazy, start: int, stop: int) -> None:

@@ -282,7 +282,7 @@ class Computed(Lazy):
         rows, columns = old.shape
         for row, column, height, width in _blocks(rows, columns):
             block = np.s_[row : row + height, column : column + width]
-            update = self._update(start + row, column, height, width, work)
+            update = self.update(start + row, column, height, width, work)
             by = None if scale is None else scale[:, column : column + width]
             self._round(old[block], new[block], (start + row, column), update, work, by)
 
@@ -296,7 +296,7 @@ class Computed(Lazy):
             squares = np.zeros(height)
             for column in range(0, columns, TILE_COLUMNS):
                 across = np.s_[:, column : column + TILE_COLUMNS]
-                update = self._update(start + row, column, height, whole[across].shape[1], work)
+                update = self.update(start + row, column, height, whole[across].shape[1], work)
                 np.copyto(whole[across], 0.0 if update is None else update)
                 part, dtype = old[own][across], self.source.dtype
                 add_row_squares(part, dtype, whole[across], squares, work.float32)
@@ -334,7 +334,7 @@ class Computed(Lazy):
                 for column in range(0, whole.columns, TILE_COLUMNS):
                     across = np.s_[:, column : column + TILE_COLUMNS]
                     part = base[across]
-                    update = whole._update(row, column, count, part.shape[1], work)  # noqa: SLF001
+                    update = whole.update(row, column, count, part.shape[1], work)
                     exact = (part if update is None else part + update).astype(np.float64)
                     squares[column : column + TILE_COLUMNS] += np.einsum("ij,ij->j", exact, exact)
             if not squares.all():
@@ -363,7 +363,7 @@ class Computed(Lazy):
             raise self._not_finite(*at, old.shape, update, work, scale)
         work.change = work.change.plus(change)
 
-    def _update(
+    def update(
         self, row: int, column: int, height: int, width: int, work: Workspace
     ) -> Float32 | None:
         """The sum of the terms for a block, in fp32."""
@@ -423,7 +423,7 @@ def cast(tensor: Lazy, dtype: str) -> Lazy:
     if isinstance(tensor, Computed):
         return replace(tensor, dtype=dtype)
     if len(tensor.pieces) > 1:
-        return concat([cast(piece, dtype) for piece in tensor.pieces])
+        return concat([cast(piece, dtype) for piece in tensor.pieces]).reshape(tensor.shape)
     columns = tensor.shape[-1] if len(tensor.shape) > 1 else 1
     matrix = (math.prod(tensor.shape) // max(columns, 1), columns)
     return Computed(tensor.reshape(matrix), (), dtype, tensor.shape)

@@ -36,7 +36,7 @@ PLAIN_CONFIG: dict[str, Any] = {
     "lora_dropout": 0.05,
     "peft_type": "LORA",
     "peft_version": "0.21.2",
-    "target_modules": ["q_proj"],
+    "target_modules": None,
     "task_type": "CAUSAL_LM",
     "use_dora": False,
     "use_rslora": False,

@@ -31,7 +31,21 @@ ALLOWED = {
     "distance": {"arithmetic", "tensors"},
     "format": {"errors", "files", "tensors"},
     "inventory": {"families", "tables"},
-    "lora": {"arithmetic", "errors", "peft_config", "spelling", "tensors", "updates"},
+    "adapter_keys": {"errors"},
+    "matching": {"errors", "spelling", "tensors"},
+    "experts": {"adapter_keys", "errors", "tensors", "updates"},
+    "lora": {
+        "adapter_keys",
+        "arithmetic",
+        "errors",
+        "experts",
+        "matching",
+        "peft_config",
+        "tensors",
+        "updates",
+    },
+    "ties": {"detection", "errors", "families", "lora", "spelling", "tensors"},
+    "hazards": {"errors", "lora", "tensors", "updates"},
     "pickled": {"errors", "tensors"},
     "resources": {"errors", "tensors", "updates"},
     "rows": {"errors", "families", "tensors"},
@@ -67,15 +81,19 @@ ALLOWED = {
         "conversion",
         "detection",
         "errors",
+        "experts",
         "families",
         "files",
+        "hazards",
         "layouts",
         "lora",
+        "matching",
         "peft_config",
         "report",
         "run",
         "spelling",
         "tensors",
+        "ties",
     },
     "inspection": {
         "checkpoint",
@@ -100,7 +118,20 @@ ALLOWED = {
 }
 # The mathematics and the names know nothing of files and commands.
 NAMES = {"families", "spelling", "tables", "detection", "rows", "inventory", "layouts"}
-PURE = {"lora", "peft_config", "distance", "arithmetic", "tensors", "updates", *NAMES}
+PURE = {
+    "lora",
+    "adapter_keys",
+    "matching",
+    "experts",
+    "ties",
+    "hazards",
+    "peft_config",
+    "distance",
+    "arithmetic",
+    "tensors",
+    "updates",
+    *NAMES,
+}
 NOT_IN_PURE = {"os", "pathlib", "shutil", "io", "format", "checkpoint", "writer", "commands", "cli"}
 HEAVY = {"torch", "transformers", "peft", "huggingface_hub", "safetensors"}
 LOW = {

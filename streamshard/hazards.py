@@ -1,0 +1,77 @@
+"""Results that would be wrong without an error, and how they show before a byte is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from streamshard.errors import AdapterError
+from streamshard.lora import Merged
+from streamshard.tensors import Float32, Workspace, read_float32
+from streamshard.updates import TILE_COLUMNS, TILE_ROWS, Computed
+
+__all__ = ["check_not_merged", "projection"]
+
+# Elements of the base that are looked at, a tile of rows from each tensor.
+SAMPLE_ELEMENTS = 32_000_000
+
+
+def check_not_merged(result: Merged, work: Workspace) -> None:
+    """Refuse a base that seems to hold these updates already.
+
+    A clean base has no more than noise of an update in it; after a merge it has the update once.
+    Raises `AdapterError`.
+    """
+    found, noise = projection(result, work)
+    times = round(found) if math.isfinite(found) else 0
+    if times >= 1 and abs(found - times) < 0.15 and noise < 0.03:
+        raise AdapterError(
+            f"the base seems to have this update in it already ({found:.2f} times, by the projection "
+            f"of the weights on it, with noise of about {noise:.2g}): merging would add it once more. "
+            "Give the base that the adapter was trained on; if you are sure that this is it, pass "
+            "--allow-merged-base."
+        )
+
+
+def projection(result: Merged, work: Workspace) -> tuple[float, float]:
+    """`<W, D> / <D, D>` over a sample of rows, `D` the updates, and its deviation for an unrelated W.
+
+    The deviation is that of independent elements: `|W| / (sqrt(n) |D|)`.
+    """
+    pieces = [
+        piece
+        for name in result.updated
+        for piece in result.tensors[name].pieces
+        if isinstance(piece, Computed) and piece.terms and piece.magnitude is None
+    ]
+    sizes = [min(TILE_ROWS, piece.rows) * piece.columns for piece in pieces]
+    step = max(-(-sum(sizes) // SAMPLE_ELEMENTS), 1)
+    both = weights = updates = 0.0
+    count = 0
+    for piece in pieces[::step]:
+        start = piece.rows // TILE_ROWS // 2 * TILE_ROWS
+        stop = min(start + TILE_ROWS, piece.rows)
+        base = read_float32(piece.source, start, stop, work)
+        for W, D in _tiles(piece, base, start, work):
+            weight, update = W.astype(np.float64).ravel(), D.astype(np.float64).ravel()
+            both += float(np.dot(weight, update))
+            weights += float(np.dot(weight, weight))
+            updates += float(np.dot(update, update))
+            count += W.size
+        work.forget()
+    if not updates or not count:
+        return 0.0, math.inf
+    return both / updates, math.sqrt(weights / updates / count)
+
+
+def _tiles(
+    piece: Computed, base: Float32, start: int, work: Workspace
+) -> Iterator[tuple[Float32, Float32]]:
+    for column in range(0, piece.columns, TILE_COLUMNS):
+        W = base[:, column : column + TILE_COLUMNS]
+        height, width = W.shape
+        D = piece.update(start, column, height, width, work)
+        if D is not None:
+            yield W, D
