@@ -104,7 +104,7 @@ def find_homes(
             best = (len(wanted) - len(homeless), "by the names of the other layout", homeless)
     if not best[2]:  # all have homes, but two have the same
         _refuse_overlap(
-            {n: _places(_flat(n), rows, flat, base) for n, rows in wanted.items()}, where
+            {n: _places(_flat(n), w.rows, flat, base) for n, w in wanted.items()}, where
         )
     raise _no_home(base, where, wanted, best)
 
