@@ -23,9 +23,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from streamshard.commands import custom_to_hf, hf_to_custom, merge_lora
+    from streamshard.commands import custom_to_hf, hf_to_custom
     from streamshard.errors import StreamshardError
     from streamshard.inspection import diff, inspect
+    from streamshard.merging import merge_lora
     from streamshard.state_dicts import (
         compute_l2_distance,
         convert_keys_back,
@@ -41,7 +42,7 @@ _HOMES = {
     "diff": "inspection",
     "hf_to_custom": "commands",
     "inspect": "inspection",
-    "merge_lora": "commands",
+    "merge_lora": "merging",
 }
 
 

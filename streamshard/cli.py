@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
+import streamshard
 from streamshard import __version__, texts
 from streamshard.errors import StreamshardError, WriteError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = ["main", "run_upstream"]
+__all__ = ["main", "run_upstream", "run_upstream_merge"]
 
 _CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -127,18 +128,16 @@ def _conversion_options(command: Callable[..., None]) -> Callable[..., None]:
     return _with_options(_output_options(command), options)
 
 
-@cli.command("merge-lora", short_help="Fold PEFT LoRA adapters into a base checkpoint.")
+@cli.command("merge-lora", short_help="Fold LoRA adapters into a base checkpoint.")
+@click.argument("checkpoint", metavar="[CHECKPOINT]", required=False)
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
-    required=True,
     metavar="FOLDER",
     help="PEFT adapter folder. Give it again to sum several adapters.",
 )
-@click.option(
-    "--base", required=True, metavar="PATH", help="Checkpoint folder or .safetensors file."
-)
+@click.option("--base", metavar="PATH", help="Checkpoint folder or .safetensors file.")
 @click.option(
     "--output", metavar="FOLDER", help="New folder to write.  [default: ./<base name>-merged]"
 )
@@ -160,16 +159,45 @@ def _conversion_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--reference",
     metavar="FOLDER",
-    help="With --layout: the original model in that layout, for config, code and tokenizer.",
+    help="With --layout: the original model in that layout, for config, code and tokenizer. With "
+    "CHECKPOINT: the original model, for remote code that the trainer did not save.",
 )
 @click.option(
     "--tokenizer-from",
     type=click.Choice(["source", "reference"]),
     help="With --layout: whose tokenizer belongs to the weights, if the vocabularies differ.",
 )
+@click.option(
+    "--alpha",
+    "--lora-alpha",
+    type=float,
+    metavar="A",
+    help="With CHECKPOINT: alpha of its pairs.  [default: 2 r, as InternVL's trainer has it]",
+)
+@click.option("--adapter-name", metavar="NAME", help="Which adapter, if a file holds several.")
+@click.option(
+    "--base-is-residual",
+    is_flag=True,
+    help="The base is the residual one that PiSSA, OLoRA, LoftQ, ... left behind.",
+)
+@click.option(
+    "--expert-order",
+    type=click.Choice(["peft", "unsloth"]),
+    default="peft",
+    show_default=True,
+    help="How the trainer ordered the factors of fused experts.",
+)
+@click.option(
+    "--allow-merged-base",
+    is_flag=True,
+    help="Merge although the base seems to hold the adapter already.",
+)
 @_output_options
 def merge_lora(adapters: tuple[str, ...], weights: tuple[float, ...], **options: Any) -> None:
-    """Fold PEFT LoRA adapters into a base checkpoint.
+    """Fold LoRA adapters into a base checkpoint.
+
+    Either PEFT adapters into a base (--adapter, --base), or the pairs inside a LoRA-wrapped training
+    checkpoint of InternVL (CHECKPOINT: use_llm_lora, use_backbone_lora) into itself.
 
     The output is a complete folder: merged weights, config, tokenizer and every other file of
     the base. A merged element is W + s*B*A accumulated in fp32 and rounded once; everything else is
@@ -184,11 +212,12 @@ def merge_lora(adapters: tuple[str, ...], weights: tuple[float, ...], **options:
           --base ./InternVL3-8B --output ./merged --max-shard-size 2GB
       streamshard merge-lora --adapter ./hf-lora --base ./InternVL3-8B-hf --output ./merged \\
           --layout custom --reference ./InternVL3-8B
+      streamshard merge-lora ./work_dirs/my-lora-run --output ./merged --reference ./InternVL3-8B
     """
     _write(
         "merge_lora",
         texts.merge_text,
-        adapter=list(adapters),
+        adapter=list(adapters) or None,
         weight=list(weights),
         **options,
     )
@@ -300,10 +329,8 @@ def _write(
 ) -> None:
     """Run a writing command of the Python API and print its report."""
     screen = _begin(as_json=as_json, quiet=quiet, verbose=verbose)
-    from streamshard import commands
-
     with contextlib.closing(screen):
-        report = getattr(commands, function)(
+        report = getattr(streamshard, function)(
             on_plan=lambda plan: screen.begin(plan.tensor_nbytes),
             progress=screen.progress,
             **options,
@@ -402,6 +429,26 @@ def _ignore_signals() -> None:
     # A second Ctrl-C must not interrupt the removal of what is half written.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def run_upstream_merge(description: str | None) -> None:
+    """InternVL's merge script: its two arguments, our engine."""
+
+    @click.command(help=description and f"\b\n{description}", context_settings=_CONTEXT)
+    @click.argument("input_path", metavar="INPUT_PATH")
+    @click.argument("output_path", metavar="OUTPUT_PATH")
+    def merge(input_path: str, output_path: str) -> None:
+        _write(
+            "merge_lora",
+            texts.merge_text,
+            as_json=False,
+            quiet=False,
+            verbose=False,
+            checkpoint=input_path,
+            output=output_path,
+        )
+
+    main(merge)
 
 
 def run_upstream(function: str, description: str | None) -> None:

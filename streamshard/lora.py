@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -841,9 +840,7 @@ def _facts(plan: _Plan) -> dict[str, Any]:
         "modules_to_save": bool(settings.modules_to_save),
         "tokens": bool(settings.token_indices),
     }
-    scalings = Counter(
-        f"{settings.scaling(_pattern_key(plan, name)) * adapter.weight:g}" for name in pairs
-    )
+    scalings = {settings.scaling(_pattern_key(plan, name)) for name in pairs}
     return {
         "file": adapter.where,
         "weight": adapter.weight,
@@ -851,7 +848,7 @@ def _facts(plan: _Plan) -> dict[str, Any]:
         "lora_alpha": settings.lora_alpha,
         "use_rslora": settings.use_rslora,
         "kinds": [kind for kind, has in kinds.items() if has],
-        "scalings": dict(scalings),
+        "scalings": sorted(scalings),
         "inert": plan.keys.inert,
     }
 

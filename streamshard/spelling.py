@@ -20,6 +20,7 @@ __all__ = [
     "has_lora",
     "plain_name",
     "spell",
+    "without_wrappers",
 ]
 
 # Beginnings of HF names as transformers wrote or writes them: head, language model, and what is
@@ -50,10 +51,10 @@ def flat_name(name: str) -> str:
     >>> flat_name("model.lm_head.weight")
     'language_model.lm_head.weight'
     """
-    return flat_parts(_unwrap(name))[0]
+    return flat_parts(without_wrappers(name))[0]
 
 
-def _unwrap(name: str) -> str:
+def without_wrappers(name: str) -> str:
     """A name without wrappers of training."""
     # All wrappers hold one of these words, and searching for words is quick.
     wrapped = "module." in name or "_orig_mod." in name
@@ -101,7 +102,7 @@ def flat_names(names: Iterable[str], layout: str) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name in names:
-        plain = flat_name(name) if layout == "hf" else _unwrap(name)
+        plain = flat_name(name) if layout == "hf" else without_wrappers(name)
         if plain in found:
             raise InputError(
                 f"'{printable(found[plain])}' and '{printable(name)}' are both "
@@ -114,7 +115,7 @@ def flat_names(names: Iterable[str], layout: str) -> dict[str, str]:
 
 def plain_name(name: str) -> str:
     """A name without wrappers of training and of PEFT."""
-    plain = _unwrap(name)
+    plain = without_wrappers(name)
     return _PEFT.sub("", plain).replace(".base_layer.", ".") if "base_" in plain else plain
 
 
