@@ -23,6 +23,7 @@ __all__ = [
     "Change",
     "add_and_round",
     "add_row_squares",
+    "kernel",
     "narrow",
     "squared_distance_bf16",
     "widen",
@@ -55,6 +56,11 @@ class Change(NamedTuple):
             self.updated + other.updated,
             self.unchanged + other.unchanged,
         )
+
+
+def kernel() -> str:
+    """What does the inner loops; sums may differ in their last digits between the two."""
+    return "numpy" if _kernels is None else "compiled"
 
 
 _BITS_16 = np.uint32(16)

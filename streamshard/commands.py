@@ -76,6 +76,11 @@ def merge_lora(
         "adapters": [_describe(adapter) for adapter in adapters],
         "warnings": list(result.warnings),
     }
+    choices = {
+        "weight": list(weight or []),
+        "layout": layout,
+        "tokenizer_from": tokenizer_from,
+    }
     if converts is not None:
         folder = open_checkpoint(converts, needs_weights=False)
         converted = carry_over(
@@ -85,7 +90,7 @@ def merge_lora(
         job = _job(
             "merge-lora", target, started, source, converted, str(source.path), facts, chosen.dtype
         )
-        return run(dataclasses.replace(job, must_change=True), chosen)
+        return run(dataclasses.replace(job, must_change=True, choices=choices), chosen)
     if source.config is None:
         where = printable(str(source.path))
         facts["warnings"].append(f"{where}: has no config.json; the output has none either")
@@ -101,6 +106,7 @@ def merge_lora(
         l2_from=str(source.path),
         must_change=True,
         facts=facts,
+        choices=choices,
     )
     return run(job, chosen)
 
@@ -167,7 +173,12 @@ def _convert(
     }
     compared = None if converted.reference is None else str(reference.path)
     job = _job(command, target, started, source, converted, compared, facts, chosen.dtype)
-    return run(dataclasses.replace(job, reference=converted.reference), chosen)
+    choices = {
+        "tokenizer_from": tokenizer_from,
+        "allow_missing": allow_missing,
+        "allow_unexpected": allow_unexpected,
+    }
+    return run(dataclasses.replace(job, reference=converted.reference, choices=choices), chosen)
 
 
 def _job(
