@@ -23,6 +23,7 @@ __all__ = [
     "Change",
     "add_and_round",
     "add_row_squares",
+    "kernel",
     "narrow",
     "squared_distance_bf16",
     "widen",
@@ -36,16 +37,23 @@ FLOATS: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F3
 
 
 class Change(NamedTuple):
-    """What an update did: sums in fp64 of squares, and counts of elements.
+    """What updates and casts did: sums in fp64 of squares, and counts of elements.
 
     `effected` is of what was written less what was there, `intended` of what was to be added
-    before rounding. Of `updated` elements `unchanged` have the value that they had.
+    before rounding. Of `updated` elements `unchanged` have the value that they had. `cast` is of
+    what rounding alone did, where there was no update.
     """
 
     effected: float = 0.0
     intended: float = 0.0
     updated: int = 0
     unchanged: int = 0
+    cast: float = 0.0
+
+    @property
+    def squared(self) -> float:
+        """The squared distance of what was written from what was there."""
+        return self.effected + self.cast
 
     def plus(self, other: Change) -> Change:
         """Both together."""
@@ -54,12 +62,18 @@ class Change(NamedTuple):
             self.intended + other.intended,
             self.updated + other.updated,
             self.unchanged + other.unchanged,
+            self.cast + other.cast,
         )
 
 
 _BITS_16 = np.uint32(16)
 _ONE = np.uint32(1)
 _HALF_BELOW = np.uint32(0x7FFF)
+
+
+def kernel() -> str:
+    """What does the inner loops; sums may differ in their last digits between the two."""
+    return "numpy" if _kernels is None else "compiled"
 
 
 def widen(values: Elements, dtype: str, out: Float32) -> None:
@@ -109,7 +123,7 @@ def add_and_round(
 
     All are matrices of one shape; `scale` is a column of one factor for each row, or a row of one
     for each column. Sums are in fp32, products with `scale` in fp64. `scratch` gives fp32
-    matrices by name. The `effected` sum is finite only if every element of both is.
+    matrices by name. The sums are finite only if every element of both is.
     """
     by_row = scale is None or scale.shape[1] == 1
     if (
@@ -135,7 +149,7 @@ def add_and_round(
     narrow(total, dtype, new, change)
     np.subtract(change, base, out=change)
     if update is None:
-        return Change(_squares(change))
+        return Change(cast=_squares(change))
     unchanged = old.size - int(np.count_nonzero(change))
     if scale is not None:
         update = np.subtract(total, base, out=total)

@@ -89,7 +89,16 @@ def _output_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--max-memory", metavar="SIZE", help="Use fewer threads to stay below this, like 512MB."
         ),
-        click.option("--overwrite", is_flag=True, help="Replace an output that exists."),
+        click.option(
+            "--overwrite",
+            is_flag=True,
+            help="Replace an output that exists, and discard what an interrupted run began otherwise.",
+        ),
+        click.option(
+            "--sha256",
+            is_flag=True,
+            help="Keep the SHA-256 of every file in streamshard.json; files are read once more.",
+        ),
         click.option(
             "--dry-run", is_flag=True, help="Check everything, show the plan, write nothing."
         ),
@@ -464,6 +473,12 @@ def run_upstream(function: str, description: str | None) -> None:
     main(convert)
 
 
+def _say_ended(how: str, error: BaseException) -> None:
+    # Whoever was writing has added what is kept.
+    left = str(error) or "Nothing was written: run the same command again."
+    click.echo(f"{how}. {left}", err=True)
+
+
 def main(command: click.Command = cli) -> None:
     """Run the command line and exit with the code of what happened."""
     name = "streamshard" if command is cli else None
@@ -475,11 +490,11 @@ def main(command: click.Command = cli) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted: nothing was written. Run the same command again.", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        _say_ended("Interrupted", error)
         sys.exit(130)
-    except _Terminated:
-        click.echo("Terminated: nothing was written. Run the same command again.", err=True)
+    except _Terminated as error:
+        _say_ended("Terminated", error)
         sys.exit(143)
     except StreamshardError as error:
         if verbose:

@@ -82,7 +82,12 @@ def _convert(
     }
     compared = None if converted.reference is None else str(reference.path)
     job = conversion_job(command, target, started, source, converted, compared, facts, chosen.dtype)
-    return run(dataclasses.replace(job, reference=converted.reference), chosen)
+    choices = {
+        "tokenizer_from": tokenizer_from,
+        "allow_missing": allow_missing,
+        "allow_unexpected": allow_unexpected,
+    }
+    return run(dataclasses.replace(job, reference=converted.reference, choices=choices), chosen)
 
 
 def conversion_job(

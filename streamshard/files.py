@@ -1,26 +1,132 @@
 """The only place that asks the operating system to read or write.
 
-Reads are positioned (`pread`), not mapped: a file that shrinks is then an error and not a
+Every call goes through `system`, one method a call, so that a test can fail or stop the run at each
+of them. Reads are positioned (`pread`), not mapped: a file that shrinks is then an error and not a
 bus error, and what was read never counts as the resident memory of this process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import stat
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from streamshard.errors import InputError, ReadError, WriteError, printable
 
-__all__ = ["ByteRange", "Files", "OutputFile", "disk_free", "read_bytes", "sync_folder"]
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
-_BINARY = getattr(os, "O_BINARY", 0)
-_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+__all__ = [
+    "ByteRange",
+    "Files",
+    "InputFile",
+    "LogFile",
+    "OutputFile",
+    "System",
+    "copy_file",
+    "disk_free",
+    "exists",
+    "make_folders",
+    "read_bytes",
+    "reading",
+    "remove_tree",
+    "rename",
+    "sync_folder",
+    "system",
+    "write_new",
+    "writing",
+]
+
+AnyPath: TypeAlias = "str | Path"
+
+COPY_NBYTES = 1 << 20
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe with a weight's name must not hang us
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
+_ALWAYS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_FAR = 1 << 30
+
+
+class System:
+    """The operating system: each method is one call and raises the `OSError` of that call."""
+
+    def open(self, path: AnyPath, flags: int) -> int:
+        """A descriptor; new files get the mode that the umask leaves."""
+        return os.open(path, flags | _ALWAYS, 0o666)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def fstat(self, descriptor: int) -> os.stat_result:
+        return os.fstat(descriptor)
+
+    def lstat(self, path: AnyPath) -> os.stat_result:
+        return os.lstat(path)
+
+    def pread(self, descriptor: int, out: memoryview, offset: int) -> int:
+        """How many bytes were read into `out`; 0 at the end of the file."""
+        return _pread_into(descriptor, out, offset)
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        """How many bytes of `data` were written."""
+        return _pwrite(descriptor, data, offset)
+
+    def truncate(self, descriptor: int, nbytes: int) -> None:
+        os.ftruncate(descriptor, nbytes)
+
+    def allocate(self, descriptor: int, nbytes: int) -> None:
+        """Reserve the disk blocks of a file."""
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, nbytes)
+
+    def begin_sync(self, descriptor: int, offset: int, nbytes: int) -> None:
+        """Start putting a range on disk."""
+        if hasattr(os, "posix_fadvise"):
+            # On Linux this starts writing dirty pages out; pages not yet clean stay cached.
+            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def fsync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def lock(self, descriptor: int) -> None:
+        """Lock an open file, or raise `BlockingIOError` or `PermissionError` at once."""
+        if sys.platform == "win32":
+            os.lseek(descriptor, _FAR, os.SEEK_SET)  # what is locked cannot be read
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def listdir(self, path: AnyPath) -> list[str]:
+        return os.listdir(path)
+
+    def mkdir(self, path: AnyPath) -> None:
+        os.mkdir(path)
+
+    def rmdir(self, path: AnyPath) -> None:
+        os.rmdir(path)
+
+    def unlink(self, path: AnyPath) -> None:
+        os.unlink(path)
+
+    def rename(self, path: AnyPath, other: AnyPath) -> None:
+        """Give another name, taking the place of a file but not of a folder that has something in it."""
+        os.replace(path, other)
+
+    def disk_free(self, path: AnyPath) -> int:
+        return shutil.disk_usage(path).free
+
+
+system = System()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +139,60 @@ class ByteRange:
     file_nbytes: int
 
 
+class InputFile:
+    """A regular file to read from, at any place, by several threads."""
+
+    def __init__(self, path: AnyPath) -> None:
+        self.path = path
+        with reading(path):
+            self._descriptor = system.open(path, _READ)
+            try:
+                found = system.fstat(self._descriptor)
+            except BaseException:
+                self.close()
+                raise
+        self.nbytes = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            self.close()
+            what = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
+            raise InputError(f"{printable(str(path))}: is {what}, a file was expected.")
+
+    def __enter__(self) -> InputFile:  # noqa: PYI034 - Self needs Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; harmless if it is closed already."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # nothing was written
+                system.close(descriptor)
+
+    def size(self) -> int:
+        """Bytes of the file by now."""
+        with reading(self.path):
+            return system.fstat(self._descriptor).st_size
+
+    def read_into(self, out: memoryview, offset: int) -> int:
+        """Fill `out` from `offset` on; fewer bytes than asked for only at the end of the file."""
+        done = 0
+        while done < len(out):
+            with reading(self.path):
+                count = system.pread(self._descriptor, out[done:], offset + done)
+            if not count:
+                break
+            done += count
+        return done
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Up to `nbytes` bytes from `offset` on."""
+        out = bytearray(nbytes)
+        count = self.read_into(memoryview(out), offset)
+        return bytes(out[:count])
+
+
 class Files:
     """Input files, opened once each on first use; safe to share between threads.
 
@@ -40,56 +200,48 @@ class Files:
     """
 
     def __init__(self) -> None:
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, InputFile] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Close every file."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
-    def _descriptor(self, path: str, file_nbytes: int) -> int:
-        descriptor = self._descriptors.get(path)
-        if descriptor is not None:
-            return descriptor
+    def _file(self, path: str, file_nbytes: int) -> InputFile:
+        file = self._files.get(path)
+        if file is not None:
+            return file
         with self._lock:
-            if path not in self._descriptors:
-                with reading(path):
-                    descriptor = os.open(path, os.O_RDONLY | _BINARY | _CLOEXEC)
-                    self._descriptors[path] = descriptor
-                    self._check_size(path, descriptor, file_nbytes)
-            return self._descriptors[path]
-
-    @staticmethod
-    def _check_size(path: str, descriptor: int, expected: int) -> None:
-        found = os.fstat(descriptor).st_size
-        if found != expected:
-            raise ReadError(
-                f"{printable(path)}: the file has {found:,} bytes now but had {expected:,} when it "
-                "was planned. Something is writing to it: wait for that to end, then run again."
-            )
+            if path not in self._files:
+                self._files[path] = InputFile(path)
+                _check_size(path, self._files[path].nbytes, file_nbytes)
+            return self._files[path]
 
     def check(self, source: ByteRange) -> None:
         """Raise `ReadError` if the file of `source` changed its size since it was planned."""
-        descriptor = self._descriptor(source.path, source.file_nbytes)
-        with reading(source.path):
-            self._check_size(source.path, descriptor, source.file_nbytes)
+        found = self._file(source.path, source.file_nbytes).size()
+        _check_size(source.path, found, source.file_nbytes)
 
     def read_into(self, source: ByteRange, out: memoryview) -> None:
         """Fill `out` (`source.nbytes` long) with the bytes of `source`."""
-        descriptor = self._descriptor(source.path, source.file_nbytes)
-        done = 0
-        while done < source.nbytes:
-            with reading(source.path):
-                count = _pread_into(descriptor, out[done : source.nbytes], source.offset + done)
-            if count == 0:
-                self.check(source)
-                raise ReadError(
-                    f"{printable(source.path)}: the file ended at byte {source.offset + done:,}, "
-                    f"{source.nbytes - done:,} bytes too early. It is truncated or being changed."
-                )
-            done += count
+        file = self._file(source.path, source.file_nbytes)
+        done = file.read_into(out[: source.nbytes], source.offset)
+        if done < source.nbytes:
+            self.check(source)
+            raise ReadError(
+                f"{printable(source.path)}: the file ended at byte {source.offset + done:,}, "
+                f"{source.nbytes - done:,} bytes too early. It is truncated or being changed."
+            )
+
+
+def _check_size(path: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ReadError(
+            f"{printable(path)}: the file has {found:,} bytes now but had {expected:,} when it "
+            "was planned. Something is writing to it: wait for that to end, then run again."
+        )
 
 
 class OutputFile:
@@ -98,42 +250,76 @@ class OutputFile:
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
         with writing(path, nbytes):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY | _CLOEXEC
-            self._descriptor = os.open(path, flags, 0o666)
+            self._descriptor = system.open(path, _NEW)
             try:
                 _allocate(self._descriptor, nbytes)
             except BaseException:
-                os.close(self._descriptor)
+                self.close()
                 raise
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
-        done = 0
-        while done < len(data):
-            with writing(self.path, len(data) - done):
-                done += _pwrite(self._descriptor, data[done:], offset + done)
+        _write_all(self._descriptor, self.path, data, offset)
 
     def begin_sync(self, offset: int, nbytes: int) -> None:
         """Ask the system to start putting a range on disk, so that `sync` has less to wait for."""
-        if hasattr(os, "posix_fadvise"):
-            with writing(self.path, 0):
-                # On Linux this starts writing dirty pages out; pages not yet clean stay cached.
-                os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        with writing(self.path, 0):
+            system.begin_sync(self._descriptor, offset, nbytes)
 
     def sync(self) -> None:
         """Wait until the disk has what was written."""
         with writing(self.path, 0):
-            os.fsync(self._descriptor)
+            system.fsync(self._descriptor)
 
     def close(self) -> None:
         """Close the file; harmless if it is closed already."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with writing(self.path, 0):
+                system.close(descriptor)
+
+
+class LogFile:
+    """A file that only grows, from its first `nbytes` bytes on; what comes after these is dropped."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path = path
+        self._end = nbytes
+        with writing(path, 0):
+            self._descriptor = system.open(path, os.O_RDWR | os.O_CREAT)
+            try:
+                system.truncate(self._descriptor, nbytes)
+            except BaseException:
+                self.close()
+                raise
+
+    def append(self, data: bytes) -> None:
+        """Add `data` and wait until the disk has it."""
+        _write_all(self._descriptor, self.path, memoryview(data), self._end)
+        with writing(self.path, len(data)):
+            system.fsync(self._descriptor)
+        self._end += len(data)
+
+    def close(self) -> None:
+        """Close the file; harmless if it is closed already."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # every line is on disk already
+                system.close(descriptor)
+
+
+def _write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        with writing(path, len(data) - done):
+            count = system.pwrite(descriptor, data[done:], offset + done)
+            if not count:
+                raise OSError(errno.EIO, "nothing was written")
+        done += count
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
+def reading(path: AnyPath) -> Iterator[None]:
     """Turn an `OSError` into one that names `path` and says what to do."""
     try:
         yield
@@ -149,7 +335,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: str | Path, nbytes: int) -> Iterator[None]:
+def writing(path: AnyPath, nbytes: int) -> Iterator[None]:
     """Turn an `OSError` into one that names `path` and says what to do."""
     try:
         yield
@@ -167,35 +353,25 @@ def writing(path: str | Path, nbytes: int) -> Iterator[None]:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """The whole of a small file; `InputError` if it has more than `limit` bytes."""
-    with reading(path), path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise InputError(f"{printable(str(path))}: larger than {limit:,} bytes; not read.")
+    with InputFile(path) as file:
+        data = file.read(0, file.nbytes + 1) if file.nbytes <= limit else b""
+        if max(file.nbytes, len(data)) > limit:
+            raise InputError(f"{printable(str(path))}: larger than {limit:,} bytes; not read.")
     return data
 
 
-def copy_files(sources: Mapping[str, Path], target: Path) -> None:
-    """Copy files, as bytes, to their names below `target`."""
-    for name, source in sources.items():
-        _copy_file(source, target / name)
-    for folder in {(target / name).parent for name in sources} - {target}:
-        sync_folder(folder)
-
-
-def _copy_file(source: Path, copy: Path) -> None:
-    with reading(source):
-        file = source.open("rb")
-    with file, writing(copy, 0):
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with copy.open("xb") as out:
-            while True:
-                with reading(source):  # an error of the source is not one of the output
-                    block = file.read(1 << 20)
-                if not block:
-                    break
-                out.write(block)
-            out.flush()
-            os.fsync(out.fileno())
+def copy_file(source: Path, copy: Path) -> None:
+    """Copy the bytes of a file to a new one and wait until the disk has them."""
+    with InputFile(source) as file:
+        out = OutputFile(copy, file.nbytes)
+        try:
+            for offset in range(0, file.nbytes, COPY_NBYTES):
+                block = file.read(offset, min(COPY_NBYTES, file.nbytes - offset))
+                out.write(memoryview(block), offset)
+            _check_size(str(source), file.size(), file.nbytes)
+            out.sync()
+        finally:
+            out.close()
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -208,33 +384,70 @@ def write_new(path: Path, data: bytes) -> None:
         file.close()
 
 
+def exists(path: AnyPath) -> bool:
+    """Whether something, be it a broken link, has this name."""
+    try:
+        system.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Make a folder and those around it; returns what was made, innermost first."""
+    missing = []
+    while not exists(path) and path != path.parent:
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another run was faster
+            system.mkdir(folder)
+    return missing
+
+
+def rename(path: Path, other: Path) -> None:
+    """Give a file another name in its folder."""
+    with writing(path, 0):
+        system.rename(path, other)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it; links are not followed."""
+    if not stat.S_ISDIR(system.lstat(path).st_mode):
+        system.unlink(path)
+        return
+    for name in system.listdir(path):
+        remove_tree(path / name)
+    system.rmdir(path)
+
+
 def disk_free(path: Path) -> int:
     """Bytes that may still be written to the disk which holds (or will hold) `path`."""
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    with reading(existing):
-        return shutil.disk_usage(existing).free
+    with reading(path):
+        existing = path
+        while not exists(existing) and existing != existing.parent:
+            existing = existing.parent
+        return system.disk_free(existing)
 
 
 def sync_folder(path: Path) -> None:
     """Wait until the disk has the names in a folder; Windows has no such call."""
     if os.name != "nt":
         with writing(path, 0):
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = system.open(path, os.O_RDONLY)
             try:
-                os.fsync(descriptor)
+                system.fsync(descriptor)
             finally:
-                os.close(descriptor)
+                system.close(descriptor)
 
 
 def _allocate(descriptor: int, nbytes: int) -> None:
     # Reserving the blocks first finds a full disk before hours of work, and writes to known
     # places run faster; file systems that cannot do it get a sparse file.
-    os.ftruncate(descriptor, nbytes)
-    if nbytes and hasattr(os, "posix_fallocate"):
+    system.truncate(descriptor, nbytes)
+    if nbytes:
         try:
-            os.posix_fallocate(descriptor, 0, nbytes)
+            system.allocate(descriptor, nbytes)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise

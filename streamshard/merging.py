@@ -22,21 +22,21 @@ from streamshard.checkpoint import (
     tokenizer_files,
 )
 from streamshard.commands import conversion_job
-from streamshard.conversion import carry_over
+from streamshard.conversion import carry_over, model_dims
 from streamshard.detection import layout_of
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.experts import EXPERT_ORDERS
 from streamshard.families import OTHER, Dims, dims_from_config, untied, with_vocabulary
 from streamshard.files import Files
 from streamshard.hazards import check_not_merged
-from streamshard.layouts import pieces
+from streamshard.layouts import convert, pieces
 from streamshard.lora import Adapter, Merged, check_base, merge
 from streamshard.matching import Carry, Place
 from streamshard.peft_config import read_settings
 from streamshard.report import Report
 from streamshard.run import Job, Options, PathLike, check_places, run
 from streamshard.spelling import flat_names
-from streamshard.tensors import Workspace, equal_bytes
+from streamshard.tensors import Stored, Workspace, equal_bytes
 from streamshard.ties import embedding_and_head, is_stated_tied, tied_names
 from streamshard.unwrapping import open_wrapped
 
@@ -132,6 +132,14 @@ def merge_lora(
         "adapters": result.facts,
         "warnings": [*warnings, *result.warnings],
     }
+    choices = {
+        "weight": list(weight or []),
+        "layout": layout,
+        "tokenizer_from": tokenizer_from,
+        "alpha": alpha,
+        "adapter_name": adapter_name,
+        "expert_order": expert_order,
+    }
     config, side_files = _merged_config(source, result, folders)
     if converts is not None:
         folder = open_checkpoint(converts, needs_weights=False)
@@ -142,7 +150,16 @@ def merge_lora(
         job = conversion_job(
             "merge-lora", target, started, source, converted, str(source.path), facts, chosen.dtype
         )
-        return run(dataclasses.replace(job, must_change=True), chosen)
+        return run(
+            dataclasses.replace(
+                job,
+                reference=_replaced_from(source, result, tie, folder, layout),
+                compares_sources=True,
+                must_change=True,
+                choices=choices,
+            ),
+            chosen,
+        )
     if checkpoint is not None:
         config, side_files = _with_code(config, side_files, reference, facts["warnings"])
     if config is None:
@@ -158,8 +175,11 @@ def merge_lora(
         config=config if checkpoint or config != source.config or chosen.dtype != "keep" else None,
         side_files=side_files,
         l2_from=str(source.path),
+        reference=_replaced_from(source, result, tie),
+        compares_sources=True,
         must_change=True,
         facts=facts,
+        choices=choices,
     )
     return run(job, chosen)
 
@@ -315,7 +335,7 @@ def _merged_config(
         or (is_stated_tied(config) and names[1] in source.tensors and touched & set(names))
     ):
         config = untied(config)
-    old = source.tensors.get(names[0] or "")
+    old = None if names[0] is None else source.tensors.get(names[0])
     if old is None or sizes == {old.shape[0]} or config is None:
         return config, side_files
     rows = sizes.pop()
@@ -330,6 +350,26 @@ def _merged_config(
         note += "; the tokenizer is that of the adapter folder"
     result.warnings.append(note)
     return config, side_files
+
+
+def _replaced_from(
+    source: Checkpoint,
+    result: Merged,
+    tie: tuple[str, str] | None,
+    folder: Checkpoint | None = None,
+    layout: str = "keep",
+) -> dict[str, Stored]:
+    """What the base had where values were replaced, by the names of the output.
+
+    `folder` is the reference of a conversion to `layout`. Parts of fused tensors are left out.
+    """
+    before = {name: source.tensors[name] for name in result.replaced if name in source.tensors}
+    if result.untied and tie is not None:
+        before[tie[1]] = source.tensors.get(tie[1], source.tensors[tie[0]])
+    if folder is None or not before:
+        return before
+    carried = convert(before, model_dims(source, folder, layout), layout).tensors
+    return {name: tensor for name, tensor in carried.items() if isinstance(tensor, Stored)}
 
 
 def _shard_of(

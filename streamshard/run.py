@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from streamshard.arithmetic import Change
+from streamshard.digests import ALGORITHM, DIGEST_NBYTES, file_record
 from streamshard.distance import Distances, is_comparable
 from streamshard.errors import (
     AdapterError,
     InputError,
-    OutputError,
     UsageError,
     WriteError,
     printable,
 )
 from streamshard.families import TORCH_DTYPES, with_dtype
-from streamshard.files import copy_files, disk_free, reading, write_new, writing
+from streamshard.files import (
+    copy_file,
+    disk_free,
+    make_folders,
+    sync_folder,
+    write_new,
+    writing,
+)
 from streamshard.format import total_nbytes, total_parameters
-from streamshard.report import REPORT_NAME, Report, finished, json_bytes, new_report
+from streamshard.identity import Identity, identity
+from streamshard.journal import FinishedShard
+from streamshard.places import check_places
+from streamshard.report import REPORT_NAME, Report, json_bytes, new_report
+from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
+from streamshard.resuming import check_finished
+from streamshard.staging import output_folder, staged_nbytes
 from streamshard.tensors import Lazy, Stored
 from streamshard.updates import cast
-from streamshard.writer import Shard, index_bytes, output_folder, plan_shards, write_shards
+from streamshard.writer import Shard, index_bytes, plan_shards, write_shards
 
 __all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "run"]
 
@@ -65,9 +80,10 @@ class Options:
 
     `max_shard_size` (bytes or "5GB") re-shards; by default files are those of the source. `dtype`
     is "keep", "bf16", "fp16" or "fp32". `max_memory` lowers the number of `workers`. `overwrite`
-    replaces an output that exists once the new one is complete. `dry_run` checks everything
-    and writes nothing. `on_plan` is called once before writing, `progress` with the bytes and
-    the tensor of each finished piece.
+    replaces an output that exists once the new one is complete, and discards what an interrupted
+    run with other inputs or options left. `sha256` adds the SHA-256 of all files to
+    `streamshard.json`. `dry_run` checks everything and writes nothing. `on_plan` is called once
+    before writing, `progress` with the bytes and the tensor of each finished piece.
     """
 
     max_shard_size: int | str | None = None
@@ -75,6 +91,7 @@ class Options:
     workers: int | None = None
     max_memory: int | str | None = None
     overwrite: bool = False
+    sha256: bool = False
     dry_run: bool = False
     on_plan: Callable[[Plan], None] | None = None
     progress: Callable[[int, str], None] | None = None
@@ -84,9 +101,9 @@ class Options:
 class Job:
     """What to write: tensors, their files, and what lies beside them.
 
-    `side_files` maps names in the output to files that are copied as bytes. With `reference`, L2 is
-    measured from these tensors, otherwise from what the computed tensors were made of.
-    `facts` are further keys of the report.
+    `side_files` maps names in the output to files that are copied as bytes. L2 is measured from the
+    tensors of `reference`; if `compares_sources`, that of other tensors is from what they are made
+    of. `facts` are further keys of the report.
     """
 
     command: str
@@ -100,9 +117,12 @@ class Job:
     side_files: Mapping[str, Path]
     l2_from: str | None
     reference: Mapping[str, Stored] | None = None
+    compares_sources: bool = False
     must_change: bool = False
     """Whether it is an error if everything written equals its source."""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the command that the output depends on, named to users if a run cannot be continued."""
 
 
 def run(job: Job, options: Options) -> Report:
@@ -123,74 +143,14 @@ def run(job: Job, options: Options) -> Report:
         "bytes": plan.nbytes,
         "shards": len(shards),
         **job.facts,
+        "update": None,
+        "resumed": 0,
         "dry_run": options.dry_run,
         "plan": plan.as_dict() if options.dry_run else None,
     }
     if not options.dry_run:
         _write(job, plan, tensors, options, report)
-    return finished(report, job.started)
-
-
-def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-    """Refuse an output that exists, is an input, or lies inside one (also through links)."""
-    if not target.name and target != Path():
-        raise OutputError(f"{printable(str(target))}: is no folder that can be written.")
-    with writing(target, 0):
-        _check_places(target, inputs, overwrite=overwrite)
-
-
-def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-    if target.is_symlink():
-        raise OutputError(
-            f"{printable(str(target))}: is a symbolic link, and links are never written through. "
-            "Give the folder itself."
-        )
-    place = target.resolve()
-    for path in inputs:
-        folder = path.resolve() if path.is_dir() else path.resolve().parent
-        # By identity and not only by name: bind mounts and case-insensitive disks have two names.
-        if _is_within(place, folder) and (path.is_dir() or place == folder):
-            raise OutputError(
-                f"{printable(str(target))}: is, or lies inside, the input {printable(str(path))}. "
-                "Inputs are never changed: choose an --output outside of it."
-            )
-        if _is_within(folder, place):
-            raise OutputError(
-                f"{printable(str(target))}: contains the input {printable(str(path))}, which "
-                "replacing it would delete. Choose another --output."
-            )
-    if target.exists() and not overwrite:
-        raise OutputError(
-            f"{printable(str(target))}: exists. Choose another --output, or pass --overwrite."
-        )
-    if target.exists() and not _is_replaceable(target):
-        raise OutputError(
-            f"{printable(str(target))}: was not written by streamshard (it has no {REPORT_NAME}), and "
-            "--overwrite replaces only what was: other files there would be lost. Choose another "
-            "--output, or remove it yourself."
-        )
-    if target.is_mount():
-        raise OutputError(
-            f"{printable(str(target))}: is where a disk is mounted, which cannot be replaced. "
-            f"Write to a folder inside it: {printable(str(target / 'merged'))}."
-        )
-
-
-def _is_replaceable(target: Path) -> bool:
-    """Whether a folder is empty or our own, so that nobody's files are taken for an old output."""
-    if not target.is_dir() or target.resolve() in (Path.cwd(), *Path.cwd().parents):
-        return False
-    with reading(target):
-        names = [entry.name for entry in target.iterdir()]
-    return not names or REPORT_NAME in names
-
-
-def _is_within(path: Path, folder: Path) -> bool:
-    return any(
-        candidate == folder
-        or (candidate.exists() and folder.exists() and candidate.samefile(folder))
-        for candidate in (path, *path.parents)
-    )
+    return in_the_end(report, job.started)
 
 
 def _cast_all(tensors: Mapping[str, Lazy], dtype: str) -> dict[str, Lazy]:
@@ -221,7 +181,8 @@ def _plan(job: Job, shards: Sequence[Shard], options: Options) -> Plan:
     free = disk_free(job.output.absolute())
     side = sum(file.stat().st_size for file in job.side_files.values())
     needed = nbytes + side + 64 * 1024 * len(shards)
-    if needed > free:
+    # What an interrupted run has left is continued, or makes room.
+    if needed > free + staged_nbytes(job.output):
         raise WriteError(
             f"{printable(str(job.output))}: {needed:,} bytes are needed but {free:,} are free. "
             "Free some space, or choose an --output on another disk."
@@ -235,42 +196,130 @@ def _write(
 ) -> None:
     """Write everything into place and put the distances into the report."""
     distances = _compared(job, tensors)
-    with output_folder(plan.output, overwrite=options.overwrite) as staging:
-        squared = write_shards(
-            plan.shards,
-            staging,
-            workers=plan.workers,
-            progress=options.progress,
-            reference=job.reference and {name: job.reference[name] for name in distances.squared},
-        )
-        distances.squared |= squared
-        if job.must_change and not any(squared.values()):
+    reference = {n: t for n, t in (job.reference or {}).items() if n in distances.squared}
+    config = job.config
+    if config is not None and options.dtype != "keep":
+        config = with_dtype(config, TORCH_DTYPES[DTYPES[options.dtype]])
+    beside: dict[str, Path | bytes] = dict(job.side_files)
+    if config is not None:
+        beside["config.json"] = json_bytes(config)
+    with output_folder(
+        plan.output, _identity(job, plan, reference, beside, options), overwrite=options.overwrite
+    ) as staging:
+        how: dict[str, Any] = {
+            "workers": plan.workers,
+            "progress": options.progress,
+            "sha256": options.sha256,
+        }
+        report["resumed"] = check_finished(plan.shards, staging, **how)
+        write_shards(plan.shards, staging, reference=reference, **how)
+        finished = [staging.finished[shard.name] for shard in plan.shards]
+        for shard in finished:
+            distances.squared |= {n: v for n, v in shard.squared.items() if n in distances.squared}
+        if job.must_change and not any(shard.squared for shard in finished):
             raise AdapterError(
                 f"{printable(str(job.output))}: the updates change no weight: they cancel each other "
                 "or are lost in rounding. Check --weight and lora_alpha. Nothing was written."
             )
         report["l2"] = distances.report()
-        config = job.config
-        if config is not None and options.dtype != "keep":
-            config = with_dtype(config, TORCH_DTYPES[DTYPES[options.dtype]])
-        copied = {n: f for n, f in job.side_files.items() if n != "config.json" or config is None}
-        copy_files(copied, staging)
-        if config is not None:
-            write_new(staging / "config.json", json_bytes(config))
+        report["update"] = _update(finished)
         if len(plan.shards) > 1:
-            write_new(staging / "model.safetensors.index.json", index_bytes(plan.shards))
-        kept = finished({**report, "l2_per_tensor": distances.norms()}, job.started)
-        write_new(staging / REPORT_NAME, json_bytes(kept))
+            beside["model.safetensors.index.json"] = index_bytes(plan.shards)
+        _write_beside(beside, staging.folder)
+        kept = {
+            **report,
+            "l2_per_tensor": distances.norms(),
+            "digests": _digests(plan.shards, finished, staging.folder, beside, options),
+        }
+        write_new(staging.folder / REPORT_NAME, json_bytes(in_the_end(kept, job.started)))
+
+
+def _identity(
+    job: Job,
+    plan: Plan,
+    reference: Mapping[str, Stored],
+    beside: Mapping[str, Path | bytes],
+    options: Options,
+) -> Identity:
+    """What must be the same for another run to continue this one."""
+
+    def recipe() -> Iterator[Any]:
+        for shard in plan.shards:
+            yield shard.name
+            yield shard.header
+            for name in shard.in_file_order():
+                yield shard.tensors[name]
+        for name, tensor in sorted(reference.items()):
+            yield name
+            yield tensor
+
+    size = _size(options.max_shard_size, "--max-shard-size")
+    chosen = {"max_shard_size": size, "dtype": options.dtype, **job.choices}
+    return identity(command=job.command, options=chosen, recipe=recipe(), files=beside)
+
+
+def _write_beside(files: Mapping[str, Path | bytes], folder: Path) -> None:
+    """Write what lies beside the weights; the index comes last."""
+    made: set[Path] = set()
+    for name, content in files.items():
+        path = folder / name
+        with writing(path, 0):
+            made.update(make_folders(path.parent))
+        if isinstance(content, Path):
+            copy_file(content, path)
+        else:
+            write_new(path, content)
+    for path in sorted(made, reverse=True):
+        sync_folder(path)
+
+
+def _update(finished: Sequence[FinishedShard]) -> dict[str, float] | None:
+    """Norms of the updates as they should be and as they are after rounding; None without any.
+
+    `unchanged` is the share of elements that an update was added to and that are as before.
+    """
+    change = Change()
+    for shard in finished:
+        change = change.plus(shard.change)
+    if not change.updated:
+        return None
+    return {
+        "intended": math.sqrt(change.intended),
+        "effected": math.sqrt(change.effected),
+        "unchanged": change.unchanged / change.updated,
+    }
+
+
+def _digests(
+    shards: Sequence[Shard],
+    finished: Sequence[FinishedShard],
+    folder: Path,
+    beside: Iterable[str],
+    options: Options,
+) -> dict[str, Any]:
+    """The `digests` of `streamshard.json` (see `streamshard.digests`)."""
+    tensors: dict[str, str] = {}
+    files: dict[str, Any] = {}
+    for shard, found in zip(shards, finished, strict=True):
+        files[shard.name] = {"bytes": found.nbytes, "digest": found.digest}
+        if options.sha256:
+            files[shard.name]["sha256"] = found.sha256
+        for place, name in enumerate(shard.in_file_order()):
+            first = DIGEST_NBYTES * place
+            tensors[name] = found.digests[first : first + DIGEST_NBYTES].hex()
+    for name in beside:
+        files[name] = file_record(folder / name, sha256=options.sha256)
+    return {"algorithm": ALGORITHM, "files": files, "tensors": tensors}
 
 
 def _compared(job: Job, tensors: Mapping[str, Lazy]) -> Distances:
     """Which tensors are compared, at distance 0 until measured."""
-    if job.reference is None:
-        comparable = dict(tensors) if job.l2_from is not None else {}
-        skipped: list[str] = []
-    else:
-        known = job.reference
-        comparable = {n: t for n, t in tensors.items() if n in known and is_comparable(t, known[n])}
-        skipped = sorted((set(tensors) | set(known)) - set(comparable))
+    known = job.reference or {}
+    comparable = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if (is_comparable(tensor, known[name]) if name in known else job.compares_sources)
+    }
+    skipped = sorted((set(known) | set(tensors)) - set(comparable)) if job.l2_from else []
     zeros = dict.fromkeys(comparable, 0.0)
     return Distances(job.l2_from, zeros, total_parameters(comparable), skipped)

