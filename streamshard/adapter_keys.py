@@ -88,6 +88,7 @@ def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) 
     """
     found = Keys()
     prefixes: dict[str, str] = {}
+    parts: dict[str, re.Match[str]] = {}
     names: dict[str, str] = {}
     for key in keys:
         plain = _WRAPPERS.sub("", key)
@@ -98,18 +99,20 @@ def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) 
             found.inert.append(key)
             continue
         part = _PART.fullmatch(plain)
-        whole = None if part else _whole(key, plain, where)
-        own = _adapter_name(part or whole)
+        parts[key] = part or _whole(key, plain, where)
+        own = _adapter_name(parts[key])
         if own is not None or part is not None:
             names.setdefault(own or "", key)
             if adapter_name is not None and own not in (None, adapter_name):
+                del parts[key]
                 continue
         prefixes.setdefault(start, key)
-        if part is not None:
-            _add_part(found, part, key, where)
-        elif whole is not None:
-            _add(found.whole, f"{whole['module']}.{whole['end']}", key, where)
     _check_names(names, adapter_name, where)
+    for key, match in parts.items():
+        if match.re is _PART:
+            _add_part(found, match, key, where)
+        else:
+            _add(found.whole, f"{match['module']}.{match['end']}", key, where)
     if len(prefixes) > 1:
         raise AdapterError(
             f"{where}: keys begin in different ways, for example {listed(prefixes.values())}. One "
@@ -131,8 +134,8 @@ def _whole(key: str, plain: str, where: str) -> re.Match[str]:
     return match
 
 
-def _adapter_name(match: re.Match[str] | None) -> str | None:
-    groups = match.groupdict() if match else {}
+def _adapter_name(match: re.Match[str]) -> str | None:
+    groups = match.groupdict()
     return next((v for k, v in groups.items() if k.startswith("name") and v is not None), None)
 
 

@@ -28,7 +28,7 @@ from streamshard.families import (
 from streamshard.layouts import Converted, convert
 from streamshard.tensors import Lazy, Stored
 
-__all__ = ["Target", "carry_over", "model_dims", "shard_names"]
+__all__ = ["Target", "carry_over", "model_dims", "numbered_anew", "shard_names"]
 
 _EMBEDDINGS = (
     "language_model.model.embed_tokens.weight",
@@ -200,11 +200,16 @@ def shard_names(tensors: Mapping[str, Lazy], source: Checkpoint) -> dict[str, st
     for name, tensor in tensors.items():
         piece: Any = tensor.pieces[0]
         names[name] = Path(getattr(piece, "source", piece).pieces[0].path).name
+    return numbered_anew(names, len(source.metadata))
+
+
+def numbered_anew(names: Mapping[str, str], count: int) -> dict[str, str]:
+    """Tensors to their files, which get new numbers if they are no longer `count`."""
     used = sorted(set(names.values()))
-    if len(used) == len(source.metadata):
-        return names
-    count = len(used)
-    new = {old: f"model-{i:05d}-of-{count:05d}.safetensors" for i, old in enumerate(used, 1)}
+    if len(used) == count:
+        return dict(names)
+    total = len(used)
+    new = {old: f"model-{i:05d}-of-{total:05d}.safetensors" for i, old in enumerate(used, 1)}
     return {name: new[file] for name, file in names.items()}
 
 

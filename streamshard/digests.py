@@ -22,6 +22,7 @@ __all__ = [
     "DIGEST_NBYTES",
     "Hash",
     "blocks_of",
+    "file_digest",
     "file_record",
     "hash_file",
     "new_digest",
@@ -103,6 +104,13 @@ def hash_file(path: Path, *hashes: Hash, going: Callable[[], bool] = lambda: Tru
                 one.update(block)
             done += len(block)
     return done
+
+
+def file_digest(path: Path) -> str:
+    """The digest of the whole content of a file."""
+    digest = new_digest()
+    hash_file(path, digest)
+    return digest.hexdigest()
 
 
 def file_record(path: Path, *, sha256: bool) -> dict[str, int | str]:

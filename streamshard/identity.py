@@ -18,7 +18,7 @@ import numpy as np
 
 from streamshard import __version__
 from streamshard.arithmetic import kernel
-from streamshard.digests import Hash, hash_file, new_digest
+from streamshard.digests import Hash, file_digest, hash_file, new_digest
 from streamshard.errors import printable
 from streamshard.files import InputFile
 from streamshard.tensors import Stored
@@ -48,7 +48,7 @@ def identity(
     for part in recipe:
         walk.add(part, whole=False)
     inputs = [
-        [path, _file_digest(Path(path)) if whole else _sampled_digest(Path(path))]
+        [path, file_digest(Path(path)) if whole else _sampled_digest(Path(path))]
         for path, whole in walk.inputs.items()
     ]
     return {
@@ -175,15 +175,9 @@ class _Recipe:
 
 def _content_digest(content: Path | bytes) -> str:
     if isinstance(content, Path):
-        return _file_digest(content)
+        return file_digest(content)
     digest = new_digest()
     digest.update(content)
-    return digest.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    digest = new_digest()
-    hash_file(path, digest)
     return digest.hexdigest()
 
 

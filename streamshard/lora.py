@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -202,6 +203,7 @@ def _plan(adapter: Adapter, base: Mapping[str, Lazy], carry: Carry | None) -> _P
         )
     plan = _Plan(adapter, keys, parameters, {})
     _check_flags(plan, base)
+    _check_weight(plan)
     _check_factors(plan)
     try:
         plan.homes = find_homes(base, _wanted(plan, turned=False), where, carry)
@@ -239,6 +241,18 @@ def _pattern_key(plan: _Plan, module: str) -> str:
     return plan.weight(module) if module in plan.parameters else module
 
 
+def _check_weight(plan: _Plan) -> None:
+    """Refuse a weight on what is no sum."""
+    keys = plan.keys
+    fixed = [m.magnitude or m.tokens for m in keys.modules.values() if m.magnitude or m.tokens]
+    fixed += keys.whole.values()
+    if fixed and plan.adapter.weight != 1:
+        raise AdapterError(
+            f"{plan.adapter.where}: {listed(fixed, 3)} scale or replace what the base has, and are no "
+            "update that --weight could scale. Merge this adapter with weight 1."
+        )
+
+
 def _check_flags(plan: _Plan, base: Mapping[str, Lazy]) -> None:
     """Raise `AdapterError` where config and tensors say different things."""
     settings, keys = plan.adapter.settings, plan.keys
@@ -262,6 +276,13 @@ def _check_flags(plan: _Plan, base: Mapping[str, Lazy]) -> None:
         ]
         if wrong:
             raise _disagreement(plan, f"{flag} is {str(on).lower()}", what, wrong, lacks=on)
+    impossible = ("use_dora", "lora_bias", "fan_in_fan_out")
+    for flag in impossible if plan.parameters else ():
+        if getattr(settings, flag):
+            raise AdapterError(
+                f"{plan.adapter.where}: {flag} is true, which PEFT does not have for fused parameters, "
+                "but the file has pairs for them. Config and tensors are not of one adapter."
+            )
     if lost:
         raise _disagreement(
             plan, f"modules_to_save has {listed(lost)}", "such tensors", [], lacks=True
@@ -490,11 +511,6 @@ def _updates(plan: _Plan, result: Merged, work: Workspace) -> list[tuple[str, _U
         peaks = [_largest(adapter, key, work) for key in (module.A, module.B)]
         for key in filter(None, (module.magnitude, module.bias)):
             _largest(adapter, key, work)
-        if module.magnitude and adapter.weight != 1:
-            raise AdapterError(
-                f"{adapter.where}: is DoRA, whose update is not a sum that --weight could scale. "
-                "Merge it with weight 1."
-            )
         if name in plan.parameters:
             new = _of_experts(plan, name, scale, result.tensors, turned=turned[name])
         else:
@@ -543,7 +559,7 @@ def _turned(plan: _Plan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:
             f"{where}: fan_in_fan_out is true, {listed(open_names, 3)} are square, and no other module "
             "of the adapter tells whether their weights are stored (in, out). Merge it with PEFT."
         )
-    return found | dict.fromkeys(open_names, *told)
+    return found | dict.fromkeys(open_names, next(iter(told), False))
 
 
 def _factors(plan: _Plan, name: str) -> tuple[Lazy, Lazy]:
@@ -650,9 +666,17 @@ def _stack(plan: _Plan, name: str, tensors: Mapping[str, Lazy]) -> Stack:
     A, _ = _factors(plan, name)
     places = plan.homes[plan.weight(name)]
     first = tensors[places[0].target]
+    rank = plan.adapter.settings.rank(_pattern_key(plan, name))
     if len(places) == 1 and len(first.shape) in (2, 3):
-        return Stack(first.shape[0] if len(first.shape) == 3 else 1, *first.shape[-2:])
-    experts = A.rows // plan.adapter.settings.rank(_pattern_key(plan, name))
+        stack = Stack(first.shape[0] if len(first.shape) == 3 else 1, *first.shape[-2:])
+        if A.rows != stack.experts * rank:
+            raise AdapterError(
+                f"{plan.adapter.where}: '{printable(plan.keys.modules[name].A)}' has {A.rows} rows, but "
+                f"{stack.experts} experts of rank {rank}, as adapter_config.json says, have "
+                f"{stack.experts * rank}. Config and tensors are not of one adapter."
+            )
+        return stack
+    experts = A.rows // rank
     rows = sum(place.rows for place in places)
     same = all(len(tensors[p.target].shape) == 2 for p in places) and rows % experts == 0
     if not same or any(tensors[p.target].columns != first.columns for p in places):
@@ -840,7 +864,7 @@ def _facts(plan: _Plan) -> dict[str, Any]:
         "modules_to_save": bool(settings.modules_to_save),
         "tokens": bool(settings.token_indices),
     }
-    scalings = {settings.scaling(_pattern_key(plan, name)) for name in pairs}
+    scalings = Counter(f"{settings.scaling(_pattern_key(plan, name)):g}" for name in pairs)
     return {
         "file": adapter.where,
         "weight": adapter.weight,
@@ -848,7 +872,7 @@ def _facts(plan: _Plan) -> dict[str, Any]:
         "lora_alpha": settings.lora_alpha,
         "use_rslora": settings.use_rslora,
         "kinds": [kind for kind, has in kinds.items() if has],
-        "scalings": sorted(scalings),
+        "scalings": dict(scalings),
         "inert": plan.keys.inert,
     }
 

@@ -19,11 +19,13 @@ from streamshard.checkpoint import (
     Checkpoint,
     open_adapter,
     open_checkpoint,
+    read_json_object,
     tokenizer_files,
 )
 from streamshard.commands import conversion_job
-from streamshard.conversion import carry_over, model_dims
+from streamshard.conversion import carry_over, model_dims, numbered_anew
 from streamshard.detection import layout_of
+from streamshard.digests import file_digest
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.experts import EXPERT_ORDERS
 from streamshard.families import OTHER, Dims, dims_from_config, untied, with_vocabulary
@@ -33,7 +35,7 @@ from streamshard.layouts import convert, pieces
 from streamshard.lora import Adapter, Merged, check_base, merge
 from streamshard.matching import Carry, Place
 from streamshard.peft_config import read_settings
-from streamshard.report import Report
+from streamshard.report import REPORT_NAME, Report
 from streamshard.run import Job, Options, PathLike, check_places, run
 from streamshard.spelling import flat_names
 from streamshard.tensors import Stored, Workspace, equal_bytes
@@ -126,6 +128,11 @@ def merge_lora(
         result = merge(source.tensors, adapters, work, _carry(source, own), tie)
         if not allow_merged_base and checkpoint is None:
             check_not_merged(result, work)
+    for own_folder, described in zip(folders, result.facts, strict=False):
+        described["digest"] = file_digest(own_folder.file)
+        described["base_model_name_or_path"] = own_folder.config.get("base_model_name_or_path")
+    if not allow_merged_base:
+        _check_record(source, result.facts)
     facts: dict[str, Any] = {
         "merged": len({*result.updated, *result.replaced}),
         "base": str(source.path),
@@ -306,6 +313,26 @@ def _adapters(
     ]
 
 
+def _check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a base which streamshard itself has merged one of these adapters into."""
+    record = source.path / REPORT_NAME
+    if not record.is_file():
+        return
+    earlier = read_json_object(record).get("adapters")
+    known = (
+        {e.get("digest") for e in earlier if isinstance(e, dict)}
+        if isinstance(earlier, list)
+        else ()
+    )
+    twice = [f["file"] for f in facts if f.get("digest") is not None and f["digest"] in known]
+    if twice:
+        raise AdapterError(
+            f"{printable(str(source.path))}: {listed(twice)} is in this base already, by its "
+            f"{REPORT_NAME}: merging would add it once more. Give the base that the adapter was trained "
+            "on; if this is meant, pass --allow-merged-base."
+        )
+
+
 def _tie(source: Checkpoint, work: Workspace) -> tuple[str, str] | None:
     """Embedding and head of a base where these are one tensor, stored once or twice."""
     tie = tied_names(source.tensors, source.config)
@@ -379,4 +406,4 @@ def _shard_of(
     shard_of = dict(source.shard_of)
     if tie is not None and tie[1] in tensors:
         shard_of.setdefault(tie[1], shard_of[tie[0]])
-    return shard_of
+    return numbered_anew(shard_of, len(source.metadata))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from streamshard.errors import AdapterError, printable
+from streamshard.errors import AdapterError, listed, printable
 
 __all__ = ["LoraSettings", "read_settings"]
 
@@ -119,6 +119,7 @@ class LoraSettings:
         """
         key = self._keys(module)[1]
         alpha = self.lora_alpha if key is None else self.alpha_pattern.get(key, self.lora_alpha)
+        self._check_order(module)
         if self.rank_pattern and self.alpha_pattern and self.version is None:
             self._check_eras(module, alpha)
         return alpha
@@ -137,6 +138,18 @@ class LoraSettings:
             return _matching_before_015(ranks, module), _matching_before_015(alphas, module)
         joint = _matching_before_015([*ranks, *alphas], module)
         return joint, joint
+
+    def _check_order(self, module: str) -> None:
+        # PEFT trains by the first pattern that fits, and then saves them in alphabetical order.
+        fitting = {p: a for p, a in self.alpha_pattern.items() if _matching([p], module)}
+        if len(set(fitting.values())) > 1 and list(self.alpha_pattern) == sorted(
+            self.alpha_pattern
+        ):
+            raise AdapterError(
+                f"module '{printable(module)}': of alpha_pattern {listed(fitting)} fit it with different "
+                "values. Which one came first in the training is not known: PEFT saves patterns in "
+                "alphabetical order. Leave only the right one in adapter_config.json."
+            )
 
     def _check_eras(self, module: str, alpha: float) -> None:
         # peft 0.14 looked rank and alpha up separately, by another expression; 0.13 and before

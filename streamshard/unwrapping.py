@@ -149,7 +149,12 @@ def check_flags(
         if own and not stated and found.config is not None:
             warnings.append(
                 f"{flag} in config.json is 0 although there are pairs of rank "
-                f"{', '.join(map(str, own))}; they are merged"
+                f"{', '.join(map(str, own))}; they are merged with "
+                + (
+                    "alpha = 2 r, as InternVL's trainer has it"
+                    if alpha is None
+                    else f"alpha {alpha:g}"
+                )
             )
     outside = [m for m in ranks if not m.startswith(tuple(FLAGS.values()))]
     if outside and alpha is None:

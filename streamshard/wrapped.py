@@ -182,7 +182,7 @@ def _choose(found: list[str], adapter: str | None) -> str:
     if adapter is None and len(found) > 1:
         raise AdapterError(
             f"the checkpoint holds several adapters, {listed(found)}, and nothing in it says which "
-            "one is meant: give the name of one."
+            "one is meant: choose one with --adapter-name."
         )
     if adapter is not None and adapter not in found:
         raise AdapterError(

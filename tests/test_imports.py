@@ -134,6 +134,7 @@ ALLOWED = {
         "commands",
         "conversion",
         "detection",
+        "digests",
         "errors",
         "experts",
         "families",
