@@ -75,8 +75,8 @@ class Experts(nn.Module):
         up, down = self.gate_up_proj, self.down_proj
         if not self.is_transposed:
             up, down = up.mT, down.mT
-        gate, value = (x[:, None] @ up).chunk(2, dim=-1)
-        return ((gate.tanh() * value) @ down).sum(1)
+        gate, value = torch.einsum("nh,ehi->nei", x, up).chunk(2, dim=-1)
+        return torch.einsum("nei,eih->nh", gate.tanh() * value, down)
 
 
 TOKENS = torch.arange(32).reshape(2, 16) * 2 + 3
@@ -290,8 +290,9 @@ def assert_exact(
         scale = np.maximum(np.abs(expected), np.abs(values))
         if before is not None and before.shape == tensor.shape:
             scale = np.maximum(scale, np.abs(double(before)))
-        steps = 1 if spelled != "F32" else 64
-        assert (np.abs(result - expected) <= steps * reference.step(scale, spelled)).all(), name
+        # Products in fp32 may cancel: their error is one of the largest, not of the sum.
+        bound = 3e-6 * scale.max() if spelled == "F32" else reference.step(scale, spelled)
+        assert (np.abs(result - expected) <= bound).all(), name
         elements += result.size
         different += int((result != expected).sum())
     assert changed

