@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import peft
+import pytest
 import reference
 import torch
 import transformers
+from conftest import Pair
 from peft.tuners.lora import layer as lora
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -26,7 +28,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from streamshard import merge_lora
-from streamshard.errors import AdapterError, InputError, UsageError
+from streamshard.errors import AdapterError, InputError, StreamshardError, UsageError
+
+WEIGHTS = "adapter_model.safetensors"
 
 # --- models ---------------------------------------------------------------------------------------
 
@@ -343,5 +347,47 @@ def configure(folder: Path, **fields: Any) -> None:
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
 
 
+# --- refusals --------------------------------------------------------------------------------------
+
+
 # What a merge that cannot be right may raise before anything is written.
 REFUSALS = (AdapterError, InputError, UsageError)
+
+
+def edited(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any], **config: Any) -> Path:
+    """Change the tensors of an adapter in place, and fields of its config."""
+    content = reference.load_file(adapter / WEIGHTS)
+    content = change(content) or content
+    content = {key: tensor.contiguous() for key, tensor in content.items()}
+    reference.save_file(content, adapter / WEIGHTS, {"format": "pt"})
+    configure(adapter, **config)
+    return adapter
+
+
+def extended(base: Path, **tensors: torch.Tensor) -> Path:
+    """Add tensors to a base, in one file; `__` in a name is a dot."""
+    content = reference.read(base) | {name.replace("__", "."): t for name, t in tensors.items()}
+    for file in base.glob("model*.safetensors*"):
+        file.unlink()
+    reference.save_file(content, base / "model.safetensors", {"format": "pt"})
+    return base
+
+
+def raises(folder: Path, *expected: str, code: int = 4, **call: Any) -> str:
+    """A merge in Python that is refused; every file below `folder` stays as it is."""
+    before = reference.digests(folder)
+    with pytest.raises(StreamshardError) as raised:
+        merge_lora(output=folder / "refused", **call)
+    said = str(raised.value)
+    assert raised.value.exit_code == code, said
+    for fragment in expected:
+        assert fragment in said
+    # What is wrong, and then what to do.
+    assert len([part for part in said.replace("\n", " ").split(". ") if part.strip()]) > 1, said
+    assert reference.digests(folder) == before
+    return said
+
+
+def merged(pair: Pair, name: str = "merged", **call: Any) -> dict[str, torch.Tensor]:
+    merge_lora(base=pair.base, adapter=pair.adapter, output=pair.root / "out" / name, **call)
+    return reference.read(pair.root / "out" / name)
