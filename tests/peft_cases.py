@@ -127,14 +127,16 @@ def double(tensor: Tensor) -> Float64:
 # --- training, and what was trained ---------------------------------------------------------------
 
 
-def adapted(model: nn.Module, *, name: str = "default", std: float = 0.1, **config: Any) -> Any:
+def adapted(model: nn.Module, *, name: str = "default", std: float = 0.04, **config: Any) -> Any:
     """A copy of the model under peft, everything trainable in it moved as by training."""
     settings = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **config})
+    torch.manual_seed(0)
     wrapped = peft.get_peft_model(copy.deepcopy(model), settings, adapter_name=name)
     return trained(wrapped, std)
 
 
-def trained(wrapped: Any, std: float = 0.1) -> Any:
+def trained(wrapped: Any, std: float = 0.04) -> Any:
+    """Move everything that an optimizer would move, by noise of the given size."""
     moved = 0
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -275,7 +277,7 @@ def assert_exact(
     """Every tensor is the correctly rounded exact one, all but rarely by one step of the dtype.
 
     Where the exact values are those of the base, the bytes are those of the base. Of few elements,
-    one may be among the one in ten thousand.
+    three may be among the one in ten thousand.
     """
     assert set(written) == set(exact)
     elements = different = changed = 0
@@ -301,8 +303,16 @@ def assert_exact(
         different += int((result != expected).sum())
     assert changed
     if next(iter(written.values())).dtype != torch.float32:
-        allowed = max(1.0, (1 - equal) * elements)
+        allowed = max(3.0, (1 - equal) * elements)
         assert different <= allowed, f"{different} of {elements} differ"
+
+
+def assert_distance(report: Mapping[str, Any], written: Tensors, base: Tensors) -> None:
+    """The reported L2 is that of the files, replaced tensors included."""
+    same = [n for n, t in base.items() if n in written and written[n].shape == t.shape]
+    norms = [float(np.linalg.norm(double(written[n]) - double(base[n]))) for n in same]
+    assert report["l2"]["sum"] == pytest.approx(sum(norms), rel=1e-6)
+    assert report["l2"]["global"] == pytest.approx(float(np.linalg.norm(norms)), rel=1e-6)
 
 
 def check(
@@ -329,12 +339,14 @@ def check(
     base = save_base(folder / "base", model)
     half = save_base(folder / "base-bf16", model, "BF16")
     before = reference.digests(folder)
-    merge_lora(base=base, adapter=adapter, output=folder / "out", **options)
+    report = merge_lora(base=base, adapter=adapter, output=folder / "out", **options)
     assert_close(outputs(loaded(model, folder / "out"), tokens), expected)
     assert_exact(reference.read(folder / "out"), reference.read(base), exact)
+    assert_distance(report, reference.read(folder / "out"), reference.read(base))
 
     report = merge_lora(base=half, adapter=adapter, output=folder / "out-bf16", **options)
     assert_exact(reference.read(folder / "out-bf16"), reference.read(half), exact)
+    assert_distance(report, reference.read(folder / "out-bf16"), reference.read(half))
     after = reference.digests(folder)
     assert {name: after[name] for name in before} == before
     return report

@@ -137,7 +137,7 @@ def test_a_base_with_more_layers(tmp_path):
     wrapped = adapted(small, target_modules=["q_proj", "v_proj"])
     adapter = save_adapter(tmp_path / "adapter", wrapped)
     base = save_base(tmp_path / "base", large)
-    raises(tmp_path, "layers.2", "q_proj", base=base, adapter=adapter)
+    raises(tmp_path, "model.layers", "4 layers", base=base, adapter=adapter)
     # Where the config says so, some layers are what was trained.
     for number, config in enumerate(
         (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import reference
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from peft_cases import (
     TOKENS,
     Zoo,
@@ -32,6 +34,7 @@ from peft_cases import (
     save_base,
     trained,
 )
+from reference import read
 
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
@@ -50,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rslora": {"target_modules": ALL, "use_rslora": True, "r": 6, "lora_alpha": 5},
     "patterns": {
         "target_modules": ALL,
-        "rank_pattern": {"fc1": 3, r"body\.fc\d": 7, "^line$": 5, "space": 1},
+        "rank_pattern": {"fc1": 3, r".*\.fc[2-9]": 7, "^line$": 5, "space": 1},
         "alpha_pattern": {"embed": 3, r"body\.fc1|plane": 11.5},
     },
     "rslora-patterns": {
@@ -117,20 +120,36 @@ def test_every_kind(config, zoo, tmp_path):
     report = check(tmp_path, zoo, wrapped)
     exact, before = exact_weights(wrapped), zoo.state_dict()
     changed = [n for n, v in exact.items() if (reference.double(before[n]) != v).any()]
-    assert report["merged"] == len(changed)
+    # A bias may be replaced and updated.
+    merged, replaced = report["merged"], report["replaced"]
+    assert max(merged, replaced) <= len(changed) <= merged + replaced
     (said,) = report["adapters"]
     assert (said["weight"], said["r"]) == (1, config.get("r", 4))
     assert said["lora_alpha"] == config.get("lora_alpha", 6)
     assert said["use_rslora"] == config.get("use_rslora", False)
-    assert said["kinds"]
-    scalings = {
-        round(module.scaling["default"], 12)
-        for module in wrapped.modules()
-        if hasattr(module, "scaling") and "default" in module.scaling
-    }
-    found = said["scalings"]
-    values = found.values() if isinstance(found, dict) else found
-    assert {round(float(value), 12) for value in values} == scalings
+    assert ("dora" in said["kinds"]) == config.get("use_dora", False)
+    layers = [m for m in wrapped.modules() if isinstance(m, LoraLayer)]
+    scalings = Counter(f"{layer.scaling['default']:g}" for layer in layers)
+    assert said["scalings"] == scalings
+
+
+def test_patterns_that_overlap(zoo, tmp_path):
+    """PEFT trains by the first pattern and saves them sorted: the first is lost, so nobody knows."""
+    patterns = {"fc1": 30, r"body\.fc\d": 3}
+    wrapped = adapted(zoo, target_modules=["fc1"], alpha_pattern=patterns)
+    (layer,) = [m for m in wrapped.modules() if isinstance(m, LoraLayer)]
+    assert layer.scaling["default"] == 30 / 4
+    adapter = save_adapter(tmp_path / "adapter", wrapped)
+    kept = json.loads((adapter / "adapter_config.json").read_text())["alpha_pattern"]
+    assert list(kept) == sorted(patterns) != list(patterns)
+    base = save_base(tmp_path / "base", zoo)
+    try:
+        merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    except AdapterError as error:
+        assert "alpha_pattern" in str(error)  # noqa: PT017
+        assert not (tmp_path / "out").exists()
+    else:
+        assert_exact(read(tmp_path / "out"), read(base), exact_weights(wrapped))
 
 
 @pytest.mark.parametrize("target", ["lin", "conv"])
@@ -141,7 +160,7 @@ def test_an_update_that_changes_all_is_reported_by_norm(target, zoo, tmp_path):
     adapter = save_adapter(tmp_path / "adapter", wrapped)
     base = save_base(tmp_path / "base", zoo, "BF16")
     report = merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
-    content, written = reference.read(base), reference.read(tmp_path / "out")
+    content, written = read(base), read(tmp_path / "out")
     intended = effected = 0.0
     same = total = 0
     for name, values in exact_weights(wrapped).items():
@@ -197,7 +216,7 @@ def test_all_kinds_with_one_row_or_column(dora, tmp_path):
     base = save_base(tmp_path / "base", model)
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
     exact = exact_weights(wrapped)
-    assert_exact(reference.read(tmp_path / "out"), reference.read(base), exact)
+    assert_exact(read(tmp_path / "out"), read(base), exact)
 
 
 # --- what must not change a byte -------------------------------------------------------------------
@@ -223,7 +242,7 @@ def test_zero_factors_keep_every_byte(config, zoo, tmp_path):
     base = save_base(tmp_path / "base", model, "BF16")
     report = merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
     assert report["merged"] == 1
-    before, after = reference.read(base), reference.read(tmp_path / "out")
+    before, after = read(base), read(tmp_path / "out")
     changed = [n for n in before if not reference.same_tensor(before[n], after[n])]
     assert changed == ["body.fc1.weight"]
 
@@ -240,9 +259,9 @@ def test_neither_workers_nor_shards_change_a_byte(config, tmp_path):
     for workers, size in ((1, None), (3, None), (2, "20KB"), (4, "300KB")):
         out = tmp_path / f"out-{workers}"
         merge_lora(base=base, adapter=adapter, output=out, workers=workers, max_shard_size=size)
-        found.append({name: reference.bits(t) for name, t in reference.read(out).items()})
+        found.append({name: reference.bits(t) for name, t in read(out).items()})
     assert all(other == found[0] for other in found[1:])
-    assert_exact(reference.read(out), reference.read(base), exact_weights(wrapped))
+    assert_exact(read(out), read(base), exact_weights(wrapped))
 
 
 # --- several adapters -----------------------------------------------------------------------------
@@ -296,7 +315,7 @@ def test_mixtures_are_summed_and_rounded_once(mixture, weights, zoo, tmp_path):
         weight=weights,
         output=tmp_path / "out",
     )
-    assert_exact(reference.read(tmp_path / "out"), reference.read(base), exact)
+    assert_exact(read(tmp_path / "out"), read(base), exact)
     assert [said["weight"] for said in report["adapters"]] == weights
     if set(weights) == {1}:
         wide = save_base(tmp_path / "base32", zoo)
@@ -318,30 +337,32 @@ def test_adapters_of_different_tensors(zoo, tmp_path):
     exact, other = exact_weights(first), exact_weights(second)
     changed = [name for name in other if name.startswith(("line.", "head."))]
     exact |= {name: other[name] for name in changed}
-    assert_exact(reference.read(tmp_path / "out"), reference.read(base), exact)
-    assert report["merged"] == 2 + len(changed)
+    assert_exact(read(tmp_path / "out"), read(base), exact)
+    assert report["merged"] + report["replaced"] == 2 + len(changed)
 
 
 @pytest.mark.parametrize("name", ["dora", "bias-all", "modules-to-save", "token-rows"])
 def test_a_weight_on_what_is_no_sum(name, zoo, tmp_path):
-    """Refused by name, or `W + w (W' - W)`, or the scaling of a DoRA times w; never ignored."""
+    """Updates are scaled; what replaces the base is scaled likewise, or refused, or named."""
     base = save_base(tmp_path / "base", zoo)
     wrapped = adapted(zoo, **CASES[name])
     adapter = save_adapter(tmp_path / "adapter", wrapped)
     try:
-        merge_lora(base=base, adapter=adapter, weight=[0.5], output=tmp_path / "out")
+        report = merge_lora(base=base, adapter=adapter, weight=[0.5], output=tmp_path / "out")
     except AdapterError as error:
         assert "weight" in str(error)  # noqa: PT017
         assert not (tmp_path / "out").exists()
         return
-    full, written = exact_weights(wrapped), reference.read(tmp_path / "out")
+    full, written = exact_weights(wrapped), read(tmp_path / "out")
     half = {n: (v + reference.double(zoo.state_dict()[n])) / 2 for n, v in full.items()}
-    if name == "dora":
-        scaled = exact_weights(wrapped, {"default": 0.5})
-        written_head = reference.double(written["head.weight"])
-        near = [float(abs(written_head - e["head.weight"]).max()) for e in (half, scaled)]
-        half = half if near[0] < near[1] else scaled
-    assert_exact(written, reference.read(base), half)
+    scaled = exact_weights(wrapped, {"default": 0.5})
+
+    def fits(expected: dict[str, Any]) -> bool:
+        return all(abs(reference.double(written[n]) - v).max() < 1e-5 for n, v in expected.items())
+
+    assert fits(half) or fits(scaled)
+    if not fits(half) and name != "dora":
+        assert any("weight" in warning for warning in report["warnings"])
 
 
 # --- vocabularies ---------------------------------------------------------------------------------
@@ -405,7 +426,7 @@ def test_a_resized_vocabulary(targets, rows, tmp_path):
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
     assert_close(outputs(loaded(model, tmp_path / "out")), outputs(wrapped))
     assert config_of(tmp_path / "out") == config_of(base) | {"vocab_size": rows}
-    assert reference.read(tmp_path / "out")["lm_head.weight"].shape == (rows, 64)
+    assert read(tmp_path / "out")["lm_head.weight"].shape == (rows, 64)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
@@ -416,7 +437,7 @@ def test_an_adapter_of_token_rows_alone(dtype, tmp_path):
     adapter = save_adapter(tmp_path / "adapter", wrapped)
     base = save_base(tmp_path / "base", model, dtype)
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
-    content, written = reference.read(base), reference.read(tmp_path / "out")
+    content, written = read(base), read(tmp_path / "out")
     assert_exact(written, content, exact_weights(wrapped))
     if dtype == "F32":
         assert_close(outputs(loaded(model, tmp_path / "out")), outputs(wrapped))
@@ -455,7 +476,7 @@ def test_tied_embeddings(case, both_stored, tmp_path):
     adapter = save_adapter(tmp_path / "adapter", wrapped)
     base = save_base(tmp_path / "base", model)
     if both_stored:
-        content = reference.read(base)
+        content = read(base)
         content["lm_head.weight"] = content["model.embed_tokens.weight"].clone()
         reference.save_file(content, base / "model.safetensors", {"format": "pt"})
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
@@ -464,15 +485,16 @@ def test_tied_embeddings(case, both_stored, tmp_path):
     )
     assert not {kind: found for kind, found in info.items() if found}
     assert_close(outputs(merged), expected)
-    written, exact = reference.read(tmp_path / "out"), exact_weights(wrapped)
-    assert config_of(tmp_path / "out")["tie_word_embeddings"] == stays_tied
+    written, exact = read(tmp_path / "out"), exact_weights(wrapped)
+    if not (stays_tied and both_stored):  # then either flag is right
+        assert config_of(tmp_path / "out")["tie_word_embeddings"] == stays_tied
     if stays_tied:
         assert (exact["lm_head.weight"] == exact["model.embed_tokens.weight"]).all()
         if "lm_head.weight" not in written:
             del exact["lm_head.weight"]
     else:
         assert "lm_head.weight" in written
-    assert_exact(written, reference.read(base), exact)
+    assert_exact(written, read(base), exact)
 
 
 def test_tied_embeddings_and_a_resized_vocabulary(tmp_path):
@@ -551,7 +573,7 @@ def test_base_is_residual_changes_nothing_for_plain_adapters(zoo, tmp_path):
     except peft_cases.REFUSALS as error:
         assert "residual" in str(error)  # noqa: PT017
     else:
-        one, other = (reference.read(tmp_path / name) for name in ("plain", "out"))
+        one, other = (read(tmp_path / name) for name in ("plain", "out"))
         assert all(reference.same_tensor(one[name], other[name]) for name in one)
 
 
