@@ -543,7 +543,7 @@ def _turned(plan: _Plan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:
             f"{where}: fan_in_fan_out is true, {listed(open_names, 3)} are square, and no other module "
             "of the adapter tells whether their weights are stored (in, out). Merge it with PEFT."
         )
-    return found | dict.fromkeys(open_names, *told)
+    return found | {name: next(iter(told)) for name in open_names}
 
 
 def _factors(plan: _Plan, name: str) -> tuple[Lazy, Lazy]:
