@@ -244,6 +244,19 @@ def test_merged_before_by_streamshard(pair, cli):
     assert (pair.root / "out" / "twice").exists()
 
 
+def test_merged_before_and_too_small_to_see(pair):
+    """Only the record in the output can tell: the update drowns in the noise of the weights."""
+    edited(pair.adapter, lambda c: {k: t * 0.05 if "_B" in k else t for k, t in c.items()})
+    merged(pair, "once")
+    raises(
+        pair.root,
+        "already",
+        "--allow-merged-base",
+        base=pair.root / "out" / "once",
+        adapter=pair.adapter,
+    )
+
+
 def test_another_adapter_onto_an_earlier_output(pair):
     merged(pair, "once")
     other = reference.save_adapter(

