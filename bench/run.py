@@ -4,7 +4,8 @@
 
 Generates each checkpoint (HF layout, random bf16) and an r=16 adapter in a temporary folder, runs
 the contenders in turn, `--runs` times, and prints a table of medians; `--json FILE` keeps every
-figure. With `--convert` hf2custom is measured too, without and with L2 from a reference. The
+figure. With `--convert` hf2custom is measured too, without and with L2 from a reference; with
+`--dora` merge-lora of the same adapter with magnitudes. The
 files are in the page cache for all contenders alike, dirty pages are flushed before each run,
 and every output is deleted before the next.
 
@@ -38,6 +39,22 @@ model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
 """
 
+DORA = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+source, target = map(Path, sys.argv[1:])
+target.mkdir()
+tensors = load_file(source / "adapter_model.safetensors")
+for name in [name for name in tensors if name.endswith(".lora_B.weight")]:
+    stem = name.removesuffix(".lora_B.weight")
+    tensors[f"{stem}.lora_magnitude_vector"] = torch.rand(tensors[name].shape[0]) + 0.5
+save_file(tensors, target / "adapter_model.safetensors", {"format": "pt"})
+config = json.loads((source / "adapter_config.json").read_text()) | {"use_dora": True}
+(target / "adapter_config.json").write_text(json.dumps(config))
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
@@ -51,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--r", type=int, default=16, help="LoRA rank (default 16)")
     parser.add_argument("--workers", type=int, help="threads of merge-lora")
     parser.add_argument("--convert", action="store_true", help="also hf2custom")
+    parser.add_argument("--dora", action="store_true", help="also merge-lora with magnitudes")
     parser.add_argument("--folder", type=Path, help="where to put the temporary folder")
     parser.add_argument("--json", type=Path, help="keep every figure in this file")
     options = parser.parse_args(arguments)
@@ -83,6 +101,11 @@ def measure(preset: str, folder: Path, options: argparse.Namespace) -> dict[str,
         "merge-lora": (ours, False),
         "merge-lora --dry-run": ([*ours, "--dry-run"], False),
     }
+    if options.dora:
+        dora = folder / "dora"
+        subprocess.run([sys.executable, "-c", DORA, str(adapter), str(dora)], check=True)
+        scaled = [str(dora) if part == str(adapter) else part for part in ours]
+        contenders["merge-lora, DoRA"] = (scaled, False)
     if options.convert:
         bare, full = folder / "custom", folder / "reference"
         generate = [*generate[:2], "--layout", "custom", "--preset", preset, "--output", str(full)]
