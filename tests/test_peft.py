@@ -142,7 +142,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "target_modules": LLM,
         "use_rslora": True,
         "rank_pattern": {r".*layers.1.*": 4},
-        "alpha_pattern": {r"^model\.layers\.0.*|^model\.model.*layers\.0.*": 3, "1.self_attn.o_proj": 9},
+        "alpha_pattern": {
+            r"^model\.layers\.0.*|^model\.model.*layers\.0.*": 3,
+            "1.self_attn.o_proj": 9,
+        },
     },
     "one-layer": {"target_modules": ["v_proj"], "layers_to_transform": [1], "bias": "none"},
     "regex": {"target_modules": r".*\.1\..*(gate|down)_proj"},
