@@ -17,21 +17,28 @@ __all__ = [
     "convert_keys_to_hf",
     "custom_to_hf",
     "diff",
+    "extract_lora",
     "hf_to_custom",
     "inspect",
     "merge_lora",
+    "wrap_backbone_lora",
+    "wrap_llm_lora",
+    "wrap_lora",
 ]
 
 if TYPE_CHECKING:
     from streamshard.commands import custom_to_hf, hf_to_custom
     from streamshard.errors import StreamshardError
+    from streamshard.extraction import extract_lora
     from streamshard.inspection import diff, inspect
+    from streamshard.live import wrap_backbone_lora, wrap_llm_lora
     from streamshard.merging import merge_lora
     from streamshard.state_dicts import (
         compute_l2_distance,
         convert_keys_back,
         convert_keys_to_hf,
     )
+    from streamshard.wrapping import wrap_lora
 
 _HOMES = {
     "StreamshardError": "errors",
@@ -40,9 +47,13 @@ _HOMES = {
     "convert_keys_to_hf": "state_dicts",
     "custom_to_hf": "commands",
     "diff": "inspection",
+    "extract_lora": "extraction",
     "hf_to_custom": "commands",
     "inspect": "inspection",
     "merge_lora": "merging",
+    "wrap_backbone_lora": "live",
+    "wrap_llm_lora": "live",
+    "wrap_lora": "wrapping",
 }
 
 

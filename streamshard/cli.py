@@ -278,6 +278,79 @@ def custom2hf(**options: Any) -> None:
     _write("custom_to_hf", texts.conversion_text, **options)
 
 
+@cli.command("wrap-lora", short_help="Put fresh LoRA pairs into a checkpoint.")
+@click.option(
+    "--base", required=True, metavar="PATH", help="Checkpoint folder or .safetensors file."
+)
+@click.option("--output", required=True, metavar="FOLDER", help="New folder to write.")
+@click.option("--llm-r", type=int, metavar="R", help="Rank in the language model.")
+@click.option("--llm-alpha", type=float, metavar="A", help="Its alpha.  [default: 2 R]")
+@click.option("--backbone-r", type=int, metavar="R", help="Rank in the vision encoder.")
+@click.option("--backbone-alpha", type=float, metavar="A", help="Its alpha.  [default: 2 R]")
+@click.option(
+    "--dropout", type=float, metavar="P", help="For the adapter's config.  [default: 0.05]"
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="As of torch.manual_seed before wrapping.",
+)
+@click.option(
+    "--format",
+    type=click.Choice(["wrapped", "peft"]),
+    default="wrapped",
+    show_default=True,
+    help="A whole checkpoint for InternVL's trainer, or a PEFT adapter folder.",
+)
+@_output_options
+def wrap_lora(**options: Any) -> None:
+    """Put fresh LoRA pairs into a checkpoint, as wrap_llm_lora and wrap_backbone_lora do.
+
+    lora_A gets the values that PEFT draws after torch.manual_seed(SEED), lora_B is zero; everything
+    else is copied byte for byte. A wrapped checkpoint stores neither alpha nor dropout: upstream's
+    model takes 2 R and 0.05.
+
+    \b
+    Examples:
+      streamshard wrap-lora --base ./InternVL3-8B --output ./wrapped --llm-r 16
+      streamshard wrap-lora --base ./InternVL3-8B --output ./lora --llm-r 16 --llm-alpha 16 \\
+          --backbone-r 8 --format peft
+    """
+    _write("wrap_lora", texts.wrap_text, **options)
+
+
+@cli.command("extract-lora", short_help="Take the LoRA pairs out of a training checkpoint.")
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.option("--output", required=True, metavar="FOLDER", help="New adapter folder to write.")
+@click.option(
+    "--base",
+    metavar="PATH",
+    help="The model that the training started from: what else was trained is kept too.",
+)
+@click.option(
+    "--alpha",
+    "--lora-alpha",
+    type=float,
+    metavar="A",
+    help="Alpha of the pairs.  [default: 2 r, as InternVL's trainer has it]",
+)
+@click.option("--adapter-name", metavar="NAME", help="Which adapter, if there are several.")
+@_output_options
+def extract_lora(**options: Any) -> None:
+    """Take the LoRA pairs out of a training checkpoint of InternVL, as a PEFT adapter folder.
+
+    With --base, whatever else differs from it (the projector, usually) is stored in the adapter as
+    modules_to_save; without, it is left out with a warning.
+
+    \b
+    Example:
+      streamshard extract-lora ./work_dirs/my-lora-run --base ./InternVL3-8B --output ./adapter
+    """
+    _write("extract_lora", texts.extract_text, **options)
+
+
 @cli.command("diff", short_help="Compare two checkpoints.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")

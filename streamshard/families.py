@@ -25,6 +25,7 @@ __all__ = [
     "FAMILIES",
     "INNER",
     "OTHER",
+    "VISION_TARGETS",
     "Dims",
     "Family",
     "Row",
@@ -85,13 +86,16 @@ class Family:
     `architecture` is what the custom layout has in `llm_config.architectures`, `hf_type` what the
     HF layout has in `text_config.model_type`. `packed` are rows for experts that transformers 5
     may write as one tensor; these are read on both sides and never written. `head_dim` is the
-    default of the config class where that is not hidden size by heads.
+    default of the config class where that is not hidden size by heads. `targets` are the ends of
+    the custom names of the linear modules that get LoRA, in the order in which the classes have
+    them, which is the order of PEFT's random numbers.
     """
 
     name: str
     architecture: str
     hf_type: str
     rows: tuple[Row, ...]
+    targets: tuple[str, ...]
     packed: tuple[Row, ...] = ()
     head_dim: int | None = None
 
@@ -224,17 +228,35 @@ _PACKED = _layer(
 )
 
 
+# InternVLChatModel.wrap_backbone_lora and wrap_llm_lora; the latter knows Llama, Qwen2, InternLM2
+# and Phi3 only. Of a mixture of experts every expert gets LoRA and the router none; the experts of
+# GPT-OSS are no modules, so its attention alone does.
+VISION_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+_ATTENTION_TARGETS = tuple(f"self_attn.{part}_proj" for part in "qkvo")
+_LLAMA_TARGETS = (*_ATTENTION_TARGETS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_MOE_TARGETS = (*_ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
+_INTERNLM2_TARGETS = (
+    "attention.wqkv",
+    "attention.wo",
+    "feed_forward.w1",
+    "feed_forward.w3",
+    "feed_forward.w2",
+)
+_PHI3_TARGETS = ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
+
+
 def _family(
     name: str,
     architecture: str,
     rows: tuple[Row, ...],
     *,
+    targets: tuple[str, ...] = _LLAMA_TARGETS,
     hf_type: str = "",
     packed: tuple[Row, ...] = (),
     head_dim: int | None = None,
 ) -> tuple[str, Family]:
     rows = _VISION + _PROJECTOR + rows
-    return name, Family(name, architecture, hf_type or name, rows, packed, head_dim)
+    return name, Family(name, architecture, hf_type or name, rows, targets, packed, head_dim)
 
 
 # By name. Yi and Nous-Hermes-2-Yi are Llama; of the families with equal names in the HF layout
@@ -244,11 +266,29 @@ FAMILIES: dict[str, Family] = dict(
         _family("llama", "LlamaForCausalLM", _LLAMA),
         _family("qwen2", "Qwen2ForCausalLM", _QWEN2),
         _family("qwen3", "Qwen3ForCausalLM", _QWEN3, head_dim=128),
-        _family("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN3_MOE, packed=_PACKED),
-        _family("internlm2", "InternLM2ForCausalLM", _INTERNLM2, hf_type="llama"),
+        _family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            _QWEN3_MOE,
+            targets=_MOE_TARGETS,
+            packed=_PACKED,
+        ),
+        _family(
+            "internlm2",
+            "InternLM2ForCausalLM",
+            _INTERNLM2,
+            targets=_INTERNLM2_TARGETS,
+            hf_type="llama",
+        ),
         _family("internlm3", "InternLM3ForCausalLM", _LLAMA, hf_type="llama"),
-        _family("phi3", "Phi3ForCausalLM", _PHI3),
-        _family("gpt_oss", "GptOssForCausalLM", _GPT_OSS, head_dim=64),
+        _family("phi3", "Phi3ForCausalLM", _PHI3, targets=_PHI3_TARGETS),
+        _family(
+            "gpt_oss",
+            "GptOssForCausalLM",
+            _GPT_OSS,
+            targets=_ATTENTION_TARGETS,
+            head_dim=64,
+        ),
     )
 )
 

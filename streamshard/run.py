@@ -114,6 +114,9 @@ class Job:
     metadata: Mapping[str, Mapping[str, str]]
     config: Mapping[str, Any] | None
     """`config.json` if it must be written anew; None to copy it."""
+    config_name: str = "config.json"
+    weights_name: str = "model.safetensors"
+    """What the file of the weights is called if there is only one."""
     side_files: Mapping[str, Path]
     l2_from: str | None
     reference: Mapping[str, Stored] | None = None
@@ -133,6 +136,7 @@ def run(job: Job, options: Options) -> Report:
         shard_of=job.shard_of,
         metadata=job.metadata,
         max_shard_size=_size(options.max_shard_size, "--max-shard-size"),
+        single=job.weights_name,
     )
     plan = _plan(job, shards, options)
     if options.on_plan is not None:
@@ -202,7 +206,7 @@ def _write(
         config = with_dtype(config, TORCH_DTYPES[DTYPES[options.dtype]])
     beside: dict[str, Path | bytes] = dict(job.side_files)
     if config is not None:
-        beside["config.json"] = json_bytes(config)
+        beside[job.config_name] = json_bytes(config)
     with output_folder(
         plan.output, _identity(job, plan, reference, beside, options), overwrite=options.overwrite
     ) as staging:

@@ -7,10 +7,12 @@ from typing import Any
 __all__ = [
     "conversion_text",
     "diff_text",
+    "extract_text",
     "inspect_text",
     "merge_text",
     "plan_text",
     "upstream_text",
+    "wrap_text",
 ]
 
 
@@ -19,7 +21,9 @@ def plan_text(report: dict[str, Any]) -> str:
     plan = report["plan"]
     files = [f"  {file['name']}  {_bytes(file['bytes'])}" for file in plan["files"]]
     changed = (
-        f"{report['tensors']} tensors are converted"
+        f"{report['pairs']} LoRA pairs are written"
+        if "pairs" in report
+        else f"{report['tensors']} tensors are converted"
         if report["merged"] is None
         else f"{report['merged']} tensors get an update"
     )
@@ -65,6 +69,43 @@ def conversion_text(report: dict[str, Any]) -> str:
             f"(global {l2['global']:.6g}; {l2['compared']} tensors compared)"
         )
     return "\n".join(lines)
+
+
+def wrap_text(report: dict[str, Any]) -> str:
+    """What `wrap-lora` prints."""
+    lines = [f"Put {report['pairs']} LoRA pairs into {report['output']}", _effort_text(report)]
+    for part, count in report["trainable"].items():
+        lines.append(f"  {part}: {_trainable_text(count)}")
+    if report["format"] == "peft":
+        lines.append(f"  An adapter: load or merge it together with {report['base']}")
+    else:
+        lines += [
+            "  InternVL's trainer wraps by the ranks in this config: start it without --use_llm_lora and",
+            "  --use_backbone_lora, which would wrap once more and begin anew, and with --freeze_llm",
+            "  False and --freeze_backbone False, which would freeze the pairs too.",
+        ]
+    return "\n".join(lines)
+
+
+def _trainable_text(count: dict[str, Any]) -> str:
+    """The line that PEFT's `print_trainable_parameters` prints."""
+    return (
+        f"trainable params: {count['trainable']:,d} || all params: {count['all']:,d} || "
+        f"trainable%: {count['percent']:.4f}"
+    )
+
+
+def extract_text(report: dict[str, Any]) -> str:
+    """What `extract-lora` prints."""
+    saved = report["modules_to_save"]
+    return "\n".join(
+        [
+            f"Wrote {report['pairs']} LoRA pairs to {report['output']}",
+            _effort_text(report),
+            f"  r {report['r']}, lora_alpha {report['lora_alpha']:g}",
+            f"  fully trained modules (modules_to_save): {', '.join(saved) or 'none'}",
+        ]
+    )
 
 
 def _effort_text(report: dict[str, Any]) -> str:

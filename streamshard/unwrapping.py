@@ -14,7 +14,7 @@ from streamshard.peft_config import LoraSettings
 from streamshard.run import PathLike
 from streamshard.wrapped import Unwrapped, is_wrapped, unwrap
 
-__all__ = ["FLAGS", "WrappedSettings", "check_flags", "open_wrapped"]
+__all__ = ["FLAGS", "Wrapped", "WrappedSettings", "check_flags", "open_wrapped", "read_wrapped"]
 
 # The part of the model that each field of the config wraps, with this rank (InternVLChatModel).
 FLAGS = {"use_llm_lora": "language_model.", "use_backbone_lora": "vision_model."}
@@ -40,13 +40,23 @@ class WrappedSettings(LoraSettings):
         return 2.0 * self.ranks[module] if self.given_alpha is None else self.given_alpha
 
 
-def open_wrapped(
-    path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
-) -> tuple[Checkpoint, list[Adapter], list[str]]:
-    """The base inside a wrapped checkpoint, its adapter, and warnings.
+@dataclass(frozen=True, slots=True)
+class Wrapped:
+    """A wrapped checkpoint, its names told apart, the rank of every pair, and warnings."""
 
-    The flags of the base's config are 0. Raises `InputError` or `AdapterError` if the checkpoint
-    has no pairs, or others than its config says and `alpha` is not given.
+    checkpoint: Checkpoint
+    names: Unwrapped
+    ranks: Mapping[str, int]
+    warnings: tuple[str, ...]
+
+
+def read_wrapped(
+    path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
+) -> Wrapped:
+    """Open a wrapped checkpoint; `alpha` is what the user says it is.
+
+    Raises `InputError` or `AdapterError` if it has no pairs, others than its config says and `alpha`
+    is not given, or more of an adapter than can be understood without its config.
     """
     found = open_checkpoint(path)
     where = printable(str(found.path))
@@ -54,7 +64,7 @@ def open_wrapped(
         raise UsageError(f"--alpha is {alpha}; a number other than 0 was expected.")
     if not is_wrapped(found.tensors):
         raise InputError(
-            f"{where}: no LoRA found: it has no lora_A and lora_B tensors, so there is nothing to merge. "
+            f"{where}: no LoRA found: it has no lora_A and lora_B tensors, so there is nothing to do. "
             "A full fine-tune is complete as it is; for a PEFT adapter give --adapter and --base."
         )
     empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
@@ -73,8 +83,21 @@ def open_wrapped(
             warnings.append(
                 f"{part or 'the model'} is wrapped {depth} times: a training that was resumed from a "
                 "wrapped checkpoint. PEFT then begins the pairs anew, so what the earlier training had "
-                "learned in them is NOT in this file; what is in it is merged"
+                "learned in them is NOT in this file; the pairs that are in it are used"
             )
+    _refuse_others(inside, where)
+    return Wrapped(found, inside, ranks, tuple(warnings))
+
+
+def open_wrapped(
+    path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
+) -> tuple[Checkpoint, list[Adapter], list[str]]:
+    """The base inside a wrapped checkpoint, its adapter, and warnings.
+
+    The flags of the base's config are 0. Raises what `read_wrapped` does.
+    """
+    wrapped = read_wrapped(path, alpha=alpha, adapter_name=adapter_name)
+    found, inside, ranks = wrapped.checkpoint, wrapped.names, wrapped.ranks
     config = dict(found.config) if found.config is not None else None
     if config is not None:
         config |= dict.fromkeys(FLAGS, 0)
@@ -92,9 +115,9 @@ def open_wrapped(
         ranks=ranks,
         given_alpha=alpha,
     )
-    _refuse_others(inside, where)
     tensors = {key: found.tensors[given] for key, given in inside.tensors.items()}
-    return base, [Adapter(where, settings, tensors)], warnings
+    adapter = Adapter(printable(str(found.path)), settings, tensors)
+    return base, [adapter], list(wrapped.warnings)
 
 
 def _rank(found: Checkpoint, name: str, where: str) -> int:
@@ -116,7 +139,7 @@ def _refuse_others(inside: Unwrapped, where: str) -> None:
         given, kind = next(iter(unknown.items()))
         raise AdapterError(
             f"{where}: '{printable(given)}' is {kind}, which InternVL's trainer does not save and "
-            "which cannot be merged without the adapter's config. Save the adapter with PEFT's "
+            "which cannot be understood without the adapter's config. Save the adapter with PEFT's "
             "save_pretrained, and give it as --adapter with its --base."
         )
 
@@ -149,7 +172,7 @@ def check_flags(
         if own and not stated and found.config is not None:
             warnings.append(
                 f"{flag} in config.json is 0 although there are pairs of rank "
-                f"{', '.join(map(str, own))}; they are merged with "
+                f"{', '.join(map(str, own))}; they are used with "
                 + (
                     "alpha = 2 r, as InternVL's trainer has it"
                     if alpha is None

@@ -70,11 +70,13 @@ def plan_shards(
     shard_of: Mapping[str, str],
     metadata: Mapping[str, Mapping[str, str]],
     max_shard_size: int | None = None,
+    single: str = "model.safetensors",
 ) -> list[Shard]:
     """Decide which tensor goes into which file.
 
     By default files are those of `shard_of` (tensor name to file name) with their `metadata`;
-    with `max_shard_size` (bytes) tensors are split anew, in their order, by huggingface_hub.
+    with `max_shard_size` (bytes) tensors are split anew, in their order, by huggingface_hub. One file
+    alone is called `single`.
     """
     files: dict[str, dict[str, Lazy]] = {}
     if max_shard_size is None:
@@ -82,8 +84,8 @@ def plan_shards(
             files.setdefault(shard_of[name], {})[name] = tensor
         if len(files) == 1:
             (only,) = files
-            metadata = {"model.safetensors": metadata.get(only, {})}
-            files = {"model.safetensors": dict(tensors)}
+            metadata = {single: metadata.get(only, {})}
+            files = {single: dict(tensors)}
     else:
         from huggingface_hub import split_state_dict_into_shards_factory
 

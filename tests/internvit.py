@@ -120,8 +120,8 @@ class InternLM2Layer(nn.Module):
         self.feed_forward = nn.ModuleDict(
             {
                 "w1": nn.Linear(hidden, inner, bias=False),
-                "w2": nn.Linear(inner, hidden, bias=False),
                 "w3": nn.Linear(hidden, inner, bias=False),
+                "w2": nn.Linear(inner, hidden, bias=False),
             }
         )
         self.attention_norm = Norm(hidden, eps=config["rms_norm_eps"])

@@ -1,0 +1,188 @@
+"""Fresh LoRA pairs in a checkpoint, as `InternVLChatModel.wrap_llm_lora` and its twin put them.
+
+Which modules get a pair is said by the tables of `families`. The random numbers are those of a model
+that is wrapped after `torch.manual_seed(seed)`, the vision encoder before the language model, as
+upstream's constructor and trainer do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from streamshard.arithmetic import FLOATS
+from streamshard.drawn import Draws, draws_of_pair, initial_pair
+from streamshard.errors import InputError, listed, printable
+from streamshard.families import FAMILIES, VISION_TARGETS, Dims
+from streamshard.inventory import counted, matched, missing_names, remove_misplaced
+from streamshard.tables import TITLES, expert_names, find, table_of
+from streamshard.tensors import Lazy
+from streamshard.wrapped import PREFIX
+
+__all__ = [
+    "PARTS",
+    "Target",
+    "check_complete",
+    "initial_pairs",
+    "parameters",
+    "target_ends",
+    "target_modules",
+    "wrap",
+]
+
+# The parts of a model that are wrapped, in this order, and how their names begin in each layout.
+PARTS = {
+    "vision_model": {"custom": "vision_model.", "hf": "vision_tower."},
+    "language_model": {"custom": "language_model.", "hf": "language_model."},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A module that gets a pair of rank `r`; HF names are in the flat spelling."""
+
+    module: str
+    r: int
+
+
+def check_complete(names: Iterable[str], dims: Dims, layout: str) -> None:
+    """Raise `InputError` if a checkpoint lacks tensors of its family's tables, or has others."""
+    table = table_of(dims.family)
+    found, unknown = matched(_unpacked(names, dims), table, layout)
+    actual = counted(dims, found, table)
+    unknown |= remove_misplaced(found, table, actual, layout)
+    missing = list(itertools.islice(missing_names(found, table, actual, layout), 10))
+    if unknown or missing:
+        what = f"has {listed(unknown, 3)}" if unknown else f"lacks {listed(missing, 3)}"
+        raise InputError(
+            f"the base {what}, by the {TITLES[layout]} layout of {dims.family}. "
+            "Is the checkpoint complete, and is this its config?"
+        )
+
+
+def _unpacked(names: Iterable[str], dims: Dims) -> Iterator[str]:
+    """The names with those of each expert instead of those of packed experts."""
+    packed = table_of(dims.family, packed=True)
+    for name in names:
+        match = find(packed, "hf", name)
+        if match is None:
+            yield name
+        else:
+            yield from expert_names(packed.entries[match[0]], match[2], dims.experts or 0)
+
+
+def target_modules(
+    names: Iterable[str], dims: Dims, layout: str, ranks: Mapping[str, int]
+) -> list[Target]:
+    """The modules that get LoRA, in the order in which PEFT finds them in the model.
+
+    `names` are those of all tensors, HF ones in the flat spelling; `ranks` maps some of `PARTS`
+    to ranks.
+    """
+    table = table_of(dims.family)
+    ends = {part: _rows(dims.family, part) for part in ranks}
+    found = []
+    for name in names:
+        match = find(table, layout, name) if name.endswith(".weight") else None
+        if match is None:
+            continue
+        number, place, holes = match
+        for part in ranks:
+            if number in ends[part]:
+                # Experts come one after the other, behind everything else of their layer.
+                inside = (holes[0], *(holes[1:] or (-1,)), ends[part][number], place)
+                target = Target(name.removesuffix(".weight"), ranks[part])
+                found.append(((list(PARTS).index(part), *inside), target))
+    return [target for _, target in sorted(found, key=lambda item: item[0])]
+
+
+def target_ends(family: str, layout: str, part: str) -> list[str]:
+    """The ends of names by which PEFT is told the modules (`LoraConfig.target_modules`)."""
+    table = table_of(family)
+    found: list[str] = []
+    for number, end in sorted(_rows(family, part).items(), key=lambda item: item[1]):
+        words = _targets(family, part)[end].count(".") + 1
+        modules = (name.removesuffix(".weight") for name in table.entries[number].names(layout))
+        found += [".".join(module.split(".")[-words:]) for module in modules]
+    return list(dict.fromkeys(found))
+
+
+def _targets(family: str, part: str) -> tuple[str, ...]:
+    return VISION_TARGETS if part == "vision_model" else FAMILIES[family].targets
+
+
+def _rows(family: str, part: str) -> dict[int, int]:
+    """Rows of the tables that get LoRA, by number, to the place of their module in its layer."""
+    found = {}
+    for number, entry in enumerate(table_of(family).entries):
+        name = entry.custom[0]
+        for place, end in enumerate(_targets(family, part)):
+            if name.startswith(PARTS[part]["custom"]) and name.endswith(f".{end}.weight"):
+                found[number] = place
+    return found
+
+
+def initial_pairs(
+    base: Mapping[str, Lazy], chosen: Sequence[Target], seed: int
+) -> dict[str, tuple[Lazy, Lazy]]:
+    """lora_A (r, in) and lora_B (out, r) of every module, in the dtype of its weight.
+
+    Raises `InputError` for weights that are no matrices of floats.
+    """
+    for target in chosen:
+        W = base[f"{target.module}.weight"]
+        if len(W.shape) != 2 or W.dtype not in FLOATS or not W.nbytes:
+            raise InputError(
+                f"'{printable(target.module)}.weight' is {W.dtype} {list(W.shape)}; a matrix of "
+                f"{', '.join(FLOATS)} was expected. Use the unquantized checkpoint."
+            )
+    shapes = [base[f"{target.module}.weight"].shape for target in chosen]
+    counts = [draws_of_pair(t.r, W[1], W[0]) for t, W in zip(chosen, shapes, strict=True)]
+    draws = Draws(seed, sum(counts))
+    starts = itertools.accumulate(counts, initial=0)
+    pairs: dict[str, tuple[Lazy, Lazy]] = {}
+    for target, first in zip(chosen, starts, strict=False):
+        W = base[f"{target.module}.weight"]
+        pair = initial_pair(draws, first, target.r, W.shape[1], W.shape[0], W.dtype)
+        pairs[target.module] = pair
+    return pairs
+
+
+def wrap(
+    base: Mapping[str, Lazy], pairs: Mapping[str, tuple[Lazy, Lazy]], parts: Iterable[str]
+) -> dict[str, tuple[Lazy, str]]:
+    """The tensors of a wrapped custom checkpoint (peft >= 0.7), each with the base's it is with.
+
+    Names as in `unwrap`, the other way round.
+    """
+    prefixes = [PARTS[part]["custom"] for part in parts]
+    out: dict[str, tuple[Lazy, str]] = {}
+    for name, tensor in base.items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None:
+            out[name] = tensor, name
+            continue
+        module, _, leaf = name.removeprefix(prefix).rpartition(".")
+        stem = f"{prefix}{PREFIX}{module}."
+        pair = pairs.get(f"{prefix}{module}")
+        if pair is None:
+            out[f"{prefix}{PREFIX}{name.removeprefix(prefix)}"] = tensor, name
+            continue
+        out[f"{stem}base_layer.{leaf}"] = tensor, name
+        if leaf == "weight":
+            out[f"{stem}lora_A.default.weight"] = pair[0], name
+            out[f"{stem}lora_B.default.weight"] = pair[1], name
+    return out
+
+
+def parameters(base: Mapping[str, Lazy], dims: Dims, layout: str, prefix: str = "") -> int:
+    """Elements of the parameters whose names begin with `prefix`; buffers do not count."""
+    table, total = table_of(dims.family), 0
+    for name, tensor in base.items():
+        if name.startswith(prefix):
+            match = find(table, layout, name)
+            if match is None or table.entries[match[0]].row.op != "drop":
+                total += math.prod(tensor.shape)
+    return total
