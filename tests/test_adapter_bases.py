@@ -281,6 +281,43 @@ def test_merged_before_by_peft(dtype, tmp_path):
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out", allow_merged_base=True)
 
 
+def test_merged_before_and_weighed(tmp_path):
+    """What is in the base once is there once, whatever part of it is to be added."""
+    model = language_model()
+    wrapped = adapted(model, target_modules=["q_proj", "down_proj"])
+    adapter = save_adapter(tmp_path / "adapter", wrapped)
+    base = save_base(tmp_path / "base", wrapped.merge_and_unload())
+    for weight in (0.7, 3.0):
+        raises(tmp_path, "already", base=base, adapter=adapter, weight=[weight])
+
+
+def test_taking_an_adapter_out_again(tmp_path):
+    """A weight of -1 on a base that has the update gives the base before."""
+    model = language_model()
+    wrapped = adapted(model, target_modules=["q_proj"])
+    adapter = save_adapter(tmp_path / "adapter", wrapped)
+    base = save_base(tmp_path / "base", wrapped.merge_and_unload())
+    merge_lora(
+        base=base, adapter=adapter, weight=[-1], output=tmp_path / "out", allow_merged_base=True
+    )
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(read(tmp_path / "out")[name], tensor, atol=1e-7, rtol=1e-6)
+
+
+def test_one_of_two_was_merged_before(tmp_path):
+    model = language_model()
+    first = adapted(model, target_modules=["q_proj", "down_proj"])
+    second = adapted(model, target_modules=["q_proj", "down_proj"], r=8, lora_alpha=32)
+    with torch.no_grad():  # an update of its own
+        for name, parameter in second.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(parameter.flip(0))
+    paths = [save_adapter(tmp_path / "one", first), save_adapter(tmp_path / "two", second)]
+    base = save_base(tmp_path / "base", first.merge_and_unload())
+    raises(tmp_path, "already", "one", base=base, adapter=paths)
+    merge_lora(base=base, adapter=paths[1], output=tmp_path / "out")
+
+
 @pytest.mark.parametrize("std", [1.0, 0.1, 0.01, 0.001, 0.0001])
 def test_a_clean_base_is_not_suspected(std, tmp_path):
     """However small the update: then the projection is noise, and noise may be near one."""
