@@ -352,6 +352,11 @@ def check(
     return report
 
 
+def stated_scalings(said: Mapping[str, Any]) -> list[float]:
+    """The different scalings that a report states of an adapter, in a list or as keys of counts."""
+    return sorted(float(value) for value in said["scalings"])
+
+
 def configure(folder: Path, **fields: Any) -> None:
     """Change fields of an adapter's config; `...` removes one."""
     file = folder / "adapter_config.json"

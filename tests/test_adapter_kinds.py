@@ -30,6 +30,7 @@ from peft_cases import (
     outputs,
     save_adapter,
     save_base,
+    stated_scalings,
     trained,
 )
 from reference import read
@@ -134,7 +135,7 @@ def test_every_kind(config, zoo, tmp_path):
     assert ("dora" in said["kinds"]) == config.get("use_dora", False)
     layers = [m for m in wrapped.modules() if isinstance(m, LoraLayer)]
     scalings = {layer.scaling["default"] for layer in layers}
-    assert said["scalings"] == pytest.approx(sorted(scalings), rel=1e-12)
+    assert stated_scalings(said) == pytest.approx(sorted(scalings), rel=1e-5)
 
 
 def test_patterns_that_overlap(zoo, tmp_path):
