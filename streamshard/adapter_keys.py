@@ -30,7 +30,7 @@ _PART = re.compile(
 )
 # A whole tensor beside the factors, perhaps within what PEFT put around its module.
 _WHOLE = re.compile(
-    r"(?P<module>.+?)(?:\.modules_to_save\.(?P<name>[^.]+)|\.token_adapter\.base_layer"
+    r"(?P<module>.+?)(?:(?P<saved>\.modules_to_save)(?:\.(?P<name>[^.]+))?|\.token_adapter\.base_layer"
     r"|\.base_layer)?\.(?P<end>[^.]+)"
 )
 # Left over from training, with no effect on the merged weight.
@@ -78,6 +78,8 @@ class Keys:
     modules: dict[str, Module] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
     inert: list[str] = field(default_factory=list)
+    twins: list[tuple[str, str]] = field(default_factory=list)
+    """Keys of one tensor that PEFT saves twice: a bias of a module that is saved whole."""
 
 
 def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) -> Keys:
@@ -112,7 +114,7 @@ def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) 
         if match.re is _PART:
             _add_part(found, match, key, where)
         else:
-            _add(found.whole, f"{match['module']}.{match['end']}", key, where)
+            _add_whole(found, match, key, where)
     if len(prefixes) > 1:
         raise AdapterError(
             f"{where}: keys begin in different ways, for example {listed(prefixes.values())}. One "
@@ -168,10 +170,13 @@ def _add_part(found: Keys, part: re.Match[str], key: str, where: str) -> None:
     setattr(module, role, key)
 
 
-def _add(mapping: dict[str, str], name: str, key: str, where: str) -> None:
-    if name in mapping:
-        raise _twice(mapping[name], key, name, where)
-    mapping[name] = key
+def _add_whole(found: Keys, match: re.Match[str], key: str, where: str) -> None:
+    name = f"{match['module']}.{match['end']}"
+    other = found.whole.setdefault(name, key)
+    if other != key:
+        if (".modules_to_save." in key) == (".modules_to_save." in other):
+            raise _twice(other, key, name, where)
+        found.twins.append((other, key))
 
 
 def _twice(one: str, other: str, name: str, where: str) -> AdapterError:

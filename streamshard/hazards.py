@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,26 +20,27 @@ SAMPLE_ELEMENTS = 32_000_000
 
 
 def check_not_merged(result: Merged, work: Workspace) -> None:
-    """Refuse a base that seems to hold these updates already.
+    """Refuse a base that seems to hold the updates of an adapter already.
 
-    A clean base has no more than noise of an update in it; after a merge it has the update once.
-    Raises `AdapterError`.
+    A clean base has no more than noise of an update in it; after a merge every tensor has it once.
+    `result` is that of one adapter of weight 1. Raises `AdapterError`.
     """
-    found, noise = projection(result, work)
+    found, noise, typical = projection(result, work)
     times = round(found) if math.isfinite(found) else 0
-    if times >= 1 and abs(found - times) < 0.15 and noise < 0.03:
+    if times >= 1 and abs(found - times) < 0.15 and noise < 0.1 and abs(typical - times) < 0.3:
         raise AdapterError(
-            f"the base seems to have this update in it already ({found:.2f} times, by the projection "
-            f"of the weights on it, with noise of about {noise:.2g}): merging would add it once more. "
-            "Give the base that the adapter was trained on; if you are sure that this is it, pass "
-            "--allow-merged-base."
+            f"{result.facts[0]['file']}: the base seems to have this update in it already ({found:.2f} "
+            f"times, by the projection of the weights on it, with noise of about {noise:.2g}): merging "
+            "would add it once more. Give the base that the adapter was trained on; if you are sure "
+            "that this is it, pass --allow-merged-base."
         )
 
 
-def projection(result: Merged, work: Workspace) -> tuple[float, float]:
+def projection(result: Merged, work: Workspace) -> tuple[float, float, float]:
     """`<W, D> / <D, D>` over a sample of rows, `D` the updates, and its deviation for an unrelated W.
 
-    The deviation is that of independent elements: `|W| / (sqrt(n) |D|)`.
+    The deviation is that of independent elements: `|W| / (sqrt(n) |D|)`. The third number is the
+    median over the tensors: a large update of a few must not speak for all.
     """
     pieces = [
         piece
@@ -48,22 +50,26 @@ def projection(result: Merged, work: Workspace) -> tuple[float, float]:
     ]
     sizes = [min(TILE_ROWS, piece.rows) * piece.columns for piece in pieces]
     step = max(-(-sum(sizes) // SAMPLE_ELEMENTS), 1)
-    both = weights = updates = 0.0
+    sums = np.zeros(3)
+    each = []
     count = 0
     for piece in pieces[::step]:
         start = piece.rows // TILE_ROWS // 2 * TILE_ROWS
         stop = min(start + TILE_ROWS, piece.rows)
         base = read_float32(piece.source, start, stop, work)
+        own = np.zeros(3)
         for W, D in _tiles(piece, base, start, work):
             weight, update = W.astype(np.float64).ravel(), D.astype(np.float64).ravel()
-            both += float(np.dot(weight, update))
-            weights += float(np.dot(weight, weight))
-            updates += float(np.dot(update, update))
+            own += np.dot(weight, update), np.dot(weight, weight), np.dot(update, update)
             count += W.size
+        if own[2]:
+            each.append(own[0] / own[2])
+        sums += own
         work.forget()
-    if not updates or not count:
-        return 0.0, math.inf
-    return both / updates, math.sqrt(weights / updates / count)
+    if not each:
+        return 0.0, math.inf, 0.0
+    both, weights, updates = map(float, sums)
+    return both / updates, math.sqrt(weights / updates / count), statistics.median(each)
 
 
 def _tiles(

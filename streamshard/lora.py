@@ -161,7 +161,7 @@ def merge(
     if tie is not None:
         whole.setdefault(tie[1], base[tie[0]])
     result = Merged(whole)
-    plans = [_plan(adapter, whole, carry) for adapter in adapters]
+    plans = [_plan(adapter, whole, work, carry) for adapter in adapters]
     followed = [plan for plan in plans if tie is not None and _follows(plan, tie, work)]
     replacements = [r for plan in plans for r in _replacements(plan, whole, result, work)]
     _replace(result, replacements)
@@ -189,7 +189,9 @@ def merge(
     return result
 
 
-def _plan(adapter: Adapter, base: Mapping[str, Lazy], carry: Carry | None) -> _Plan:
+def _plan(
+    adapter: Adapter, base: Mapping[str, Lazy], work: Workspace, carry: Carry | None
+) -> _Plan:
     keys = read_keys(adapter.tensors, adapter.where, adapter.name)
     settings, where = adapter.settings, adapter.where
     adapted = [name for name, module in keys.modules.items() if module.A]
@@ -201,8 +203,15 @@ def _plan(adapter: Adapter, base: Mapping[str, Lazy], carry: Carry | None) -> _P
             "have it, but the config names no target_parameters there. Config and tensors are not "
             "of one adapter."
         )
+    for one, other in keys.twins:
+        if not equal_bytes(adapter.tensors[one], adapter.tensors[other], work):
+            raise AdapterError(
+                f"{where}: '{printable(one)}' and '{printable(other)}' are for the same tensor and "
+                "differ. Save the adapter again, with bias='none' or without that module in "
+                "modules_to_save."
+            )
     plan = _Plan(adapter, keys, parameters, {})
-    _check_flags(plan, base)
+    _check_flags(plan)
     _check_weight(plan)
     _check_factors(plan)
     try:
@@ -212,7 +221,25 @@ def _plan(adapter: Adapter, base: Mapping[str, Lazy], carry: Carry | None) -> _P
             raise
         # The factors of fused experts may have in and out the other way round.
         plan.homes = find_homes(base, _wanted(plan, turned=True), where, carry)
+    _check_biases(plan, base)
     return plan
+
+
+def _check_biases(plan: _Plan, base: Mapping[str, Lazy]) -> None:
+    """Refuse trained biases that the file lacks: of adapted layers, or of any if all were trained."""
+    bias, whole = plan.adapter.settings.bias, plan.keys.whole
+    lacking = []
+    if bias == "all" and not any(name.endswith(".bias") for name in whole):
+        lacking = [name for name in base if name.endswith(".bias")]
+    elif bias == "lora_only":
+        adapted = [
+            name for name, m in plan.keys.modules.items() if m.A and f"{name}.bias" not in whole
+        ]
+        targets = {place.target for name in adapted for place in plan.homes[plan.weight(name)]}
+        biases = {f"{target.removesuffix('.weight')}.bias" for target in targets}
+        lacking = sorted(biases & base.keys())
+    if lacking:
+        raise _disagreement(plan, f"bias is '{bias}'", "biases", lacking, lacks=True)
 
 
 def _wanted(plan: _Plan, *, turned: bool) -> dict[str, Wanted]:
@@ -253,7 +280,7 @@ def _check_weight(plan: _Plan) -> None:
         )
 
 
-def _check_flags(plan: _Plan, base: Mapping[str, Lazy]) -> None:
+def _check_flags(plan: _Plan) -> None:
     """Raise `AdapterError` where config and tensors say different things."""
     settings, keys = plan.adapter.settings, plan.keys
     pairs = {name: module for name, module in keys.modules.items() if module.A}
@@ -313,8 +340,6 @@ def _check_flags(plan: _Plan, base: Mapping[str, Lazy]) -> None:
             [],
             lacks=True,
         )
-    if settings.bias != "none" and not biases and any(name.endswith(".bias") for name in base):
-        raise _disagreement(plan, f"bias is '{settings.bias}'", "biases", [], lacks=True)
     allowed = {name for names in saved.values() for name in names}
     if settings.bias != "none":
         allowed |= set(biases)

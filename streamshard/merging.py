@@ -125,9 +125,14 @@ def merge_lora(
     with contextlib.closing(Files()) as files:
         work = Workspace(files)
         tie = _tie(source, work)
-        result = merge(source.tensors, adapters, work, _carry(source, own), tie)
-        if not allow_merged_base and checkpoint is None:
-            check_not_merged(result, work)
+        carry = _carry(source, own)
+        result = merge(source.tensors, adapters, work, carry, tie)
+        for one in adapters if checkpoint is None and not allow_merged_base else ():
+            alone = result
+            if len(adapters) > 1 or one.weight != 1:
+                full = dataclasses.replace(one, weight=1.0)
+                alone = merge(source.tensors, [full], work, carry, tie)
+            check_not_merged(alone, work)
     for own_folder, described in zip(folders, result.facts, strict=False):
         described["digest"] = file_digest(own_folder.file)
         described["base_model_name_or_path"] = own_folder.config.get("base_model_name_or_path")
@@ -318,7 +323,10 @@ def _check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> Non
     record = source.path / REPORT_NAME
     if not record.is_file():
         return
-    earlier = read_json_object(record).get("adapters")
+    try:
+        earlier = read_json_object(record).get("adapters")
+    except InputError:  # somebody else's file
+        return
     known = (
         {e.get("digest") for e in earlier if isinstance(e, dict)}
         if isinstance(earlier, list)
