@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from streamshard.adapter_plan import Merged
 from streamshard.errors import AdapterError
-from streamshard.lora import Merged
 from streamshard.tensors import Float32, Workspace, read_float32
 from streamshard.updates import TILE_COLUMNS, TILE_ROWS, Computed
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from streamshard.adapter_plan import Adapter, Merged
 from streamshard.checkpoint import (
     TOKENIZER,
     AdapterFolder,
@@ -32,7 +33,7 @@ from streamshard.families import OTHER, Dims, dims_from_config, untied, with_voc
 from streamshard.files import Files
 from streamshard.hazards import check_not_merged
 from streamshard.layouts import convert, pieces
-from streamshard.lora import Adapter, Merged, check_base, merge
+from streamshard.lora import check_base, merge
 from streamshard.matching import Carry, Place
 from streamshard.peft_config import read_settings
 from streamshard.report import REPORT_NAME, Report

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from streamshard.adapter_plan import EMBEDDINGS, HEADS
 from streamshard.detection import detect
 from streamshard.errors import InputError
 from streamshard.families import INNER, config_layout, is_tied
-from streamshard.lora import EMBEDDINGS, HEADS
 from streamshard.spelling import SPELLINGS
 from streamshard.tensors import Lazy
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from streamshard.adapter_plan import Adapter
 from streamshard.checkpoint import Checkpoint, open_checkpoint
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
-from streamshard.lora import Adapter
 from streamshard.peft_config import LoraSettings
 from streamshard.run import PathLike
 from streamshard.wrapped import Unwrapped, is_wrapped, unwrap
