@@ -235,7 +235,17 @@ NAMES = {
 }
 ADAPTERS = {"adapter_checks", "adapter_keys", "adapter_plan", "adding", "experts", "hazards", "lora",
             "matching", "peft_config", "replacing", "ties"}  # fmt: skip
-PURE = {*ADAPTERS, "distance", "arithmetic", "tensors", "updates", *NAMES}
+PURE = {
+    *ADAPTERS,
+    "drawn",
+    "injection",
+    "peft_adapter",
+    "distance",
+    "arithmetic",
+    "tensors",
+    "updates",
+    *NAMES,
+}
 NOT_IN_PURE = {"os", "pathlib", "shutil", "io", "format", "checkpoint", "writer", "commands", "cli"}
 HEAVY = {"torch", "transformers", "peft", "huggingface_hub", "safetensors"}
 LOW = {
