@@ -26,7 +26,7 @@ from streamshard.journal import JOURNAL_NAME, FinishedShard, Journal
 from streamshard.locks import locked
 from streamshard.report import REPORT_NAME
 
-__all__ = ["Staging", "output_folder", "places_beside", "staged_nbytes"]
+__all__ = ["Staging", "output_folder", "places_beside", "staged_nbytes", "tidy"]
 
 
 class Staging:
@@ -111,6 +111,14 @@ def output_folder(target: Path, plan: Identity, *, overwrite: bool) -> Iterator[
             with contextlib.suppress(OSError):  # not empty
                 system.rmdir(folder)
         raise
+
+
+def tidy(target: Path) -> None:
+    """Remove what a run that was killed at its very end has left beside a complete output."""
+    beside = places_beside(target.resolve())
+    if exists(beside["lock"]) or exists(beside["old"]):
+        with contextlib.suppress(StreamshardError), locked(beside["lock"], target):
+            _recover(target, beside["old"])
 
 
 def _check_free(target: Path, *, overwrite: bool) -> None:

@@ -153,6 +153,19 @@ ALLOWED = {
     },
     "unwrapping": {"checkpoint", "errors", "lora", "peft_config", "run", "wrapped"},
     "wrapped": {"errors", "spelling"},
+    "verification": {
+        "arithmetic",
+        "checkpoint",
+        "digests",
+        "errors",
+        "files",
+        "format",
+        "report",
+        "resources",
+        "run",
+        "tensors",
+        "threads",
+    },
     "drawn": {"arithmetic", "tensors"},
     "injection": {
         "arithmetic",
@@ -197,7 +210,7 @@ ALLOWED = {
     },
     "live": {"errors", "families", "injection"},
     "texts": set(),
-    "cli": {"errors", "inspection", "texts"},
+    "cli": {"errors", "inspection", "texts", "verification"},
     "__main__": {"cli"},
     "__init__": set(),
 }
