@@ -588,8 +588,12 @@ def run_upstream(function: str, description: str | None) -> None:
 
 
 def _say_ended(how: str, error: BaseException) -> None:
-    # Whoever was writing has added what is kept.
-    left = str(error) or "Nothing was written: run the same command again."
+    # Whoever was writing has added what is kept; click puts its own exception around an interrupt.
+    left = (
+        str(error)
+        or str(error.__cause__ or "")
+        or "Nothing was written: run the same command again."
+    )
     click.echo(f"{how}. {left}", err=True)
 
 
