@@ -127,11 +127,8 @@ def _open(path: Path) -> _Found:
         try:
             names = sorted(open_checkpoint(path).metadata)
         except InputError as error:
-            names = (
-                [path.name]
-                if path.is_file()
-                else sorted(p.name for p in path.glob("*.safetensors"))
-            )
+            weights = [path] if path.is_file() else path.glob("*")
+            names = sorted(file.name for file in weights if file.suffix == ".safetensors")
             if not names:
                 raise
             found.problems.append(str(error))
