@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from streamshard import cli, commands  # noqa: E402, F401 - loaded once, before any child is made
+from streamshard import cli, merging  # noqa: E402, F401 - loaded once, before any child is made
 from streamshard.files import System, system  # noqa: E402
 
 CALLS = [name for name in vars(System) if not name.startswith("_")]

@@ -386,11 +386,12 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def exists(path: AnyPath) -> bool:
-    """Whether something, be it a broken link, has this name."""
-    try:
-        system.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    """Whether something, be it a broken link, has this name in the place of an output."""
+    with writing(path, 0):
+        try:
+            system.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
     return True
 
 
@@ -424,7 +425,7 @@ def remove_tree(path: Path) -> None:
 
 def disk_free(path: Path) -> int:
     """Bytes that may still be written to the disk which holds (or will hold) `path`."""
-    with reading(path):
+    with writing(path, 0):
         existing = path
         while not exists(existing) and existing != existing.parent:
             existing = existing.parent
