@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streamshard.arithmetic import count_not_finite
-from streamshard.checkpoint import open_adapter, open_checkpoint, read_json_object
+from streamshard.checkpoint import open_checkpoint, read_json_object
 from streamshard.digests import (
     ALGORITHM,
     DIGEST_NBYTES,
@@ -117,12 +117,9 @@ class _Found:
 
 def _open(path: Path) -> _Found:
     found = _Found(path if path.is_dir() else path.parent)
-    if (
-        path.is_dir()
-        and (path / "adapter_config.json").is_file()
-        and not (path / "config.json").is_file()
-    ):
-        names = [open_adapter(path).file.name]
+    adapter = path / "adapter_model.safetensors"
+    if adapter.is_file() and not (path / "config.json").is_file():
+        names = [adapter.name]
     else:
         try:
             names = sorted(open_checkpoint(path).metadata)

@@ -257,6 +257,8 @@ def test_an_adapter_and_a_bare_file(pair):
     next(iter(content.values()))[0, 0] = float("nan")
     save_file(content, pair.adapter / "adapter_model.safetensors")
     assert len(problems(pair.adapter)["nonfinite"]) == 1
+    os.truncate(pair.adapter / "adapter_model.safetensors", 300)
+    assert "adapter_model.safetensors" in problems(pair.adapter)["problems"][0]
     os.truncate(pair.base / FIRST, 300)
     problems(pair.base / FIRST)
 
