@@ -21,6 +21,7 @@ __all__ = [
     "hf_to_custom",
     "inspect",
     "merge_lora",
+    "verify",
     "wrap_backbone_lora",
     "wrap_llm_lora",
     "wrap_lora",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         convert_keys_back,
         convert_keys_to_hf,
     )
+    from streamshard.verification import verify
     from streamshard.wrapping import wrap_lora
 
 _HOMES = {
@@ -51,6 +53,7 @@ _HOMES = {
     "hf_to_custom": "commands",
     "inspect": "inspection",
     "merge_lora": "merging",
+    "verify": "verification",
     "wrap_backbone_lora": "live",
     "wrap_llm_lora": "live",
     "wrap_lora": "wrapping",

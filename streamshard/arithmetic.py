@@ -8,7 +8,7 @@ installed it does the same to bfloat16 in one pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ __all__ = [
     "Change",
     "add_and_round",
     "add_row_squares",
+    "count_not_finite",
     "kernel",
     "narrow",
     "squared_distance_bf16",
@@ -64,6 +65,29 @@ class Change(NamedTuple):
             self.unchanged + other.unchanged,
             self.cast + other.cast,
         )
+
+
+# How infinities and NaNs of a dtype are told: the bits of `mask` are `value` (of each half of C64).
+_NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int, int]] = {
+    "BF16": (np.uint16, 0x7F80, 0x7F80),
+    "F16": (np.uint16, 0x7C00, 0x7C00),
+    "F32": (np.uint32, 0x7F800000, 0x7F800000),
+    "F64": (np.uint64, 0x7FF0000000000000, 0x7FF0000000000000),
+    "C64": (np.uint32, 0x7F800000, 0x7F800000),
+    "F8_E5M2": (np.uint8, 0x7C, 0x7C),
+    "F8_E4M3": (np.uint8, 0x7F, 0x7F),
+    "F8_E8M0": (np.uint8, 0xFF, 0xFF),
+    "F8_E4M3FNUZ": (np.uint8, 0xFF, 0x80),
+    "F8_E5M2FNUZ": (np.uint8, 0xFF, 0x80),
+}
+
+
+def count_not_finite(block: npt.NDArray[np.uint8], dtype: str) -> int:
+    """How many numbers in the bytes of `block` are infinite or NaN; 0 for dtypes without these."""
+    if dtype not in _NOT_FINITE:
+        return 0
+    kind, mask, value = _NOT_FINITE[dtype]
+    return int(np.count_nonzero((block.view(kind) & kind(mask)) == kind(value)))
 
 
 _BITS_16 = np.uint32(16)

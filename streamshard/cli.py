@@ -21,7 +21,7 @@ import click
 
 import streamshard
 from streamshard import __version__, texts
-from streamshard.errors import StreamshardError, WriteError
+from streamshard.errors import StreamshardError, VerificationError, WriteError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -53,6 +53,7 @@ def cli() -> None:
       streamshard merge-lora --adapter ./my-lora --base ./InternVL3-8B --output ./merged
       streamshard hf2custom --hf-path ./tuned-hf --custom-path ./InternVL3-8B --save-path ./tuned
       streamshard inspect ./merged
+      streamshard verify ./merged
     """
 
 
@@ -393,6 +394,46 @@ def inspect(path: str, **output: Any) -> None:
     screen.result(inspection.inspect(path), texts.inspect_text)
 
 
+@cli.command("verify", short_help="Read a checkpoint again and say what is wrong with it.")
+@click.argument("path", metavar="X")
+@click.option(
+    "--sample",
+    metavar="PART",
+    help="Read only a part of the tensors, at random: like 10% or 200.  [default: all]",
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor, at most 8]"
+)
+@_reading_options
+def verify(path: str, sample: str | None, workers: int | None, **output: Any) -> None:
+    """Read a checkpoint again: headers, index, digests, and infinite or NaN values.
+
+    Digests are those that streamshard wrote into streamshard.json; without it everything else is
+    checked. Exits with 8 and lists what differs if anything is wrong.
+
+    \b
+    Examples:
+      streamshard verify ./merged
+      streamshard verify ./merged --sample 10%
+    """
+    screen = _begin(**output)
+    from streamshard import verification
+
+    try:
+        with contextlib.closing(screen):
+            report = verification.verify(
+                path,
+                sample=sample,
+                workers=workers,
+                on_total=screen.begin,
+                progress=screen.progress,
+            )
+    except VerificationError as error:
+        screen.result(error.report, texts.verify_text)
+        raise
+    screen.result(report, texts.verify_text)
+
+
 def _begin(*, as_json: bool, quiet: bool, verbose: bool) -> _Screen:
     """Set up logging and memory before anything heavy is imported."""
     _log_to_stderr(verbose=verbose)
@@ -547,8 +588,12 @@ def run_upstream(function: str, description: str | None) -> None:
 
 
 def _say_ended(how: str, error: BaseException) -> None:
-    # Whoever was writing has added what is kept.
-    left = str(error) or "Nothing was written: run the same command again."
+    # Whoever was writing has added what is kept; click puts its own exception around an interrupt.
+    left = (
+        str(error)
+        or str(error.__cause__ or "")
+        or "Nothing was written: run the same command again."
+    )
     click.echo(f"{how}. {left}", err=True)
 
 

@@ -7,7 +7,6 @@ of their bytes: so tensors may be written in any order. Other files: the digest 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -34,7 +33,6 @@ __all__ = [
 ALGORITHM = "xxh3-128"
 DIGEST_NBYTES = 16
 BLOCK_NBYTES = 256 * 1024
-FILE_BLOCK_NBYTES = 1024 * 1024
 
 
 class Hash(Protocol):
@@ -57,6 +55,8 @@ def new_digest() -> Hash:
 
 def new_sha256() -> Hash:
     """The like in SHA-256, which the hub shows and `sha256sum` prints."""
+    import hashlib  # takes 4 MB of memory
+
     return hashlib.sha256()
 
 
@@ -95,14 +95,12 @@ def hash_file(path: Path, *hashes: Hash, going: Callable[[], bool] = lambda: Tru
     Returns how many bytes that were.
     """
     done = 0
+    buffer = memoryview(bytearray(BLOCK_NBYTES))
     with InputFile(path) as file:
-        while going():
-            block = file.read(done, FILE_BLOCK_NBYTES)
-            if not block:
-                break
+        while going() and (count := file.read_into(buffer, done)):
             for one in hashes:
-                one.update(block)
-            done += len(block)
+                one.update(buffer[:count])
+            done += count
     return done
 
 
@@ -115,10 +113,6 @@ def file_digest(path: Path) -> str:
 
 def file_record(path: Path, *, sha256: bool) -> dict[str, int | str]:
     """What `streamshard.json` says of a file that is no safetensors file."""
-    digest, other = new_digest(), new_sha256()
-    nbytes = hash_file(path, digest, *([other] if sha256 else []))
-    return {
-        "bytes": nbytes,
-        "digest": digest.hexdigest(),
-        **({"sha256": other.hexdigest()} if sha256 else {}),
-    }
+    hashes = {"digest": new_digest()} | ({"sha256": new_sha256()} if sha256 else {})
+    nbytes = hash_file(path, *hashes.values())
+    return {"bytes": nbytes, **{name: one.hexdigest() for name, one in hashes.items()}}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
+from typing import Any
 
 __all__ = [
     "AdapterError",
@@ -15,6 +16,7 @@ __all__ = [
     "ReadError",
     "StreamshardError",
     "UsageError",
+    "VerificationError",
     "WriteError",
     "listed",
     "nearest",
@@ -47,7 +49,7 @@ class AdapterError(StreamshardError):
 
 
 class OutputError(StreamshardError):
-    """The output exists, or lies inside an input."""
+    """The output exists, lies inside an input, or belongs to another run."""
 
     exit_code = 5
 
@@ -62,6 +64,16 @@ class ReadError(StreamshardError):
     """A file could not be read, or changed while it was being read."""
 
     exit_code = 7
+
+
+class VerificationError(StreamshardError):
+    """A checkpoint is not what its index and records say; `report` lists everything that differs."""
+
+    exit_code = 8
+
+    def __init__(self, message: str, report: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -1,8 +1,9 @@
 """The only place that asks the operating system to read or write.
 
-Every call goes through `system`, one method a call, so that a test can fail or stop the run at each
-of them. Reads are positioned (`pread`), not mapped: a file that shrinks is then an error and not a
-bus error, and what was read never counts as the resident memory of this process.
+Every call goes through `system`, one method a call, so that a test can put something else in the
+place of each of these methods: fail it, or end the process there. Reads are positioned (`pread`),
+not mapped: a file that shrinks is then an error and not a bus error, and what was read never
+counts as the resident memory of this process.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ __all__ = [
 
 AnyPath: TypeAlias = "str | Path"
 
-COPY_NBYTES = 1 << 20
+COPY_NBYTES = 256 * 1024
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe with a weight's name must not hang us
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _ALWAYS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -385,11 +386,12 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def exists(path: AnyPath) -> bool:
-    """Whether something, be it a broken link, has this name."""
-    try:
-        system.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    """Whether something, be it a broken link, has this name in the place of an output."""
+    with writing(path, 0):
+        try:
+            system.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
     return True
 
 
@@ -423,7 +425,7 @@ def remove_tree(path: Path) -> None:
 
 def disk_free(path: Path) -> int:
     """Bytes that may still be written to the disk which holds (or will hold) `path`."""
-    with reading(path):
+    with writing(path, 0):
         existing = path
         while not exists(existing) and existing != existing.parent:
             existing = existing.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 from streamshard.errors import OutputError, printable
 from streamshard.files import reading, system, writing
 from streamshard.report import REPORT_NAME
-from streamshard.staging import places_beside
+from streamshard.staging import places_beside, tidy
 
 __all__ = ["check_places"]
 
@@ -42,6 +42,7 @@ def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> N
                 "writing it would delete. Choose another --output."
             )
     if target.exists() and not overwrite:
+        tidy(target)
         raise OutputError(
             f"{printable(str(target))}: exists. Choose another --output, or pass --overwrite."
         )

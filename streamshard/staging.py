@@ -26,7 +26,7 @@ from streamshard.journal import JOURNAL_NAME, FinishedShard, Journal
 from streamshard.locks import locked
 from streamshard.report import REPORT_NAME
 
-__all__ = ["Staging", "output_folder", "places_beside", "staged_nbytes"]
+__all__ = ["Staging", "output_folder", "places_beside", "staged_nbytes", "tidy"]
 
 
 class Staging:
@@ -79,10 +79,11 @@ def places_beside(target: Path) -> dict[str, Path]:
 def staged_nbytes(target: Path) -> int:
     """Bytes that an earlier run has left where `target` is built."""
     folder = places_beside(target.resolve())["partial"]
-    with writing(folder, 0):
-        if not exists(folder):
-            return 0
-        return sum(system.lstat(folder / name).st_size for name in system.listdir(folder))
+    nbytes = 0
+    with writing(folder, 0), contextlib.suppress(FileNotFoundError):  # a run may be at it just now
+        for name in system.listdir(folder):
+            nbytes += system.lstat(folder / name).st_size
+    return nbytes
 
 
 @contextlib.contextmanager
@@ -113,6 +114,15 @@ def output_folder(target: Path, plan: Identity, *, overwrite: bool) -> Iterator[
         raise
 
 
+def tidy(target: Path) -> None:
+    """Remove what a run that was killed at its very end has left beside a complete output."""
+    beside = places_beside(target.resolve())
+    with contextlib.suppress(StreamshardError):
+        if exists(beside["lock"]) or exists(beside["old"]):
+            with locked(beside["lock"], target):
+                _recover(target, beside["old"])
+
+
 def _check_free(target: Path, *, overwrite: bool) -> None:
     if exists(target) and not overwrite:
         raise OutputError(
@@ -127,10 +137,8 @@ def _open(folder: Path, target: Path, plan: Identity, *, overwrite: bool) -> Sta
                 f"{printable(str(folder))}: is a symbolic link where {printable(str(target))} is to be "
                 "built. Remove it."
             )
-        new = not exists(folder)
-        if new:
+        if not exists(folder):
             system.mkdir(folder)
-            sync_folder(folder.parent)
     plan = json.loads(json.dumps(plan))
     journal = Journal(folder)
     if journal.plan is not None and (changed := differences(journal.plan, plan)):
@@ -146,14 +154,16 @@ def _open(folder: Path, target: Path, plan: Identity, *, overwrite: bool) -> Sta
             system.unlink(journal.path)
             sync_folder(folder)
         journal = Journal(folder)
-    journal.open(plan)
     staging = Staging(folder, journal)
     try:
+        journal.open(plan)
         with writing(folder, 0):
             staging.clear()
         sync_folder(folder)
-    except BaseException:
+        sync_folder(folder.parent)
+    except BaseException as error:
         staging.close()
+        _leave(staging, error)
         raise
     return staging
 
@@ -192,8 +202,11 @@ def _leave(staging: Staging, error: BaseException) -> None:
             "that folder.",
         )
     else:
-        with contextlib.suppress(OSError):
+        try:
             remove_tree(staging.folder)
+        except (OSError, StreamshardError):
+            where = printable(str(staging.folder))
+            _add_to(error, f"{where} cannot be removed now; the next run does that.")
 
 
 def _add_to(error: BaseException, text: str) -> None:

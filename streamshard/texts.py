@@ -12,6 +12,7 @@ __all__ = [
     "merge_text",
     "plan_text",
     "upstream_text",
+    "verify_text",
     "wrap_text",
 ]
 
@@ -166,6 +167,28 @@ def inspect_text(report: dict[str, Any]) -> str:
         else "  LoRA: none inside"
     )
     return "\n".join(lines)
+
+
+def verify_text(report: dict[str, Any]) -> str:
+    """What `verify` prints."""
+    checked = report["checked"]
+    against = "with their digests" if report["recorded"] else "(no digests are recorded)"
+    read = (
+        f"{checked['tensors']} of {report['tensors']} tensors {against}, {_bytes(checked['bytes'])} "
+        f"in {report['seconds']:.1f} s"
+    )
+    problems = report["problems"]
+    if not problems:
+        return f"{report['path']} is right\n  checked {read}"
+    more = [f"  and {len(problems) - 50} more"] if len(problems) > 50 else []
+    return "\n".join(
+        [
+            f"{report['path']} is damaged or not what was written; {len(problems)} found",
+            f"  checked {read}",
+            *(f"  {problem}" for problem in problems[:50]),
+            *more,
+        ]
+    )
 
 
 def _bytes(count: float) -> str:

@@ -113,6 +113,10 @@ class Background:
         if self._stop.error is not None:
             raise self._stop.error
 
+    def abandon(self) -> None:
+        """Have the thread end; what it is waiting for is not waited for here."""
+        self._tasks.put(None)
+
     def _loop(self) -> None:
         while (task := self._tasks.get()) is not None and self._stop.going():
             try:

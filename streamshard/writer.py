@@ -247,6 +247,7 @@ class _Run:
         """Close what an error left open; from now on nothing is finished any more."""
         with self.lock, contextlib.suppress(WriteError):
             self.stop.fail(Stopped())
+            self.background.abandon()
             for opened in self.opened:
                 opened.output.close()
 

@@ -189,7 +189,7 @@ def test_help_lists_every_option(cli):
     text = cli("merge-lora", "--help").out
     for option in (
         "--adapter", "--base", "--output", "--weight", "--max-shard-size", "--dtype", "--workers",
-        "--max-memory", "--dry-run", "--overwrite", "--json", "--quiet", "--verbose",
+        "--max-memory", "--dry-run", "--overwrite", "--sha256", "--json", "--quiet", "--verbose",
     ):  # fmt: skip
         assert option in text
 

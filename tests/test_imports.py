@@ -154,6 +154,19 @@ ALLOWED = {
     },
     "unwrapping": {"adapter_plan", "checkpoint", "errors", "peft_config", "run", "wrapped"},
     "wrapped": {"errors", "spelling"},
+    "verification": {
+        "arithmetic",
+        "checkpoint",
+        "digests",
+        "errors",
+        "files",
+        "format",
+        "report",
+        "resources",
+        "run",
+        "tensors",
+        "threads",
+    },
     "drawn": {"arithmetic", "tensors"},
     "injection": {
         "arithmetic",
@@ -218,7 +231,7 @@ ALLOWED = {
     },
     "replacing": {"adapter_plan", "arithmetic", "errors", "matching", "tensors", "updates"},
     "texts": set(),
-    "cli": {"errors", "inspection", "texts"},
+    "cli": {"errors", "inspection", "texts", "verification"},
     "__main__": {"cli"},
     "__init__": set(),
 }
