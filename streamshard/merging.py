@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -400,10 +400,9 @@ def _replaced_from(
 
 
 def _shard_of(
-    source: Checkpoint, tensors: Mapping[str, Any], tie: tuple[str, str] | None
+    source: Checkpoint, tensors: Iterable[str], tie: tuple[str, str] | None
 ) -> dict[str, str]:
     """The base's files; a head that was none before goes where the embedding is."""
-    shard_of = dict(source.shard_of)
-    if tie is not None and tie[1] in tensors:
-        shard_of.setdefault(tie[1], shard_of[tie[0]])
-    return numbered_anew(shard_of, len(source.metadata))
+    twins = {} if tie is None else {tie[1]: tie[0]}
+    files = {n: source.shard_of(n if n in source.tensors else twins[n]) for n in tensors}
+    return numbered_anew(files, len(source.metadata))

@@ -120,7 +120,7 @@ def wrap_lora(
         job = replace(
             job,
             tensors={name: tensor for name, (tensor, _) in named.items()},
-            shard_of={name: source.shard_of[given[beside]] for name, (_, beside) in named.items()},
+            shard_of={name: source.shard_of(given[beside]) for name, (_, beside) in named.items()},
             metadata=source.metadata,
             config=config,
             side_files=source.side_files,
