@@ -7,7 +7,6 @@ of their bytes: so tensors may be written in any order. Other files: the digest 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +56,8 @@ def new_digest() -> Hash:
 
 def new_sha256() -> Hash:
     """The like in SHA-256, which the hub shows and `sha256sum` prints."""
+    import hashlib  # 4 MB, which most runs need not spend
+
     return hashlib.sha256()
 
 
@@ -115,10 +116,6 @@ def file_digest(path: Path) -> str:
 
 def file_record(path: Path, *, sha256: bool) -> dict[str, int | str]:
     """What `streamshard.json` says of a file that is no safetensors file."""
-    digest, other = new_digest(), new_sha256()
-    nbytes = hash_file(path, digest, *([other] if sha256 else []))
-    return {
-        "bytes": nbytes,
-        "digest": digest.hexdigest(),
-        **({"sha256": other.hexdigest()} if sha256 else {}),
-    }
+    hashes = {"digest": new_digest(), **({"sha256": new_sha256()} if sha256 else {})}
+    nbytes = hash_file(path, *hashes.values())
+    return {"bytes": nbytes, **{name: found.hexdigest() for name, found in hashes.items()}}
