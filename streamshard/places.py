@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from streamshard.errors import OutputError, printable
+from streamshard.errors import OutputError, UsageError, printable
 from streamshard.files import reading, system, writing
 from streamshard.report import REPORT_NAME
 from streamshard.staging import places_beside
 
-__all__ = ["check_places"]
+__all__ = ["check_places", "output_path"]
+
+
+def output_path(given: str | os.PathLike[str]) -> Path:
+    """Where to write; an empty text, as of a shell variable that is not set, is no place."""
+    if not os.fspath(given):
+        raise UsageError("the path of the output is empty.")
+    return Path(given)
 
 
 def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
@@ -34,22 +42,22 @@ def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> N
         if _is_within(place, folder) and (path.is_dir() or place == folder):
             raise OutputError(
                 f"{printable(str(target))}: is, or lies inside, the input {printable(str(path))}. "
-                "Inputs are never changed: choose an --output outside of it."
+                "Inputs are never changed: choose an output outside of it."
             )
         if any(_is_within(folder, taken) for taken in (place, *places_beside(place).values())):
             raise OutputError(
                 f"{printable(str(target))}: contains the input {printable(str(path))}, which "
-                "writing it would delete. Choose another --output."
+                "writing it would delete. Choose another output."
             )
     if target.exists() and not overwrite:
         raise OutputError(
-            f"{printable(str(target))}: exists. Choose another --output, or pass --overwrite."
+            f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
         )
     if target.exists() and not _is_replaceable(target):
         raise OutputError(
             f"{printable(str(target))}: was not written by streamshard (it has no {REPORT_NAME}), and "
             "--overwrite replaces only what was: other files there would be lost. Choose another "
-            "--output, or remove it yourself."
+            "output, or remove it yourself."
         )
     if target.is_mount():
         raise OutputError(

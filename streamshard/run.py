@@ -32,7 +32,7 @@ from streamshard.files import (
 from streamshard.format import json_pieces, total_nbytes, total_parameters
 from streamshard.identity import Identity, identity
 from streamshard.journal import FinishedShard
-from streamshard.places import check_places
+from streamshard.places import check_places, output_path
 from streamshard.report import REPORT_NAME, Report, new_report
 from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
@@ -42,7 +42,7 @@ from streamshard.tensors import Lazy, Stored
 from streamshard.updates import cast
 from streamshard.writer import Shard, index_pieces, plan_shards, write_shards
 
-__all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "run"]
+__all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "output_path", "run"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
@@ -190,7 +190,7 @@ def _plan(job: Job, shards: Sequence[Shard], options: Options) -> Plan:
     if needed > free + staged_nbytes(job.output):
         raise WriteError(
             f"{printable(str(job.output))}: {needed:,} bytes are needed but {free:,} are free. "
-            "Free some space, or choose an --output on another disk."
+            "Free some space, or choose an output on another disk."
         )
     count = worker_count(shards, options.workers, _size(options.max_memory, "--max-memory"))
     return Plan(job.output, tuple(shards), nbytes, free, count, memory_estimate(shards, count))
