@@ -15,7 +15,7 @@ from streamshard.checkpoint import Checkpoint, open_checkpoint
 from streamshard.conversion import Target, carry_over, shard_names
 from streamshard.lora import check_base
 from streamshard.report import Report
-from streamshard.run import Job, Options, PathLike, check_places, output_path, run
+from streamshard.run import Job, Options, PathLike, check_places, run
 
 __all__ = ["conversion_job", "custom_to_hf", "hf_to_custom"]
 
@@ -63,8 +63,8 @@ def _convert(
     source = open_checkpoint(source_path)
     check_base(source.tensors, source.config)
     reference = open_checkpoint(reference_path, needs_weights=False)
-    target = output_path(save_path)
-    check_places(target, [source.path, reference.path], overwrite=chosen.overwrite)
+    inputs = [source.path, reference.path]
+    target = check_places(save_path, inputs, overwrite=chosen.overwrite)
     converted = carry_over(
         source.tensors,
         source,

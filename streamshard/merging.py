@@ -36,7 +36,7 @@ from streamshard.lora import Adapter, Merged, check_base, merge
 from streamshard.matching import Carry, Place
 from streamshard.peft_config import read_settings
 from streamshard.report import REPORT_NAME, Report
-from streamshard.run import Job, Options, PathLike, check_places, output_path, run
+from streamshard.run import Job, Options, PathLike, check_places, run
 from streamshard.spelling import flat_names
 from streamshard.tensors import Stored, Workspace, equal_bytes
 from streamshard.ties import embedding_and_head, is_stated_tied, tied_names
@@ -118,10 +118,10 @@ def merge_lora(
     own = layout_of(source.tensors)
     converts = _converts(layout, own, reference, source)
     name = source.path.absolute().name.removesuffix(".safetensors")
-    target = output_path(f"{name}-merged" if output is None else output)
+    output = f"{name}-merged" if output is None else output
     inputs = [source.path, *(f.path for f in folders)]
     inputs += [Path(reference)] if reference is not None else []
-    check_places(target, inputs, overwrite=chosen.overwrite)
+    target = check_places(output, inputs, overwrite=chosen.overwrite)
     with contextlib.closing(Files()) as files:
         work = Workspace(files)
         tie = _tie(source, work)

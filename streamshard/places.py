@@ -11,22 +11,23 @@ from streamshard.files import reading, system, writing
 from streamshard.report import REPORT_NAME
 from streamshard.staging import places_beside
 
-__all__ = ["check_places", "output_path"]
+__all__ = ["check_places"]
 
 
-def output_path(given: str | os.PathLike[str]) -> Path:
-    """Where to write; an empty text, as of a shell variable that is not set, is no place."""
-    if not os.fspath(given):
-        raise UsageError("the path of the output is empty.")
-    return Path(given)
-
-
-def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+def check_places(
+    output: str | os.PathLike[str], inputs: Iterable[Path], *, overwrite: bool
+) -> Path:
     """Refuse an output that exists, is an input, or lies inside one (also through links)."""
+    if not os.fspath(
+        output
+    ):  # as of a shell variable that is not set; a Path would be the folder "."
+        raise UsageError("the path of the output is empty.")
+    target = Path(output)
     if not target.name and target != Path():
         raise OutputError(f"{printable(str(target))}: is no folder that can be written.")
     with writing(target, 0):
         _check_places(target, inputs, overwrite=overwrite)
+    return target
 
 
 def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:

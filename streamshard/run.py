@@ -32,7 +32,7 @@ from streamshard.files import (
 from streamshard.format import json_pieces, total_nbytes, total_parameters
 from streamshard.identity import Identity, identity
 from streamshard.journal import FinishedShard
-from streamshard.places import check_places, output_path
+from streamshard.places import check_places
 from streamshard.report import REPORT_NAME, Report, new_report
 from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
@@ -42,7 +42,7 @@ from streamshard.tensors import Lazy, Stored
 from streamshard.updates import cast
 from streamshard.writer import Shard, index_pieces, plan_shards, write_shards
 
-__all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "output_path", "run"]
+__all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "run"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
