@@ -48,17 +48,20 @@ _NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|
 class Checkpoint:
     """A checkpoint as found on disk.
 
-    `tensors` are in file order, shard after shard; `shard_of` gives each tensor's file name and
-    `metadata` each file's metadata. `config` is None where there is no `config.json`; `side_files`
-    are what lies beside the weights and is carried along, by name relative to the folder.
+    `tensors` are in file order, shard after shard; `metadata` is each file's, by the file's name.
+    `config` is None where there is no `config.json`; `side_files` are what lies beside the weights
+    and is carried along, by name relative to the folder.
     """
 
     path: Path
     tensors: dict[str, Stored]
-    shard_of: dict[str, str]
     metadata: dict[str, dict[str, str]]
     config: dict[str, Any] | None
     side_files: dict[str, Path] = field(repr=False)
+
+    def shard_of(self, name: str) -> str:
+        """The name of the file that a tensor is in."""
+        return Path(self.tensors[name].path).name
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_weights: bool = True)
             return _checkpoint(path, {path.name: header}, None, {})
         config = _read_config(path)
         if not needs_weights and not any(path.glob("*.safetensors")):
-            return Checkpoint(path, {}, {}, {}, config, _side_files(path))
+            return Checkpoint(path, {}, {}, config, _side_files(path))
         weights = _find_weights(path)
         if weights.name == INDEX_NAME:
             headers = _open_index(weights)
@@ -202,17 +205,17 @@ def _open_index(index: Path) -> dict[str, Header]:
                 "The checkpoint is incomplete: fetch or copy that file."
             )
         headers[name] = read_header(file)
-    for name, header in headers.items():
-        stray = [tensor for tensor in header.tensors if weight_map.get(tensor) != name]
+        # The index shrinks as the headers come: what is left is missing, and never are all names
+        # in memory twice.
+        stray = [t for t in headers[name].tensors if weight_map.pop(t, None) != name]
         if stray:
             raise InputError(
                 f"{where}: '{printable(name)}' holds {listed(stray)}, which the index does not "
                 "list there. Files and index are not of one checkpoint."
             )
-    missing = [t for t, name in weight_map.items() if t not in headers[name].tensors]
-    if missing:
+    if weight_map:
         raise InputError(
-            f"{where}: lists {listed(missing)}, which the files do not hold. "
+            f"{where}: lists {listed(weight_map)}, which the files do not hold. "
             "Files and index are not of one checkpoint."
         )
     return headers
@@ -234,14 +237,12 @@ def _checkpoint(
     side_files: dict[str, Path],
 ) -> Checkpoint:
     tensors: dict[str, Stored] = {}
-    shard_of: dict[str, str] = {}
-    for file, header in headers.items():
+    for header in headers.values():
         tensors |= header.tensors
-        shard_of |= dict.fromkeys(header.tensors, file)
     if not tensors:
         raise InputError(f"{printable(str(path))}: holds no tensors.")
     metadata = {file: header.metadata for file, header in headers.items()}
-    return Checkpoint(path, tensors, shard_of, metadata, config, side_files)
+    return Checkpoint(path, tensors, metadata, config, side_files)
 
 
 def _side_files(folder: Path) -> dict[str, Path]:

@@ -476,7 +476,8 @@ class _Screen:
 
     def begin(self, nbytes: int) -> None:
         """Begin the progress bar."""
-        if self._quiet:
+        # A log file gets no bar; a terminal does.
+        if self._quiet or not sys.stderr.isatty():
             return
         from tqdm import tqdm
 
@@ -487,8 +488,6 @@ class _Screen:
             dynamic_ncols=True,
             mininterval=0.2,
             file=sys.stderr,
-            # A log file gets no bar; a terminal does.
-            disable=None,
         )
 
     def progress(self, nbytes: int, name: str) -> None:
@@ -505,7 +504,12 @@ class _Screen:
         if self._quiet and not self._as_json:
             return
         try:
-            click.echo(json.dumps(report) if self._as_json else text(report))
+            if self._as_json:
+                # In pieces: a report on all tensors of a large model has megabytes.
+                sys.stdout.writelines(json.JSONEncoder().iterencode(report))
+                sys.stdout.write("\n")
+            else:
+                click.echo(text(report))
             sys.stdout.flush()
         except OSError as error:
             # Python would complain once more when it exits.

@@ -63,8 +63,8 @@ def _convert(
     source = open_checkpoint(source_path)
     check_base(source.tensors, source.config)
     reference = open_checkpoint(reference_path, needs_weights=False)
-    target = Path(save_path)
-    check_places(target, [source.path, reference.path], overwrite=chosen.overwrite)
+    inputs = [source.path, reference.path]
+    target = check_places(save_path, inputs, overwrite=chosen.overwrite)
     converted = carry_over(
         source.tensors,
         source,

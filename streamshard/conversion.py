@@ -6,7 +6,7 @@ What the two disagree on is an error, as it would be a wrong model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from streamshard.families import (
     with_dtype,
 )
 from streamshard.layouts import Converted, convert
+from streamshard.tables import counterparts, table_of
 from streamshard.tensors import Lazy, Stored
 
 __all__ = ["Target", "carry_over", "model_dims", "numbered_anew", "shard_names"]
@@ -139,13 +140,17 @@ def carry_over(
         )
     dims = model_dims(source, reference, layout)
     result = convert(tensors, dims, layout)
-    known = _canonical(reference, dims, layout) if reference.tensors else None
+    known = _named_alike(reference, dims, layout) if reference.tensors else None
     missing, unexpected = list(result.missing), list(result.unexpected)
     if known is not None:
         # Reported once: what lacks only because a part of it does goes by the part's name.
-        whole = _canonical(reference, dims, layout, without=result.missing)
-        missing += sorted(set(whole) - set(result.tensors))
-        unexpected += sorted(set(result.tensors) - set(known) - set(unexpected))
+        table, reported = table_of(dims.family), set(missing)
+        missing += [
+            name
+            for name in sorted(known.keys() - result.tensors.keys())
+            if reported.isdisjoint(counterparts(table, layout, name))
+        ]
+        unexpected += sorted(result.tensors.keys() - known.keys() - set(unexpected))
     _refuse(missing, "missing", "--allow-missing", allow_missing, result, source)
     _refuse(unexpected, "unexpected", "--allow-unexpected", allow_unexpected, result, source)
     config = config_fixes(reference.config, layout)
@@ -263,17 +268,10 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _canonical(
-    reference: Checkpoint, dims: Dims, layout: str, without: Collection[str] = ()
-) -> dict[str, Stored]:
-    """The reference's tensors under the names that are written here, whatever its spelling.
-
-    `without` names tensors of the other layout to do as if it had not.
-    """
-    there = convert(reference.tensors, dims, OTHER[layout]).tensors
-    kept = {name: tensor for name, tensor in there.items() if name not in without}
-    back = convert(kept, dims, layout)
-    return {name: t for name, t in back.tensors.items() if isinstance(t, Stored)}
+def _named_alike(reference: Checkpoint, dims: Dims, layout: str) -> dict[str, Stored]:
+    """The reference's tensors under the names that are written here, whatever its spelling."""
+    found = convert(reference.tensors, dims, layout, side=layout).tensors
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Stored)}
 
 
 def _refuse(

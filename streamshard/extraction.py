@@ -68,7 +68,7 @@ def extract_lora(
     warnings = list(read.warnings)
     where = printable(str(source.path))
     inputs = [source.path, *([] if base is None else [Path(base)])]
-    check_places(Path(output), inputs, overwrite=chosen.overwrite)
+    target = check_places(output, inputs, overwrite=chosen.overwrite)
     _check_shapes(source, found)
     layout = layout_of(source.tensors) or "custom"
     plain = flat_names(found.base, layout)
@@ -111,7 +111,7 @@ def extract_lora(
     )
     job = Job(
         command="extract-lora",
-        output=Path(output),
+        output=target,
         started=started,
         tensors=tensors,
         shard_of=dict.fromkeys(tensors, WEIGHTS_NAME),

@@ -15,7 +15,7 @@ import shutil
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -375,11 +375,14 @@ def copy_file(source: Path, copy: Path) -> None:
             out.close()
 
 
-def write_new(path: Path, data: bytes) -> None:
-    """Write a new small file and wait until the disk has it."""
-    file = OutputFile(path, len(data))
+def write_new(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a new small file, piece after piece, and wait until the disk has it."""
+    file = OutputFile(path, 0)
     try:
-        file.write(memoryview(data), 0)
+        offset = 0
+        for piece in pieces:
+            file.write(memoryview(piece), offset)
+            offset += len(piece)
         file.sync()
     finally:
         file.close()

@@ -8,11 +8,13 @@ fields) is refused.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from streamshard.errors import InputError, printable
 from streamshard.files import reading
 from streamshard.tensors import DTYPE_BITS, Lazy, Stored
 
-__all__ = ["Header", "build_header", "parse_json", "read_header"]
+__all__ = ["Header", "build_header", "json_pieces", "parse_json", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_RANK = 64
@@ -97,8 +99,10 @@ def parse_json(text: bytes, where: str) -> Any:
     Duplicate keys, NaN, absurd numbers and absurd nesting are refused.
     """
     try:
+        decoded = text.decode()
+        del text  # an index has megabytes
         return json.loads(
-            text.decode(),
+            decoded,
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             parse_float=_finite,
@@ -109,6 +113,19 @@ def parse_json(text: bytes, where: str) -> Any:
         raise InputError(f"{where}: is nested too deeply.") from error
     except ValueError as error:
         raise InputError(f"{where}: is not valid JSON: {printable(str(error))}.") from error
+
+
+def json_pieces(content: Mapping[str, Any], *, sort_keys: bool = False) -> Iterator[bytes]:
+    """JSON as this package writes it into output folders, some KB at a time.
+
+    Indexes and reports of large models have megabytes, and several times that in Python's encoder.
+    """
+    encoder = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys)
+    tokens = encoder.iterencode(content)
+    while text := "".join(itertools.islice(tokens, 4096)):
+        # A path that is not UTF-8 has surrogates, which this turns into JSON's own escapes.
+        yield text.encode(errors="backslashreplace")
+    yield b"\n"
 
 
 def _parse(path: Path, text: bytes, data_start: int, file_nbytes: int) -> Header:
@@ -123,18 +140,23 @@ def _parse(path: Path, text: bytes, data_start: int, file_nbytes: int) -> Header
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(path, "has __metadata__ that does not map names to strings")
     parsed = []
+    where = str(path)
     for name, entry in entries.items():
         dtype, shape, begin, end = _check_entry(path, name, entry)
         parsed.append((begin, end, name, dtype, shape))
     parsed.sort(key=lambda item: item[:2])
     reached = 0
     tensors = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each, as few differ
     for begin, end, name, dtype, shape in parsed:
         if begin != reached:
             problem = "overlaps the one before it" if begin < reached else "leaves a hole before it"
             raise _broken(path, f"{problem}: begins at {begin:,}, not at {reached:,}", name)
         reached = end
-        tensors[name] = Stored(str(path), data_start + begin, shape, dtype, file_nbytes)
+        kept = shapes.setdefault(shape, shape)
+        # Most names are in source and reference alike: interned, they are in memory once.
+        place = sys.intern(name)
+        tensors[place] = Stored(where, data_start + begin, kept, dtype, file_nbytes)
     if data_start + reached != file_nbytes:
         raise _broken(
             path,
@@ -171,7 +193,8 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
         raise _broken(
             path, f"is {bits // 8:,} bytes by shape and dtype but {found:,} by offsets", name
         )
-    return dtype, tuple(shape), offsets[0], offsets[1]
+    # The table's own string: one for all tensors.
+    return sys.intern(dtype), tuple(shape), offsets[0], offsets[1]
 
 
 def _ask_official_parser(path: Path) -> None:

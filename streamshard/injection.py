@@ -16,7 +16,7 @@ from streamshard.arithmetic import FLOATS
 from streamshard.drawn import Draws, draws_of_pair, initial_pair
 from streamshard.errors import InputError, listed, printable
 from streamshard.families import FAMILIES, VISION_TARGETS, Dims
-from streamshard.inventory import counted, matched, missing_names, remove_misplaced
+from streamshard.inventory import counted, misplaced, missing_names
 from streamshard.tables import TITLES, expert_names, find, table_of
 from streamshard.tensors import Lazy
 from streamshard.wrapped import PREFIX
@@ -50,9 +50,13 @@ class Target:
 def check_complete(names: Iterable[str], dims: Dims, layout: str) -> None:
     """Raise `InputError` if a checkpoint lacks tensors of its family's tables, or has others."""
     table = table_of(dims.family)
-    found, unknown = matched(_unpacked(names, dims), table, layout)
-    actual = counted(dims, found, table)
-    unknown |= remove_misplaced(found, table, actual, layout)
+    found = dict.fromkeys(_unpacked(names, dims))
+    actual = counted(dims, found, table, layout)
+    unknown = []
+    for name in found:
+        match = find(table, layout, name)
+        if match is None or misplaced(table.entries[match[0]], match[2], actual):
+            unknown.append(name)
     missing = list(itertools.islice(missing_names(found, table, actual, layout), 10))
     if unknown or missing:
         what = f"has {listed(unknown, 3)}" if unknown else f"lacks {listed(missing, 3)}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from streamshard.conversion import model_dims
 from streamshard.detection import detect, layout_of
 from streamshard.distance import Distances, is_comparable, tensor_distance
 from streamshard.errors import InputError
-from streamshard.families import OTHER, Dims, dims_from_config
+from streamshard.families import Dims, dims_from_config
 from streamshard.files import Files
 from streamshard.format import total_nbytes, total_parameters
 from streamshard.layouts import convert
@@ -43,7 +44,7 @@ def inspect(path: PathLike) -> Report:
     report = new_report("inspect", found.tensors)
     files = Counter(dict.fromkeys(found.metadata, 0))
     for name, tensor in found.tensors.items():
-        files[found.shard_of[name]] += tensor.nbytes
+        files[found.shard_of(name)] += tensor.nbytes
     facts: dict[str, Any] = dict.fromkeys(("spelling", "family", "packed_experts", "evidence"))
     try:
         seen = detect(list(found.tensors), found.config)
@@ -86,23 +87,22 @@ def diff(
     started = time.perf_counter()
     one, other = open_checkpoint(a), open_checkpoint(b)
     ours, theirs = _reconciled(one, other)
-    shared = {name: (ours[name], theirs[name]) for name in theirs if name in ours}
-    comparable = {name: pair for name, pair in shared.items() if is_comparable(*pair)}
+    compared = [n for n in theirs if n in ours and is_comparable(ours[n], theirs[n])]
     if on_total is not None:
-        on_total(sum(left.nbytes for left, _ in comparable.values()))
-    squared, sizes = _measure(comparable, workers_or_default(workers), progress)
-    skipped = sorted((set(ours) | set(theirs)) - set(comparable))
+        on_total(sum(ours[name].nbytes for name in compared))
+    pairs = ((name, ours[name], theirs[name]) for name in compared)
+    squared, norms = _measure(pairs, workers_or_default(workers), progress)
     distances = Distances(
         str(other.path),
         squared,
-        total_parameters({name: left for name, (left, _) in comparable.items()}),
-        skipped,
+        total_parameters({name: ours[name] for name in squared}),
+        sorted({n for n in itertools.chain(ours, theirs) if n not in squared}),
     )
     different: list[dict[str, Any]] = [
         {
             "name": name,
             "l2": math.sqrt(value),
-            "relative": math.sqrt(value / sizes[name]) if sizes[name] else None,
+            "relative": math.sqrt(value / norms[name]) if norms[name] else None,
         }
         for name, value in squared.items()
         if value
@@ -112,14 +112,14 @@ def diff(
         **new_report("diff", ours),
         "layout": layout_of(theirs),
         "l2": distances.report(),
-        "missing": sorted(set(theirs) - set(ours)),
-        "unexpected": sorted(set(ours) - set(theirs)),
+        "missing": sorted(theirs.keys() - ours.keys()),
+        "unexpected": sorted(ours.keys() - theirs.keys()),
         "a": str(one.path),
         "b": str(other.path),
-        "shapes": _unequal(shared, "shape"),
-        "dtypes": _unequal(shared, "dtype"),
+        "shapes": _unequal(ours, theirs, "shape"),
+        "dtypes": _unequal(ours, theirs, "dtype"),
         "different": different,
-        "equal": sum(value == 0 for value in squared.values()),
+        "equal": len(squared) - len(different),
     }
     return finished(report, started)
 
@@ -205,50 +205,53 @@ def _dims(found: Checkpoint, config: Mapping[str, Any] | None) -> Dims | None:
 
 def _renamed(tensors: Mapping[str, Lazy], dims: Dims, mine: str, theirs: str) -> dict[str, Lazy]:
     """All tensors under the names of a layout; what cannot be carried keeps its own."""
-    across = convert(tensors, dims, OTHER[mine]).tensors
-    home = convert(across, dims, mine).tensors
-    there = home if mine == theirs else across
-    packed = (".experts.gate_up_proj", ".experts.down_proj")
-    left = {
-        plain: tensors[given]
-        for plain, given in flat_names(tensors, mine).items()
-        if plain not in home and not plain.endswith(packed)
-    }
-    return {**left, **there}
+    found = convert(tensors, dims, theirs, side=mine)
+    given = flat_names(tensors, mine)
+    left = {name: tensors[given[name]] for name in found.left if name in given}
+    return {**left, **found.tensors}
 
 
-def _unequal(shared: Mapping[str, tuple[Lazy, Lazy]], what: str) -> dict[str, list[Any]]:
+def _unequal(
+    ours: Mapping[str, Lazy], theirs: Mapping[str, Lazy], what: str
+) -> dict[str, list[Any]]:
     return {
-        name: [getattr(left, what), getattr(right, what)]
-        for name, (left, right) in shared.items()
-        if getattr(left, what) != getattr(right, what)
+        name: [getattr(ours[name], what), getattr(other, what)]
+        for name, other in theirs.items()
+        if name in ours and getattr(ours[name], what) != getattr(other, what)
     }
 
 
 def _measure(
-    pairs: Mapping[str, tuple[Lazy, Lazy]],
+    pairs: Iterator[tuple[str, Lazy, Lazy]],
     workers: int,
     progress: Callable[[int, str], None] | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Squared distances of pairs of tensors, and the squared norms of the second ones."""
+    """Squared distances of pairs of tensors, and the squared norms of the second ones that differ."""
     from threadpoolctl import threadpool_limits
 
     lock, local = threading.Lock(), threading.local()
+    squared: dict[str, float] = {}
+    norms: dict[str, float] = {}
     with (
         threadpool_limits(1, user_api="blas"),
         contextlib.closing(Files()) as files,
         ThreadPoolExecutor(workers) as pool,
     ):
 
-        def measured(item: tuple[str, tuple[Lazy, Lazy]]) -> tuple[str, float, float]:
+        def measured(pair: tuple[str, Lazy, Lazy]) -> tuple[str, float, float]:
             if not hasattr(local, "work"):
                 local.work = Workspace(files)
-            name, (left, right) = item
+            name, left, right = pair
             distance, size = tensor_distance(left, right, local.work)
             if progress is not None:
                 with lock:
                     progress(left.nbytes, name)
             return name, distance, size
 
-        found = list(pool.map(measured, pairs.items()))
-    return {n: d for n, d, _ in found}, {n: s for n, _, s in found}
+        # The pool remembers all that it is given, more than a kilobyte each.
+        while batch := list(itertools.islice(pairs, 64 * workers)):
+            for name, distance, size in pool.map(measured, batch):
+                squared[name] = distance
+                if distance:
+                    norms[name] = size
+    return squared, norms

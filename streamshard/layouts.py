@@ -19,9 +19,8 @@ from streamshard.inventory import (
     MAX_MISSING,
     UNKNOWN,
     counted,
-    matched,
+    misplaced,
     missing_names,
-    remove_misplaced,
 )
 from streamshard.rows import (
     LAZY,
@@ -62,16 +61,18 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Converted(Generic[T]):
-    """Tensors in the other layout, and what kept the rest of the model from being converted.
+    """Tensors in a layout, and what kept the rest of the model from being carried there.
 
     `missing` are names of the source layout that the tables ask for and the source has not (at
     most `MAX_MISSING` of them), `unexpected` are names in the source that have no place in the
     tables, each with the reason. Whatever needs a missing tensor is left out: nothing is invented.
+    `left` are all names in the source from which nothing was made, HF ones in the flat spelling.
     """
 
     tensors: dict[str, T]
     missing: tuple[str, ...]
     unexpected: dict[str, str]
+    left: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +87,22 @@ class Piece:
 
 @overload
 def convert(
-    tensors: Mapping[str, Lazy], dims: Dims, layout: str, *, spelling: str = ...
+    tensors: Mapping[str, Lazy],
+    dims: Dims,
+    layout: str,
+    *,
+    side: str | None = ...,
+    spelling: str = ...,
 ) -> Converted[Lazy]: ...
 @overload
 def convert(
-    tensors: Mapping[str, T], dims: Dims, layout: str, ops: Ops[T], *, spelling: str = ...
+    tensors: Mapping[str, T],
+    dims: Dims,
+    layout: str,
+    ops: Ops[T],
+    *,
+    side: str | None = ...,
+    spelling: str = ...,
 ) -> Converted[T]: ...
 def convert(
     tensors: Mapping[str, Any],
@@ -98,39 +110,56 @@ def convert(
     layout: str,
     ops: Ops[Any] = LAZY,
     *,
+    side: str | None = None,
     spelling: str = "flat",
 ) -> Converted[Any]:
-    """Carry a checkpoint from the other layout to `layout`, "custom" or "hf", as far as it goes.
+    """Carry a checkpoint to `layout`, "custom" or "hf", as far as it goes.
 
-    The order is that of the source. HF names may come in any spelling and leave in `spelling`.
-    Raises `InputError` for the wrong layout, tensors that are there twice, and shapes and dtypes
-    that do not fit; what is missing or unexpected is part of the answer.
+    `side` is the layout it has, by default the other one; if it is the same, names are brought to the
+    one spelling, packed experts taken apart and tied heads written out. The order is that of the
+    source. HF names may come in any spelling and leave in `spelling`. Raises `InputError` for the
+    wrong layout, tensors that are there twice, and shapes and dtypes that do not fit; what is
+    missing or unexpected is part of the answer.
     """
-    side = OTHER[layout]
+    side = side or OTHER[layout]
     check_side(tensors, side)
-    given = flat_names(tensors, side)
-    source = _unpack({flat: tensors[name] for flat, name in given.items()}, dims, ops)
+    named = {flat: tensors[name] for flat, name in flat_names(tensors, side).items()}
+    source = _unpack(named, dims, ops)
     table = table_of(dims.family)
-    found, unexpected = matched(source, table, side)
-    actual = counted(dims, found, table)
-    unexpected |= remove_misplaced(found, table, actual, side)
-    missing = tuple(itertools.islice(missing_names(found, table, actual, side), MAX_MISSING))
+    actual = counted(dims, source, table, side)
+    missing = tuple(itertools.islice(missing_names(source, table, actual, side), MAX_MISSING))
     out: dict[str, Any] = {}
-    for (number, *holes), bits in found.items():
-        entry = table.entries[number]
-        if entry.row.op != "drop" and bits == (1 << len(entry.names(side))) - 1:
-            names = [name.format(*holes) for name in entry.names(side)]
-            targets = [name.format(*holes) for name in entry.names(layout)]
-            parts = {name: source[name] for name in names}
-            out |= _carry(parts, targets, entry.row, dims, ops)
+    unexpected: dict[str, str] = {}
+    left: list[str] = []
+    for name, tensor in source.items():
+        match = find(table, side, name)
+        if match is None:
+            unexpected[name] = UNKNOWN
+            continue
+        entry, holes = table.entries[match[0]], match[2]
+        reason = misplaced(entry, holes, actual)
+        if reason is not None:
+            unexpected[name] = reason
+        elif entry.row.op == "drop":
+            left.append(name)
+        elif entry.names(side) == entry.names(layout):
+            out[name] = tensor  # under the same object, as large models have many names
+        elif (made := entry.names(layout)[0].format(*holes)) not in out:
+            names = [part.format(*holes) for part in entry.names(side)]
+            if source.keys() >= set(names):
+                targets = [made, *(n.format(*holes) for n in entry.names(layout)[1:])]
+                out |= _carry({n: source[n] for n in names}, targets, entry.row, dims, ops)
+            else:
+                left.append(name)
     for entry in table.entries:
         tied = side == "hf" and dims.tied and entry.hf[0] not in source
         if tied and entry.row.tied_to in source:
-            out[entry.custom[0]] = source[entry.row.tied_to]
-    if layout == "hf":
+            out[entry.names(layout)[0]] = source[entry.row.tied_to]
+    if layout == "hf" and spelling != "flat":
         out = {spell(name, spelling): tensor for name, tensor in out.items()}
+    given = flat_names(tensors, side) if unexpected else {}
     reasons = {given.get(name, name): reason for name, reason in unexpected.items()}
-    return Converted(out, missing, reasons)
+    return Converted(out, missing, reasons, (*unexpected, *left))
 
 
 @overload

@@ -91,7 +91,7 @@ def _refusal(path: Path, target: Path) -> OutputError:
     who = f" (process {record['pid']} on {printable(str(record['host']))})" if record else ""
     return OutputError(
         f"{printable(str(target))}: another run{who} is writing it. Wait for that to end, or choose "
-        f"another --output. If no such process is left, remove {printable(str(path))}."
+        f"another output. If no such process is left, remove {printable(str(path))}."
     )
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,10 @@ def merge_lora(
     own = layout_of(source.tensors)
     converts = _converts(layout, own, reference, source)
     name = source.path.absolute().name.removesuffix(".safetensors")
-    target = Path(f"{name}-merged" if output is None else output)
+    output = f"{name}-merged" if output is None else output
     inputs = [source.path, *(f.path for f in folders)]
     inputs += [Path(reference)] if reference is not None else []
-    check_places(target, inputs, overwrite=chosen.overwrite)
+    target = check_places(output, inputs, overwrite=chosen.overwrite)
     with contextlib.closing(Files()) as files:
         work = Workspace(files)
         tie = _tie(source, work)
@@ -409,10 +409,9 @@ def _replaced_from(
 
 
 def _shard_of(
-    source: Checkpoint, tensors: Mapping[str, Any], tie: tuple[str, str] | None
+    source: Checkpoint, tensors: Iterable[str], tie: tuple[str, str] | None
 ) -> dict[str, str]:
     """The base's files; a head that was none before goes where the embedding is."""
-    shard_of = dict(source.shard_of)
-    if tie is not None and tie[1] in tensors:
-        shard_of.setdefault(tie[1], shard_of[tie[0]])
-    return numbered_anew(shard_of, len(source.metadata))
+    twins = {} if tie is None else {tie[1]: tie[0]}
+    files = {n: source.shard_of(n if n in source.tensors else twins[n]) for n in tensors}
+    return numbered_anew(files, len(source.metadata))

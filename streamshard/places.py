@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from streamshard.errors import OutputError, printable
+from streamshard.errors import OutputError, UsageError, printable
 from streamshard.files import reading, system, writing
 from streamshard.report import REPORT_NAME
 from streamshard.staging import places_beside, tidy
@@ -13,12 +14,20 @@ from streamshard.staging import places_beside, tidy
 __all__ = ["check_places"]
 
 
-def check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+def check_places(
+    output: str | os.PathLike[str], inputs: Iterable[Path], *, overwrite: bool
+) -> Path:
     """Refuse an output that exists, is an input, or lies inside one (also through links)."""
+    if not os.fspath(
+        output
+    ):  # as of a shell variable that is not set; a Path would be the folder "."
+        raise UsageError("the path of the output is empty.")
+    target = Path(output)
     if not target.name and target != Path():
         raise OutputError(f"{printable(str(target))}: is no folder that can be written.")
     with writing(target, 0):
         _check_places(target, inputs, overwrite=overwrite)
+    return target
 
 
 def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
@@ -34,23 +43,23 @@ def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> N
         if _is_within(place, folder) and (path.is_dir() or place == folder):
             raise OutputError(
                 f"{printable(str(target))}: is, or lies inside, the input {printable(str(path))}. "
-                "Inputs are never changed: choose an --output outside of it."
+                "Inputs are never changed: choose an output outside of it."
             )
         if any(_is_within(folder, taken) for taken in (place, *places_beside(place).values())):
             raise OutputError(
                 f"{printable(str(target))}: contains the input {printable(str(path))}, which "
-                "writing it would delete. Choose another --output."
+                "writing it would delete. Choose another output."
             )
     if target.exists() and not overwrite:
         tidy(target)
         raise OutputError(
-            f"{printable(str(target))}: exists. Choose another --output, or pass --overwrite."
+            f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
         )
     if target.exists() and not _is_replaceable(target):
         raise OutputError(
             f"{printable(str(target))}: was not written by streamshard (it has no {REPORT_NAME}), and "
             "--overwrite replaces only what was: other files there would be lost. Choose another "
-            "--output, or remove it yourself."
+            "output, or remove it yourself."
         )
     if target.is_mount():
         raise OutputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from streamshard.format import total_nbytes, total_parameters
 from streamshard.resources import peak_rss_bytes
 from streamshard.tensors import Lazy
 
-__all__ = ["REPORT_NAME", "Report", "finished", "json_bytes", "new_report"]
+__all__ = ["REPORT_NAME", "Report", "finished", "new_report"]
 
 Report: TypeAlias = dict[str, Any]
 
@@ -49,19 +48,12 @@ def finished(report: Report, started: float) -> Report:
     return {key: _plain(value) for key, value in done.items()}
 
 
-def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """JSON as this package writes it into output folders."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # A path that is not UTF-8 has surrogates, which this turns into JSON's own escapes.
-    return text.encode(errors="backslashreplace")
-
-
 def _plain(value: Any) -> Any:
-    """`value` with None for NaN and infinities, which JSON does not have."""
+    """`value` with None for NaN and infinities, which JSON does not have; containers are changed."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
+        value.update((key, _plain(inner)) for key, inner in value.items())
+    elif isinstance(value, list):
+        value[:] = map(_plain, value)
     return value

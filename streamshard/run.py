@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,18 +29,18 @@ from streamshard.files import (
     write_new,
     writing,
 )
-from streamshard.format import total_nbytes, total_parameters
+from streamshard.format import json_pieces, total_nbytes, total_parameters
 from streamshard.identity import Identity, identity
 from streamshard.journal import FinishedShard
 from streamshard.places import check_places
-from streamshard.report import REPORT_NAME, Report, json_bytes, new_report
+from streamshard.report import REPORT_NAME, Report, new_report
 from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
 from streamshard.resuming import check_finished
 from streamshard.staging import output_folder, staged_nbytes
 from streamshard.tensors import Lazy, Stored
 from streamshard.updates import cast
-from streamshard.writer import Shard, index_bytes, plan_shards, write_shards
+from streamshard.writer import Shard, index_pieces, plan_shards, write_shards
 
 __all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "run"]
 
@@ -157,9 +158,9 @@ def run(job: Job, options: Options) -> Report:
     return in_the_end(report, job.started)
 
 
-def _cast_all(tensors: Mapping[str, Lazy], dtype: str) -> dict[str, Lazy]:
+def _cast_all(tensors: Mapping[str, Lazy], dtype: str) -> Mapping[str, Lazy]:
     if dtype == "keep":
-        return dict(tensors)
+        return tensors
     if dtype not in DTYPES:
         raise UsageError(f"--dtype is {dtype!r}; keep, {', '.join(DTYPES)} can be chosen.")
     out = {}
@@ -189,7 +190,7 @@ def _plan(job: Job, shards: Sequence[Shard], options: Options) -> Plan:
     if needed > free + staged_nbytes(job.output):
         raise WriteError(
             f"{printable(str(job.output))}: {needed:,} bytes are needed but {free:,} are free. "
-            "Free some space, or choose an --output on another disk."
+            "Free some space, or choose an output on another disk."
         )
     count = worker_count(shards, options.workers, _size(options.max_memory, "--max-memory"))
     return Plan(job.output, tuple(shards), nbytes, free, count, memory_estimate(shards, count))
@@ -206,7 +207,7 @@ def _write(
         config = with_dtype(config, TORCH_DTYPES[DTYPES[options.dtype]])
     beside: dict[str, Path | bytes] = dict(job.side_files)
     if config is not None:
-        beside[job.config_name] = json_bytes(config)
+        beside[job.config_name] = b"".join(json_pieces(config))
     with output_folder(
         plan.output, _identity(job, plan, reference, beside, options), overwrite=options.overwrite
     ) as staging:
@@ -227,15 +228,17 @@ def _write(
             )
         report["l2"] = distances.report()
         report["update"] = _update(finished)
-        if len(plan.shards) > 1:
-            beside["model.safetensors.index.json"] = index_bytes(plan.shards)
         _write_beside(beside, staging.folder)
+        names = list(beside)
+        if len(plan.shards) > 1:
+            names.append("model.safetensors.index.json")
+            write_new(staging.folder / names[-1], index_pieces(plan.shards))
         kept = {
             **report,
             "l2_per_tensor": distances.norms(),
-            "digests": _digests(plan.shards, finished, staging.folder, beside, options),
+            "digests": _digests(plan.shards, finished, staging.folder, names, options),
         }
-        write_new(staging.folder / REPORT_NAME, json_bytes(in_the_end(kept, job.started)))
+        write_new(staging.folder / REPORT_NAME, json_pieces(in_the_end(kept, job.started)))
 
 
 def _identity(
@@ -250,9 +253,8 @@ def _identity(
     def recipe() -> Iterator[Any]:
         for shard in plan.shards:
             yield shard.name
-            yield shard.header
-            for name in shard.in_file_order():
-                yield shard.tensors[name]
+            yield shard.header()[0]
+            yield from shard.tensors.values()
         for name, tensor in sorted(reference.items()):
             yield name
             yield tensor
@@ -263,7 +265,7 @@ def _identity(
 
 
 def _write_beside(files: Mapping[str, Path | bytes], folder: Path) -> None:
-    """Write what lies beside the weights; the index comes last."""
+    """Write what lies beside the weights."""
     made: set[Path] = set()
     for name, content in files.items():
         path = folder / name
@@ -272,7 +274,7 @@ def _write_beside(files: Mapping[str, Path | bytes], folder: Path) -> None:
         if isinstance(content, Path):
             copy_file(content, path)
         else:
-            write_new(path, content)
+            write_new(path, [content])
     for path in sorted(made, reverse=True):
         sync_folder(path)
 
@@ -308,7 +310,7 @@ def _digests(
         files[shard.name] = {"bytes": found.nbytes, "digest": found.digest}
         if options.sha256:
             files[shard.name]["sha256"] = found.sha256
-        for place, name in enumerate(shard.in_file_order()):
+        for place, name in enumerate(shard.tensors):
             first = DIGEST_NBYTES * place
             tensors[name] = found.digests[first : first + DIGEST_NBYTES].hex()
     for name in beside:
@@ -324,6 +326,7 @@ def _compared(job: Job, tensors: Mapping[str, Lazy]) -> Distances:
         for name, tensor in tensors.items()
         if (is_comparable(tensor, known[name]) if name in known else job.compares_sources)
     }
-    skipped = sorted((set(known) | set(tensors)) - set(comparable)) if job.l2_from else []
+    both = itertools.chain(known, tensors) if job.l2_from else ()
+    skipped = sorted({name for name in both if name not in comparable})
     zeros = dict.fromkeys(comparable, 0.0)
     return Distances(job.l2_from, zeros, total_parameters(comparable), skipped)

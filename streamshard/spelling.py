@@ -70,7 +70,9 @@ def flat_parts(name: str) -> tuple[str, str, str]:
         return rest, "vision", name.removesuffix(rest)
     if rest.startswith("language_model."):
         tail = rest.removeprefix("language_model.").removeprefix("model.")
-        return f"language_model.model.{tail}", "llm", name.removesuffix(tail)
+        # Most names are flat already, and one object for both saves megabytes.
+        flat = f"language_model.model.{tail}"
+        return name if flat == name else flat, "llm", name.removesuffix(tail)
     return name, "", ""
 
 

@@ -126,7 +126,7 @@ def tidy(target: Path) -> None:
 def _check_free(target: Path, *, overwrite: bool) -> None:
     if exists(target) and not overwrite:
         raise OutputError(
-            f"{printable(str(target))}: exists. Choose another --output, or pass --overwrite."
+            f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
         )
 
 
@@ -224,7 +224,7 @@ def _swap(folder: Path, target: Path, old: Path, *, overwrite: bool) -> None:
             system.rename(old, target)
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise OutputError(
-                f"{printable(str(target))}: appeared while this run was writing. Choose another --output."
+                f"{printable(str(target))}: appeared while this run was writing. Choose another output."
             ) from error
         raise
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from streamshard.errors import nearest
-from streamshard.families import FAMILIES, Row
+from streamshard.families import FAMILIES, OTHER, Row
 from streamshard.spelling import flat_name
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Entry",
     "Holes",
     "Table",
+    "counterparts",
     "expert_names",
     "find",
     "nearest_names",
@@ -85,6 +86,15 @@ def find(table: Table, side: str, name: str) -> tuple[int, int, Holes] | None:
     if match is None or key.count("{}") != len(holes):
         return None
     return (*match, holes)
+
+
+def counterparts(table: Table, side: str, name: str) -> list[str]:
+    """The names of the other side in the row of a name; none if the table has no such name."""
+    match = find(table, side, name)
+    if match is None:
+        return []
+    number, _, holes = match
+    return [other.format(*holes) for other in table.entries[number].names(OTHER[side])]
 
 
 def expert_names(entry: Entry, holes: Holes, experts: int) -> list[str]:

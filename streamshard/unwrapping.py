@@ -104,7 +104,6 @@ def open_wrapped(
     base = dataclasses.replace(
         found,
         tensors={plain: found.tensors[given] for plain, given in inside.base.items()},
-        shard_of={plain: found.shard_of[given] for plain, given in inside.base.items()},
         config=config,
     )
     settings = WrappedSettings(

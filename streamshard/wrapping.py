@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint import Checkpoint, open_checkpoint
@@ -72,7 +71,7 @@ def wrap_lora(
     _check_options(format, ranks, alphas, dropout, seed)
     source = open_checkpoint(base)
     check_base(source.tensors, source.config)
-    check_places(Path(output), [source.path], overwrite=chosen.overwrite)
+    target = check_places(output, [source.path], overwrite=chosen.overwrite)
     layout = layout_of(source.tensors)
     if layout is None:
         raise InputError(
@@ -103,7 +102,7 @@ def wrap_lora(
     }
     job = Job(
         command="wrap-lora",
-        output=Path(output),
+        output=target,
         started=started,
         tensors={},
         shard_of={},
@@ -120,7 +119,7 @@ def wrap_lora(
         job = replace(
             job,
             tensors={name: tensor for name, (tensor, _) in named.items()},
-            shard_of={name: source.shard_of[given[beside]] for name, (_, beside) in named.items()},
+            shard_of={name: source.shard_of(given[beside]) for name, (_, beside) in named.items()},
             metadata=source.metadata,
             config=config,
             side_files=source.side_files,

@@ -8,7 +8,6 @@ order, and what is measured of tensors is summed in the order of the file.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from streamshard.digests import DIGEST_NBYTES, hash_file, new_digest, new_sha256
 from streamshard.distance import squared_distance
 from streamshard.errors import AdapterError, WriteError, printable
 from streamshard.files import ByteRange, OutputFile, disk_free, rename, sync_folder
-from streamshard.format import build_header, total_nbytes, total_parameters
+from streamshard.format import build_header, json_pieces, total_nbytes, total_parameters
 from streamshard.journal import FinishedShard
 from streamshard.staging import Staging
 from streamshard.tensors import (
@@ -35,7 +34,7 @@ from streamshard.tensors import (
 from streamshard.threads import Background, Stop, Stopped, share
 from streamshard.updates import TILE_ROWS
 
-__all__ = ["Shard", "index_bytes", "plan_shards", "write_shards"]
+__all__ = ["Shard", "index_pieces", "plan_shards", "write_shards"]
 
 # Measured on ext4: writes of 256 KB were fastest, 2 MB and more three times slower.
 WRITE_BYTES = 256 * 1024
@@ -47,21 +46,24 @@ Progress: TypeAlias = Callable[[int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file: its header, and where each tensor's data begins."""
+    """One output file: its tensors in the order of their bytes, its metadata, its header's length."""
 
     name: str
-    header: bytes
     tensors: Mapping[str, Lazy]
-    begins: Mapping[str, int]
+    metadata: Mapping[str, str]
+    header_nbytes: int
 
     @property
     def nbytes(self) -> int:
         """Length of the file."""
-        return len(self.header) + total_nbytes(self.tensors)
+        return self.header_nbytes + total_nbytes(self.tensors)
 
-    def in_file_order(self) -> tuple[str, ...]:
-        """Names of the tensors in the order of their bytes."""
-        return tuple(sorted(self.tensors, key=self.begins.__getitem__))
+    def header(self) -> tuple[bytes, dict[str, int]]:
+        """The first bytes of the file, and where each tensor's data begins, in that order.
+
+        Built each time: those of all shards of a large model together have many megabytes.
+        """
+        return build_header(self.tensors, self.metadata)
 
 
 def plan_shards(
@@ -103,13 +105,15 @@ def plan_shards(
     shards = []
     for file, members in sorted(files.items()):
         # Loaders up to transformers 4.57 fail without a format.
-        header, begins = build_header(members, {"format": "pt", **metadata.get(file, {})})
-        shards.append(Shard(file, header, members, begins))
+        entries = {"format": "pt", **metadata.get(file, {})}
+        header, begins = build_header(members, entries)
+        ordered = {name: members[name] for name in begins}
+        shards.append(Shard(file, ordered, entries, len(header)))
     return shards
 
 
-def index_bytes(shards: Sequence[Shard]) -> bytes:
-    """`model.safetensors.index.json` as transformers writes it."""
+def index_pieces(shards: Sequence[Shard]) -> Iterator[bytes]:
+    """`model.safetensors.index.json` as transformers writes it, in pieces."""
     index = {
         "metadata": {
             "total_parameters": sum(total_parameters(shard.tensors) for shard in shards),
@@ -117,7 +121,7 @@ def index_bytes(shards: Sequence[Shard]) -> bytes:
         },
         "weight_map": {name: shard.name for shard in shards for name in shard.tensors},
     }
-    return (json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return json_pieces(index, sort_keys=True)
 
 
 class _Open:
@@ -131,7 +135,8 @@ class _Open:
                 "are free. Free some space."
             )
         self.shard = shard
-        self.names = shard.in_file_order()
+        self.header, self.begins = shard.header()
+        self.names = tuple(self.begins)
         self.left = len(self.names)
         self.digests = bytearray(DIGEST_NBYTES * self.left)
         self.measured: dict[int, tuple[float, Change]] = {}
@@ -157,7 +162,7 @@ class _Open:
         return FinishedShard(
             self.shard.name,
             self.shard.nbytes,
-            shard_digest(self.shard.header, bytes(self.digests)),
+            shard_digest(self.header, bytes(self.digests)),
             bytes(self.digests),
             squared,
             change,
@@ -190,7 +195,7 @@ class _Run:
         for shard in shards:
             opened = _Open(shard, self.staging.folder)
             self.opened.add(opened)
-            opened.output.write(memoryview(shard.header), 0)
+            opened.output.write(memoryview(opened.header), 0)
             for place in range(len(opened.names)):
                 yield opened, place
 
@@ -198,7 +203,7 @@ class _Run:
         """Write one tensor."""
         opened, place = item
         name, output = opened.names[place], opened.output
-        tensor, begin = opened.shard.tensors[name], opened.shard.begins[name]
+        tensor, begin = opened.shard.tensors[name], opened.begins[name]
         reference = None if self.reference is None else self.reference.get(name)
         digest, distance = new_digest(), 0.0
         work.change = Change()
@@ -221,11 +226,11 @@ class _Run:
 
     def tell(self, output: OutputFile, name: str, offset: int, nbytes: int) -> None:
         """Have the disk begin with a range that was written, and tell the progress."""
-        if nbytes:
+        if nbytes >= WRITE_BYTES:  # 40,000 small ones would make a long queue
             self.background.add(partial(output.begin_sync, offset, nbytes))
-            if self.progress is not None:
-                with self.lock:
-                    self.progress(nbytes, name)
+        if nbytes and self.progress is not None:
+            with self.lock:
+                self.progress(nbytes, name)
 
     def finish(self, opened: _Open) -> None:
         """Wait until the disk has a shard, give it its name, and note it in the journal."""

@@ -91,7 +91,7 @@ ALLOWED = {
         "threads",
         "writer",
     },
-    "conversion": {"checkpoint", "errors", "families", "layouts", "tensors"},
+    "conversion": {"checkpoint", "errors", "families", "layouts", "tables", "tensors"},
     "run": {
         "arithmetic",
         "digests",
