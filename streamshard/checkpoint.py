@@ -14,7 +14,8 @@ from typing import Any
 
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.files import read_bytes, reading
-from streamshard.format import Header, parse_json, read_header
+from streamshard.format import Header, read_header
+from streamshard.strict_json import parse_json
 from streamshard.tensors import Lazy, Stored
 
 __all__ = [
