@@ -61,7 +61,7 @@ def parse_small(text: bytes) -> Any:
     """
     if b"-" in text:
         raise ValueError("a minus sign has no place there")
-    content, end = _DECODER.raw_decode(text.decode("ascii"))
+    content, end = _SMALL.raw_decode(text.decode("ascii"))
     if end != len(text):
         raise ValueError("something follows the value")
     return content
@@ -121,6 +121,19 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"the constant {name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(
+def _whole(text: str) -> int:
+    # What a double holds: nobody further on must think of larger ones.
+    if len(text) > 300:
+        raise ValueError(f"a number of {len(text):,} digits is too large")
+    return int(text)
+
+
+_SMALL = json.JSONDecoder(
     object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique,
+    parse_constant=_no_constant,
+    parse_float=_finite,
+    parse_int=_whole,
 )

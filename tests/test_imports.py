@@ -22,7 +22,8 @@ ALLOWED = {
     "errors": set(),
     "families": {"errors"},
     "files": {"errors"},
-    "peft_config": {"errors"},
+    "patterns": set(),
+    "peft_config": {"errors", "patterns"},
     "spelling": {"errors"},
     "strict_json": {"errors"},
     "tables": {"errors", "families", "spelling"},
@@ -220,6 +221,7 @@ PURE = {
     "experts",
     "ties",
     "hazards",
+    "patterns",
     "peft_config",
     "distance",
     "arithmetic",
@@ -240,7 +242,9 @@ LOW = {
     "updates",
     "format",
     "lora",
+    "patterns",
     "peft_config",
+    "strict_json",
     *NAMES,
 }
 
