@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint import TOKENIZER, Checkpoint, read_json_object
+from streamshard.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER, Checkpoint, read_json_object
 from streamshard.errors import InputError, UsageError, listed, printable
 from streamshard.families import (
     INNER,
@@ -340,7 +340,7 @@ def _image_token_id(source: Checkpoint) -> int:
             if isinstance(entry, dict) and entry.get("content") == token and number.isdigit():
                 found = int(number)
     if found is None and "tokenizer.json" in files:
-        entries = read_json_object(files["tokenizer.json"]).get("added_tokens")
+        entries = read_json_object(files["tokenizer.json"], MAX_TOKENIZER_BYTES).get("added_tokens")
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and entry.get("content") == token:
                 found = entry.get("id")

@@ -256,7 +256,9 @@ def _chooses_layers(config: Mapping[str, Any]) -> bool:
 def _version(value: object, where: str) -> Version | None:
     if value is None:
         return None
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", value) if isinstance(value, str) else None
+    match = (
+        re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", value) if isinstance(value, str) else None
+    )
     if match is None:
         raise AdapterError(
             f"{where}: peft_version is {printable(repr(value), 60)}; a version like '0.18.0' was "

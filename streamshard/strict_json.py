@@ -14,10 +14,10 @@ __all__ = ["MAX_DEPTH", "MAX_VALUES", "parse_json", "parse_prefix", "parse_small
 MAX_DEPTH = (
     64  # real configs have 5; what later walks a config by recursion stays far from its limit
 )
-MAX_VALUES = 4_000_000  # the largest tokenizer.json have 1.5 million, the largest index 40,000
+MAX_VALUES = 500_000  # the index of the largest InternVL has 40,000
 
 
-def parse_json(text: bytes, where: str, *, max_values: int = MAX_VALUES) -> Any:
+def parse_json(text: bytes, where: str, max_values: int = MAX_VALUES) -> Any:
     """JSON of an untrusted file; raises `InputError` for what is no strict, plain JSON.
 
     Duplicate keys, NaN, numbers that no double holds, lone surrogates, more than `MAX_DEPTH` levels
