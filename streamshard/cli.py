@@ -21,7 +21,7 @@ import click
 
 import streamshard
 from streamshard import __version__, texts
-from streamshard.errors import StreamshardError, WriteError
+from streamshard.errors import StreamshardError, WriteError, escaped
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -453,11 +453,13 @@ class _Screen:
     def progress(self, nbytes: int, name: str) -> None:
         """Move the progress bar."""
         if self._bar is not None:
-            self._bar.set_postfix({"tensor": name[-40:]}, refresh=False)
+            self._bar.set_postfix({"tensor": escaped(name[-40:])}, refresh=False)
             self._bar.update(nbytes)
 
     def result(self, report: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> None:
         """Print the report, as JSON or as `text` puts it."""
+        if not self._as_json:
+            report = texts.printable_report(report)
         if not self._as_json and not self._quiet:
             for warning in report["warnings"]:
                 click.echo(f"warning: {warning}", err=True)
@@ -572,14 +574,15 @@ def main(command: click.Command = cli) -> None:
     except StreamshardError as error:
         if verbose:
             traceback.print_exc()
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {escaped(str(error))}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
         if verbose:
             raise
         click.echo(
-            f"error: unexpected {type(error).__name__}: {error}\nThis is a bug in streamshard: please "
-            "report it with the output of the same command and --verbose.",
+            f"error: unexpected {type(error).__name__}: {escaped(str(error))}\n"
+            "This is a bug in streamshard: please report it with the output of the same command "
+            "and --verbose.",
             err=True,
         )
         sys.exit(1)

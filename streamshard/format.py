@@ -23,7 +23,7 @@ from streamshard.files import reading
 from streamshard.strict_json import parse_prefix, parse_small
 from streamshard.tensors import DTYPE_BITS, Lazy, Stored
 
-__all__ = ["Header", "build_header", "read_header"]
+__all__ = ["Header", "build_header", "header_text", "parse_header", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # What the hub's parser reads; what is written shall be read by both.
@@ -43,7 +43,6 @@ _NAME = re.compile(
 )
 _BODY = re.compile(rb"\{[^{}]{0,4096}\}")
 _NEXT = re.compile(rb"[ \t\n\r]*([,}])")
-_NOT_SPACE = re.compile(rb"[^ ]")
 _ORDER = {name: place for place, name in enumerate(DTYPE_BITS)}
 
 
@@ -61,8 +60,8 @@ def read_header(path: Path) -> Header:
     Raises `InputError` if any rule of the format is broken, `ReadError` if the file cannot be
     read.
     """
-    text, file_nbytes = _read(path)
-    header = _parse(path, text, 8 + len(text), file_nbytes)
+    text, file_nbytes = header_text(path)
+    header = parse_header(path, text, file_nbytes)
     del text  # the official parser maps it once more
     _ask_official_parser(path)
     return header
@@ -103,8 +102,8 @@ def build_header(
     return struct.pack("<Q", len(text)) + text, {n: first + at for n, at in begins.items()}
 
 
-def _read(path: Path) -> tuple[bytes, int]:
-    """The JSON of a file's header, and the size of the file."""
+def header_text(path: Path) -> tuple[bytes, int]:
+    """The JSON of a file's header, not yet looked at, and the size of the file."""
     with reading(path), path.open("rb") as file:
         file_nbytes = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -121,12 +120,13 @@ def _read(path: Path) -> tuple[bytes, int]:
     return text, file_nbytes
 
 
-def _parse(path: Path, text: bytes, data_start: int, file_nbytes: int) -> Header:
-    """What the JSON of a header says.
+def parse_header(path: Path, text: bytes, file_nbytes: int) -> Header:
+    """What the JSON of a header says, by our own rules alone; raises `InputError`.
 
     Entry by entry, so that neither time nor memory depends on what a hostile header nests or
     repeats; each entry is small, and what the first wrong one costs is all that is spent.
     """
+    data_start = 8 + len(text)
     metadata: dict[str, str] | None = None
     parsed: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
     for name, value in _entries(path, text):
@@ -184,7 +184,7 @@ def _entries(path: Path, text: bytes) -> Iterator[tuple[str, Any]]:
         if following is None:
             raise _not_json(path, at, "',' or '}' was expected")
         at, mark = following.end(), following[1]
-    if _NOT_SPACE.search(text, at):
+    if any(text[start : start + 65536].strip(b" ") for start in range(at, len(text), 65536)):
         raise _broken(path, "has a header whose JSON does not end with '}' and spaces")
 
 

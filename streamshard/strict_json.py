@@ -61,7 +61,10 @@ def parse_small(text: bytes) -> Any:
     """
     if b"-" in text:
         raise ValueError("a minus sign has no place there")
-    content, end = _SMALL.raw_decode(text.decode("ascii"))
+    try:
+        content, end = _SMALL.raw_decode(text.decode("ascii"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if end != len(text):
         raise ValueError("something follows the value")
     return content

@@ -18,9 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-import streamshard.format
 from streamshard.errors import InputError, ReadError
-from streamshard.format import Header, build_header, read_header
+from streamshard.format import Header, build_header, header_text, parse_header, read_header
 from streamshard.tensors import DTYPE_BITS, Stored
 
 
@@ -99,6 +98,8 @@ CASES = [
     Case("nan", file(RAW % ("[NaN]", "[0,8]")), official=False, message="NaN"),
     Case("deep", file('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"),
          official=False, message="'a' must have"),
+    Case("deep-entry", file(RAW % ("[" * 2000 + "]" * 2000, "[0,8]")),
+         official=False, message="nested"),
     Case("inner-spaces", file(json.dumps({"a": entry()}, indent=2)), official=True, message=None),
     # entries
     Case("no-tensors", file("{}", 0), official=True, message=None),
@@ -285,8 +286,8 @@ CASES = [
 
 def ours_alone(path: Path) -> Header:
     """What our own parser says: nothing is left to the official one."""
-    text, file_nbytes = streamshard.format._read(path)
-    return streamshard.format._parse(path, text, 8 + len(text), file_nbytes)
+    text, file_nbytes = header_text(path)
+    return parse_header(path, text, file_nbytes)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -198,7 +198,7 @@ ALLOWED = {
         "wrapped",
     },
     "live": {"errors", "families", "injection"},
-    "texts": set(),
+    "texts": {"errors"},
     "cli": {"errors", "inspection", "texts"},
     "__main__": {"cli"},
     "__init__": set(),
