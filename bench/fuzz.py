@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -22,12 +23,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 MAX_SECONDS = 1.0
 MAX_BYTES = 200_000_000
+LARGEST = 99_999_000  # just below what the format allows
 
 DTYPES = {"BOOL": 8, "U8": 8, "F4": 4, "F6_E2M3": 6, "F8_E4M3": 8, "BF16": 16, "F32": 32, "I64": 64}
 NAMES = ["", "a", "b", "model.layers.0.q_proj.weight", "ä", "😀", "\n", '"\\', "../x", "\x00", "}{"]
@@ -118,9 +120,9 @@ def _change_text(rng: random.Random, text: bytearray) -> None:
         text[at : at + 1] = rng.randbytes(rng.randrange(3))
 
 
-def _large(rng: random.Random) -> tuple[bytes, int]:
+def _large(rng: random.Random, largest: int) -> tuple[bytes, int]:
     """A header of many megabytes that repeats something."""
-    nbytes = rng.choice([10**6, 10**7, 99_999_000])
+    nbytes = largest // rng.choice([1, 10, 100])
     entry = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     before, part, after = rng.choice(
         [
@@ -150,11 +152,11 @@ def _large(rng: random.Random) -> tuple[bytes, int]:
     return before + part * (nbytes // len(part)) + after, 0
 
 
-def mutant(seed: int, number: int, large: float) -> bytes:
-    """The file of this number; `large` is the share of headers of many megabytes."""
+def mutant(seed: int, number: int, large: float, largest: int = LARGEST) -> bytes:
+    """The file of this number; `large` is the share of headers of up to `largest` bytes."""
     rng = random.Random(f"{seed}-{number}")
     if rng.random() < large:
-        made, end = _large(rng)
+        made, end = _large(rng, largest)
         text = bytearray(made)
     else:
         header, end = valid(rng)
@@ -190,63 +192,75 @@ def mutant(seed: int, number: int, large: float) -> bytes:
     return content
 
 
-def judge(path: Path) -> tuple[str, list[str], float, int]:
-    """Who takes a file ("both", "neither", "theirs" or "ours"), what is wrong; our seconds and bytes."""
-    from safetensors import SafetensorError, safe_open
-
+def ours(path: Path) -> dict[str, Any]:
+    """What our parser alone and `read_header` say of a file, and what that took."""
     from streamshard import format as own
     from streamshard.errors import InputError, ReadError
 
-    def alone() -> own.Header:
-        text, file_nbytes = own.header_text(path)
-        return own.parse_header(path, text, file_nbytes)
-
-    problems: list[str] = []
-    found: dict[str, Any] = {}
-    longest = 0.0
-    forget_peak()
     parsers: dict[str, Callable[[], own.Header]] = {
-        "our parser alone": alone,
+        "our parser alone": lambda: own.parse_header(path, *own.header_text(path)),
         "read_header": lambda: own.read_header(path),
     }
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    longest = 0.0
+    forget_peak()
     for name, parse in parsers.items():
         started = time.process_time()
         try:
             header = parse()
-            found[name] = (
-                {n: (t.dtype, t.shape) for n, t in header.tensors.items()},
-                header.metadata,
-            )
+            found[name] = _content(header.tensors, header.metadata)
             del header
         except (InputError, ReadError) as error:
             if not str(error).isprintable() or len(str(error)) > 2000:
                 problems.append(f"{name}: the message is not printable")
         except BaseException as error:  # noqa: BLE001 - that is what is looked for
             problems.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
-        seconds = time.process_time() - started
-        longest = max(longest, seconds)
-        if seconds > MAX_SECONDS:
-            problems.append(f"{name}: {seconds:.1f} s")
-    peak = peak_rss()  # the official parser's own use is not ours
-    official = None
+        longest = max(longest, time.process_time() - started)
+    if longest > MAX_SECONDS:
+        problems.append(f"{longest:.1f} s")
+    if peak_rss() > MAX_BYTES:
+        problems.append(f"{peak_rss():,} bytes resident")
+    return {"found": found, "problems": problems, "seconds": longest, "peak": peak_rss()}
+
+
+def official(path: Path) -> str | None:
+    """What the official parser says of a file; None if it refuses it."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="np") as opened:
-            if found:
-                slices = {n: opened.get_slice(n) for n in opened.keys()}  # noqa: SIM118
-                tensors = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-                official = tensors, opened.metadata() or {}
-            else:
-                official = {}, {}
+            names = list(opened.keys())
+            if len(names) > 100_000:
+                return "too many to look at"
+            slices = {name: opened.get_slice(name) for name in names}
+            return _content(slices, opened.metadata() or {})
     except (SafetensorError, OSError):
-        pass
-    for name, ours in found.items():
-        if official is None:
+        return None
+
+
+def _content(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """A digest of what a header says, the same for both parsers."""
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        dtype = tensor.dtype if hasattr(tensor, "dtype") else tensor.get_dtype()
+        shape = tensor.shape if hasattr(tensor, "shape") else tensor.get_shape()
+        digest.update(repr((name, dtype, list(shape))).encode())
+    return digest.hexdigest()
+
+
+def judged(mine: Mapping[str, Any], theirs: str | None) -> tuple[str, list[str]]:
+    """Who takes a file ("both", "neither", "theirs" or "ours"), and what is wrong."""
+    problems = list(mine["problems"])
+    for name, found in mine["found"].items():
+        if theirs is None:
             problems.append(f"{name}: takes what safetensors refuses")
-        elif ours != official:
+        elif found != theirs:
             problems.append(f"{name}: reads something else than safetensors")
-    if found:
-        return ("both" if official is not None else "ours"), problems, longest, peak
-    return ("neither" if official is None else "theirs"), problems, longest, peak
+    if mine["found"]:
+        return "ours" if theirs is None else "both", problems
+    return "neither" if theirs is None else "theirs", problems
 
 
 def peak_rss() -> int:
@@ -265,43 +279,68 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def serve(path: Path) -> None:
+def serve(who: str, path: Path) -> None:
     """Judge the file at `path` whenever a line comes in; each answer is a line of JSON."""
+    judge = {"ours": ours, "official": official}[who]
     for _ in sys.stdin:
         print(json.dumps(judge(path)), flush=True)
 
 
-def run(count: int, seed: int, large: float, *, verbose: bool = True) -> dict[str, Any]:
-    """Judge `count` files in a process of its own; the result has the violations."""
+class Judge:
+    """A process that judges one file after the other: what one parser uses is not the other's."""
+
+    def __init__(self, who: str, path: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", who, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+
+    def begin(self) -> None:
+        """Ask."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+
+    def answer(self) -> Any:
+        """Wait for the answer; raises `ValueError` if the process died."""
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def run(
+    count: int, seed: int, large: float, largest: int = LARGEST, *, verbose: bool = True
+) -> dict[str, Any]:
+    """Judge `count` files; the result has the violations."""
     counts: Counter[str] = Counter()
     violations: list[str] = []
     slowest = 0.0
     peak = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        command = [sys.executable, __file__, "--serve", str(path)]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        ) as child:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            for number in range(count):
-                path.write_bytes(mutant(seed, number, large))
-                child.stdin.write("\n")
-                answer = child.stdout.readline()
-                if not answer:
-                    violations.append(f"file {number}: the process died")
-                    break
-                kind, problems, seconds, resident = json.loads(answer)
-                counts[kind] += 1
-                peak = max(peak, resident)
-                if resident > MAX_BYTES:
-                    problems.append(f"{resident:,} bytes resident")
-                slowest = max(slowest, seconds)
-                violations += [f"file {number}: {problem}" for problem in problems]
-                if verbose and (number + 1) % 10_000 == 0:
-                    print(f"{number + 1:,} files, {len(violations)} violations", file=sys.stderr)
-            child.stdin.close()
+        judges = [Judge(who, path) for who in ("ours", "official")]
+        for number in range(count):
+            path.write_bytes(mutant(seed, number, large, largest))
+            for judge in judges:
+                judge.begin()
+            try:
+                mine, theirs = (judge.answer() for judge in judges)
+            except ValueError:
+                violations.append(f"file {number}: a process died")
+                break
+            kind, problems = judged(mine, theirs)
+            counts[kind] += 1
+            slowest, peak = max(slowest, mine["seconds"]), max(peak, mine["peak"])
+            violations += [f"file {number}: {problem}" for problem in problems]
+            if verbose and (number + 1) % 10_000 == 0:
+                print(f"{number + 1:,} files, {len(violations)} violations", file=sys.stderr)
+        for judge in judges:
+            judge.close()
     return {
         "files": sum(counts.values()),
         "seed": seed,
@@ -321,10 +360,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--large", type=float, default=0.001, help="share of headers of many MB")
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve is not None:
-        serve(options.serve)
+        serve(options.serve[0], Path(options.serve[1]))
         return
     result = run(options.count, options.seed, options.large)
     print(json.dumps(result | {"violations": result["violations"][:50]}, indent=2))
