@@ -574,7 +574,8 @@ def main(command: click.Command = cli) -> None:
     except StreamshardError as error:
         if verbose:
             traceback.print_exc()
-        click.echo(f"error: {escaped(str(error))}", err=True)
+        lines = map(escaped, str(error).split("\n"))
+        click.echo("error: " + "\n".join(lines), err=True)
         sys.exit(error.exit_code)
     except Exception as error:
         if verbose:

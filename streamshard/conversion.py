@@ -248,8 +248,9 @@ def _compare_configs(custom: Checkpoint, hf: Checkpoint, path: Path) -> None:
     for key, left, right in pairs:
         if left is not None and right is not None and left != right:
             raise InputError(
-                f"{printable(str(path))}: is of another model: {key} is {left} in the custom config but "
-                f"{right} in the HF config, and the weights were trained with one of them. Give the "
+                f"{printable(str(path))}: is of another model: {key} is "
+                f"{printable(str(left))} in the custom config but {printable(str(right))} in the HF "
+                "config, and the weights were trained with one of them. Give the "
                 "reference of the same model, or make the configs agree."
             )
 
@@ -359,7 +360,8 @@ def _rope_warnings(source: Checkpoint, reference: Checkpoint) -> list[str]:
     one, other = _rope_scaling(source.config), _rope_scaling(reference.config)
     if one == other:
         return []
-    return [f"rope_scaling is {one} in the source but {other} in the reference, which is written"]
+    mine, theirs = printable(str(one)), printable(str(other))
+    return [f"rope_scaling is {mine} in the source but {theirs} in the reference, which is written"]
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> tuple[Any, Any] | None:

@@ -295,20 +295,24 @@ def _token_indices(value: object, where: str, kind: str = "LORA") -> dict[str, t
 
 def _rank(value: object, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise AdapterError(f"{where} is {value!r}; a positive whole number was expected.")
+        found = printable(repr(value), 60)
+        raise AdapterError(f"{where} is {found}; a positive whole number was expected.")
     return value
 
 
 def _alpha(value: object, where: str) -> float:
     # PEFT takes 8 where lora_alpha is missing; a guess has no place in a merge.
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise AdapterError(f"{where} is {value!r}; a number was expected. Add it to the config.")
+    # What fp32 does not hold would make infinite updates.
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 2.0**127:
+        found = printable(repr(value), 60)
+        raise AdapterError(f"{where} is {found}; a number was expected. Add it to the config.")
     return float(value)
 
 
 def _flag(value: object, where: str) -> bool:
     if value is not None and not isinstance(value, bool):
-        raise AdapterError(f"{where} is {value!r}; true or false was expected.")
+        found = printable(repr(value), 60)
+        raise AdapterError(f"{where} is {found}; true or false was expected.")
     return bool(value)
 
 

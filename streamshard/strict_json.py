@@ -73,7 +73,7 @@ def parse_small(text: bytes) -> Any:
 def _check(content: Any) -> None:
     """Raise `ValueError` for too many levels, or for strings that are no text."""
     level = [content]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         inner: list[Any] = []
         for value in level:
             if isinstance(value, dict):
