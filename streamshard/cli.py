@@ -577,6 +577,15 @@ def main(command: click.Command = cli) -> None:
         lines = map(escaped, str(error).split("\n"))
         click.echo("error: " + "\n".join(lines), err=True)
         sys.exit(error.exit_code)
+    except MemoryError as error:
+        if verbose:
+            traceback.print_exc()
+        click.echo(
+            f"error: not enough memory: {escaped(str(error))}\nNothing was written. Give it more, or "
+            "fewer --workers.",
+            err=True,
+        )
+        sys.exit(1)
     except Exception as error:
         if verbose:
             raise
