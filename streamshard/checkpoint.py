@@ -31,6 +31,7 @@ __all__ = [
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 10_000_000  # the index of the largest InternVL has 4 MB
+MAX_RECORD_BYTES = 50_000_000  # our own report has a few lines for each of 40,000 tensors
 MAX_TOKENIZER_BYTES = 50_000_000  # the largest tokenizer.json have 28 MB
 
 # What a training run or another tool leaves beside the weights and a loadable folder must not have.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint import (
+    MAX_RECORD_BYTES,
     TOKENIZER,
     AdapterFolder,
     Checkpoint,
@@ -318,9 +319,9 @@ def _check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> Non
     record = source.path / REPORT_NAME
     if not record.is_file():
         return
-    earlier = read_json_object(record).get("adapters")
+    earlier = read_json_object(record, MAX_RECORD_BYTES).get("adapters")
     known = (
-        {e.get("digest") for e in earlier if isinstance(e, dict)}
+        {str(e.get("digest")) for e in earlier if isinstance(e, dict)}
         if isinstance(earlier, list)
         else ()
     )

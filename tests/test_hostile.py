@@ -583,3 +583,17 @@ def test_huge_numbers_in_the_adapter_config(pair):
                 merge_lora(base=pair.base, adapter=pair.adapter, output=pair.output, dry_run=True)
             except AdapterError as error:
                 assert field in str(error) or "says" in str(error) or "row" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("digest", [[], {}, 1, None, "x"])
+def test_any_record_of_earlier_merges(digest, pair):
+    (pair.base / "streamshard.json").write_text(json.dumps({"adapters": [{"digest": digest}, 1]}))
+    only_our_errors(
+        merge_lora, base=pair.base, adapter=pair.adapter, output=pair.output, dry_run=True
+    )
+
+
+def test_a_record_of_many_tensors_is_read(pair):
+    norms = {f"model.layers.{n}.mlp.experts.1.gate_proj.weight" * 3: 0.5 for n in range(80_000)}
+    (pair.base / "streamshard.json").write_text(json.dumps({"l2_per_tensor": norms}, indent=2))
+    merge_lora(base=pair.base, adapter=pair.adapter, output=pair.output, dry_run=True)

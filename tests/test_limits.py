@@ -76,12 +76,12 @@ merge_lora(
 
 
 def test_too_little_memory_is_said(pair, cli, monkeypatch):
-    import streamshard.commands
+    import streamshard.merging
 
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError("Unable to allocate 9 GB")
 
-    monkeypatch.setattr(streamshard.commands, "merge_lora", fail)
+    monkeypatch.setattr(streamshard.merging, "merge_lora", fail)
     outcome = cli(*pair.command)
     assert outcome.code == 1
     assert "not enough memory: Unable to allocate 9 GB" in outcome.err
