@@ -550,7 +550,7 @@ def run_upstream(function: str, description: str | None) -> None:
 
 def _say_ended(how: str, error: BaseException) -> None:
     # Whoever was writing has added what is kept.
-    left = str(error) or "Nothing was written: run the same command again."
+    left = escaped(str(error)) or "Nothing was written: run the same command again."
     click.echo(f"{how}. {left}", err=True)
 
 
@@ -581,8 +581,8 @@ def main(command: click.Command = cli) -> None:
         if verbose:
             traceback.print_exc()
         click.echo(
-            f"error: not enough memory: {escaped(str(error))}\nNothing was written. Give it more, or "
-            "fewer --workers.",
+            f"error: not enough memory: {escaped(str(error))}\n"
+            "There is no output. Run it again with more memory or fewer --workers.",
             err=True,
         )
         sys.exit(1)
