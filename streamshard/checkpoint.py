@@ -14,7 +14,8 @@ from typing import Any
 
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.files import read_bytes, reading
-from streamshard.format import Header, parse_json, read_header
+from streamshard.format import Header, read_header
+from streamshard.strict_json import parse_json
 from streamshard.tensors import Lazy, Stored
 
 __all__ = [
@@ -29,7 +30,9 @@ __all__ = [
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_JSON_BYTES = 50_000_000
+MAX_JSON_BYTES = 10_000_000  # the index of the largest InternVL has 4 MB
+MAX_RECORD_BYTES = 50_000_000  # our own report has a few lines for each of 40,000 tensors
+MAX_TOKENIZER_BYTES = 50_000_000  # the largest tokenizer.json have 28 MB
 
 # What a training run or another tool leaves beside the weights and a loadable folder must not have.
 _NOT_CARRIED = re.compile(
@@ -94,6 +97,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_weights: bool = True)
         if path.is_file():
             header = read_header(path)
             return _checkpoint(path, {path.name: header}, None, {})
+        if not path.is_dir():
+            raise InputError(f"{printable(str(path))}: is neither a file nor a folder.")
         config = _read_config(path)
         if not needs_weights and not any(path.glob("*.safetensors")):
             return Checkpoint(path, {}, {}, config, _side_files(path))
@@ -121,7 +126,7 @@ def _open_adapter(path: Path) -> AdapterFolder:
         path = path.parent
     if not path.is_dir():
         raise _no_such(path, "adapter folder")
-    if not (path / "adapter_config.json").is_file():
+    if not _has(path / "adapter_config.json"):
         inner = sorted(found.parent.name for found in path.glob("*/adapter_config.json"))
         hint = (
             f"Adapters lie in its sub-folders {listed(inner)}: give one of these."
@@ -131,9 +136,9 @@ def _open_adapter(path: Path) -> AdapterFolder:
         raise InputError(f"{printable(str(path))}: has no adapter_config.json. {hint}")
     config = read_json_object(path / "adapter_config.json")
     file = path / "adapter_model.safetensors"
-    if file.is_file():
+    if _has(file):
         tensors: Mapping[str, Lazy] = read_header(file).tensors
-    elif (path / "adapter_model.bin").is_file():
+    elif _has(path / "adapter_model.bin"):
         file = path / "adapter_model.bin"
         tensors = _unpickle(file)
     else:
@@ -155,13 +160,13 @@ def _no_such(path: Path, what: str) -> InputError:
 
 def _find_weights(folder: Path) -> Path:
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
-    if index.is_file() and single.is_file():
+    if _has(index) and _has(single):
         raise InputError(
             f"{printable(str(folder))}: has both {INDEX_NAME} and {SINGLE_NAME}, and loaders "
             "disagree on which counts. Remove the stale one."
         )
     for found in (index, single):
-        if found.is_file():
+        if _has(found):
             return found
     others = sorted(
         p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_") and p.is_file()
@@ -199,7 +204,7 @@ def _open_index(index: Path) -> dict[str, Header]:
     for name in sorted(set(weight_map.values())):
         _check_file_name(where, name)
         file = index.parent / name
-        if not file.is_file():
+        if not _has(file):
             raise InputError(
                 f"{where}: names '{printable(name)}', which is not in the folder. "
                 "The checkpoint is incomplete: fetch or copy that file."
@@ -223,7 +228,7 @@ def _open_index(index: Path) -> dict[str, Header]:
 
 def _check_file_name(where: str, name: str) -> None:
     # Plain names only: no folder, drive or parent can be expressed, on any platform.
-    if not re.fullmatch(r"[^/\\:\x00-\x1f]+\.safetensors", name):
+    if not re.fullmatch(r"[^/\\:\x00-\x1f]{1,200}\.safetensors", name):
         raise InputError(
             f"{where}: names the file '{printable(name)}'; only .safetensors files of the same "
             "folder are allowed. The index is damaged or hostile."
@@ -261,11 +266,8 @@ def _side_files(folder: Path) -> dict[str, Path]:
             file = Path(parent, name)
             if _NOT_CARRIED.fullmatch(name):
                 continue
-            if file.is_symlink() and not file.exists():
-                raise InputError(
-                    f"{printable(str(file))}: is a link to nothing. Fetch the file or remove the link."
-                )
-            if file.is_file():
+            if _has(file):
+                _check_link(folder, file)
                 found[file.relative_to(folder).as_posix()] = file
     return found
 
@@ -274,21 +276,59 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     """The tokenizer's files of a folder, by name."""
     with reading(folder):
         found = sorted(path for path in folder.iterdir() if TOKENIZER.fullmatch(path.name))
-        return {path.name: path for path in found if path.is_file()}
+        for path in filter(_has, found):
+            _check_link(folder, path)
+        return {path.name: path for path in found}
 
 
 def _raise(error: OSError) -> None:
     raise error
 
 
+def _has(file: Path) -> bool:
+    """Whether there is a file of this name, also through a link.
+
+    Raises `InputError` if the name is taken by something that cannot be read like a file: a folder,
+    a pipe or device, which would hang, or a link that leads nowhere.
+    """
+    if file.is_file():
+        return True
+    if file.is_symlink() and not file.exists():
+        raise InputError(
+            f"{printable(str(file))}: is a link to nothing. Fetch the file or remove the link."
+        )
+    if file.exists():
+        kind = "a folder" if file.is_dir() else "a pipe, socket or device"
+        raise InputError(f"{printable(str(file))}: is {kind}; a file was expected. Remove it.")
+    return False
+
+
+def _check_link(folder: Path, file: Path) -> None:
+    """Refuse to carry what lies elsewhere: a hostile folder may link to anyone's secrets."""
+    if not file.is_symlink():
+        return
+    target = file.resolve()
+    blobs = target.parent  # where the hub's cache keeps what the links in its snapshots lead to
+    if target.is_relative_to(folder.resolve()) or (
+        blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir()
+    ):
+        return
+    raise InputError(
+        f"{printable(str(file))}: is a link to {printable(str(target))}, outside of the folder and "
+        "of the hub's cache, and would be copied into the output. If that is meant, put the file "
+        "itself there (cp -L)."
+    )
+
+
 def _read_config(folder: Path) -> dict[str, Any] | None:
     file = folder / "config.json"
-    return read_json_object(file) if file.is_file() else None
+    return read_json_object(file) if _has(file) else None
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in an untrusted file; raises `InputError` if it is none."""
-    content = parse_json(read_bytes(file, MAX_JSON_BYTES), printable(str(file)))
+    # Text of real files has more bytes a value.
+    content = parse_json(read_bytes(file, max_bytes), printable(str(file)), max_bytes // 20)
     if not isinstance(content, dict):
         raise InputError(f"{printable(str(file))}: is not a JSON object.")
     return content

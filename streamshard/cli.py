@@ -21,7 +21,7 @@ import click
 
 import streamshard
 from streamshard import __version__, texts
-from streamshard.errors import StreamshardError, VerificationError, WriteError
+from streamshard.errors import StreamshardError, VerificationError, WriteError, escaped
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -493,11 +493,13 @@ class _Screen:
     def progress(self, nbytes: int, name: str) -> None:
         """Move the progress bar."""
         if self._bar is not None:
-            self._bar.set_postfix({"tensor": name[-40:]}, refresh=False)
+            self._bar.set_postfix({"tensor": escaped(name[-40:])}, refresh=False)
             self._bar.update(nbytes)
 
     def result(self, report: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> None:
         """Print the report, as JSON or as `text` puts it."""
+        if not self._as_json:
+            report = texts.printable_report(report)
         if not self._as_json and not self._quiet:
             for warning in report["warnings"]:
                 click.echo(f"warning: {warning}", err=True)
@@ -594,8 +596,8 @@ def run_upstream(function: str, description: str | None) -> None:
 def _say_ended(how: str, error: BaseException) -> None:
     # Whoever was writing has added what is kept; click puts its own exception around an interrupt.
     left = (
-        str(error)
-        or str(error.__cause__ or "")
+        escaped(str(error))
+        or escaped(str(error.__cause__ or ""))
         or "Nothing was written: run the same command again."
     )
     click.echo(f"{how}. {left}", err=True)
@@ -621,14 +623,25 @@ def main(command: click.Command = cli) -> None:
     except StreamshardError as error:
         if verbose:
             traceback.print_exc()
-        click.echo(f"error: {error}", err=True)
+        lines = map(escaped, str(error).split("\n"))
+        click.echo("error: " + "\n".join(lines), err=True)
         sys.exit(error.exit_code)
+    except MemoryError as error:
+        if verbose:
+            traceback.print_exc()
+        click.echo(
+            f"error: not enough memory: {escaped(str(error))}\n"
+            "There is no output. Run it again with more memory or fewer --workers.",
+            err=True,
+        )
+        sys.exit(1)
     except Exception as error:
         if verbose:
             raise
         click.echo(
-            f"error: unexpected {type(error).__name__}: {error}\nThis is a bug in streamshard: please "
-            "report it with the output of the same command and --verbose.",
+            f"error: unexpected {type(error).__name__}: {escaped(str(error))}\n"
+            "This is a bug in streamshard: please report it with the output of the same command "
+            "and --verbose.",
             err=True,
         )
         sys.exit(1)

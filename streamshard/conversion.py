@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint import TOKENIZER, Checkpoint, read_json_object
+from streamshard.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER, Checkpoint, read_json_object
 from streamshard.errors import InputError, UsageError, listed, printable
 from streamshard.families import (
     INNER,
@@ -253,8 +253,9 @@ def _compare_configs(custom: Checkpoint, hf: Checkpoint, path: Path) -> None:
     for key, left, right in pairs:
         if left is not None and right is not None and left != right:
             raise InputError(
-                f"{printable(str(path))}: is of another model: {key} is {left} in the custom config but "
-                f"{right} in the HF config, and the weights were trained with one of them. Give the "
+                f"{printable(str(path))}: is of another model: {key} is "
+                f"{printable(str(left))} in the custom config but {printable(str(right))} in the HF "
+                "config, and the weights were trained with one of them. Give the "
                 "reference of the same model, or make the configs agree."
             )
 
@@ -338,7 +339,7 @@ def _image_token_id(source: Checkpoint) -> int:
             if isinstance(entry, dict) and entry.get("content") == token and number.isdigit():
                 found = int(number)
     if found is None and "tokenizer.json" in files:
-        entries = read_json_object(files["tokenizer.json"]).get("added_tokens")
+        entries = read_json_object(files["tokenizer.json"], MAX_TOKENIZER_BYTES).get("added_tokens")
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and entry.get("content") == token:
                 found = entry.get("id")
@@ -357,7 +358,8 @@ def _rope_warnings(source: Checkpoint, reference: Checkpoint) -> list[str]:
     one, other = _rope_scaling(source.config), _rope_scaling(reference.config)
     if one == other:
         return []
-    return [f"rope_scaling is {one} in the source but {other} in the reference, which is written"]
+    mine, theirs = printable(str(one)), printable(str(other))
+    return [f"rope_scaling is {mine} in the source but {theirs} in the reference, which is written"]
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> tuple[Any, Any] | None:

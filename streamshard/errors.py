@@ -18,6 +18,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "WriteError",
+    "escaped",
     "listed",
     "nearest",
     "printable",
@@ -82,8 +83,19 @@ def printable(text: str, limit: int = 200) -> str:
     >>> print(printable("a\x1b[31mb"))
     a\x1b[31mb
     """
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    safe = escaped(text)
     return safe if len(safe) <= limit else f"{safe[: limit // 2]}…{safe[-limit // 2 :]}"
+
+
+def escaped(text: str) -> str:
+    r"""`text` with control and other unprintable characters escaped, so that a terminal shows them.
+
+    >>> print(escaped("a\nb"))
+    a\nb
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

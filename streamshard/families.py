@@ -417,6 +417,7 @@ def dims_from_config(
             "was expected."
         )
     here = f"{where}: {inner}"
+    _check_rope(llm, here)
     layers = _count(llm, "num_hidden_layers", here)
     key = "num_experts" if llm.get("num_experts") is not None else "num_local_experts"
     # InternLM2 calls its switch `bias`; InternLM3 has one for q, k, v and one for everything else.
@@ -619,6 +620,15 @@ def is_tied(config: Mapping[str, Any], llm: Mapping[str, Any]) -> bool:
     """
     outer, inner = config.get("tie_word_embeddings"), llm.get("tie_word_embeddings")
     return outer is not False or inner is True
+
+
+def _check_rope(llm: Mapping[str, Any], where: str) -> None:
+    """Raise `InputError` unless the rotary settings are objects whose type is a string."""
+    for key in ("rope_scaling", "rope_parameters"):
+        settings = _section(llm, key, where)
+        kinds = [settings.get(name, "default") for name in ("rope_type", "type")]
+        if not all(isinstance(kind, str) for kind in kinds):
+            raise InputError(f"{where}.{key} has a type that is no string.")
 
 
 def _section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

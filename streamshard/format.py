@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,12 +22,36 @@ from typing import Any
 
 from streamshard.errors import InputError, printable
 from streamshard.files import reading
+from streamshard.strict_json import parse_prefix, parse_small
 from streamshard.tensors import DTYPE_BITS, Lazy, Stored
 
-__all__ = ["Header", "build_header", "json_pieces", "parse_json", "read_header"]
+__all__ = [
+    "Header",
+    "build_header",
+    "header_text",
+    "json_pieces",
+    "parse_header",
+    "read_header",
+]
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# What the hub's parser reads; what is written shall be read by both.
+MAX_WRITTEN_HEADER_BYTES = 25_000_000
+# Limits of ours. They bound time and memory, and are far from real files: the largest InternVL has
+# 40,000 tensors in all its files, and names of 120 bytes.
 MAX_RANK = 64
+MAX_NAME_BYTES = 1024
+MAX_TENSORS = 100_000
+MAX_METADATA_BYTES = 1_000_000
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+# Repetitions are bounded, so that a match that fails has not cost more than the limits above.
+_NAME = re.compile(
+    rb'[ \t\n\r]*"([^"\\\x00-\x1f]{0,1025}(?:\\[^\x00-\x1f][^"\\\x00-\x1f]{0,1025}){0,513})"'
+    rb"[ \t\n\r]*:[ \t\n\r]*"
+)
+_BODY = re.compile(rb"\{[^{}]{0,4096}\}")
+_NEXT = re.compile(rb"[ \t\n\r]*([,}])")
 _ORDER = {name: place for place, name in enumerate(DTYPE_BITS)}
 
 
@@ -44,20 +69,9 @@ def read_header(path: Path) -> Header:
     Raises `InputError` if any rule of the format is broken, `ReadError` if the file cannot be
     read.
     """
-    with reading(path), path.open("rb") as file:
-        file_nbytes = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise _broken(path, f"has only {file_nbytes} bytes; a header needs at least 8")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_BYTES:
-            raise _broken(path, f"claims a header of {length:,} bytes; 100,000,000 is the limit")
-        if length > file_nbytes - 8:
-            raise _broken(path, f"claims a header of {length:,} bytes in {file_nbytes:,}")
-        text = file.read(length)
-    if len(text) != length:
-        raise _broken(path, "ends inside its header")
-    header = _parse(path, text, 8 + length, file_nbytes)
+    text, file_nbytes = header_text(path)
+    header = parse_header(path, text, file_nbytes)
+    del text  # the official parser maps it once more
     _ask_official_parser(path)
     return header
 
@@ -87,32 +101,14 @@ def build_header(
         begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise InputError(f"a header of {len(text):,} bytes is over the format's limit; re-shard.")
+    if len(text) > MAX_WRITTEN_HEADER_BYTES or len(tensors) > MAX_TENSORS:
+        raise InputError(
+            f"a file of {len(tensors):,} tensors would have a header of {len(text):,} bytes; not every "
+            f"reader takes more than {MAX_WRITTEN_HEADER_BYTES:,} bytes, or {MAX_TENSORS:,} tensors. "
+            "Choose a smaller --max-shard-size."
+        )
     first = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, {n: first + at for n, at in begins.items()}
-
-
-def parse_json(text: bytes, where: str) -> Any:
-    """JSON of an untrusted file; raises `InputError` for what is no strict, plain JSON.
-
-    Duplicate keys, NaN, absurd numbers and absurd nesting are refused.
-    """
-    try:
-        decoded = text.decode()
-        del text  # an index has megabytes
-        return json.loads(
-            decoded,
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-        )
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: is not UTF-8 (byte {error.start:,}).") from error
-    except RecursionError as error:
-        raise InputError(f"{where}: is nested too deeply.") from error
-    except ValueError as error:
-        raise InputError(f"{where}: is not valid JSON: {printable(str(error))}.") from error
 
 
 def json_pieces(content: Mapping[str, Any], *, sort_keys: bool = False) -> Iterator[bytes]:
@@ -128,27 +124,48 @@ def json_pieces(content: Mapping[str, Any], *, sort_keys: bool = False) -> Itera
     yield b"\n"
 
 
-def _parse(path: Path, text: bytes, data_start: int, file_nbytes: int) -> Header:
-    if not text.startswith(b"{"):
-        raise _broken(path, "has a header that does not begin with '{'")
-    if not text.rstrip(b" ").endswith(b"}"):
-        raise _broken(path, "has a header that does not end with '}' and spaces")
-    entries = parse_json(text, f"{printable(str(path))}: the header")
-    metadata = entries.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _broken(path, "has __metadata__ that does not map names to strings")
-    parsed = []
-    where = str(path)
-    for name, entry in entries.items():
-        dtype, shape, begin, end = _check_entry(path, name, entry)
-        parsed.append((begin, end, name, dtype, shape))
-    parsed.sort(key=lambda item: item[:2])
+def header_text(path: Path) -> tuple[bytes, int]:
+    """The JSON of a file's header, not yet looked at, and the size of the file."""
+    with reading(path), path.open("rb") as file:
+        file_nbytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise _broken(path, f"has only {file_nbytes} bytes; a header needs at least 8")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES:
+            raise _broken(path, f"claims a header of {length:,} bytes; 100,000,000 is the limit")
+        if length > file_nbytes - 8:
+            raise _broken(path, f"claims a header of {length:,} bytes in {file_nbytes:,}")
+        text = file.read(length)
+    if len(text) != length:
+        raise _broken(path, "ends inside its header")
+    return text, file_nbytes
+
+
+def parse_header(path: Path, text: bytes, file_nbytes: int) -> Header:
+    """What the JSON of a header says, by our own rules alone; raises `InputError`.
+
+    Entry by entry, so that neither time nor memory depends on what a hostile header nests or
+    repeats; each entry is small, and what the first wrong one costs is all that is spent.
+    """
+    data_start = 8 + len(text)
+    metadata: dict[str, str] | None = None
+    parsed: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
+    for name, value in _entries(path, text):
+        if name in parsed or (name == "__metadata__" and metadata is not None):
+            raise _broken(path, f"has a header in which {printable(name)!r} occurs twice")
+        if name == "__metadata__":
+            metadata = _checked_metadata(path, value)
+            continue
+        if len(parsed) == MAX_TENSORS:
+            raise _broken(path, f"has more than {MAX_TENSORS:,} tensors, the limit here")
+        dtype, shape, begin, end = _check_entry(path, name, value)
+        parsed[name] = (begin, end, dtype, shape)
     reached = 0
     tensors = {}
+    where = str(path)
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each, as few differ
-    for begin, end, name, dtype, shape in parsed:
+    for name, (begin, end, dtype, shape) in sorted(parsed.items(), key=lambda item: item[1][:2]):
         if begin != reached:
             problem = "overlaps the one before it" if begin < reached else "leaves a hole before it"
             raise _broken(path, f"{problem}: begins at {begin:,}, not at {reached:,}", name)
@@ -163,11 +180,70 @@ def _parse(path: Path, text: bytes, data_start: int, file_nbytes: int) -> Header
             f"has {file_nbytes:,} bytes but its header describes {data_start + reached:,}; "
             "it is truncated or has something appended",
         )
-    return Header(tensors, metadata)
+    return Header(tensors, metadata or {})
+
+
+def _entries(path: Path, text: bytes) -> Iterator[tuple[str, Any]]:
+    """The names of a header, each with its value."""
+    if not text.startswith(b"{"):
+        raise _broken(path, "has a header that does not begin with '{'")
+    at, mark = 1, b","
+    if (empty := _NEXT.match(text, at)) and empty[1] == b"}":
+        at, mark = empty.end(), b"}"
+    while mark == b",":
+        match = _NAME.match(text, at)
+        if match is None:
+            raise _not_json(path, at, "a name in quotes was expected, or it is too long")
+        name = _decoded(path, match[1], at)
+        body = _BODY.match(text, match.end())
+        at = match.end() if body is None or name == "__metadata__" else body.end()
+        value: Any = None
+        try:
+            if name == "__metadata__":
+                value, at = parse_prefix(text, at, MAX_METADATA_BYTES)
+            elif body is not None:
+                value = parse_small(body[0])
+        except ValueError as error:
+            problem = f"is not described by JSON as the format has it: {printable(str(error))}"
+            raise _broken(path, problem, name) from error
+        yield name, value
+        following = _NEXT.match(text, at)
+        if following is None:
+            raise _not_json(path, at, "',' or '}' was expected")
+        at, mark = following.end(), following[1]
+    if any(text[start : start + 65536].strip(b" ") for start in range(at, len(text), 65536)):
+        raise _broken(path, "has a header whose JSON does not end with '}' and spaces")
+
+
+def _decoded(path: Path, literal: bytes, at: int) -> str:
+    """A name as a JSON string has it, quotes left out."""
+    if len(literal) > MAX_NAME_BYTES:
+        raise _broken(path, f"has a name of more than {MAX_NAME_BYTES:,} bytes, the limit here")
+    try:
+        if b"\\" not in literal:
+            return literal.decode()
+        name, _ = parse_prefix(b'"%s"' % literal, 0, len(literal) + 2)
+    except UnicodeDecodeError as error:
+        raise _not_json(path, at + error.start, "it is not UTF-8") from error
+    except ValueError as error:
+        raise _not_json(path, at, str(error)) from error
+    return str(name)
+
+
+def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _broken(path, "has __metadata__ that does not map names to strings")
+    return metadata
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.keys() == _FIELDS
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not _is_entry(entry):
         raise _broken(path, "must have just dtype, shape and data_offsets", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -217,28 +293,16 @@ def _broken(path: Path, problem: str, name: str | None = None) -> InputError:
     )
 
 
+def _not_json(path: Path, at: int, problem: str) -> InputError:
+    return _broken(
+        path,
+        f"has a header that is not JSON as the format has it, near byte {8 + at:,}: "
+        f"{printable(problem)}",
+    )
+
+
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} occurs twice")
-    return found
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text} is too large")
-    return value
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"the constant {name} is not JSON")
 
 
 def total_nbytes(tensors: Mapping[str, Lazy]) -> int:

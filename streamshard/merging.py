@@ -15,6 +15,7 @@ from typing import Any
 
 from streamshard.adapter_plan import Adapter, Merged
 from streamshard.checkpoint import (
+    MAX_RECORD_BYTES,
     TOKENIZER,
     AdapterFolder,
     Checkpoint,
@@ -325,11 +326,11 @@ def _check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> Non
     if not record.is_file():
         return
     try:
-        earlier = read_json_object(record).get("adapters")
+        earlier = read_json_object(record, MAX_RECORD_BYTES).get("adapters")
     except InputError:  # somebody else's file
         return
     known = (
-        {e.get("digest") for e in earlier if isinstance(e, dict)}
+        {str(e.get("digest")) for e in earlier if isinstance(e, dict)}
         if isinstance(earlier, list)
         else ()
     )

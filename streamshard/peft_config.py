@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from streamshard.errors import AdapterError, listed, printable
+from streamshard.patterns import check_pattern, first_match, first_match_before_015, matches
 
 __all__ = ["LoraSettings", "read_settings"]
 
@@ -133,15 +134,15 @@ class LoraSettings:
         """The patterns for rank and alpha, by the rule of the release that trained the adapter."""
         ranks, alphas = list(self.rank_pattern), list(self.alpha_pattern)
         if self.version is None or self.version >= (0, 15, 0):
-            return _matching(ranks, module), _matching(alphas, module)
+            return first_match(ranks, module), first_match(alphas, module)
         if self.version >= (0, 14, 0):
-            return _matching_before_015(ranks, module), _matching_before_015(alphas, module)
-        joint = _matching_before_015([*ranks, *alphas], module)
+            return first_match_before_015(ranks, module), first_match_before_015(alphas, module)
+        joint = first_match_before_015([*ranks, *alphas], module)
         return joint, joint
 
     def _check_order(self, module: str) -> None:
         # PEFT trains by the first pattern that fits, and then saves them in alphabetical order.
-        fitting = {p: a for p, a in self.alpha_pattern.items() if _matching([p], module)}
+        fitting = {p: self.alpha_pattern[p] for p in matches(self.alpha_pattern, module)}
         if len(set(fitting.values())) > 1 and list(self.alpha_pattern) == sorted(
             self.alpha_pattern
         ):
@@ -255,7 +256,9 @@ def _chooses_layers(config: Mapping[str, Any]) -> bool:
 def _version(value: object, where: str) -> Version | None:
     if value is None:
         return None
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", value) if isinstance(value, str) else None
+    match = (
+        re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", value) if isinstance(value, str) else None
+    )
     if match is None:
         raise AdapterError(
             f"{where}: peft_version is {printable(repr(value), 60)}; a version like '0.18.0' was "
@@ -292,20 +295,24 @@ def _token_indices(value: object, where: str, kind: str = "LORA") -> dict[str, t
 
 def _rank(value: object, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise AdapterError(f"{where} is {value!r}; a positive whole number was expected.")
+        found = printable(repr(value), 60)
+        raise AdapterError(f"{where} is {found}; a positive whole number was expected.")
     return value
 
 
 def _alpha(value: object, where: str) -> float:
     # PEFT takes 8 where lora_alpha is missing; a guess has no place in a merge.
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise AdapterError(f"{where} is {value!r}; a number was expected. Add it to the config.")
+    # What fp32 does not hold would make infinite updates.
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 2.0**127:
+        found = printable(repr(value), 60)
+        raise AdapterError(f"{where} is {found}; a number was expected. Add it to the config.")
     return float(value)
 
 
 def _flag(value: object, where: str) -> bool:
     if value is not None and not isinstance(value, bool):
-        raise AdapterError(f"{where} is {value!r}; true or false was expected.")
+        found = printable(repr(value), 60)
+        raise AdapterError(f"{where} is {found}; true or false was expected.")
     return bool(value)
 
 
@@ -316,19 +323,10 @@ def _patterns(value: object, where: str) -> list[tuple[str, object]]:
         raise AdapterError(f"{where} is {printable(repr(value), 60)}; an object was expected.")
     for key in value:
         try:
-            re.compile(rf"(.*\.)?({key})$")
-            re.compile(rf".*\.{key}$")
-        except (re.error, RecursionError, OverflowError) as error:
+            check_pattern(key)
+        except ValueError as error:
             raise AdapterError(
-                f"{where}: '{printable(key)}' is no valid pattern: {error}."
+                f"{where}: '{printable(key)}' {printable(str(error))}. "
+                "Names, |, ( ), [ ], ., *, + and ? can be used."
             ) from error
     return list(value.items())
-
-
-def _matching(patterns: Iterable[str], module: str) -> str | None:
-    """The first pattern that fits (PEFT >= 0.15 `get_pattern_key`)."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
-
-
-def _matching_before_015(patterns: Iterable[str], module: str) -> str | None:
-    return next((p for p in patterns if re.match(rf".*\.{p}$", module)), None)

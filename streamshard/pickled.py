@@ -2,49 +2,89 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
+from typing import Any
 
 from streamshard.errors import InputError, printable
 from streamshard.tensors import Array, Lazy
 
 __all__ = ["read_pickled"]
 
+MAX_NAME = 1024  # as in headers
+
 
 def read_pickled(file: Path) -> dict[str, Lazy]:
     """The tensors of a torch pickle, loaded with `weights_only=True`.
 
-    Raises `InputError` if it holds anything but a flat mapping of names to tensors.
+    Raises `InputError` if it holds anything but a flat mapping of names to tensors, or if it would
+    take more memory than the file has bytes.
     """
-    import torch
-
-    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+    where = printable(str(file))
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        # What the unpickler lets through may still be no plain array: sparse, or of a stride of 0.
-        for tensor in content.values() if isinstance(content, dict) else ():
-            if isinstance(tensor, torch.Tensor) and (
-                tensor.layout != torch.strided
-                or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
-            ):
-                raise ValueError("a tensor is no plain array")  # noqa: TRY301
+        _check_size(file)
+        content = _load(file)
     except Exception as error:  # torch raises whatever its unpickler meets
         raise InputError(
-            f"{printable(str(file))}: cannot be loaded as plain tensors: {printable(str(error))} "
+            f"{where}: cannot be loaded as plain tensors: {printable(str(error))} "
             "Save the adapter as safetensors and try again."
         ) from error
     if not isinstance(content, dict):
-        raise InputError(f"{printable(str(file))}: is not a mapping of names to tensors.")
+        raise InputError(f"{where}: is not a mapping of names to tensors.")
     tensors: dict[str, Lazy] = {}
+    copied = 0
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise InputError(
-                f"{printable(str(file))}: '{printable(str(name))}' is no named tensor."
-            )
-        if tensor.dtype not in names:
-            raise InputError(
-                f"{printable(str(file))}: '{printable(name)}' is {tensor.dtype}; "
-                "only bfloat16, float16 and float32 adapters can be merged."
-            )
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        tensors[name] = Array(flat, tuple(tensor.shape), names[tensor.dtype])
+        array = _array(where, name, tensor)
+        if not tensor.is_contiguous():  # the copies of views add up: each may be of the same bytes
+            copied += array.nbytes
+            if copied > file.stat().st_size:
+                raise InputError(
+                    f"{where}: its tensors are views of the same bytes and would take far more memory "
+                    "than the file. Save the adapter as safetensors and try again."
+                )
+        tensors[name] = array
     return tensors
+
+
+def _check_size(file: Path) -> None:
+    """Raise `ValueError` unless the file is as `torch.save` writes it: a zip, nothing compressed."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its content is compressed, which torch does not do.")
+    if sum(entry.file_size for entry in entries) > file.stat().st_size:
+        raise ValueError("it claims more content than it has bytes.")
+
+
+def _load(file: Path) -> Any:
+    import torch
+
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _array(where: str, name: object, tensor: Any) -> Array:
+    import torch
+
+    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+    if not isinstance(name, str) or len(name) > MAX_NAME or not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{where}: '{printable(str(name))}' is no named tensor.")
+    if tensor.dtype not in names:
+        raise InputError(
+            f"{where}: '{printable(name)}' is {tensor.dtype}; "
+            "only bfloat16, float16 and float32 adapters can be merged."
+        )
+    # What the unpickler lets through may still be no plain array: sparse, nested, without data, or
+    # of a stride of 0, which needs more memory than there are bytes.
+    plain = (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_nested or tensor.is_neg() or tensor.is_quantized)
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+    if not plain:
+        raise InputError(
+            f"{where}: '{printable(name)}' is no plain tensor. "
+            "Save the adapter as safetensors and try again."
+        )
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return Array(flat, tuple(tensor.shape), names[tensor.dtype])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from streamshard.errors import escaped
+
 __all__ = [
     "conversion_text",
     "diff_text",
@@ -11,10 +13,22 @@ __all__ = [
     "inspect_text",
     "merge_text",
     "plan_text",
+    "printable_report",
     "upstream_text",
     "verify_text",
     "wrap_text",
 ]
+
+
+def printable_report(value: Any) -> Any:
+    """A report in which no name and no path can move the cursor or begin a line of its own."""
+    if isinstance(value, str):
+        return escaped(value)
+    if isinstance(value, dict):
+        return {printable_report(key): printable_report(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [printable_report(inner) for inner in value]
+    return value
 
 
 def plan_text(report: dict[str, Any]) -> str:

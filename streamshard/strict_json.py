@@ -1,0 +1,142 @@
+"""JSON of files that nobody vouches for: strict, plain, and bounded in time and memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from streamshard.errors import InputError, printable
+
+__all__ = ["MAX_DEPTH", "MAX_VALUES", "parse_json", "parse_prefix", "parse_small"]
+
+MAX_DEPTH = (
+    64  # real configs have 5; what later walks a config by recursion stays far from its limit
+)
+MAX_VALUES = 500_000  # the index of the largest InternVL has 40,000
+
+
+def parse_json(text: bytes, where: str, max_values: int = MAX_VALUES) -> Any:
+    """JSON of an untrusted file; raises `InputError` for what is no strict, plain JSON.
+
+    Duplicate keys, NaN, numbers that no double holds, lone surrogates, more than `MAX_DEPTH` levels
+    and more than `max_values` values are refused; `where` begins the message.
+    """
+    # Each value is a hundred bytes of memory or more, but may be two bytes of text. Commas and
+    # brackets within strings count too; no real file comes near the limit.
+    found = sum(text.count(mark) for mark in (b",", b"[", b"{"))
+    if found > max_values:
+        raise InputError(f"{where}: has {found:,} values; {max_values:,} is the limit here.")
+    try:
+        content = _DECODER.decode(text.decode())
+        _check(content)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: is not UTF-8 (byte {error.start:,}).") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: is nested too deeply.") from error
+    except ValueError as error:
+        raise InputError(f"{where}: is not valid JSON: {printable(str(error))}.") from error
+    return content
+
+
+def parse_prefix(text: bytes, at: int, limit: int) -> tuple[Any, int]:
+    """The JSON value that begins at byte `at` and ends within `limit` bytes, and where it ends.
+
+    Raises `ValueError` for what `parse_json` would refuse.
+    """
+    window = text[at : at + limit].decode("utf-8", "surrogateescape")  # may end within a character
+    try:
+        content, end = _DECODER.raw_decode(window)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    _check(content)  # a byte that is not UTF-8 is a lone surrogate now
+    return content, at + len(window[:end].encode("utf-8", "surrogateescape"))
+
+
+def parse_small(text: bytes) -> Any:
+    """A small JSON value of ASCII characters without a minus sign: fast.
+
+    Raises `ValueError` for anything else. Strings may have halves of surrogate pairs.
+    """
+    if b"-" in text:
+        raise ValueError("a minus sign has no place there")
+    try:
+        content, end = _SMALL.raw_decode(text.decode("ascii"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if end != len(text):
+        raise ValueError("something follows the value")
+    return content
+
+
+def _check(content: Any) -> None:
+    """Raise `ValueError` for too many levels, or for strings that are no text."""
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+        _check_strings(level)
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"it is nested too deeply; {MAX_DEPTH} levels are the limit here")
+
+
+def _check_strings(values: list[Any]) -> None:
+    for text in _strings(values):
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError("a string has half of a surrogate pair") from None
+
+
+def _strings(values: list[Any]) -> Iterator[str]:
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text} is too large")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"the constant {name} is not JSON")
+
+
+def _whole(text: str) -> int:
+    # What a double holds: nobody further on must think of larger ones.
+    if len(text) > 300:
+        raise ValueError(f"a number of {len(text):,} digits is too large")
+    return int(text)
+
+
+_SMALL = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique,
+    parse_constant=_no_constant,
+    parse_float=_finite,
+    parse_int=_whole,
+)
