@@ -264,10 +264,12 @@ def test_an_adapter_and_a_bare_file(pair):
 
 
 def test_links_of_a_cache(merged, tmp_path):
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for file in merged.iterdir():
-        (snapshot / file.name).symlink_to(file)
+    snapshot, blobs = tmp_path / "snapshots" / "0a1b2c", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(merged.iterdir()):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
     assert streamshard.verify(snapshot)["recorded"] is True
 
 
