@@ -56,15 +56,27 @@ def plan_text(report: dict[str, Any]) -> str:
 
 def merge_text(report: dict[str, Any]) -> str:
     """What `merge-lora` prints."""
-    l2 = report["l2"]
-    return "\n".join(
-        [
-            f"Merged {report['merged']} updates into {report['output']}",
-            _effort_text(report),
-            f"  L2 from the base: {l2['global']:.6g} (sum over tensors {l2['sum']:.6g}, "
-            f"per parameter {l2['per_parameter']:.6g})",
-        ]
+    l2, update = report["l2"], report["update"]
+    lines = [f"Merged into {report['merged']} tensors of {report['output']}", _effort_text(report)]
+    for adapter in report["adapters"]:
+        scales = ", ".join(
+            f"{scale} ({count} modules)" for scale, count in adapter["scalings"].items()
+        )
+        facts = [", ".join(adapter["kinds"])]
+        if scales:
+            facts += [f"r {adapter['r']}, alpha {adapter['lora_alpha']:g}", f"scale {scales}"]
+        facts += [f"weight {adapter['weight']:g}"] if adapter["weight"] != 1 else []
+        lines.append(f"  {adapter['file']}: {'; '.join(facts)}")
+    if update is not None:
+        lines.append(
+            f"  update: norm {update['intended']:.6g}, {update['effected']:.6g} after rounding; "
+            f"{update['unchanged']:.1%} of its elements change nothing"
+        )
+    lines.append(
+        f"  L2 from the base: {l2['global']:.6g} (sum over tensors {l2['sum']:.6g}, "
+        f"per parameter {l2['per_parameter']:.6g})"
     )
+    return "\n".join(lines)
 
 
 def conversion_text(report: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ def test_without_json_the_result_is_for_people(pair, cli):
     outcome = cli(*pair.command)
     assert outcome.code == 0
     assert str(pair.output) in outcome.out
-    assert "Merged 2 " in outcome.out
+    assert "Merged into 2 tensors" in outcome.out
     assert outcome.err == ""
 
 
