@@ -24,6 +24,11 @@ settings.register_profile(
 settings.load_profile("streamshard")
 
 
+def heed_interrupts() -> None:
+    """In a new process: SIGINT counts, also if these tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended and what it printed."""

@@ -344,7 +344,11 @@ def test_signals_leave_nothing_where_nothing_is_finished(number, code, said, ove
     command = [sys.executable, "-m", "streamshard", "merge-lora", *map(str, arguments)]
     before = reference.digests(tmp_path / "out")
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     ) as process:
         deadline = time.monotonic() + 60
         while not any(p.suffix == ".part" for p in output.parent.glob(".*/*")):

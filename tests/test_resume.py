@@ -21,7 +21,7 @@ import pytest
 import reference
 import torch
 import xxhash
-from conftest import Pair
+from conftest import heed_interrupts, Pair
 from reference import load_file, save_file
 from test_cli import sparse_adapter, sparse_base
 
@@ -428,7 +428,11 @@ def test_a_signal_keeps_what_is_finished(number, code, tmp_path):
     command = [sys.executable, "-m", "streamshard", "merge-lora", *map(str, arguments)]
     staging = output.with_name(".merged.partial")
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     ) as run:
         until(lambda: len([*staging.glob("*.safetensors")]) > 1)
         started = time.monotonic()
