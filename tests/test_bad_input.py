@@ -619,6 +619,19 @@ def test_only_own_outputs_are_overwritten(kind, pair, refused, monkeypatch):
     refused(5, str(pair.output), more=["--overwrite"])
 
 
+@pytest.mark.parametrize("empty", [True, False])
+def test_an_empty_output_path_is_not_this_folder(empty, pair, cli, monkeypatch, tmp_path):
+    """As of a shell variable that is not set."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    output = "" if empty else "there"
+    outcome = cli("merge-lora", "--adapter", pair.adapter, "--base", pair.base, "--output", output)
+    assert outcome.code == (2 if empty else 0)
+    assert ("the path of the output is empty" in outcome.err) == empty
+    assert [path.name for path in here.iterdir()] == ([] if empty else ["there"])
+
+
 def test_an_empty_folder_may_be_overwritten(pair, cli):
     pair.output.mkdir()
     assert cli(*pair.command, "--overwrite").code == 0

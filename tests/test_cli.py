@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import reference
+from conftest import heed_interrupts
 from make_checkpoint import write_adapter, write_checkpoint
 from reference import save_adapter
 from safetensors.torch import save_file

@@ -410,6 +410,23 @@ except SystemExit as error:
     assert not loaded & {*HEAVY, "numpy", "tqdm", "psutil", "threadpoolctl"}
 
 
+def test_a_run_without_a_terminal_imports_no_progress_bar_and_no_hashlib(pair):
+    """Both cost megabytes."""
+    code = f"""
+import sys
+sys.argv = ["streamshard", "merge-lora", "--adapter", {str(pair.adapter)!r}, "--base",
+            {str(pair.base)!r}, "--output", {str(pair.output)!r}]
+from streamshard.cli import main
+try:
+    main()
+except SystemExit as error:
+    assert not error.code
+"""
+    loaded = loaded_after(code)
+    assert (pair.output / "streamshard.json").exists()
+    assert not loaded & {"tqdm", "hashlib"}
+
+
 @pytest.mark.parametrize("more", [{}, {"max_shard_size": "5KB"}, {"dtype": "fp32"}], ids=str)
 def test_a_merge_of_safetensors_imports_no_torch(more, pair):
     code = f"""

@@ -706,6 +706,57 @@ def test_a_missing_part_of_a_triple(part, known):
     assert len(result.tensors) == len(lazy("tiny", "custom")) - 1
 
 
+# --- to the layout that it has -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["custom", "hf"])
+@pytest.mark.parametrize("preset", MODELS)
+def test_to_its_own_layout_nothing_changes(preset, layout):
+    tensors = lazy(preset, layout)
+    result = convert(tensors, dims(preset, layout), layout, side=layout)
+    assert list(result.tensors.items()) == list(tensors.items())
+    assert (result.missing, result.unexpected, result.left) == ((), {}, ())
+    # A large model has 40,000 names: no second set of them is made (the head's is a constant).
+    assert len({id(name) for name in result.tensors} - {id(name) for name in tensors}) <= 1
+
+
+@pytest.mark.parametrize("spelling", sorted(SPELLINGS))
+def test_to_its_own_layout_names_are_flat(spelling):
+    tensors = lazy("tiny", "hf", spelling=spelling)
+    result = convert(tensors, dims("tiny", "hf"), "hf", side="hf")
+    assert result.tensors == lazy("tiny", "hf")
+
+
+def test_to_its_own_layout_a_tied_head_is_written_out():
+    result = convert(lazy("tiny", "hf", tied=True), dims("tiny", "hf", tied=True), "hf", side="hf")
+    embedding = result.tensors["language_model.model.embed_tokens.weight"]
+    assert result.tensors["language_model.lm_head.weight"] == embedding
+    assert result.tensors.keys() == tensor_shapes("tiny", "hf").keys()
+
+
+@pytest.mark.parametrize("layout", ["custom", "hf"])
+def test_to_its_own_layout_packed_experts_come_apart(layout):
+    plain, packed = packed_values(layout)
+    result = convert(packed, dims(MOE, layout), layout, NUMPY, side=layout)
+    assert result.tensors.keys() == plain.keys()
+    assert all(np.array_equal(result.tensors[name], plain[name]) for name in plain)
+
+
+def test_what_nothing_was_made_of():
+    hf = lazy("tiny", "hf")
+    triple = [f"vision_tower.encoder.layer.1.attention.{part}_proj.weight" for part in "qkv"]
+    dropped = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    del hf[triple[0]]
+    hf |= dict.fromkeys(("x", dropped), hf[triple[1]])
+    result = convert(hf, dims("tiny", "hf"), "custom")
+    assert (result.missing, list(result.unexpected)) == ((triple[0],), ["x"])
+    assert sorted(result.left) == sorted([*triple[1:], dropped, "x"])
+    # In their own layout the rest of a triple stays what it is.
+    result = convert(hf, dims("tiny", "hf"), "hf", side="hf")
+    assert sorted(result.left) == sorted([dropped, "x"])
+    assert result.tensors.keys() == hf.keys() - {dropped, "x"}
+
+
 @pytest.mark.parametrize("layout", ["custom", "hf"])
 @pytest.mark.parametrize("preset", TINY)
 def test_every_tensor_is_needed(preset, layout):

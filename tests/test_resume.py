@@ -21,7 +21,7 @@ import pytest
 import reference
 import torch
 import xxhash
-from conftest import heed_interrupts, Pair
+from conftest import Pair, heed_interrupts
 from reference import load_file, save_file
 from test_cli import sparse_adapter, sparse_base
 
