@@ -349,7 +349,7 @@ def test_signals_leave_nothing_where_nothing_is_finished(number, code, said, ove
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509 - before any thread
     ) as process:
         deadline = time.monotonic() + 60
         while not any(p.suffix == ".part" for p in output.parent.glob(".*/*")):

@@ -432,7 +432,7 @@ def test_a_signal_keeps_what_is_finished(number, code, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509 - before any thread
     ) as run:
         until(lambda: len([*staging.glob("*.safetensors")]) > 1)
         started = time.monotonic()
