@@ -29,7 +29,10 @@ def parse_json(text: bytes, where: str, max_values: int = MAX_VALUES) -> Any:
     if found > max_values:
         raise InputError(f"{where}: has {found:,} values; {max_values:,} is the limit here.")
     try:
-        content = _DECODER.decode(text.decode())
+        decoded = text.decode()
+        del text  # an index has megabytes, and what is made of it more
+        content = _DECODER.decode(decoded)
+        del decoded
         _check(content)
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: is not UTF-8 (byte {error.start:,}).") from error
