@@ -6,6 +6,7 @@ Blocks whose bytes and dtypes are equal are at distance 0 and are not converted.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,9 +51,11 @@ class Distances:
     parameters: int = 0
     skipped: list[str] = field(default_factory=list)
 
-    def norms(self) -> dict[str, float]:
-        """The L2 norm of every difference that is not zero."""
-        return {name: math.sqrt(value) for name, value in self.squared.items() if value}
+    def norms(self) -> Iterator[tuple[str, float | None]]:
+        """The L2 norm of every difference that is not zero, by tensor; None where it is not finite."""
+        for name, value in self.squared.items():
+            if value:
+                yield name, math.sqrt(value) if math.isfinite(value) else None
 
     def report(self) -> dict[str, Any] | None:
         """The `l2` part of a report; None without a reference.

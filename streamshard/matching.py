@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from streamshard.errors import AdapterError, listed, nearest, printable
 from streamshard.spelling import flat_parts
@@ -35,6 +35,13 @@ class Wanted(NamedTuple):
 
     rows: int
     key: str
+
+
+class Known(Protocol):
+    """Names that an adapter may use, to those of the base."""
+
+    def get(self, name: str, /) -> str | None:
+        """The name in the base, or None."""
 
 
 # Finds the places of a tensor of another layout, given its name and its rows; none if unknown.
@@ -70,8 +77,9 @@ def find_homes(
     in one way. `carry` knows the names of
     another layout. Raises `AdapterError` if no rewrite, or more than one, fits them all.
     """
-    flat = {_flat(name): name for name in base}
-    same = dict(zip(base, base, strict=True))
+    same = _Names(base)
+    flat = _flat_names(base, wanted)
+    candidates: list[tuple[str, Known, Callable[[str], str]]]
     candidates = [(how, same, rewrite) for how, rewrite in _REWRITES]
     candidates.append(("by the spellings of transformers' InternVL", flat, _flat))
     found: dict[str, Homes] = {}
@@ -109,12 +117,35 @@ def find_homes(
     raise _no_home(base, where, wanted, best)
 
 
-def _places(
-    name: str, rows: int, known: Mapping[str, str], base: Mapping[str, Lazy]
-) -> list[Place]:
+class _Names:
+    """The names of a base, each known by itself."""
+
+    def __init__(self, base: Mapping[str, Lazy]) -> None:
+        self._base = base
+
+    def get(self, name: str) -> str | None:
+        """The name if it is one of them."""
+        return name if name in self._base else None
+
+
+def _flat_names(base: Mapping[str, Lazy], wanted: Mapping[str, Wanted]) -> dict[str, str]:
+    """Flat names to those of the base, of what may be wanted: a base may have 40,000."""
+    names = {_flat(name) for name in wanted}
+    experts = {name.partition(".experts.")[0] for name in names if ".experts." in name}
+    found = {}
+    for name in base:
+        flat = _flat(name)
+        stem, mark, _ = flat.partition(".experts.")
+        if flat in names or (mark and stem in experts):
+            found[flat] = name
+    return found
+
+
+def _places(name: str, rows: int, known: Known, base: Mapping[str, Lazy]) -> list[Place]:
     """The places of a tensor in the layout that the base has, experts fused or one by one."""
-    if name in known:
-        return [Place(known[name], 0, 0, rows, whole=True)]
+    own = known.get(name)
+    if own is not None:
+        return [Place(own, 0, 0, rows, whole=True)]
     match = _EXPERTS.fullmatch(name)
     if match is not None:
         parts = ("gate", "up") if match["name"] == "gate_up_proj" else ("down",)
@@ -131,7 +162,7 @@ def _places(
 
 
 def _one_by_one(
-    experts: str, parts: Sequence[str], known: Mapping[str, str], base: Mapping[str, Lazy]
+    experts: str, parts: Sequence[str], known: Known, base: Mapping[str, Lazy]
 ) -> list[Place]:
     """Where the rows of fused experts are, if the base has each by itself: gate rows, then up rows.
 
@@ -139,7 +170,7 @@ def _one_by_one(
     """
     found: list[Place] = []
     at = number = 0
-    while f"{experts}.{number}.{parts[0]}_proj.weight" in known:
+    while known.get(f"{experts}.{number}.{parts[0]}_proj.weight") is not None:
         for part in parts:
             target = known.get(f"{experts}.{number}.{part}_proj.weight")
             if target is None:

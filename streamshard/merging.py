@@ -222,7 +222,10 @@ def _carry(source: Checkpoint, own: str | None) -> Carry | None:
     if own is None or source.config is None:
         return None
     config, other = source.config, OTHER[own]
-    spelled = flat_names(source.tensors, own)
+
+    @cache
+    def spelled() -> dict[str, str]:
+        return flat_names(source.tensors, own)
 
     @cache
     def dims_of(architecture: str | None) -> Dims:
@@ -236,7 +239,7 @@ def _carry(source: Checkpoint, own: str | None) -> Carry | None:
             return []
         made = []
         for piece in found:
-            target = spelled.get(piece.target)
+            target = spelled().get(piece.target)
             if target is None:
                 return []
             back = pieces(piece.target, source.tensors[target].rows, dims, other)

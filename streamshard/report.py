@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from streamshard import __version__
@@ -13,7 +13,7 @@ from streamshard.format import total_nbytes, total_parameters
 from streamshard.resources import peak_rss_bytes
 from streamshard.tensors import Lazy
 
-__all__ = ["REPORT_NAME", "Report", "finished", "new_report"]
+__all__ = ["REPORT_NAME", "Report", "Streamed", "finished", "new_report"]
 
 Report: TypeAlias = dict[str, Any]
 
@@ -41,6 +41,23 @@ def new_report(command: str, tensors: Mapping[str, Lazy]) -> Report:
     }
 
 
+class Streamed(dict[str, Any]):
+    """A JSON object that is written without ever being in memory: `pairs` gives its entries anew.
+
+    For what has an entry a tensor; only `json_pieces` and iteration over `items` understand it.
+    """
+
+    def __init__(self, pairs: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+        super().__init__()
+        self._pairs = pairs
+
+    def items(self) -> Any:
+        return self._pairs()
+
+    def __bool__(self) -> bool:
+        return next(self._pairs(), None) is not None
+
+
 def finished(report: Report, started: float) -> Report:
     """The report with the time since `started` (`time.perf_counter`) and the peak memory."""
     seconds = round(time.perf_counter() - started, 3)
@@ -52,7 +69,7 @@ def _plain(value: Any) -> Any:
     """`value` with None for NaN and infinities, which JSON does not have; containers are changed."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not isinstance(value, Streamed):
         value.update((key, _plain(inner)) for key, inner in value.items())
     elif isinstance(value, list):
         value[:] = map(_plain, value)

@@ -33,7 +33,7 @@ from streamshard.format import json_pieces, total_nbytes, total_parameters
 from streamshard.identity import Identity, identity
 from streamshard.journal import FinishedShard
 from streamshard.places import check_places
-from streamshard.report import REPORT_NAME, Report, new_report
+from streamshard.report import REPORT_NAME, Report, Streamed, new_report
 from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
 from streamshard.resuming import check_finished
@@ -235,7 +235,7 @@ def _write(
             write_new(staging.folder / names[-1], index_pieces(plan.shards))
         kept = {
             **report,
-            "l2_per_tensor": distances.norms(),
+            "l2_per_tensor": Streamed(distances.norms),
             "digests": _digests(plan.shards, finished, staging.folder, names, options),
         }
         write_new(staging.folder / REPORT_NAME, json_pieces(in_the_end(kept, job.started)))
@@ -304,18 +304,21 @@ def _digests(
     options: Options,
 ) -> dict[str, Any]:
     """The `digests` of `streamshard.json` (see `streamshard.digests`)."""
-    tensors: dict[str, str] = {}
     files: dict[str, Any] = {}
     for shard, found in zip(shards, finished, strict=True):
         files[shard.name] = {"bytes": found.nbytes, "digest": found.digest}
         if options.sha256:
             files[shard.name]["sha256"] = found.sha256
-        for place, name in enumerate(shard.tensors):
-            first = DIGEST_NBYTES * place
-            tensors[name] = found.digests[first : first + DIGEST_NBYTES].hex()
+
+    def tensors() -> Iterator[tuple[str, str]]:
+        for shard, found in zip(shards, finished, strict=True):
+            for place, name in enumerate(shard.tensors):
+                first = DIGEST_NBYTES * place
+                yield name, found.digests[first : first + DIGEST_NBYTES].hex()
+
     for name in beside:
         files[name] = file_record(folder / name, sha256=options.sha256)
-    return {"algorithm": ALGORITHM, "files": files, "tensors": tensors}
+    return {"algorithm": ALGORITHM, "files": files, "tensors": Streamed(tensors)}
 
 
 def _compared(job: Job, tensors: Mapping[str, Lazy]) -> Distances:
