@@ -15,7 +15,7 @@ from typing import Any
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.files import read_bytes, reading
 from streamshard.format import Header, read_header
-from streamshard.strict_json import parse_json
+from streamshard.strict_json import parse_index, parse_json
 from streamshard.tensors import Lazy, Stored
 
 __all__ = [
@@ -194,8 +194,7 @@ def _find_weights(folder: Path) -> Path:
 
 def _open_index(index: Path) -> dict[str, Header]:
     where = printable(str(index))
-    content = read_json_object(index)
-    weight_map = content.get("weight_map")
+    weight_map = parse_index(read_bytes(index, MAX_JSON_BYTES), where).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{where}: has no weight_map from tensor names to file names.")
     if not weight_map:

@@ -15,8 +15,9 @@ from streamshard.updates import TILE_COLUMNS, TILE_ROWS, Computed
 
 __all__ = ["check_not_merged", "projection"]
 
-# Elements of the base that are looked at, a tile of rows from each tensor.
+# Elements of the base that are looked at, a tile of rows from each tensor, and tensors.
 SAMPLE_ELEMENTS = 32_000_000
+SAMPLE_TENSORS = 512
 
 
 def check_not_merged(result: Merged, work: Workspace) -> None:
@@ -49,7 +50,7 @@ def projection(result: Merged, work: Workspace) -> tuple[float, float, float]:
         if isinstance(piece, Computed) and piece.terms and piece.magnitude is None
     ]
     sizes = [min(TILE_ROWS, piece.rows) * piece.columns for piece in pieces]
-    step = max(-(-sum(sizes) // SAMPLE_ELEMENTS), 1)
+    step = max(-(-sum(sizes) // SAMPLE_ELEMENTS), -(-len(pieces) // SAMPLE_TENSORS), 1)
     sums = np.zeros(3)
     each = []
     count = 0

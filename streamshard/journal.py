@@ -7,6 +7,7 @@ is where reading ends.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ class FinishedShard:
     """A shard that is complete and on disk.
 
     `digest` is that of the file; `digests` are those of its tensors (16 bytes each), in the order of
-    their bytes; `squared` are the squared distances that are not 0, by tensor, and `change` is what
+    their bytes; `squared` are the squared distances, in the same order, and `change` is what
     updates did in all of them. `sha256` is None unless it was asked for.
     """
 
@@ -35,7 +36,7 @@ class FinishedShard:
     nbytes: int
     digest: str
     digests: bytes = field(repr=False)
-    squared: Mapping[str, float] = field(repr=False)
+    squared: array[float] = field(repr=False)
     change: Change
     sha256: str | None
 
@@ -46,7 +47,7 @@ class FinishedShard:
             "bytes": self.nbytes,
             "digest": self.digest,
             "tensors": self.digests.hex(),
-            "squared": dict(self.squared),
+            "squared": [value or 0 for value in self.squared],
             "change": list(self.change),
             "sha256": self.sha256,
         }
@@ -59,7 +60,7 @@ class FinishedShard:
             record["bytes"],
             record["digest"],
             bytes.fromhex(record["tensors"]),
-            record["squared"],
+            array("d", record["squared"]),
             Change(*record["change"]),
             record["sha256"],
         )

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -139,6 +139,7 @@ def run(job: Job, options: Options) -> Report:
         max_shard_size=_size(options.max_shard_size, "--max-shard-size"),
         single=job.weights_name,
     )
+    job = replace(job, tensors={}, shard_of={})  # they are in the shards now
     plan = _plan(job, shards, options)
     if options.on_plan is not None:
         options.on_plan(plan)
@@ -201,7 +202,9 @@ def _write(
 ) -> None:
     """Write everything into place and put the distances into the report."""
     distances = _compared(job, tensors)
-    reference = {n: t for n, t in (job.reference or {}).items() if n in distances.squared}
+    reference = job.reference or {}
+    if not all(name in distances.squared for name in reference):
+        reference = {n: t for n, t in reference.items() if n in distances.squared}
     config = job.config
     if config is not None and options.dtype != "keep":
         config = with_dtype(config, TORCH_DTYPES[DTYPES[options.dtype]])
@@ -219,9 +222,11 @@ def _write(
         report["resumed"] = check_finished(plan.shards, staging, **how)
         write_shards(plan.shards, staging, reference=reference, **how)
         finished = [staging.finished[shard.name] for shard in plan.shards]
-        for shard in finished:
-            distances.squared |= {n: v for n, v in shard.squared.items() if n in distances.squared}
-        if job.must_change and not any(shard.squared for shard in finished):
+        for shard, found in zip(plan.shards, finished, strict=True):
+            for name, value in zip(shard.tensors, found.squared, strict=True):
+                if value and name in distances.squared:
+                    distances.squared[name] = value
+        if job.must_change and not any(any(found.squared) for found in finished):
             raise AdapterError(
                 f"{printable(str(job.output))}: the updates change no weight: they cancel each other "
                 "or are lost in rounding. Check --weight and lora_alpha. Nothing was written."

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
 from streamshard.errors import InputError, printable
 
-__all__ = ["MAX_DEPTH", "MAX_VALUES", "parse_json", "parse_prefix", "parse_small"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_VALUES",
+    "parse_index",
+    "parse_json",
+    "parse_prefix",
+    "parse_small",
+]
 
 MAX_DEPTH = (
     64  # real configs have 5; what later walks a config by recursion stays far from its limit
@@ -23,24 +34,96 @@ def parse_json(text: bytes, where: str, max_values: int = MAX_VALUES) -> Any:
     Duplicate keys, NaN, numbers that no double holds, lone surrogates, more than `MAX_DEPTH` levels
     and more than `max_values` values are refused; `where` begins the message.
     """
+    with _told(where):
+        decoded = _decoded(text, max_values)
+        del text
+        content = _DECODER.decode(decoded)
+        del decoded
+        _check(content)
+    return content
+
+
+def parse_index(text: bytes, where: str) -> dict[str, Any]:
+    """An index: the like of `parse_json`, for an object whose `weight_map` has many names.
+
+    Names are interned, and made one after the other: the headers of the files have them too, and
+    once in memory is enough.
+    """
+
+    def member(name: str, decoded: str, at: int) -> tuple[Any, int]:
+        if name == "weight_map" and decoded.startswith("{", at):
+            return _object(decoded, at, _interned)
+        return _DECODER.raw_decode(decoded, at)
+
+    with _told(where):
+        decoded = _decoded(text, MAX_VALUES)
+        del text
+        content, end = _object(decoded, 0, member)
+        if decoded[end:].strip(_SPACES):
+            raise ValueError("something follows the object")
+        del decoded
+        _check(content)
+    return content
+
+
+def _decoded(text: bytes, max_values: int) -> str:
     # Each value is a hundred bytes of memory or more, but may be two bytes of text. Commas and
     # brackets within strings count too; no real file comes near the limit.
     found = sum(text.count(mark) for mark in (b",", b"[", b"{"))
     if found > max_values:
-        raise InputError(f"{where}: has {found:,} values; {max_values:,} is the limit here.")
+        raise _TooManyError(f"has {found:,} values; {max_values:,} is the limit here.")
+    return text.decode()
+
+
+class _TooManyError(Exception):
+    """There are more values than are looked at."""
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Turn what can be wrong with JSON into an `InputError` that begins with `where`."""
     try:
-        decoded = text.decode()
-        del text  # an index has megabytes, and what is made of it more
-        content = _DECODER.decode(decoded)
-        del decoded
-        _check(content)
+        yield
+    except _TooManyError as error:
+        raise InputError(f"{where}: {error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: is not UTF-8 (byte {error.start:,}).") from error
     except RecursionError as error:
         raise InputError(f"{where}: is nested too deeply.") from error
     except ValueError as error:
         raise InputError(f"{where}: is not valid JSON: {printable(str(error))}.") from error
-    return content
+
+
+def _interned(_name: str, text: str, at: int) -> tuple[Any, int]:
+    value, end = _DECODER.raw_decode(text, at)
+    return sys.intern(value) if isinstance(value, str) else value, end
+
+
+def _object(
+    text: str, at: int, member: Callable[[str, str, int], tuple[Any, int]]
+) -> tuple[dict[str, Any], int]:
+    """The JSON object at `at`, and where it ends; `member` parses the value of each name."""
+    found: dict[str, Any] = {}
+    start = _BEGIN.match(text, at)
+    if start is None:
+        raise ValueError("it is not a JSON object")
+    at, mark = start.end(), start[1] or ","
+    while mark == ",":
+        if not text.startswith('"', at):
+            raise ValueError(f"a name in quotes was expected at character {at:,}")
+        name, at = scanstring(text, at + 1)
+        colon = _COLON.match(text, at)
+        if colon is None:
+            raise ValueError(f"a colon was expected at character {at:,}")
+        value, at = member(name, text, colon.end())
+        if name in found:
+            raise ValueError(f"the key {name!r} occurs twice")
+        found[sys.intern(name)] = value
+        following = _NEXT.match(text, at)
+        if following is None:
+            raise ValueError(f"',' or '}}' was expected at character {at:,}")
+        at, mark = following.end(), following[1]
+    return found, at
 
 
 def parse_prefix(text: bytes, at: int, limit: int) -> tuple[Any, int]:
@@ -134,6 +217,10 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+_SPACES = " \t\n\r"
+_BEGIN = re.compile(rf"[{_SPACES}]*\{{[{_SPACES}]*(\}}?)")
+_COLON = re.compile(rf"[{_SPACES}]*:[{_SPACES}]*")
+_NEXT = re.compile(rf"[{_SPACES}]*([,}}])[{_SPACES}]*")
 _SMALL = json.JSONDecoder(
     object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
 )

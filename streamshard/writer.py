@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -153,12 +154,12 @@ class _Open:
 
     def finished(self, sha256: str | None) -> FinishedShard:
         """All that is to be known of it."""
-        squared, change = {}, Change()
+        squared, change = array("d", bytes(8 * len(self.names))), Change()
         for place in sorted(self.measured):  # sums must not depend on who was faster
             value, changed = self.measured[place]
             change = change.plus(changed)
             if value:
-                squared[self.names[place]] = value
+                squared[place] = value
         return FinishedShard(
             self.shard.name,
             self.shard.nbytes,
