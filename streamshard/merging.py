@@ -138,6 +138,7 @@ def merge_lora(
     for own_folder, described in zip(folders, result.facts, strict=False):
         described["digest"] = file_digest(own_folder.file)
         described["base_model_name_or_path"] = own_folder.config.get("base_model_name_or_path")
+        result.warnings += _other_base(described["base_model_name_or_path"], source)
     if not allow_merged_base:
         _check_record(source, result.facts)
     facts: dict[str, Any] = {
@@ -320,6 +321,23 @@ def _adapters(
             expert_order,
         )
         for folder, factor in zip(folders, weights, strict=True)
+    ]
+
+
+def _other_base(stated: object, source: Checkpoint) -> list[str]:
+    """A warning if adapter and base are of InternVL models of different names.
+
+    Fine-tunes have any name, and shapes of several models are the same: nothing is certain here.
+    """
+    mine, theirs = (
+        re.sub(r"[-_](?:hf|merged|custom)$|[^a-z0-9]", "", Path(str(name)).name.lower())
+        for name in (source.path.absolute(), stated)
+    )
+    if mine == theirs or not all(name.startswith("internvl") for name in (mine, theirs)):
+        return []
+    return [
+        f"the adapter was trained on {printable(str(stated))}, by its config, and this base is "
+        f"{printable(str(source.path))}: the shapes fit, but make sure that it is the right base"
     ]
 
 

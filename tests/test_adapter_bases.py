@@ -337,3 +337,26 @@ def test_a_clean_base_is_not_suspected(std, tmp_path):
             lora_alpha=4,
         )
         merge_lora(base=base, adapter=adapter, output=folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        ("OpenGVLab/InternVL2_5-8B", True),
+        ("OpenGVLab/InternVL3-8B", False),
+        ("./models/InternVL3-8B-hf/", False),
+        ("my-model", False),
+        (None, False),
+    ],
+)
+def test_another_model_of_the_same_shapes_is_named(name, warned, tmp_path):
+    """Only names can tell; they are compared where both are those of InternVL models."""
+    model = language_model()
+    wrapped = adapted(model, target_modules=["q_proj"])
+    base = save_base(tmp_path / "InternVL3-8B", model)
+    adapter = save_adapter(tmp_path / "adapter", wrapped)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = name
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    report = merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    assert any("right base" in warning for warning in report["warnings"]) == warned
