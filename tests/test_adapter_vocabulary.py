@@ -13,6 +13,7 @@ import torch
 from peft_cases import (
     adapted,
     assert_close,
+    assert_distance,
     assert_exact,
     check,
     exact_weights,
@@ -20,6 +21,7 @@ from peft_cases import (
     language_model,
     loaded,
     outputs,
+    raises,
     save_adapter,
     save_base,
     trained,
@@ -132,6 +134,11 @@ TIED: dict[str, tuple[dict[str, Any], bool]] = {
     "rows": ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 9, 40]}, True),
     "neither": ({"target_modules": ["q_proj"]}, True),
     "dora-head": ({"target_modules": ["lm_head"], "use_dora": True}, False),
+    "rows-and-head": ({"target_modules": ["lm_head"], "trainable_token_indices": [3, 9]}, False),
+    "dora-tied": (
+        {"target_modules": ["lm_head"], "use_dora": True, "ensure_weight_tying": True},
+        False,
+    ),
 }
 
 
@@ -149,7 +156,7 @@ def test_tied_embeddings(case, both_stored, tmp_path):
         content = read(base)
         content["lm_head.weight"] = content["model.embed_tokens.weight"].clone()
         reference.save_file(content, base / "model.safetensors", {"format": "pt"})
-    merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    report = merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
     merged, info = type(model).from_pretrained(
         tmp_path / "out", output_loading_info=True, attn_implementation="eager"
     )
@@ -165,6 +172,17 @@ def test_tied_embeddings(case, both_stored, tmp_path):
     else:
         assert "lm_head.weight" in written
     assert_exact(written, read(base), exact)
+    if both_stored or stays_tied:
+        assert_distance(report, written, read(base))
+
+
+def test_rows_of_one_adapter_and_a_head_of_another(tmp_path):
+    """The rows are the tied head's too, so that both change it."""
+    model = language_model(tied=True)
+    paths = [
+        save_adapter(tmp_path / name, adapted(model, **TIED[name][0])) for name in ("rows", "head")
+    ]
+    raises(tmp_path, "lm_head.weight", base=save_base(tmp_path / "base", model), adapter=paths)
 
 
 def test_tied_embeddings_and_a_resized_vocabulary(tmp_path):
