@@ -99,6 +99,7 @@ def merge(
         _settle_tie(result, tie, replacements, work, follows=bool(followed))
         if tie[1] not in base and not result.untied:
             del result.tensors[tie[1]]
+            result.replaced = [name for name in result.replaced if name != tie[1]]
     return result
 
 
@@ -159,4 +160,3 @@ def _settle_tie(
     result.untied = not ((follows and not touched[1]) or same)
     if not result.untied and (any(touched) or embedding):
         result.tensors[tie[1]] = result.tensors[tie[0]]
-        result.replaced = [name for name in result.replaced if name != tie[1]]

@@ -67,7 +67,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "saved-projector": {"modules_to_save": ["PROJECTOR"]},
     "dora-bias-and-projector": {
         "use_dora": True,
-        "bias": "lora_only",
+        "bias": "all",
         "modules_to_save": ["PROJECTOR"],
     },
 }
