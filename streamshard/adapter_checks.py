@@ -12,6 +12,7 @@ from streamshard.adapter_plan import (
     AdapterPlan,
     Merged,
     is_of_tokens,
+    no_sum,
     pattern_key,
     wanted_tensors,
 )
@@ -48,7 +49,9 @@ def plan_adapter(
             )
     plan = AdapterPlan(adapter, keys, parameters, {})
     _check_flags(plan)
-    _check_weight(plan)
+    magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
+    if magnitudes and adapter.weight != 1:
+        raise no_sum(adapter, magnitudes)
     _check_factors(plan)
     try:
         plan.homes = find_homes(base, wanted_tensors(plan, turned=False), where, carry)
@@ -76,18 +79,6 @@ def _check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
         lacking = sorted(biases & base.keys())
     if lacking:
         raise _disagreement(plan, f"bias is '{bias}'", "biases", lacking, lacks=True)
-
-
-def _check_weight(plan: AdapterPlan) -> None:
-    """Refuse a weight on what is no sum."""
-    keys = plan.keys
-    fixed = [m.magnitude or m.tokens for m in keys.modules.values() if m.magnitude or m.tokens]
-    fixed += keys.whole.values()
-    if fixed and plan.adapter.weight != 1:
-        raise AdapterError(
-            f"{plan.adapter.where}: {listed(fixed, 3)} scale or replace what the base has, and are no "
-            "update that --weight could scale. Merge this adapter with weight 1."
-        )
 
 
 def _check_flags(plan: AdapterPlan) -> None:

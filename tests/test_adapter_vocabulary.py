@@ -16,6 +16,7 @@ from peft_cases import (
     assert_distance,
     assert_exact,
     check,
+    double,
     exact_weights,
     fill,
     language_model,
@@ -83,6 +84,34 @@ def test_a_saved_base_embedding_replaces_that_of_the_base(tmp_path):
     assert_close(outputs(loaded(model, tmp_path / "out")), outputs(wrapped))
     peer = peft.PeftModel.from_pretrained(other, adapter)
     assert_close(outputs(peer), outputs(wrapped))
+
+
+def test_copies_of_what_the_base_has_do_not_stand_in_the_way(tmp_path):
+    """PEFT saves embedding and head beside their pairs; unchanged, they leave a sum a sum."""
+    model = language_model()
+    config = {"target_modules": ["embed_tokens", "lm_head"]}
+    adapters = [adapted(model, std=0.02 * (i + 1), **config) for i in range(2)]
+    paths = [save_adapter(tmp_path / str(i), each) for i, each in enumerate(adapters)]
+    copies = {
+        f"base_model.model.{name}.base_layer.weight" for name in ("model.embed_tokens", "lm_head")
+    }
+    assert copies <= reference.load_file(paths[0] / "adapter_model.safetensors").keys()
+    plain = {name: double(tensor) for name, tensor in model.state_dict().items()}
+    one, other = (exact_weights(each) for each in adapters)
+    exact = {n: W + 0.5 * (one[n] - W) - 2 * (other[n] - W) for n, W in plain.items()}
+    for dtype in ("F32", "BF16"):
+        base = save_base(tmp_path / dtype, model, dtype)
+        out = tmp_path / f"out-{dtype}"
+        report = merge_lora(base=base, adapter=paths, weight=[0.5, -2], output=out)
+        assert_exact(read(out), read(base), exact)
+        assert all(set(said["inert"]) == copies for said in report["adapters"])
+    raises(
+        tmp_path,
+        "--weight",
+        base=save_base(tmp_path / "other", trained(model)),
+        adapter=paths,
+        weight=[1, 2],
+    )
 
 
 @pytest.mark.parametrize("rows", [150, 170])
