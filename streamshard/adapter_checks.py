@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from streamshard.adapter_keys import BASE_LAYER, read_keys
 from streamshard.adapter_plan import (
@@ -19,7 +20,7 @@ from streamshard.adapter_plan import (
 from streamshard.arithmetic import FLOATS
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.experts import parameter_names
-from streamshard.matching import Carry, find_homes
+from streamshard.matching import Carry, Place, find_homes
 from streamshard.tensors import Lazy, Workspace, equal_bytes
 
 __all__ = ["check_depth", "plan_adapter"]
@@ -61,7 +62,27 @@ def plan_adapter(
         # The factors of fused experts may have in and out the other way round.
         plan.homes = find_homes(base, wanted_tensors(plan, turned=True), where, carry)
     _check_biases(plan, base)
+    for name, module in keys.modules.items():
+        if module.bias:
+            plan.homes.setdefault(f"{name}.bias", _bias_homes(plan, name, base))
     return plan
+
+
+def _bias_homes(plan: AdapterPlan, module: str, base: Mapping[str, Lazy]) -> list[Place]:
+    """Where the bias of a module's lora_B goes: beside the weight that its pair updates."""
+    homes = [
+        replace(place, target=f"{place.target.removesuffix('.weight')}.bias")
+        for place in plan.homes[plan.weight(module)]
+    ]
+    lacking = [place.target for place in homes if place.target not in base]
+    if lacking:
+        raise AdapterError(
+            f"{plan.adapter.where}: lora_bias is true, but the base has no {listed(lacking)} to which "
+            f"'{printable(plan.keys.modules[module].bias)}' could be added, and its model has no place "
+            "for one. PEFT cannot merge this either: train without lora_bias, or only layers that have "
+            "a bias."
+        )
+    return homes
 
 
 def _check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:

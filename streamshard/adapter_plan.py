@@ -102,8 +102,6 @@ def wanted_tensors(plan: AdapterPlan, *, turned: bool) -> dict[str, Wanted]:
         if name in plan.parameters:
             rows *= max(A.rows // plan.adapter.settings.rank(pattern_key(plan, name)), 1)
         wanted[weight] = Wanted(rows, module.A)
-        if module.bias:
-            wanted[f"{name}.bias"] = Wanted(tensors[module.bias].rows, module.bias)
     for name, key in plan.keys.whole.items():
         wanted.setdefault(name, Wanted(tensors[key].rows, key))
     return wanted

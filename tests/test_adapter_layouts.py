@@ -151,6 +151,19 @@ def test_the_patch_embedding_is_a_convolution(trained, dora, tmp_path):
     check(tmp_path, preset, trained, OTHER[trained], wrapped, model)
 
 
+@pytest.mark.parametrize("same", [False, True], ids=["other", "same"])
+@pytest.mark.parametrize("trained", ["hf", "custom"])
+def test_the_bias_of_lora_b_goes_beside_its_weight(trained, same, tmp_path):
+    """Only to layers that have a bias: the vision encoder and the projector."""
+    preset = PRESETS["tiny"]
+    model = model_of(preset, trained)
+    modules = CUSTOM_VISION
+    if trained == "hf":
+        modules = [*VISION, "attention.q_proj", "attention.v_proj"]
+    wrapped = adapted(model, target_modules=modules, lora_bias=True)
+    check(tmp_path, preset, trained, trained if same else OTHER[trained], wrapped, model)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("trained", ["hf", "custom"])
 @pytest.mark.parametrize("name", FAMILIES)

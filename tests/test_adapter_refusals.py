@@ -271,7 +271,7 @@ DISAGREE: dict[str, tuple[Callable[[Pair], Any], list[str]]] = {
             lambda c: c | {k.replace("weight", "bias"): t[:, 0] for k, t in c.items() if "_B" in k},
             lora_bias=True,
         ),
-        ["bias"],
+        ["lora_bias", "_proj.bias", "has no place for one"],
     ),
     "bias-flag": (
         lambda p: (with_biases(p), configure(p.adapter, bias="all")),
