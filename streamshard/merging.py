@@ -107,6 +107,11 @@ def merge_lora(
             raise UsageError(
                 "--alpha is for training checkpoints; an adapter's config has its own."
             )
+        if layout == "keep" and (reference is not None or tokenizer_from is not None):
+            raise UsageError(
+                "--reference and --tokenizer-from would change nothing here: they belong to --layout "
+                "custom or hf. Give that too, or leave them out."
+            )
         source = open_checkpoint(base)
         folders = _open_adapters(adapter)
         adapters = _adapters(
@@ -138,6 +143,7 @@ def merge_lora(
     for own_folder, described in zip(folders, result.facts, strict=False):
         described["digest"] = file_digest(own_folder.file)
         described["base_model_name_or_path"] = own_folder.config.get("base_model_name_or_path")
+    _check_twice(result.facts)
     if not allow_merged_base:
         _check_record(source, result.facts)
     facts: dict[str, Any] = {
@@ -321,6 +327,17 @@ def _adapters(
         )
         for folder, factor in zip(folders, weights, strict=True)
     ]
+
+
+def _check_twice(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse one adapter under two paths, or given twice: its update would count twice."""
+    digests = [described.get("digest") for described in facts]
+    twice = [d["file"] for d in facts if d.get("digest") and digests.count(d["digest"]) > 1]
+    if twice:
+        raise UsageError(
+            f"{listed(twice)} are one adapter, and its update would be added more than once. Give it "
+            "once; --weight scales it."
+        )
 
 
 def _check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> None:
