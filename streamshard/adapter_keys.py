@@ -194,8 +194,15 @@ def _twice(one: str, other: str, name: str, where: str) -> AdapterError:
 
 def _check_names(names: set[str], wanted: str | None, where: str) -> None:
     if wanted is not None and wanted not in names:
+        found = sorted(name for name in names if name)
         raise AdapterError(
-            f"{where}: has no adapter '{printable(wanted)}'; found {listed(sorted(names))}."
+            f"{where}: has no adapter '{printable(wanted)}': "
+            + (
+                f"found {listed(found)}. Choose one of these."
+                if found
+                else "its keys have no adapter's "
+                "name, so it is one alone. Leave --adapter-name out."
+            )
         )
     if wanted is None and len(names) > 1:
         found = sorted(name for name in names if name)

@@ -83,8 +83,11 @@ def merge(
         found = updates_of(plan, result, work)
         if not found and not any(r.adapter is plan.adapter for r in replacements):
             raise AdapterError(
-                f"{plan.adapter.where}: every update is exactly zero (lora_B is zero, or the weight "
-                "is 0): the adapter was not trained, or was saved by a trainer that lost its values."
+                f"{plan.adapter.where}: its --weight is 0, so it changes nothing. Leave the adapter out."
+                if not plan.adapter.weight
+                else f"{plan.adapter.where}: every update is exactly zero (lora_B is zero): the adapter "
+                "was not trained, or was saved by a trainer that lost its values. Give a checkpoint "
+                "from later in the training, or save the adapter again."
             )
         for target, update in found:
             if plan not in followed or tie is None or target != tie[1]:

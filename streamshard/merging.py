@@ -30,7 +30,14 @@ from streamshard.detection import layout_of
 from streamshard.digests import file_digest
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.experts import EXPERT_ORDERS
-from streamshard.families import OTHER, Dims, dims_from_config, untied, with_vocabulary
+from streamshard.families import (
+    OTHER,
+    Dims,
+    config_layout,
+    dims_from_config,
+    untied,
+    with_vocabulary,
+)
 from streamshard.files import Files
 from streamshard.hazards import check_not_merged
 from streamshard.layouts import convert, pieces
@@ -281,7 +288,7 @@ def _with_code(
         code = (donor.config or {}).get("auto_map")
         if config is not None and code is not None:
             config = {**config, "auto_map": config.get("auto_map", code)}
-    elif not any(name.endswith(".py") for name in side_files):
+    elif not any(n.endswith(".py") for n in side_files) and config_layout(config or {}) != "hf":
         warnings.append(
             "the checkpoint's folder has no remote code (*.py), so the output cannot be loaded with "
             "trust_remote_code; --reference ORIGINAL takes what is missing from the original model"

@@ -73,6 +73,14 @@ def test_one_adapter_name_needs_no_choice(pair):
     assert all(reference.same_tensor(found[name], plain[name]) for name in plain)
 
 
+def test_a_name_where_there_are_none(pair, refused):
+    refused(4, "'second'", "Leave --adapter-name out", more=["--adapter-name", "second"])
+
+
+def test_a_weight_of_zero(pair, refused):
+    refused(4, "--weight is 0", "Leave the adapter out", more=["--weight", "0"])
+
+
 def test_names_on_some_tensors_only(pair, refused):
     edited(
         pair.adapter,
