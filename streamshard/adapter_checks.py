@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from streamshard.adapter_keys import BASE_LAYER, read_keys
 from streamshard.adapter_plan import (
@@ -12,13 +13,14 @@ from streamshard.adapter_plan import (
     AdapterPlan,
     Merged,
     is_of_tokens,
+    no_sum,
     pattern_key,
     wanted_tensors,
 )
 from streamshard.arithmetic import FLOATS
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.experts import parameter_names
-from streamshard.matching import Carry, find_homes
+from streamshard.matching import Carry, Place, find_homes
 from streamshard.tensors import Lazy, Workspace, equal_bytes
 
 __all__ = ["check_depth", "plan_adapter"]
@@ -48,7 +50,9 @@ def plan_adapter(
             )
     plan = AdapterPlan(adapter, keys, parameters, {})
     _check_flags(plan)
-    _check_weight(plan)
+    magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
+    if magnitudes and adapter.weight != 1:
+        raise no_sum(adapter, magnitudes)
     _check_factors(plan)
     try:
         plan.homes = find_homes(base, wanted_tensors(plan, turned=False), where, carry)
@@ -58,7 +62,27 @@ def plan_adapter(
         # The factors of fused experts may have in and out the other way round.
         plan.homes = find_homes(base, wanted_tensors(plan, turned=True), where, carry)
     _check_biases(plan, base)
+    for name, module in keys.modules.items():
+        if module.bias:
+            plan.homes.setdefault(f"{name}.bias", _bias_homes(plan, name, base))
     return plan
+
+
+def _bias_homes(plan: AdapterPlan, module: str, base: Mapping[str, Lazy]) -> list[Place]:
+    """Where the bias of a module's lora_B goes: beside the weight that its pair updates."""
+    homes = [
+        replace(place, target=f"{place.target.removesuffix('.weight')}.bias")
+        for place in plan.homes[plan.weight(module)]
+    ]
+    lacking = [place.target for place in homes if place.target not in base]
+    if lacking:
+        raise AdapterError(
+            f"{plan.adapter.where}: lora_bias is true, but the base has no {listed(lacking)} to which "
+            f"'{printable(plan.keys.modules[module].bias)}' could be added, and its model has no place "
+            "for one. PEFT cannot merge this either: train without lora_bias, or only layers that have "
+            "a bias."
+        )
+    return homes
 
 
 def _check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
@@ -76,18 +100,6 @@ def _check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
         lacking = sorted(biases & base.keys())
     if lacking:
         raise _disagreement(plan, f"bias is '{bias}'", "biases", lacking, lacks=True)
-
-
-def _check_weight(plan: AdapterPlan) -> None:
-    """Refuse a weight on what is no sum."""
-    keys = plan.keys
-    fixed = [m.magnitude or m.tokens for m in keys.modules.values() if m.magnitude or m.tokens]
-    fixed += keys.whole.values()
-    if fixed and plan.adapter.weight != 1:
-        raise AdapterError(
-            f"{plan.adapter.where}: {listed(fixed, 3)} scale or replace what the base has, and are no "
-            "update that --weight could scale. Merge this adapter with weight 1."
-        )
 
 
 def _check_flags(plan: AdapterPlan) -> None:
@@ -120,6 +132,7 @@ def _check_flags(plan: AdapterPlan) -> None:
                 f"{plan.adapter.where}: {flag} is true, which PEFT does not have for fused parameters, "
                 "but the file has pairs for them. Config and tensors are not of one adapter."
             )
+    _check_nesting(plan)
     if lost:
         raise _disagreement(
             plan, f"modules_to_save has {listed(lost)}", "such tensors", [], lacks=True
@@ -162,6 +175,22 @@ def _check_flags(plan: AdapterPlan) -> None:
             unasked,
             lacks=False,
         )
+
+
+def _check_nesting(plan: AdapterPlan) -> None:
+    """Refuse saved modules inside saved modules, of which PEFT saves only one copy of two."""
+    entries = plan.adapter.settings.modules_to_save
+    for name, key in plan.keys.whole.items():
+        parts = name.split(".")[:-1]
+        paths = (".".join(parts[: n + 1]) for n in range(len(parts)))
+        saved = [path for path in paths if path.endswith(entries)]
+        if len(saved) > 1:
+            raise AdapterError(
+                f"{plan.adapter.where}: '{printable(key)}' is in two modules that modules_to_save of the "
+                f"config means, {listed(saved)}, one inside the other (PEFT compares the ends of names). "
+                "PEFT trains two copies then and saves one: which was used cannot be told. Train with "
+                "names that do not overlap."
+            )
 
 
 def _disagreement(

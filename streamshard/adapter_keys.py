@@ -30,8 +30,8 @@ _PART = re.compile(
 )
 # A whole tensor beside the factors, perhaps within what PEFT put around its module.
 _WHOLE = re.compile(
-    r"(?P<module>.+?)(?:(?P<saved>\.modules_to_save)(?:\.(?P<name>[^.]+))?|\.token_adapter\.base_layer"
-    r"|\.base_layer)?\.(?P<end>[^.]+)"
+    r"(?P<module>.+?)(?:\.modules_to_save(?:\.(?P<name>[^.]+)(?P<inner>(?:\.[^.]+)*))?"
+    r"|\.token_adapter\.base_layer|\.base_layer)?\.(?P<end>[^.]+)"
 )
 # Left over from training, with no effect on the merged weight.
 _INERT = re.compile(
@@ -91,7 +91,8 @@ def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) 
     found = Keys()
     prefixes: dict[str, str] = {}
     parts: dict[str, re.Match[str]] = {}
-    names: dict[str, str] = {}
+    names: set[str] = set()
+    saved_names: set[str] = set()
     for key in keys:
         plain = _WRAPPERS.sub("", key)
         prefix = _PREFIX.match(plain)
@@ -103,12 +104,17 @@ def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) 
         part = _PART.fullmatch(plain)
         parts[key] = part or _whole(key, plain, where)
         own = _adapter_name(parts[key])
-        if own is not None or part is not None:
-            names.setdefault(own or "", key)
-            if adapter_name is not None and own not in (None, adapter_name):
-                del parts[key]
-                continue
+        if part is not None:
+            names.add(own or "")
+        elif own is not None:
+            saved_names.add(own)
+        if adapter_name is not None and own not in (None, adapter_name):
+            del parts[key]
+            continue
         prefixes.setdefault(start, key)
+    # PEFT leaves its name in the biases of a module that has modules itself.
+    if adapter_name is not None or names != {""} or len(saved_names) > 1:
+        names |= saved_names
     _check_names(names, adapter_name, where)
     for key, match in parts.items():
         if match.re is _PART:
@@ -171,7 +177,7 @@ def _add_part(found: Keys, part: re.Match[str], key: str, where: str) -> None:
 
 
 def _add_whole(found: Keys, match: re.Match[str], key: str, where: str) -> None:
-    name = f"{match['module']}.{match['end']}"
+    name = f"{match['module']}{match['inner'] or ''}.{match['end']}"
     other = found.whole.setdefault(name, key)
     if other != key:
         if (".modules_to_save." in key) == (".modules_to_save." in other):
@@ -186,10 +192,17 @@ def _twice(one: str, other: str, name: str, where: str) -> AdapterError:
     )
 
 
-def _check_names(names: dict[str, str], wanted: str | None, where: str) -> None:
+def _check_names(names: set[str], wanted: str | None, where: str) -> None:
     if wanted is not None and wanted not in names:
+        found = sorted(name for name in names if name)
         raise AdapterError(
-            f"{where}: has no adapter '{printable(wanted)}'; found {listed(sorted(names))}."
+            f"{where}: has no adapter '{printable(wanted)}': "
+            + (
+                f"found {listed(found)}. Choose one of these."
+                if found
+                else "its keys have no adapter's "
+                "name, so it is one alone. Leave --adapter-name out."
+            )
         )
     if wanted is None and len(names) > 1:
         found = sorted(name for name in names if name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from streamshard.adapter_keys import Keys
 from streamshard.arithmetic import FLOATS
-from streamshard.errors import AdapterError, InputError, printable
+from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.matching import Place, Wanted
 from streamshard.peft_config import LoraSettings
 from streamshard.tensors import Lazy, Workspace, read_float32
@@ -29,6 +29,7 @@ __all__ = [
     "is_of_tokens",
     "largest",
     "misfit",
+    "no_sum",
     "pattern_key",
     "wanted_tensors",
 ]
@@ -101,8 +102,6 @@ def wanted_tensors(plan: AdapterPlan, *, turned: bool) -> dict[str, Wanted]:
         if name in plan.parameters:
             rows *= max(A.rows // plan.adapter.settings.rank(pattern_key(plan, name)), 1)
         wanted[weight] = Wanted(rows, module.A)
-        if module.bias:
-            wanted[f"{name}.bias"] = Wanted(tensors[module.bias].rows, module.bias)
     for name, key in plan.keys.whole.items():
         wanted.setdefault(name, Wanted(tensors[key].rows, key))
     return wanted
@@ -181,6 +180,14 @@ def misfit(
         f"{plan.adapter.where}: '{printable(key)}' and its lora_B make an update of shape {shape}, but "
         f"base tensor '{printable(target)}' is {list(tensor.shape)}. The adapter belongs to another "
         "model."
+    )
+
+
+def no_sum(adapter: Adapter, keys: Sequence[str]) -> AdapterError:
+    """The error for a weight on what is no update."""
+    return AdapterError(
+        f"{adapter.where}: {listed(keys, 3)} scale or replace what the base has, and are no update "
+        "that --weight could scale. Merge this adapter with weight 1."
     )
 
 

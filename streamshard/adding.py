@@ -247,8 +247,7 @@ def check_company(
                 f"'{printable(name)}'. DoRA rescales what the other one adds: merge one after the "
                 "other was trained on top of it, or only one of them."
             )
-        own = [r for r in replacements if r.target == name]
-        foreign = [r for r in own if r.adapter is not one.adapter or r.is_tokens]
+        foreign = [r for r in replacements if r.target == name and r.adapter is not one.adapter]
         if foreign:
             raise AdapterError(
                 f"{one.adapter.where}: adds an update to '{printable(name)}', for which "

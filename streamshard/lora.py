@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,14 +75,19 @@ def merge(
     plans = [plan_adapter(adapter, whole, work, carry) for adapter in adapters]
     followed = [plan for plan in plans if tie is not None and _follows(plan, tie, work)]
     replacements = [r for plan in plans for r in replacements_of(plan, whole, result, work)]
+    if tie is not None:
+        replacements += _tied_rows(replacements, tie)
     replace_rows(result, replacements)
     updates: dict[str, list[Update]] = {}
     for plan in plans:
         found = updates_of(plan, result, work)
         if not found and not any(r.adapter is plan.adapter for r in replacements):
             raise AdapterError(
-                f"{plan.adapter.where}: every update is exactly zero (lora_B is zero, or the weight "
-                "is 0): the adapter was not trained, or was saved by a trainer that lost its values."
+                f"{plan.adapter.where}: its --weight is 0, so it changes nothing. Leave the adapter out."
+                if not plan.adapter.weight
+                else f"{plan.adapter.where}: every update is exactly zero (lora_B is zero): the adapter "
+                "was not trained, or was saved by a trainer that lost its values. Give a checkpoint "
+                "from later in the training, or save the adapter again."
             )
         for target, update in found:
             if plan not in followed or tie is None or target != tie[1]:
@@ -96,6 +102,7 @@ def merge(
         _settle_tie(result, tie, replacements, work, follows=bool(followed))
         if tie[1] not in base and not result.untied:
             del result.tensors[tie[1]]
+            result.replaced = [name for name in result.replaced if name != tie[1]]
     return result
 
 
@@ -103,9 +110,10 @@ def _follows(plan: AdapterPlan, tie: tuple[str, str], work: Workspace) -> bool:
     """Whether an adapter has the same update for a tied embedding and its head.
 
     PEFT's `ensure_weight_tying` saves both: the head's A and B are the embedding's B and A,
-    transposed.
+    transposed. DoRA scales rows of the head, but columns of the embedding: never the same.
     """
-    if not plan.adapter.settings.ensure_weight_tying:
+    settings = plan.adapter.settings
+    if settings.use_dora or not settings.ensure_weight_tying:
         return False
     own: dict[str, Module] = {}
     for name, module in plan.keys.modules.items():
@@ -126,6 +134,16 @@ def _follows(plan: AdapterPlan, tie: tuple[str, str], work: Workspace) -> bool:
     return True
 
 
+def _tied_rows(replacements: Sequence[Replacement], tie: tuple[str, str]) -> list[Replacement]:
+    """Trained token rows of an embedding for its head, unless the adapter has other ones there.
+
+    PEFT puts the rows of the one into the other, and adds the head's own update to them.
+    """
+    embedding, head = ([r for r in replacements if r.is_tokens and r.target == n] for n in tie)
+    own = {id(r.adapter) for r in head}
+    return [replace(r, target=tie[1]) for r in embedding if id(r.adapter) not in own]
+
+
 def _settle_tie(
     result: Merged,
     tie: tuple[str, str],
@@ -137,13 +155,11 @@ def _settle_tie(
     """Let the head follow the embedding if it is still the same; otherwise they are untied."""
     embedding, head = ([r for r in replacements if r.target == name and r.adapter] for name in tie)
     touched = [name in result.updated for name in tie]
-    only_tokens = not head and not any(touched) and all(r.is_tokens for r in embedding)
     same = (
         not any(touched)
         and [(r.start, r.rows.shape) for r in embedding] == [(r.start, r.rows.shape) for r in head]
         and all(equal_bytes(r.rows, s.rows, work) for r, s in zip(embedding, head, strict=True))
     )
-    result.untied = not ((follows and not touched[1]) or only_tokens or same)
+    result.untied = not ((follows and not touched[1]) or same)
     if not result.untied and (any(touched) or embedding):
         result.tensors[tie[1]] = result.tensors[tie[0]]
-        result.replaced = [name for name in result.replaced if name != tie[1]]

@@ -30,7 +30,14 @@ from streamshard.detection import layout_of
 from streamshard.digests import file_digest
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.experts import EXPERT_ORDERS
-from streamshard.families import OTHER, Dims, dims_from_config, untied, with_vocabulary
+from streamshard.families import (
+    OTHER,
+    Dims,
+    config_layout,
+    dims_from_config,
+    untied,
+    with_vocabulary,
+)
 from streamshard.files import Files
 from streamshard.hazards import check_not_merged
 from streamshard.layouts import convert, pieces
@@ -107,6 +114,11 @@ def merge_lora(
             raise UsageError(
                 "--alpha is for training checkpoints; an adapter's config has its own."
             )
+        if layout == "keep" and (reference is not None or tokenizer_from is not None):
+            raise UsageError(
+                "--reference and --tokenizer-from would change nothing here: they belong to --layout "
+                "custom or hf. Give that too, or leave them out."
+            )
         source = open_checkpoint(base)
         folders = _open_adapters(adapter)
         adapters = _adapters(
@@ -139,6 +151,7 @@ def merge_lora(
         described["digest"] = file_digest(own_folder.file)
         described["base_model_name_or_path"] = own_folder.config.get("base_model_name_or_path")
         result.warnings += _other_base(described["base_model_name_or_path"], source)
+    _check_twice(result.facts)
     if not allow_merged_base:
         _check_record(source, result.facts)
     facts: dict[str, Any] = {
@@ -276,7 +289,7 @@ def _with_code(
         code = (donor.config or {}).get("auto_map")
         if config is not None and code is not None:
             config = {**config, "auto_map": config.get("auto_map", code)}
-    elif not any(name.endswith(".py") for name in side_files):
+    elif not any(n.endswith(".py") for n in side_files) and config_layout(config or {}) != "hf":
         warnings.append(
             "the checkpoint's folder has no remote code (*.py), so the output cannot be loaded with "
             "trust_remote_code; --reference ORIGINAL takes what is missing from the original model"
@@ -339,6 +352,17 @@ def _other_base(stated: object, source: Checkpoint) -> list[str]:
         f"the adapter was trained on {printable(str(stated))}, by its config, and this base is "
         f"{printable(str(source.path))}: the shapes fit, but make sure that it is the right base"
     ]
+
+
+def _check_twice(facts: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse one adapter under two paths, or given twice: its update would count twice."""
+    digests = [described.get("digest") for described in facts]
+    twice = [d["file"] for d in facts if d.get("digest") and digests.count(d["digest"]) > 1]
+    if twice:
+        raise UsageError(
+            f"{listed(twice)} are one adapter, and its update would be added more than once. Give it "
+            "once; --weight scales it."
+        )
 
 
 def _check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from streamshard.adapter_plan import Adapter, AdapterPlan, Merged, is_of_tokens, largest
+from streamshard.adapter_plan import Adapter, AdapterPlan, Merged, is_of_tokens, largest, no_sum
 from streamshard.arithmetic import FLOATS
 from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.matching import Place
-from streamshard.tensors import Lazy, Workspace, concat
+from streamshard.tensors import Lazy, Workspace, concat, equal_bytes
 from streamshard.updates import cast
 
 __all__ = ["Replacement", "replace_rows", "replacements_of"]
@@ -31,34 +31,58 @@ class Replacement:
 def replacements_of(
     plan: AdapterPlan, base: Mapping[str, Lazy], result: Merged, work: Workspace
 ) -> list[Replacement]:
-    """Whole tensors and token rows, in the dtype of what they replace."""
+    """Whole tensors and token rows, in the dtype of what they replace.
+
+    PEFT saves the weight of an embedding or head beside its pair, trained or not: a tensor with the
+    values of the base is inert.
+    """
     adapter, tensors = plan.adapter, plan.adapter.tensors
     found: list[Replacement] = []
-    rounded = []
+    rounded, replacing = [], []
     for name, key in plan.keys.whole.items():
         tensor = tensors[key]
         largest(adapter, key, work)
+        count = len(found)
         for place in plan.homes[name]:
             rows = tensor.take(place.source_start, place.source_start + place.rows)
             target = base[place.target]
             _check_replacement(adapter, key, rows, target, place)
+            if _is_there(rows, target, place, work):
+                continue
             if tensor.dtype != target.dtype:
                 rounded.append(place.target)
             rows = cast(rows, target.dtype)
             found.append(Replacement(adapter, place.target, place.start, rows, whole=place.whole))
+        if len(found) == count:
+            plan.keys.inert.append(key)
+        else:
+            replacing.append(key)
     for name, module in plan.keys.modules.items():
         if module.tokens:
             largest(adapter, module.tokens, work)
+            replacing.append(module.tokens)
             (place,) = plan.homes[plan.weight(name)]
             found += _token_rows(plan, name, tensors[module.tokens], place.target, base)
             if tensors[module.tokens].dtype != base[place.target].dtype:
                 rounded.append(place.target)
+    if replacing and adapter.weight != 1:
+        raise no_sum(adapter, replacing)
     if rounded:
         result.warnings.append(
             f"{adapter.where}: values for {listed(rounded, 3)} are saved in another dtype than the "
             "base's and are rounded to it (--dtype keeps more)"
         )
     return found
+
+
+def _is_there(rows: Lazy, target: Lazy, place: Place, work: Workspace) -> bool:
+    """Whether a target has the values of `rows` already."""
+    if place.whole and rows.shape != target.shape:
+        return False
+    before = target.take(place.start, place.start + rows.shape[0])
+    if rows.dtype != before.dtype:
+        rows, before = cast(rows, "F32"), cast(before, "F32")
+    return equal_bytes(rows, before, work)
 
 
 def _check_replacement(adapter: Adapter, key: str, rows: Lazy, target: Lazy, place: Place) -> None:

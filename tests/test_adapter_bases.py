@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ def test_one_adapter_name_needs_no_choice(pair):
     named(pair.adapter, "mine")
     found = merged(pair)
     assert all(reference.same_tensor(found[name], plain[name]) for name in plain)
+
+
+def test_a_name_where_there_are_none(pair, refused):
+    refused(4, "'second'", "Leave --adapter-name out", more=["--adapter-name", "second"])
+
+
+def test_a_weight_of_zero(pair, refused):
+    refused(4, "--weight is 0", "Leave the adapter out", more=["--weight", "0"])
 
 
 def test_names_on_some_tensors_only(pair, refused):
@@ -242,6 +251,19 @@ def test_merged_before_by_streamshard(pair, cli):
     )
     assert outcome.code == 0, outcome.err
     assert (pair.root / "out" / "twice").exists()
+
+
+def test_one_adapter_given_twice(pair, refused):
+    copy = pair.root / "copy"
+    shutil.copytree(pair.adapter, copy)
+    refused(2, "copy", "--weight", more=["--adapter", copy])
+    refused(2, "--weight", more=["--adapter", pair.adapter])
+
+
+def test_options_of_a_conversion_need_one(pair, refused):
+    """A reference that nothing is taken from is a mistake."""
+    refused(2, "--layout", more=["--reference", pair.base])
+    refused(2, "--layout", more=["--tokenizer-from", "source"])
 
 
 def test_merged_before_and_too_small_to_see(pair):

@@ -67,7 +67,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "saved-projector": {"modules_to_save": ["PROJECTOR"]},
     "dora-bias-and-projector": {
         "use_dora": True,
-        "bias": "lora_only",
+        "bias": "all",
         "modules_to_save": ["PROJECTOR"],
     },
 }
@@ -149,6 +149,19 @@ def test_the_patch_embedding_is_a_convolution(trained, dora, tmp_path):
     target = {"hf": "patch_embeddings.projection", "custom": "patch_embedding"}[trained]
     wrapped = adapted(model, target_modules=[target], use_dora=dora)
     check(tmp_path, preset, trained, OTHER[trained], wrapped, model)
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["other", "same"])
+@pytest.mark.parametrize("trained", ["hf", "custom"])
+def test_the_bias_of_lora_b_goes_beside_its_weight(trained, same, tmp_path):
+    """Only to layers that have a bias: the vision encoder and the projector."""
+    preset = PRESETS["tiny"]
+    model = model_of(preset, trained)
+    modules = CUSTOM_VISION
+    if trained == "hf":
+        modules = [*VISION, "attention.q_proj", "attention.v_proj"]
+    wrapped = adapted(model, target_modules=modules, lora_bias=True)
+    check(tmp_path, preset, trained, trained if same else OTHER[trained], wrapped, model)
 
 
 @pytest.mark.parametrize("dora", [False, True])

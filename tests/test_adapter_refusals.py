@@ -271,7 +271,7 @@ DISAGREE: dict[str, tuple[Callable[[Pair], Any], list[str]]] = {
             lambda c: c | {k.replace("weight", "bias"): t[:, 0] for k, t in c.items() if "_B" in k},
             lora_bias=True,
         ),
-        ["bias"],
+        ["lora_bias", "_proj.bias", "has no place for one"],
     ),
     "bias-flag": (
         lambda p: (with_biases(p), configure(p.adapter, bias="all")),
@@ -516,3 +516,19 @@ def test_a_saved_module_and_an_update_of_it(tmp_path):
     ]
     base = save_base(tmp_path / "base", model)
     raises(tmp_path, "head.weight", base=base, adapter=paths)
+
+
+def test_saved_modules_inside_each_other(pair):
+    """PEFT compares ends of names without a dot, trains two copies, and saves one of them."""
+    tensors = load_file(pair.adapter / "adapter_model.safetensors")
+    name = "base_model.model.multi_modal_projector.layer_norm.weight"
+    folder = reference.save_adapter(
+        pair.root / "nested",
+        {**tensors, name: torch.ones(4)},
+        r=4,
+        lora_alpha=8,
+        modules_to_save=["norm", "multi_modal_projector"],
+    )
+    with pytest.raises(AdapterError, match="one inside the other"):
+        merge_lora(base=pair.base, adapter=folder, output=pair.output)
+    assert not pair.output.exists()

@@ -13,13 +13,16 @@ import torch
 from peft_cases import (
     adapted,
     assert_close,
+    assert_distance,
     assert_exact,
     check,
+    double,
     exact_weights,
     fill,
     language_model,
     loaded,
     outputs,
+    raises,
     save_adapter,
     save_base,
     trained,
@@ -83,6 +86,34 @@ def test_a_saved_base_embedding_replaces_that_of_the_base(tmp_path):
     assert_close(outputs(peer), outputs(wrapped))
 
 
+def test_copies_of_what_the_base_has_do_not_stand_in_the_way(tmp_path):
+    """PEFT saves embedding and head beside their pairs; unchanged, they leave a sum a sum."""
+    model = language_model()
+    config = {"target_modules": ["embed_tokens", "lm_head"]}
+    adapters = [adapted(model, std=0.02 * (i + 1), **config) for i in range(2)]
+    paths = [save_adapter(tmp_path / str(i), each) for i, each in enumerate(adapters)]
+    copies = {
+        f"base_model.model.{name}.base_layer.weight" for name in ("model.embed_tokens", "lm_head")
+    }
+    assert copies <= reference.load_file(paths[0] / "adapter_model.safetensors").keys()
+    plain = {name: double(tensor) for name, tensor in model.state_dict().items()}
+    one, other = (exact_weights(each) for each in adapters)
+    exact = {n: W + 0.5 * (one[n] - W) - 2 * (other[n] - W) for n, W in plain.items()}
+    for dtype in ("F32", "BF16"):
+        base = save_base(tmp_path / dtype, model, dtype)
+        out = tmp_path / f"out-{dtype}"
+        report = merge_lora(base=base, adapter=paths, weight=[0.5, -2], output=out)
+        assert_exact(read(out), read(base), exact)
+        assert all(set(said["inert"]) == copies for said in report["adapters"])
+    raises(
+        tmp_path,
+        "--weight",
+        base=save_base(tmp_path / "other", trained(model)),
+        adapter=paths,
+        weight=[1, 2],
+    )
+
+
 @pytest.mark.parametrize("rows", [150, 170])
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens", "lm_head"]], ids=len)
 def test_a_resized_vocabulary(targets, rows, tmp_path):
@@ -132,6 +163,11 @@ TIED: dict[str, tuple[dict[str, Any], bool]] = {
     "rows": ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 9, 40]}, True),
     "neither": ({"target_modules": ["q_proj"]}, True),
     "dora-head": ({"target_modules": ["lm_head"], "use_dora": True}, False),
+    "rows-and-head": ({"target_modules": ["lm_head"], "trainable_token_indices": [3, 9]}, False),
+    "dora-tied": (
+        {"target_modules": ["lm_head"], "use_dora": True, "ensure_weight_tying": True},
+        False,
+    ),
 }
 
 
@@ -149,7 +185,7 @@ def test_tied_embeddings(case, both_stored, tmp_path):
         content = read(base)
         content["lm_head.weight"] = content["model.embed_tokens.weight"].clone()
         reference.save_file(content, base / "model.safetensors", {"format": "pt"})
-    merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    report = merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
     merged, info = type(model).from_pretrained(
         tmp_path / "out", output_loading_info=True, attn_implementation="eager"
     )
@@ -165,6 +201,17 @@ def test_tied_embeddings(case, both_stored, tmp_path):
     else:
         assert "lm_head.weight" in written
     assert_exact(written, read(base), exact)
+    if both_stored or stays_tied:
+        assert_distance(report, written, read(base))
+
+
+def test_rows_of_one_adapter_and_a_head_of_another(tmp_path):
+    """The rows are the tied head's too, so that both change it."""
+    model = language_model(tied=True)
+    paths = [
+        save_adapter(tmp_path / name, adapted(model, **TIED[name][0])) for name in ("rows", "head")
+    ]
+    raises(tmp_path, "lm_head.weight", base=save_base(tmp_path / "base", model), adapter=paths)
 
 
 def test_tied_embeddings_and_a_resized_vocabulary(tmp_path):
