@@ -16,7 +16,7 @@ import numpy.typing as npt
 from streamshard.arithmetic import FLOATS, squared_distance_bf16, widen
 from streamshard.tensors import DTYPE_BITS, Bytes, Lazy, Workspace
 
-__all__ = ["Distances", "is_comparable", "same_bytes", "squared_distance", "tensor_distance"]
+__all__ = ["Distances", "is_comparable", "squared_distance", "tensor_distance"]
 
 BLOCK_NBYTES = 256 * 1024
 # What is widened to fp64 at a time: stays in the processor's cache, and costs little memory.
@@ -118,20 +118,6 @@ def tensor_distance(one: Lazy, other: Lazy, work: Workspace) -> tuple[float, flo
         total += squared_distance(mine, one.dtype, theirs, other.dtype)
         norm += squared_distance(theirs, other.dtype, np.zeros_like(theirs), other.dtype)
     return total, norm
-
-
-def same_bytes(one: Lazy, other: Lazy, work: Workspace) -> bool:
-    """Whether two tensors of one shape and dtype have the same bytes; reads up to where they differ."""
-    step = max(BLOCK_NBYTES // max(one.row_nbytes, 1), 1)
-    for start in range(0, one.rows, step):
-        stop = min(start + step, one.rows)
-        mine = work.bytes("mine", (stop - start) * one.row_nbytes)
-        theirs = work.bytes("theirs", (stop - start) * other.row_nbytes)
-        one.fill(start, stop, mine, work)
-        other.fill(start, stop, theirs, work)
-        if not np.array_equal(mine, theirs):
-            return False
-    return True
 
 
 def _float64(block: Bytes, dtype: str) -> npt.NDArray[np.float64]:

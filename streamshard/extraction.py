@@ -17,7 +17,6 @@ from typing import Any
 from streamshard.arithmetic import FLOATS
 from streamshard.checkpoint import Checkpoint, open_checkpoint
 from streamshard.detection import layout_of
-from streamshard.distance import same_bytes
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.files import Files
 from streamshard.peft_adapter import (
@@ -32,7 +31,7 @@ from streamshard.report import Report
 from streamshard.resources import workers_or_default
 from streamshard.run import Job, Options, PathLike, check_places, run
 from streamshard.spelling import flat_name, flat_names
-from streamshard.tensors import Lazy, Workspace
+from streamshard.tensors import Lazy, Workspace, equal_bytes
 from streamshard.unwrapping import read_wrapped
 from streamshard.wrapped import PREFIX, Unwrapped
 
@@ -198,7 +197,7 @@ def _differing(
                 "started from, in the dtype of the training; an adapter cannot change a shape."
             )
     with contextlib.closing(Files()) as files, ThreadPoolExecutor(workers) as pool:
-        equal = pool.map(lambda n: same_bytes(mine[n], theirs[n], Workspace(files)), mine)
+        equal = pool.map(lambda n: equal_bytes(mine[n], theirs[n], Workspace(files)), mine)
         return {name for name, same in zip(mine, equal, strict=True) if not same}
 
 

@@ -6,22 +6,19 @@ import contextlib
 import dataclasses
 import math
 import os
-import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from streamshard.adapter_plan import Adapter, Merged
+from streamshard.carrying import carry_of
 from streamshard.checkpoint import (
-    MAX_RECORD_BYTES,
     TOKENIZER,
     AdapterFolder,
     Checkpoint,
     open_adapter,
     open_checkpoint,
-    read_json_object,
     tokenizer_files,
 )
 from streamshard.commands import conversion_job
@@ -32,21 +29,18 @@ from streamshard.errors import AdapterError, InputError, UsageError, listed, pri
 from streamshard.experts import EXPERT_ORDERS
 from streamshard.families import (
     OTHER,
-    Dims,
     config_layout,
-    dims_from_config,
     untied,
     with_vocabulary,
 )
 from streamshard.files import Files
 from streamshard.hazards import check_not_merged
-from streamshard.layouts import convert, pieces
+from streamshard.layouts import convert
 from streamshard.lora import check_base, merge
-from streamshard.matching import Carry, Place
 from streamshard.peft_config import read_settings
-from streamshard.report import REPORT_NAME, Report
+from streamshard.provenance import check_given_twice, check_record, other_base
+from streamshard.report import Report
 from streamshard.run import Job, Options, PathLike, check_places, run
-from streamshard.spelling import flat_names
 from streamshard.tensors import Stored, Workspace, equal_bytes
 from streamshard.ties import embedding_and_head, is_stated_tied, tied_names
 from streamshard.unwrapping import open_wrapped
@@ -139,7 +133,7 @@ def merge_lora(
     with contextlib.closing(Files()) as files:
         work = Workspace(files)
         tie = _tie(source, work)
-        carry = _carry(source, own)
+        carry = carry_of(source, own)
         result = merge(source.tensors, adapters, work, carry, tie)
         for one in adapters if checkpoint is None and not allow_merged_base else ():
             alone = result
@@ -150,10 +144,10 @@ def merge_lora(
     for own_folder, described in zip(folders, result.facts, strict=False):
         described["digest"] = file_digest(own_folder.file)
         described["base_model_name_or_path"] = own_folder.config.get("base_model_name_or_path")
-        result.warnings += _other_base(described["base_model_name_or_path"], source)
-    _check_twice(result.facts)
+        result.warnings += other_base(described["base_model_name_or_path"], source)
+    check_given_twice(result.facts)
     if not allow_merged_base:
-        _check_record(source, result.facts)
+        check_record(source, result.facts)
     facts: dict[str, Any] = {
         "merged": len({*result.updated, *result.replaced}),
         "base": str(source.path),
@@ -231,51 +225,6 @@ def _converts(
     return reference
 
 
-def _carry(source: Checkpoint, own: str | None) -> Carry | None:
-    """Finds where updates of the other layout's weights go; None if the base is no InternVL."""
-    if own is None or source.config is None:
-        return None
-    config, other = source.config, OTHER[own]
-
-    @cache
-    def spelled() -> dict[str, str]:
-        return flat_names(source.tensors, own)
-
-    @cache
-    def dims_of(architecture: str | None) -> Dims:
-        return dims_from_config(config, architecture=architecture)
-
-    def places(name: str, rows: int) -> list[Place]:
-        try:
-            dims = dims_of(_adapter_architecture(config, name))
-            found = pieces(name, rows, dims, own)
-        except InputError:
-            return []
-        made = []
-        for piece in found:
-            target = spelled().get(piece.target)
-            if target is None:
-                return []
-            back = pieces(piece.target, source.tensors[target].rows, dims, other)
-            whole = len(back) == 1 and sum(p.target == piece.target for p in found) == 1
-            made.append(Place(target, piece.target_start, piece.source_start, piece.rows, whole))
-        return made
-
-    return places
-
-
-def _adapter_architecture(config: Mapping[str, Any], name: str) -> str | None:
-    """The custom class that an adapter's name is of, where the base is HF and of type llama."""
-    inner = config.get("text_config")
-    if isinstance(inner, dict) and inner.get("model_type") == "llama":
-        # Such a base does not say which custom class it came from; the adapter's names do.
-        internlm2 = re.search(
-            r"\.(?:attention\.w|feed_forward\.w|tok_embeddings\.)|language_model\.output\.", name
-        )
-        return "InternLM2ForCausalLM" if internlm2 else "LlamaForCausalLM"
-    return None
-
-
 def _with_code(
     config: dict[str, Any] | None,
     side_files: dict[str, Path],
@@ -335,57 +284,6 @@ def _adapters(
         )
         for folder, factor in zip(folders, weights, strict=True)
     ]
-
-
-def _other_base(stated: object, source: Checkpoint) -> list[str]:
-    """A warning if adapter and base are of InternVL models of different names.
-
-    Fine-tunes have any name, and shapes of several models are the same: nothing is certain here.
-    """
-    mine, theirs = (
-        re.sub(r"[-_](?:hf|merged|custom)$|[^a-z0-9]", "", Path(str(name)).name.lower())
-        for name in (source.path.absolute(), stated)
-    )
-    if mine == theirs or not all(name.startswith("internvl") for name in (mine, theirs)):
-        return []
-    return [
-        f"the adapter was trained on {printable(str(stated))}, by its config, and this base is "
-        f"{printable(str(source.path))}: the shapes fit, but make sure that it is the right base"
-    ]
-
-
-def _check_twice(facts: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse one adapter under two paths, or given twice: its update would count twice."""
-    digests = [described.get("digest") for described in facts]
-    twice = [d["file"] for d in facts if d.get("digest") and digests.count(d["digest"]) > 1]
-    if twice:
-        raise UsageError(
-            f"{listed(twice)} are one adapter, and its update would be added more than once. Give it "
-            "once; --weight scales it."
-        )
-
-
-def _check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a base which streamshard itself has merged one of these adapters into."""
-    record = source.path / REPORT_NAME
-    if not record.is_file():
-        return
-    try:
-        earlier = read_json_object(record, MAX_RECORD_BYTES).get("adapters")
-    except InputError:  # somebody else's file
-        return
-    known = (
-        {str(e.get("digest")) for e in earlier if isinstance(e, dict)}
-        if isinstance(earlier, list)
-        else ()
-    )
-    twice = [f["file"] for f in facts if f.get("digest") is not None and f["digest"] in known]
-    if twice:
-        raise AdapterError(
-            f"{printable(str(source.path))}: {listed(twice)} is in this base already, by its "
-            f"{REPORT_NAME}: merging would add it once more. Give the base that the adapter was trained "
-            "on; if this is meant, pass --allow-merged-base."
-        )
 
 
 def _tie(source: Checkpoint, work: Workspace) -> tuple[str, str] | None:
