@@ -14,7 +14,6 @@ The last point lies beyond the end: nothing is killed there, so a count of calls
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -27,15 +26,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from streamshard import cli, merging  # noqa: E402, F401 - loaded once, before any child is made
-from streamshard.files import System, system  # noqa: E402
+from runs import CALLS, ROOT, content  # loads all that a run needs, before any child is made
 
-CALLS = [name for name in vars(System) if not name.startswith("_")]
+from streamshard import cli
+from streamshard.files import system
+
 RESUMED = [0]
-VARYING = ("seconds", "peak_rss_bytes", "resumed")
 WORKERS = ("1", "2")
 
 
@@ -185,22 +183,6 @@ def instrument(at: int) -> Callable[[], int]:
     for name in CALLS:
         setattr(system, name, wrapped(getattr(system, name)))
     return lambda: done[0]
-
-
-def content(folder: Path) -> dict[str, str]:
-    """Digests of all files in a folder, but for what a report says of the run itself."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
-        data = path.read_bytes()
-        if path.name == "streamshard.json":
-            report = json.loads(data)
-            place = report.pop("output")
-            report |= dict.fromkeys(VARYING)
-            data = json.dumps(report).replace(place, "").encode()
-        found[f"{path.relative_to(folder)}"] = hashlib.sha256(data).hexdigest()
-    return found
 
 
 def expect(code: int, expected: int, what: str) -> None:

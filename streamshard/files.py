@@ -38,6 +38,7 @@ __all__ = [
     "copy_file",
     "disk_free",
     "exists",
+    "file_nbytes",
     "make_folders",
     "read_bytes",
     "reading",
@@ -177,7 +178,10 @@ class InputFile:
             return system.fstat(self._descriptor).st_size
 
     def read_into(self, out: memoryview, offset: int) -> int:
-        """Fill `out` from `offset` on; fewer bytes than asked for only at the end of the file."""
+        """Fill `out` from `offset` on; fewer bytes than asked for only at the end of the file.
+
+        Raises `ReadError` if that comes earlier than when the file was opened.
+        """
         done = 0
         while done < len(out):
             with reading(self.path):
@@ -185,6 +189,12 @@ class InputFile:
             if not count:
                 break
             done += count
+        if done < len(out) and offset + done < self.nbytes:
+            _check_size(str(self.path), self.size(), self.nbytes)
+            raise ReadError(
+                f"{printable(str(self.path))}: the file ended at byte {offset + done:,}, "
+                f"{self.nbytes - offset - done:,} bytes too early. It is truncated or being changed."
+            )
         return done
 
     def read(self, offset: int, nbytes: int) -> bytes:
@@ -228,13 +238,7 @@ class Files:
     def read_into(self, source: ByteRange, out: memoryview) -> None:
         """Fill `out` (`source.nbytes` long) with the bytes of `source`."""
         file = self._file(source.path, source.file_nbytes)
-        done = file.read_into(out[: source.nbytes], source.offset)
-        if done < source.nbytes:
-            self.check(source)
-            raise ReadError(
-                f"{printable(source.path)}: the file ended at byte {source.offset + done:,}, "
-                f"{source.nbytes - done:,} bytes too early. It is truncated or being changed."
-            )
+        file.read_into(out[: source.nbytes], source.offset)
 
 
 def _check_size(path: str, found: int, expected: int) -> None:
@@ -255,8 +259,17 @@ class OutputFile:
             try:
                 _allocate(self._descriptor, nbytes)
             except BaseException:
-                self.close()
+                self.abandon()
                 raise
+
+    def __enter__(self) -> OutputFile:  # noqa: PYI034 - Self needs Python 3.11
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
@@ -278,6 +291,11 @@ class OutputFile:
         if descriptor >= 0:
             with writing(self.path, 0):
                 system.close(descriptor)
+
+    def abandon(self) -> None:
+        """Close the file because of an error, which another one shall not hide."""
+        with contextlib.suppress(WriteError):
+            self.close()
 
 
 class LogFile:
@@ -321,27 +339,27 @@ def _write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> No
 
 @contextmanager
 def reading(path: AnyPath) -> Iterator[None]:
-    """Turn an `OSError` into one that names `path` and says what to do."""
+    """Turn an `OSError` into one that names the file, or `path`, and says what to do."""
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{printable(str(path))}: no such file. Check the path.") from error
+        raise InputError(f"{_where(error, path)}: no such file. Check the path.") from error
     except IsADirectoryError as error:
-        raise InputError(f"{printable(str(path))}: is a folder, a file was expected.") from error
+        raise InputError(f"{_where(error, path)}: is a folder, a file was expected.") from error
     except OSError as error:
         raise ReadError(
-            f"{printable(str(path))}: cannot be read: {error.strerror}. "
+            f"{_where(error, path)}: cannot be read: {error.strerror}. "
             "Check its permissions and the disk."
         ) from error
 
 
 @contextmanager
 def writing(path: AnyPath, nbytes: int) -> Iterator[None]:
-    """Turn an `OSError` into one that names `path` and says what to do."""
+    """Turn an `OSError` into one that names the file, or `path`, and says what to do."""
     try:
         yield
     except OSError as error:
-        where = printable(str(path))
+        where = _where(error, path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = (
                 f"{where}: no space left ({nbytes:,} bytes to write). "
@@ -350,6 +368,10 @@ def writing(path: AnyPath, nbytes: int) -> Iterator[None]:
         else:
             message = f"{where}: cannot be written: {error.strerror}. Check permissions and disk."
         raise WriteError(message) from error
+
+
+def _where(error: OSError, path: AnyPath) -> str:
+    return printable(str(path if error.filename is None else error.filename))
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -361,31 +383,30 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
+def file_nbytes(path: Path) -> int:
+    """Size of an input file."""
+    with InputFile(path) as file:
+        return file.nbytes
+
+
 def copy_file(source: Path, copy: Path) -> None:
     """Copy the bytes of a file to a new one and wait until the disk has them."""
-    with InputFile(source) as file:
-        out = OutputFile(copy, file.nbytes)
-        try:
-            for offset in range(0, file.nbytes, COPY_NBYTES):
-                block = file.read(offset, min(COPY_NBYTES, file.nbytes - offset))
-                out.write(memoryview(block), offset)
-            _check_size(str(source), file.size(), file.nbytes)
-            out.sync()
-        finally:
-            out.close()
+    with InputFile(source) as file, OutputFile(copy, file.nbytes) as out:
+        for offset in range(0, file.nbytes, COPY_NBYTES):
+            block = file.read(offset, min(COPY_NBYTES, file.nbytes - offset))
+            out.write(memoryview(block), offset)
+        _check_size(str(source), file.size(), file.nbytes)
+        out.sync()
 
 
 def write_new(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a new small file, piece after piece, and wait until the disk has it."""
-    file = OutputFile(path, 0)
-    try:
+    with OutputFile(path, 0) as file:
         offset = 0
         for piece in pieces:
             file.write(memoryview(piece), offset)
             offset += len(piece)
         file.sync()
-    finally:
-        file.close()
 
 
 def exists(path: AnyPath) -> bool:
@@ -443,7 +464,8 @@ def sync_folder(path: Path) -> None:
             try:
                 system.fsync(descriptor)
             finally:
-                system.close(descriptor)
+                with contextlib.suppress(OSError):  # what counts is done, or has failed already
+                    system.close(descriptor)
 
 
 def _allocate(descriptor: int, nbytes: int) -> None:

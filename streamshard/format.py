@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import struct
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.errors import InputError, printable
-from streamshard.files import reading
+from streamshard.files import InputFile
 from streamshard.strict_json import parse_prefix, parse_small
 from streamshard.tensors import DTYPE_BITS, Lazy, Stored
 
@@ -126,9 +125,9 @@ def json_pieces(content: Mapping[str, Any], *, sort_keys: bool = False) -> Itera
 
 def header_text(path: Path) -> tuple[bytes, int]:
     """The JSON of a file's header, not yet looked at, and the size of the file."""
-    with reading(path), path.open("rb") as file:
-        file_nbytes = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
+    with InputFile(path) as file:
+        file_nbytes = file.nbytes
+        prefix = file.read(0, 8)
         if len(prefix) < 8:
             raise _broken(path, f"has only {file_nbytes} bytes; a header needs at least 8")
         (length,) = struct.unpack("<Q", prefix)
@@ -136,7 +135,7 @@ def header_text(path: Path) -> tuple[bytes, int]:
             raise _broken(path, f"claims a header of {length:,} bytes; 100,000,000 is the limit")
         if length > file_nbytes - 8:
             raise _broken(path, f"claims a header of {length:,} bytes in {file_nbytes:,}")
-        text = file.read(length)
+        text = file.read(8, length)
     if len(text) != length:
         raise _broken(path, "ends inside its header")
     return text, file_nbytes

@@ -19,7 +19,7 @@ from streamshard.detection import detect, layout_of
 from streamshard.distance import Distances, is_comparable, tensor_distance
 from streamshard.errors import InputError
 from streamshard.families import Dims, dims_from_config
-from streamshard.files import Files
+from streamshard.files import Files, reading
 from streamshard.format import total_nbytes, total_parameters
 from streamshard.layouts import convert
 from streamshard.report import Report, finished, new_report
@@ -38,7 +38,10 @@ def inspect(path: PathLike) -> Report:
     """
     started = time.perf_counter()
     folder = Path(path)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    with reading(folder):
+        adapter = folder / "adapter_config.json"
+        is_adapter = adapter.is_file() and not (folder / "config.json").is_file()
+    if is_adapter:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)
     report = new_report("inspect", found.tensors)

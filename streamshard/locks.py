@@ -56,7 +56,8 @@ def _take(path: Path, target: Path) -> int:
                 kept = free and _is_named(path, descriptor)
         finally:
             if not kept:
-                system.close(descriptor)
+                with contextlib.suppress(OSError):  # nothing was written
+                    system.close(descriptor)
         if kept:
             return descriptor
         if not free:

@@ -38,18 +38,8 @@ def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> N
         )
     place = target.resolve()
     for path in inputs:
-        folder = path.resolve() if path.is_dir() else path.resolve().parent
-        # By identity and not only by name: bind mounts and case-insensitive disks have two names.
-        if _is_within(place, folder) and (path.is_dir() or place == folder):
-            raise OutputError(
-                f"{printable(str(target))}: is, or lies inside, the input {printable(str(path))}. "
-                "Inputs are never changed: choose an output outside of it."
-            )
-        if any(_is_within(folder, taken) for taken in (place, *places_beside(place).values())):
-            raise OutputError(
-                f"{printable(str(target))}: contains the input {printable(str(path))}, which "
-                "writing it would delete. Choose another output."
-            )
+        with reading(path):
+            _check_apart(target, place, path)
     if target.exists() and not overwrite:
         tidy(target)
         raise OutputError(
@@ -65,6 +55,21 @@ def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> N
         raise OutputError(
             f"{printable(str(target))}: is where a disk is mounted, which cannot be replaced. "
             f"Write to a folder inside it: {printable(str(target / 'merged'))}."
+        )
+
+
+def _check_apart(target: Path, place: Path, path: Path) -> None:
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    # By identity and not only by name: bind mounts and case-insensitive disks have two names.
+    if _is_within(place, folder) and (path.is_dir() or place == folder):
+        raise OutputError(
+            f"{printable(str(target))}: is, or lies inside, the input {printable(str(path))}. "
+            "Inputs are never changed: choose an output outside of it."
+        )
+    if any(_is_within(folder, taken) for taken in (place, *places_beside(place).values())):
+        raise OutputError(
+            f"{printable(str(target))}: contains the input {printable(str(path))}, which "
+            "writing it would delete. Choose another output."
         )
 
 

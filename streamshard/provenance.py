@@ -9,6 +9,7 @@ from typing import Any
 
 from streamshard.checkpoint import MAX_RECORD_BYTES, Checkpoint, read_json_object
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
+from streamshard.files import reading
 from streamshard.report import REPORT_NAME
 
 __all__ = ["check_given_twice", "check_record", "other_base"]
@@ -45,8 +46,9 @@ def check_given_twice(facts: Sequence[Mapping[str, Any]]) -> None:
 def check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a base which streamshard itself has merged one of these adapters into."""
     record = source.path / REPORT_NAME
-    if not record.is_file():
-        return
+    with reading(record):
+        if not record.is_file():
+            return
     try:
         earlier = read_json_object(record, MAX_RECORD_BYTES).get("adapters")
     except InputError:  # somebody else's file

@@ -24,6 +24,7 @@ from streamshard.families import TORCH_DTYPES, with_dtype
 from streamshard.files import (
     copy_file,
     disk_free,
+    file_nbytes,
     make_folders,
     sync_folder,
     write_new,
@@ -185,7 +186,7 @@ def _size(size: int | str | None, option: str) -> int | None:
 def _plan(job: Job, shards: Sequence[Shard], options: Options) -> Plan:
     nbytes = sum(shard.nbytes for shard in shards)
     free = disk_free(job.output.absolute())
-    side = sum(file.stat().st_size for file in job.side_files.values())
+    side = sum(file_nbytes(file) for file in job.side_files.values())
     needed = nbytes + side + 64 * 1024 * len(shards)
     # What an interrupted run has left is continued, or makes room.
     if needed > free + staged_nbytes(job.output):

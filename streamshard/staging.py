@@ -179,13 +179,26 @@ def _built(staging: Staging, target: Path, old: Path, *, overwrite: bool) -> Ite
             sync_folder(target.parent)
         _discard(old, target)
     except BaseException as error:
-        if placed:
+        # A rename may have been done and yet be told as failed, as on NFS.
+        if placed or _is_there(staging.folder) is False:
             _add_to(error, f"{printable(str(target))} is complete.")
+            if _is_there(old):
+                _add_to(error, f"What it replaced, {printable(str(old))}, the next run removes.")
         else:
             _leave(staging, error)
+            if _is_there(old):
+                _add_to(error, f"What was there, {printable(str(old))}, the next run puts back.")
         raise
     finally:
         staging.close()
+
+
+def _is_there(path: Path) -> bool | None:
+    """Whether something has this name; None if the disk does not even tell that."""
+    try:
+        return exists(path)
+    except WriteError:
+        return None
 
 
 def _leave(staging: Staging, error: BaseException) -> None:
@@ -214,9 +227,9 @@ def _add_to(error: BaseException, text: str) -> None:
 
 
 def _swap(folder: Path, target: Path, old: Path, *, overwrite: bool) -> None:
-    if overwrite and exists(target):
-        system.rename(target, old)
     try:
+        if overwrite and exists(target):
+            system.rename(target, old)
         # Fails if something else has been put there in the meantime.
         system.rename(folder, target)
     except BaseException as error:
@@ -254,6 +267,5 @@ def _discard(old: Path, target: Path) -> None:
         sync_folder(target.parent)
     except OSError as error:
         raise WriteError(
-            f"{printable(str(old))}: what was replaced cannot be removed: {error.strerror}. "
-            "Remove it yourself."
+            f"{printable(str(old))}: cannot be removed: {error.strerror}. Check permissions and disk."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import threading
@@ -31,7 +32,7 @@ from streamshard.errors import (
     listed,
     printable,
 )
-from streamshard.files import InputFile
+from streamshard.files import InputFile, reading
 from streamshard.format import read_header
 from streamshard.report import REPORT_NAME, Report, finished, new_report
 from streamshard.resources import workers_or_default
@@ -60,7 +61,8 @@ def verify(
     `unexpected`, `different` and `nonfinite`; `InputError` if there is no checkpoint at all.
     """
     started = time.perf_counter()
-    found = _open(Path(path))
+    with reading(os.fspath(path)):
+        found = _open(Path(path))
     names = _sampled(list(found.tensors), sample)
     if on_total is not None:
         on_total(sum(found.tensors[name].nbytes for name in names))

@@ -7,7 +7,6 @@ order, and what is measured of tensors is summed in the order of the file.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -251,11 +250,11 @@ class _Run:
 
     def end(self) -> None:
         """Close what an error left open; from now on nothing is finished any more."""
-        with self.lock, contextlib.suppress(WriteError):
+        with self.lock:
             self.stop.fail(Stopped())
             self.background.abandon()
             for opened in self.opened:
-                opened.output.close()
+                opened.output.abandon()
 
 
 def write_shards(

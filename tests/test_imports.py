@@ -132,7 +132,7 @@ ALLOWED = {
         "tensors",
     },
     "carrying": {"checkpoint", "errors", "families", "layouts", "matching", "spelling"},
-    "provenance": {"checkpoint", "errors", "report"},
+    "provenance": {"checkpoint", "errors", "files", "report"},
     "merging": {
         "adapter_plan",
         "carrying",
