@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import stat
@@ -42,6 +43,7 @@ __all__ = [
     "make_folders",
     "read_bytes",
     "reading",
+    "remove_empty",
     "remove_tree",
     "rename",
     "sync_folder",
@@ -142,7 +144,11 @@ class ByteRange:
 
 
 class InputFile:
-    """A regular file to read from, at any place, by several threads."""
+    """A regular file to read from, at any place, by several threads.
+
+    `changed_ns` is when its content was changed as far as that is told, and when anything of it was,
+    which no program can set back.
+    """
 
     def __init__(self, path: AnyPath) -> None:
         self.path = path
@@ -154,6 +160,7 @@ class InputFile:
                 self.close()
                 raise
         self.nbytes = found.st_size
+        self.changed_ns = (found.st_mtime_ns, found.st_ctime_ns)
         if not stat.S_ISREG(found.st_mode):
             self.close()
             what = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
@@ -199,9 +206,12 @@ class InputFile:
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Up to `nbytes` bytes from `offset` on."""
-        out = bytearray(nbytes)
-        count = self.read_into(memoryview(out), offset)
-        return bytes(out[:count])
+        # Of all ways to fill bytes this one copies nothing: headers may have 100 MB.
+        out = io.BytesIO(bytes(nbytes))
+        with out.getbuffer() as buffer:
+            count = self.read_into(buffer, offset)
+        out.truncate(count)
+        return out.getvalue()
 
 
 class Files:
@@ -425,10 +435,21 @@ def make_folders(path: Path) -> list[Path]:
     while not exists(path) and path != path.parent:
         missing.append(path)
         path = path.parent
-    for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another run was faster
-            system.mkdir(folder)
+    try:
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another run was faster
+                system.mkdir(folder)
+    except OSError:
+        remove_empty(missing)
+        raise
     return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders, innermost first, that are empty and can be removed."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            system.rmdir(folder)
 
 
 def rename(path: Path, other: Path) -> None:

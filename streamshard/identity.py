@@ -2,8 +2,9 @@
 
 An identity is plain JSON: the options and versions that bytes depend on, a digest of each input, and
 a digest of the recipe, which is the headers of all files and the expression of every tensor. Paths
-and times do not count. Adapters and small files are read whole; of the shards of checkpoints, which
-may be larger than memory, it is the size, the header, and blocks spread over the data.
+do not count. Adapters and small files are read whole, and their times do not count either; of the
+large shards of checkpoints it is the size, the header, blocks spread over the data, and when the file
+was last changed, as nobody would wait for all of it to be read once more.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def identity(
     for part in recipe:
         walk.add(part, whole=False)
     inputs = [
-        [path, file_digest(Path(path)) if whole else _sampled_digest(Path(path))]
+        [path, *((file_digest(Path(path)), None) if whole else _sampled(Path(path)))]
         for path, whole in walk.inputs.items()
     ]
     return {
@@ -97,10 +98,14 @@ def _shown(value: object) -> str:
     return "not given" if value in (None, [], False) else printable(str(value))
 
 
-def _changed_inputs(old: Sequence[tuple[str, str]], new: Sequence[tuple[str, str]]) -> list[str]:
-    before, now = dict(old), dict(new)
-    if [digest for _, digest in old] == [digest for _, digest in new]:
-        return []
+def _changed_inputs(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) -> list[str]:
+    before, now = ({path: digest for path, digest, _ in inputs} for inputs in (old, new))
+    if [digest for _, digest, _ in old] == [digest for _, digest, _ in new]:
+        return [
+            f"the input {printable(path)} was copied or written to since, and is too large to be compared"
+            for (_, _, time), (path, _, now_time) in zip(old, new, strict=True)
+            if time != now_time
+        ]
     found = []
     for path, digest in now.items():
         if path in before and before[path] != digest:
@@ -181,16 +186,20 @@ def _content_digest(content: Path | bytes) -> str:
     return digest.hexdigest()
 
 
-def _sampled_digest(path: Path) -> str:
-    """Of size, header and blocks spread over the data; of everything if that is not more."""
-    digest = new_digest()
+def _sampled(path: Path) -> tuple[str, list[int] | None]:
+    """The digest of size, header and blocks spread over the data, and when the file was changed.
+
+    If that is not more, the digest of everything and no time.
+    """
+    digest, changed = new_digest(), None
     with InputFile(path) as file:
         header = 8 + int.from_bytes(file.read(0, 8), "little")
         if file.nbytes <= header + SAMPLES * SAMPLE_NBYTES:
             hash_file(path, digest)
         else:
             _add_samples(file, header, digest)
-    return digest.hexdigest()
+            changed = list(file.changed_ns)
+    return digest.hexdigest(), changed
 
 
 def _add_samples(file: InputFile, header: int, digest: Hash) -> None:

@@ -16,6 +16,7 @@ from streamshard.errors import OutputError, ReadError, StreamshardError, WriteEr
 from streamshard.files import (
     exists,
     make_folders,
+    remove_empty,
     remove_tree,
     sync_folder,
     system,
@@ -108,9 +109,7 @@ def output_folder(target: Path, plan: Identity, *, overwrite: bool) -> Iterator[
             staging = _open(beside["partial"], target, plan, overwrite=overwrite)
             yield from _built(staging, target, beside["old"], overwrite=overwrite)
     except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty
-                system.rmdir(folder)
+        remove_empty(made)
         raise
 
 

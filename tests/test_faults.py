@@ -203,3 +203,16 @@ def test_a_run_that_fails_nowhere_is_told_apart(scenarios, made):
     assert every.failed == []
     assert every.calls > 400
     assert faults.HANGS_SECONDS > 10
+
+
+def test_a_folder_that_was_made_but_is_told_as_failed(pair, cli, monkeypatch):
+    mkdir = system.mkdir
+
+    def late(path: Path) -> None:
+        mkdir(path)
+        raise OSError(errno.EIO, "lost the answer")
+
+    pair.output.parent.rmdir()
+    monkeypatch.setattr(system, "mkdir", late)
+    assert cli(*pair.command).code == 6
+    assert not pair.output.parent.exists()

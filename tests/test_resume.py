@@ -26,7 +26,7 @@ from reference import load_file, save_file
 from test_cli import sparse_adapter, sparse_base
 
 import streamshard
-from streamshard import files, locks
+from streamshard import checkpoint, files, identity, locks
 from streamshard.errors import OutputError
 from streamshard.files import system
 from streamshard.staging import places_beside
@@ -309,6 +309,40 @@ def test_another_plan_is_refused_by_name(what, interrupted, refused, cli, monkey
     ]
     assert cli(*command, *more).code == 0
     assert content(interrupted.output) == content(again)
+
+
+def identity_of(folder: Path) -> Any:
+    tensor = checkpoint.open_checkpoint(folder).tensors["a"]
+    found = identity.identity(command="", options={}, recipe=[tensor], files={})
+    return json.loads(json.dumps(found))
+
+
+@pytest.mark.parametrize("how", ["changed", "copied", "moved", "read"])
+def test_large_inputs_are_told_by_their_times_too(how, tmp_path):
+    """Between what is looked at of their content somebody may have written."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    file = folder / "model.safetensors"
+    save_file({"a": torch.zeros(1024, 1024)}, file, {"format": "pt"})
+    before = identity_of(folder)
+    assert file.stat().st_size > 2 * identity.SAMPLES * identity.SAMPLE_NBYTES
+    if how == "changed":
+        flip(file, file.stat().st_size // 2 + 100_000)
+    elif how == "copied":
+        shutil.copytree(folder, tmp_path / "other")
+        folder = tmp_path / "other"
+    elif how == "moved":
+        folder = folder.rename(tmp_path / "other")
+    else:
+        file.read_bytes()
+    changes = identity.differences(before, identity_of(folder))
+    if how in {"moved", "read"}:
+        assert changes == []
+    else:
+        expected = f"{folder / 'model.safetensors'} was copied or written to since"
+        assert len(changes) == 1
+        assert expected in changes[0]
 
 
 @pytest.mark.parametrize("what", [f"base/{SECOND}", "adapter/adapter_model.safetensors"])
