@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import tempfile
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -511,3 +512,15 @@ def test_headers_are_those_of_save_file(made, metadata):
     assert len(official) == len(header) + sum(t.nbytes for t in tensors.values())
     entries = json.loads(header[8:])
     assert begins == {n: len(header) + entries[n]["data_offsets"][0] for n in tensors}
+
+
+def test_a_header_is_in_memory_once(tmp_path):
+    """The largest one that is allowed has 100 MB."""
+    text = b"{}" + b" " * 2_000_000
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    tracemalloc.start()
+    try:
+        assert header_text(tmp_path / "x.safetensors")[0] == text
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * len(text)
+    finally:
+        tracemalloc.stop()
