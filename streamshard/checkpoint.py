@@ -100,7 +100,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_weights: bool = True)
         if not path.is_dir():
             raise InputError(f"{printable(str(path))}: is neither a file nor a folder.")
         config = _read_config(path)
-        if not needs_weights and not any(path.glob("*.safetensors")):
+        if not needs_weights and not _weight_files(path):
             return Checkpoint(path, {}, {}, config, _side_files(path))
         weights = _find_weights(path)
         if weights.name == INDEX_NAME:
@@ -168,9 +168,7 @@ def _find_weights(folder: Path) -> Path:
     for found in (index, single):
         if _has(found):
             return found
-    others = sorted(
-        p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_") and p.is_file()
-    )
+    others = [p for p in _weight_files(folder) if not p.name.startswith("adapter_") and p.is_file()]
     if len(others) == 1:
         return others[0]
     if others:
@@ -190,6 +188,11 @@ def _find_weights(folder: Path) -> Path:
         else "Give a folder with model.safetensors or an index."
     )
     raise InputError(f"{printable(str(folder))}: has no .safetensors weights. {hint}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    # Not by `glob`, which takes a folder that may not be read for an empty one.
+    return sorted(path for path in folder.iterdir() if path.name.endswith(".safetensors"))
 
 
 def _open_index(index: Path) -> dict[str, Header]:

@@ -126,7 +126,7 @@ def _open(path: Path) -> _Found:
         try:
             names = sorted(open_checkpoint(path).metadata)
         except InputError as error:
-            weights = [path] if path.is_file() else path.glob("*")
+            weights = [path] if path.is_file() else path.iterdir()
             names = sorted(file.name for file in weights if file.suffix == ".safetensors")
             if not names:
                 raise

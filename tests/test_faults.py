@@ -216,3 +216,17 @@ def test_a_folder_that_was_made_but_is_told_as_failed(pair, cli, monkeypatch):
     monkeypatch.setattr(system, "mkdir", late)
     assert cli(*pair.command).code == 6
     assert not pair.output.parent.exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(scenarios, made):
+    """A reference without weights is one that nothing is compared with."""
+    scenario = scenarios["hf2custom"]
+    kind = Kind(("os.scandir", "os.listdir"), error=errno.EACCES)
+    at = 1
+    while True:
+        faulty = Faults(kind, at, made)
+        assert problems(scenario, faulty) == ""
+        if not faulty.failed:
+            break
+        at += 1
+    assert at > 3
