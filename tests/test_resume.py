@@ -535,7 +535,8 @@ def test_of_two_runs_one_wins(pair, clean, refused, cli):
             first.kill()
     assert cli(*pair.command).code == 0
     assert content(pair.output) == clean
-    assert report_of(pair.output)["resumed"] == 1
+    # The signal may come to another thread, and this one do a little more.
+    assert report_of(pair.output)["resumed"] >= 1
     assert alone(pair)
 
 
