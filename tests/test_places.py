@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Pair
+from reference import load_file, save_file
 
 from streamshard import files
 from streamshard.errors import OutputError
@@ -65,8 +67,12 @@ def test_a_linked_folder_in_the_base_is_named(pair: Pair, cli):
 
 
 def test_updates_that_cancel_are_an_error(pair: Pair, cli):
-    twice = ["--adapter", pair.adapter, "--weight", 1, "--weight", -1]
-    outcome = cli(*pair.command, *twice)
+    other = pair.root / "negated"
+    shutil.copytree(pair.adapter, other)
+    tensors = load_file(pair.adapter / "adapter_model.safetensors")
+    negated = {name: -t if ".lora_B." in name else t for name, t in tensors.items()}
+    save_file(negated, other / "adapter_model.safetensors", {"format": "pt"})
+    outcome = cli(*pair.command, "--adapter", other)
     assert outcome.code == 4
     assert "change no weight" in outcome.err
     assert list(pair.output.parent.iterdir()) == []
