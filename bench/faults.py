@@ -27,7 +27,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,10 @@ def check(scenario: Scenario, faults: Faults, inputs: Content) -> list[str]:
     """Run a scenario with faults and again without; returns what is not as it should be."""
     faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True)
     scenario.begin()
-    before = _descriptors()
+    before, others = _descriptors(), threading.enumerate()
     with faults.active():
         code, said = run(scenario.command)
-        _join()
+        _join(others)
     after = _descriptors()
     if not faults.failed:
         wrong = [] if code == 0 else [f"exit code {code} without a fault"]
@@ -264,9 +264,10 @@ def _descriptors() -> int:
     return len([*Path("/proc/self/fd").iterdir()])
 
 
-def _join() -> None:
+def _join(others: Collection[threading.Thread]) -> None:
+    """Wait for the threads of a run; `others` were there before, and may never end."""
     for thread in threading.enumerate():
-        if thread is not threading.current_thread():
+        if thread not in others:
             thread.join(HANGS_SECONDS)
 
 
