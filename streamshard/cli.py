@@ -549,7 +549,7 @@ def _return_memory() -> None:
 
     with contextlib.suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 128 * 1024)
+        libc.mallopt(-3, 1024 * 1024)
         libc.mallopt(-8, 1)
 
 
