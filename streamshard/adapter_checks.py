@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from streamshard.adapter_keys import BASE_LAYER, read_keys
 from streamshard.adapter_plan import (
@@ -181,9 +182,7 @@ def _check_nesting(plan: AdapterPlan) -> None:
     """Refuse saved modules inside saved modules, of which PEFT saves only one copy of two."""
     entries = plan.adapter.settings.modules_to_save
     for name, key in plan.keys.whole.items():
-        parts = name.split(".")[:-1]
-        paths = (".".join(parts[: n + 1]) for n in range(len(parts)))
-        saved = [path for path in paths if path.endswith(entries)]
+        saved = [module for module in _modules_around(name) if module.endswith(entries)]
         if len(saved) > 1:
             raise AdapterError(
                 f"{plan.adapter.where}: '{printable(key)}' is in two modules that modules_to_save of the "
@@ -206,8 +205,12 @@ def _disagreement(
 
 def _is_within(tensor: str, entry: str) -> bool:
     """Whether a tensor is of a module that ends with `entry` (PEFT compares without a dot)."""
-    parts = tensor.split(".")[:-1]
-    return any(".".join(parts[: n + 1]).endswith(entry) for n in range(len(parts)))
+    return any(module.endswith(entry) for module in _modules_around(tensor))
+
+
+def _modules_around(tensor: str) -> Iterator[str]:
+    """The modules that a tensor is in, the outermost first."""
+    return accumulate(tensor.split(".")[:-1], "{}.{}".format)
 
 
 def _check_factors(plan: AdapterPlan) -> None:
@@ -289,11 +292,8 @@ def _layers(names: Iterable[str]) -> dict[str, set[int]]:
     """Names with their first index taken out, to the indexes that occur."""
     found: dict[str, set[int]] = {}
     for name in names:
-        before, number, after = (
-            re.split(r"(?<=\.)(\d{1,6})(?=\.)", name, maxsplit=1)
-            if re.search(r"\.\d{1,6}\.", name)
-            else (name, "", "")
-        )
-        if number:
-            found.setdefault(f"{before}{{}}{after}", set()).add(int(number))
+        index = re.search(r"\.(\d{1,6})\.", name)
+        if index is not None:
+            key = f"{name[: index.start(1)]}{{}}{name[index.end(1) :]}"
+            found.setdefault(key, set()).add(int(index[1]))
     return found

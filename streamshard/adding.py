@@ -135,12 +135,13 @@ def _of_module(
                 f"numbers; {A.columns if turned else B.rows} were expected, one for each output."
             )
     whole = LowRank(A, B, scale, 0, B.rows)
+    places = plan.homes[plan.weight(name)]
     found = []
-    for place in plan.homes[plan.weight(name)]:
+    for place in places:
         target = tensors[place.target]
         stack = len(target.shape) == 3 and not place.whole
         height = target.shape[0] * target.shape[1] if stack else target.rows
-        alone = place.whole and len(plan.homes[plan.weight(name)]) == 1
+        alone = place.whole and len(places) == 1
         rows = B.rows if alone else place.rows
         end = place.start + rows
         fits = end == height if place.whole else end <= height

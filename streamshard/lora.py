@@ -153,7 +153,7 @@ def _settle_tie(
     follows: bool,
 ) -> None:
     """Let the head follow the embedding if it is still the same; otherwise they are untied."""
-    embedding, head = ([r for r in replacements if r.target == name and r.adapter] for name in tie)
+    embedding, head = ([r for r in replacements if r.target == name] for name in tie)
     touched = [name in result.updated for name in tie]
     same = (
         not any(touched)
