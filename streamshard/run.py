@@ -34,6 +34,7 @@ from streamshard.format import json_pieces, total_nbytes, total_parameters
 from streamshard.identity import Identity, identity
 from streamshard.journal import FinishedShard
 from streamshard.places import check_places
+from streamshard.record import sealed
 from streamshard.report import REPORT_NAME, Report, Streamed, new_report
 from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
@@ -244,7 +245,9 @@ def _write(
             "l2_per_tensor": Streamed(distances.norms),
             "digests": _digests(plan.shards, finished, staging.folder, names, options),
         }
-        write_new(staging.folder / REPORT_NAME, json_pieces(in_the_end(kept, job.started)))
+        write_new(
+            staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, job.started)))
+        )
 
 
 def _identity(

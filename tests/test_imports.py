@@ -50,6 +50,7 @@ ALLOWED = {
     "hazards": {"adapter_plan", "errors", "tensors", "updates"},
     "pickled": {"errors", "tensors"},
     "resources": {"errors", "tensors", "updates"},
+    "record": {"digests", "errors", "files", "strict_json"},
     "rows": {"errors", "families", "tensors"},
     "checkpoint": {"errors", "files", "format", "pickled", "strict_json", "tensors"},
     "layouts": {
@@ -105,6 +106,7 @@ ALLOWED = {
         "identity",
         "journal",
         "places",
+        "record",
         "report",
         "resources",
         "resuming",
