@@ -245,9 +245,7 @@ def _write(
             "l2_per_tensor": Streamed(distances.norms),
             "digests": _digests(plan.shards, finished, staging.folder, names, options),
         }
-        write_new(
-            staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, job.started)))
-        )
+        write_new(staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, job.started))))
 
 
 def _identity(
