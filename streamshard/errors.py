@@ -12,6 +12,7 @@ from typing import Any
 __all__ = [
     "AdapterError",
     "InputError",
+    "OutOfMemoryError",
     "OutputError",
     "ReadError",
     "StreamshardError",
@@ -57,6 +58,12 @@ class OutputError(StreamshardError):
 
 class WriteError(StreamshardError):
     """There is no space, no permission, or the system refused a write."""
+
+    exit_code = 6
+
+
+class OutOfMemoryError(StreamshardError, MemoryError):
+    """There is less memory than is needed, or a limit does not allow more."""
 
     exit_code = 6
 

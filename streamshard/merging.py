@@ -36,6 +36,7 @@ from streamshard.families import (
 from streamshard.files import Files
 from streamshard.hazards import check_not_merged
 from streamshard.layouts import convert
+from streamshard.limits import told
 from streamshard.lora import check_base, merge
 from streamshard.peft_config import read_settings
 from streamshard.provenance import check_given_twice, check_record, other_base
@@ -48,6 +49,7 @@ from streamshard.unwrapping import open_wrapped
 __all__ = ["merge_lora"]
 
 
+@told
 def merge_lora(
     *,
     base: PathLike | None = None,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamshard.errors import UsageError
+from streamshard.limits import fitting
 from streamshard.tensors import Lazy
 from streamshard.updates import (
     BLOCK_ELEMENTS,
@@ -33,6 +34,7 @@ DEFAULT_WORKERS = 8
 MAX_WORKERS = 64
 # Measured: interpreter, numpy with BLAS, and a plan of some thousand tensors.
 _PROCESS_NBYTES = 48_000_000
+_READER_NBYTES = 6_000_000
 
 _UNITS = {"": 1, "B": 1}
 for _place, _letter in enumerate("KMGT", start=1):
@@ -57,22 +59,31 @@ def parse_size(size: int | str) -> int:
 def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int | None) -> int:
     """How many threads to use: as asked, else one a processor, fewer for a memory budget.
 
-    Raises `UsageError` if the budget does not allow a single one.
+    Fewer also where a limit of this process leaves room for fewer. Raises `UsageError` if the budget
+    does not allow a single one, `OutOfMemoryError` if such a limit does not.
     """
-    count = workers_or_default(workers)
+    count = _asked(workers)
     if max_memory is None:
-        return count
+        return fitting(count, _worker_nbytes(shards))
     least = memory_estimate(shards, 1)
     if least > max_memory:
         raise UsageError(
             f"--max-memory is {max_memory:,} bytes, but one worker needs about {least:,} for this "
             "model and adapter. Allow more, or leave the option out."
         )
-    return min(count, 1 + (max_memory - least) // _worker_nbytes(shards))
+    count = min(count, 1 + (max_memory - least) // _worker_nbytes(shards))
+    return fitting(count, _worker_nbytes(shards))
 
 
 def workers_or_default(workers: int | None) -> int:
-    """The number of threads asked for, else one a processor; raises `UsageError` if absurd."""
+    """How many threads that only read: as asked, else one a processor; fewer under a limit of memory.
+
+    Raises `UsageError` for an absurd number, `OutOfMemoryError` if there is no room for one.
+    """
+    return fitting(_asked(workers), _READER_NBYTES)
+
+
+def _asked(workers: int | None) -> int:
     if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise UsageError(f"--workers is {workers}; 1 to {MAX_WORKERS} can be chosen.")
     return workers or min(_processors(), DEFAULT_WORKERS)

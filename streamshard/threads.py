@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from streamshard.files import Files
+from streamshard.limits import STACK_NBYTES
 from streamshard.tensors import Workspace
 
 __all__ = ["Background", "Stop", "Stopped", "share"]
@@ -73,10 +74,16 @@ def share(
     ):
         threads = [threading.Thread(target=loop, daemon=True) for _ in range(workers)]
         try:
+            for place, thread in enumerate(threads):
+                try:
+                    _start(thread)
+                except RuntimeError:
+                    if not place:
+                        raise
+                    break  # the system allows no more of them, and fewer do the same
             for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
         except BaseException as error:
             stop.fail(error)
             raise
@@ -90,6 +97,16 @@ def share(
 
 
 _END = object()
+_starting = threading.Lock()
+
+
+def _start(thread: threading.Thread) -> None:
+    with _starting:  # the size is one for the whole process
+        before = threading.stack_size(STACK_NBYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
 
 
 class Background:
@@ -100,7 +117,7 @@ class Background:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # A daemon: waiting for the disk must not keep an interrupted process alive.
         self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._thread.start()
+        _start(self._thread)
 
     def add(self, task: Callable[[], None]) -> None:
         """Have something done later."""
