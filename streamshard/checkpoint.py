@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
+from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.files import read_bytes, reading
 from streamshard.format import Header, read_header
+from streamshard.paths import PathLike, input_path
 from streamshard.strict_json import parse_index, parse_json
 from streamshard.tensors import Lazy, Stored
 
@@ -77,16 +78,14 @@ class AdapterFolder:
     tensors: Mapping[str, Lazy]
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, needs_weights: bool = True) -> Checkpoint:
+def open_checkpoint(path: PathLike, *, needs_weights: bool = True) -> Checkpoint:
     """Open a folder with an index, a folder with one `.safetensors` file, or such a file itself.
 
     A bare file has neither config nor side files. A folder without weights is accepted only if
     they are not needed. Raises `InputError` for what is missing, malformed or ambiguous,
     `ReadError` for what cannot be read.
     """
-    if not os.fspath(path):
-        raise UsageError("the path of a checkpoint is empty.")
-    path = Path(path)
+    path = input_path(path, "a checkpoint")
     with reading(path):
         if not path.exists():
             raise _no_such(path, "file or folder")
@@ -110,13 +109,13 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_weights: bool = True)
         return _checkpoint(path, headers, config, _side_files(path))
 
 
-def open_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
+def open_adapter(path: PathLike) -> AdapterFolder:
     """Open a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
 
     A `.bin` is read with torch's `weights_only=True`, so it cannot run code. Raises `InputError`
     or `AdapterError`.
     """
-    path = Path(path)
+    path = input_path(path, "an adapter")
     with reading(path):
         return _open_adapter(path)
 

@@ -15,8 +15,9 @@ from streamshard.checkpoint import Checkpoint, open_checkpoint
 from streamshard.conversion import Target, carry_over, shard_names
 from streamshard.limits import told
 from streamshard.lora import check_base
+from streamshard.paths import PathLike
 from streamshard.report import Report
-from streamshard.run import Job, Options, PathLike, check_places, run
+from streamshard.run import Job, Options, check_places, run
 
 __all__ = ["conversion_job", "custom_to_hf", "hf_to_custom"]
 

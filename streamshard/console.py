@@ -29,7 +29,7 @@ def open_streams() -> None:
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
-            stream = open(  # noqa: SIM115, PTH123 - as long as the process
+            stream = open(  # noqa: SIM115 - as long as the process
                 number, "w", encoding="utf-8", errors="backslashreplace", closefd=False
             )
             setattr(sys, name, stream)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from streamshard.errors import InputError, ReadError, WriteError, printable
+from streamshard.errors import InputError, OutOfMemoryError, ReadError, WriteError, printable
 
 if sys.platform == "win32":
     import msvcrt
@@ -126,8 +126,15 @@ class System:
         """Give another name, taking the place of a file but not of a folder that has something in it."""
         os.replace(path, other)
 
-    def disk_free(self, path: AnyPath) -> int:
-        return shutil.disk_usage(path).free
+    def disk_free(self, path: AnyPath) -> int | None:
+        """Bytes that are free; None where the disk does not tell (ramfs, and some others in memory)."""
+        try:
+            usage = shutil.disk_usage(path)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+                return None
+            raise
+        return usage.free if usage.total else None
 
 
 system = System()
@@ -351,23 +358,26 @@ def _write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> No
 def reading(path: AnyPath) -> Iterator[None]:
     """Turn an `OSError` into one that names the file, or `path`, and says what to do."""
     try:
-        yield
+        with _told_by_system(path):
+            yield
     except FileNotFoundError as error:
         raise InputError(f"{_where(error, path)}: no such file. Check the path.") from error
     except IsADirectoryError as error:
         raise InputError(f"{_where(error, path)}: is a folder, a file was expected.") from error
     except OSError as error:
-        raise ReadError(
-            f"{_where(error, path)}: cannot be read: {error.strerror}. "
-            "Check its permissions and the disk."
-        ) from error
+        where = _where(error, path)
+        if error.errno in _NO_NAMES:
+            raise InputError(f"{where}: no such file: {error.strerror}. Check the path.") from error
+        advice = _ADVICE.get(error.errno, "Check its permissions and the disk.")
+        raise ReadError(f"{where}: cannot be read: {error.strerror}. {advice}") from error
 
 
 @contextmanager
 def writing(path: AnyPath, nbytes: int) -> Iterator[None]:
     """Turn an `OSError` into one that names the file, or `path`, and says what to do."""
     try:
-        yield
+        with _told_by_system(path):
+            yield
     except OSError as error:
         where = _where(error, path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -376,8 +386,41 @@ def writing(path: AnyPath, nbytes: int) -> Iterator[None]:
                 "Free some space, or choose an output on another disk."
             )
         else:
-            message = f"{where}: cannot be written: {error.strerror}. Check permissions and disk."
+            advice = _ADVICE.get(error.errno, "Check permissions and disk.")
+            message = f"{where}: cannot be written: {error.strerror}. {advice}"
         raise WriteError(message) from error
+
+
+# What cannot be the name of a file that is there.
+_NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+_ADVICE: dict[int | None, str] = {
+    errno.ENAMETOOLONG: "Choose a shorter path.",
+    errno.ELOOP: "Its links lead in a circle: choose another path.",
+    errno.ENOTDIR: "A part of the path is a file: choose another path.",
+    errno.EMFILE: "Allow more open files (ulimit -n).",
+    errno.ENFILE: "Close other programs.",
+    errno.EFBIG: "Allow larger files (ulimit -f), use --max-shard-size, or choose another disk.",
+}
+
+
+@contextmanager
+def _told_by_system(path: AnyPath) -> Iterator[None]:
+    """Have what else a path or a call can raise be an `OSError`, or what it is in truth."""
+    try:
+        yield
+    except RuntimeError as error:  # of pathlib before Python 3.13
+        if "Symlink loop" not in str(error):
+            raise
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+    except UnicodeEncodeError as error:  # a name that the encoding of this system does not have
+        raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ), str(path)) from error
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise OutOfMemoryError(
+            f"{_where(error, path)}: not enough memory ({error.strerror}). Allow more, and run the "
+            "same command again."
+        ) from error
 
 
 def _where(error: OSError, path: AnyPath) -> str:
@@ -468,8 +511,8 @@ def remove_tree(path: Path) -> None:
     system.rmdir(path)
 
 
-def disk_free(path: Path) -> int:
-    """Bytes that may still be written to the disk which holds (or will hold) `path`."""
+def disk_free(path: Path) -> int | None:
+    """Bytes that may still be written to the disk which holds (or will hold) `path`, if it tells."""
     with writing(path, 0):
         existing = path
         while not exists(existing) and existing != existing.parent:

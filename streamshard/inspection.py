@@ -23,9 +23,9 @@ from streamshard.files import Files, reading
 from streamshard.format import total_nbytes, total_parameters
 from streamshard.layouts import convert
 from streamshard.limits import told
+from streamshard.paths import PathLike, input_path
 from streamshard.report import Report, finished, new_report
 from streamshard.resources import workers_or_default
-from streamshard.run import PathLike
 from streamshard.spelling import flat_names
 from streamshard.tensors import Lazy, Workspace
 
@@ -39,7 +39,7 @@ def inspect(path: PathLike) -> Report:
     Reads headers and configs only. Raises `InputError` for what is malformed.
     """
     started = time.perf_counter()
-    folder = Path(path)
+    folder = input_path(path, "a checkpoint or adapter")
     with reading(folder):
         adapter = folder / "adapter_config.json"
         is_adapter = adapter.is_file() and not (folder / "config.json").is_file()

@@ -187,7 +187,9 @@ def _advice(need: Need | None = None) -> str:
         part = f"the control group of this process has room for {room:,} bytes"
         parts.append(part if need is None else f"{part}, about {need.resident:,} are needed")
     told_limits = "".join(f" {part[:1].upper()}{part[1:]}." for part in parts)
-    return f"{told_limits} Allow more, or use fewer --workers, and run the same command again.".strip()
+    return (
+        f"{told_limits} Allow more, or use fewer --workers, and run the same command again.".strip()
+    )
 
 
 def _status(key: str) -> int | None:

@@ -38,10 +38,11 @@ from streamshard.hazards import check_not_merged
 from streamshard.layouts import convert
 from streamshard.limits import told
 from streamshard.lora import check_base, merge
+from streamshard.paths import PathLike, input_path
 from streamshard.peft_config import read_settings
 from streamshard.provenance import check_given_twice, check_record, other_base
 from streamshard.report import Report
-from streamshard.run import Job, Options, PathLike, check_places, run
+from streamshard.run import Job, Options, check_places, run
 from streamshard.tensors import Stored, Workspace, equal_bytes
 from streamshard.ties import embedding_and_head, is_stated_tied, tied_names
 from streamshard.unwrapping import open_wrapped
@@ -130,7 +131,7 @@ def merge_lora(
     name = source.path.absolute().name.removesuffix(".safetensors")
     output = f"{name}-merged" if output is None else output
     inputs = [source.path, *(f.path for f in folders)]
-    inputs += [Path(reference)] if reference is not None else []
+    inputs += [input_path(reference, "the reference")] if reference is not None else []
     target = check_places(output, inputs, overwrite=chosen.overwrite)
     with contextlib.closing(Files()) as files:
         work = Workspace(files)

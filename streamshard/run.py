@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from streamshard.arithmetic import Change
 from streamshard.digests import ALGORITHM, DIGEST_NBYTES, file_record
@@ -44,9 +43,7 @@ from streamshard.tensors import Lazy, Stored
 from streamshard.updates import cast
 from streamshard.writer import Shard, index_pieces, plan_shards, write_shards
 
-__all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "run"]
-
-PathLike: TypeAlias = "str | os.PathLike[str]"
+__all__ = ["DTYPES", "Job", "Options", "Plan", "check_places", "run"]
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -58,7 +55,8 @@ class Plan:
     output: Path
     shards: tuple[Shard, ...]
     nbytes: int
-    free_nbytes: int
+    free_nbytes: int | None
+    """None where the disk does not tell it."""
     workers: int
     memory_nbytes: int
 
@@ -190,7 +188,7 @@ def _plan(job: Job, shards: Sequence[Shard], options: Options) -> Plan:
     side = sum(file_nbytes(file) for file in job.side_files.values())
     needed = nbytes + side + 64 * 1024 * len(shards)
     # What an interrupted run has left is continued, or makes room.
-    if needed > free + staged_nbytes(job.output):
+    if free is not None and needed > free + staged_nbytes(job.output):
         raise WriteError(
             f"{printable(str(job.output))}: {needed:,} bytes are needed but {free:,} are free. "
             "Free some space, or choose an output on another disk."

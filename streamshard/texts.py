@@ -35,6 +35,9 @@ def plan_text(report: dict[str, Any]) -> str:
     """What `--dry-run` prints."""
     plan = report["plan"]
     files = [f"  {file['name']}  {_bytes(file['bytes'])}" for file in plan["files"]]
+    free = "free space unknown"
+    if plan["free_bytes"] is not None:
+        free = f"{_bytes(plan['free_bytes'])} free on that disk"
     changed = (
         f"{report['pairs']} LoRA pairs are written"
         if "pairs" in report
@@ -44,8 +47,7 @@ def plan_text(report: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"Would write {report['output']} ({_bytes(report['bytes'])}; "
-            f"{_bytes(plan['free_bytes'])} free on that disk):",
+            f"Would write {report['output']} ({_bytes(report['bytes'])}; {free}):",
             *files[:20],
             *([f"  and {len(files) - 20} more files"] if len(files) > 20 else []),
             f"{changed}; {plan['workers']} threads, about {_bytes(plan['memory_bytes'])} of memory.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import threading
@@ -35,9 +34,9 @@ from streamshard.errors import (
 from streamshard.files import InputFile, reading
 from streamshard.format import read_header
 from streamshard.limits import told
+from streamshard.paths import PathLike, input_path
 from streamshard.report import REPORT_NAME, Report, finished, new_report
 from streamshard.resources import workers_or_default
-from streamshard.run import PathLike
 from streamshard.tensors import Stored, Workspace
 from streamshard.threads import Stop, share
 
@@ -63,8 +62,9 @@ def verify(
     `unexpected`, `different` and `nonfinite`; `InputError` if there is no checkpoint at all.
     """
     started = time.perf_counter()
-    with reading(os.fspath(path)):
-        found = _open(Path(path))
+    given = input_path(path, "what to verify")
+    with reading(given):
+        found = _open(given)
     names = _sampled(list(found.tensors), sample)
     if on_total is not None:
         on_total(sum(found.tensors[name].nbytes for name in names))

@@ -24,6 +24,7 @@ from streamshard.injection import (
 )
 from streamshard.limits import told
 from streamshard.lora import check_base
+from streamshard.paths import PathLike
 from streamshard.peft_adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -32,7 +33,7 @@ from streamshard.peft_adapter import (
     in_model,
 )
 from streamshard.report import Report
-from streamshard.run import Job, Options, PathLike, check_places, run
+from streamshard.run import Job, Options, check_places, run
 from streamshard.spelling import flat_names
 from streamshard.tensors import Lazy
 

@@ -129,7 +129,7 @@ class _Open:
 
     def __init__(self, shard: Shard, folder: Path) -> None:
         free = disk_free(folder)
-        if free < shard.nbytes:
+        if free is not None and free < shard.nbytes:
             raise WriteError(
                 f"{printable(str(folder / shard.name))}: {shard.nbytes:,} bytes are needed but {free:,} "
                 "are free. Free some space."

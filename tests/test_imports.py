@@ -25,6 +25,7 @@ ALLOWED = {
     "families": {"errors"},
     "files": {"errors"},
     "patterns": set(),
+    "paths": {"errors"},
     "peft_config": {"errors", "patterns"},
     "spelling": {"errors"},
     "strict_json": {"errors"},
@@ -54,7 +55,15 @@ ALLOWED = {
     "resources": {"errors", "limits", "tensors", "updates"},
     "record": {"digests", "errors", "files", "strict_json"},
     "rows": {"errors", "families", "tensors"},
-    "checkpoint": {"errors", "files", "format", "pickled", "strict_json", "tensors"},
+    "checkpoint": {
+        "errors",
+        "files",
+        "format",
+        "paths",
+        "pickled",
+        "strict_json",
+        "tensors",
+    },
     "layouts": {
         "detection",
         "errors",
@@ -72,7 +81,13 @@ ALLOWED = {
     "identity": {"arithmetic", "digests", "errors", "files", "tensors", "updates"},
     "locks": {"errors", "files"},
     "staging": {"errors", "files", "identity", "journal", "locks", "report"},
-    "places": {"errors", "files", "report", "staging"},
+    "places": {
+        "errors",
+        "files",
+        "paths",
+        "report",
+        "staging",
+    },
     "writer": {
         "arithmetic",
         "digests",
@@ -118,7 +133,15 @@ ALLOWED = {
         "writer",
     },
     "state_dicts": {"detection", "errors", "families", "layouts", "rows"},
-    "commands": {"checkpoint", "conversion", "limits", "lora", "report", "run"},
+    "commands": {
+        "checkpoint",
+        "conversion",
+        "limits",
+        "lora",
+        "paths",
+        "report",
+        "run",
+    },
     "inspection": {
         "checkpoint",
         "conversion",
@@ -129,9 +152,10 @@ ALLOWED = {
         "files",
         "format",
         "layouts",
+        "limits",
+        "paths",
         "report",
         "resources",
-        "run",
         "spelling",
         "tensors",
     },
@@ -151,7 +175,9 @@ ALLOWED = {
         "files",
         "hazards",
         "layouts",
+        "limits",
         "lora",
+        "paths",
         "peft_config",
         "provenance",
         "report",
@@ -160,7 +186,14 @@ ALLOWED = {
         "ties",
         "unwrapping",
     },
-    "unwrapping": {"adapter_plan", "checkpoint", "errors", "peft_config", "run", "wrapped"},
+    "unwrapping": {
+        "adapter_plan",
+        "checkpoint",
+        "errors",
+        "paths",
+        "peft_config",
+        "wrapped",
+    },
     "wrapped": {"errors", "spelling"},
     "verification": {
         "arithmetic",
@@ -169,9 +202,10 @@ ALLOWED = {
         "errors",
         "files",
         "format",
+        "limits",
+        "paths",
         "report",
         "resources",
-        "run",
         "tensors",
         "threads",
     },
@@ -194,7 +228,9 @@ ALLOWED = {
         "errors",
         "families",
         "injection",
+        "limits",
         "lora",
+        "paths",
         "peft_adapter",
         "report",
         "run",
@@ -207,6 +243,8 @@ ALLOWED = {
         "detection",
         "errors",
         "files",
+        "limits",
+        "paths",
         "peft_adapter",
         "report",
         "resources",
@@ -238,9 +276,16 @@ ALLOWED = {
     },
     "replacing": {"adapter_plan", "arithmetic", "errors", "matching", "tensors", "updates"},
     "texts": {"errors"},
-    "cli": {"errors", "inspection", "texts", "verification"},
+    "cli": {
+        "console",
+        "errors",
+        "limits",
+        "texts",
+    },
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {
+        "limits",
+    },
 }
 # The mathematics and the names know nothing of files and commands.
 NAMES = {
@@ -334,7 +379,7 @@ def test_the_reader_of_imports_sees_them():
     assert "pickled" in imports("checkpoint")
     assert "pickled" not in imports("checkpoint", top=True)
     assert "torch" in imports("pickled")
-    assert "inspection" in imports("cli")
+    assert "limits" in imports("__init__")  # within a function
 
 
 @pytest.mark.parametrize("module", sorted(PURE & {*MODULES}))

@@ -83,7 +83,7 @@ def test_too_little_memory_is_said(pair, cli, monkeypatch):
 
     monkeypatch.setattr(streamshard.merging, "merge_lora", fail)
     outcome = cli(*pair.command)
-    assert outcome.code == 1
+    assert outcome.code == 6
     assert "not enough memory: Unable to allocate 9 GB" in outcome.err
     assert "bug" not in outcome.err
 
