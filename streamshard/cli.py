@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -510,7 +511,8 @@ class _Screen:
                 say(f"warning: {warning}")
         if self._quiet and not self._as_json:
             return
-        done = f"; {report['output']} is complete" if report["output"] else ""
+        written = report["output"] and not report.get("dry_run")
+        done = f"; {report['output']} is complete" if written else ""
         # In pieces: a report on all tensors of a large model has megabytes.
         show(json.JSONEncoder().iterencode(report) if self._as_json else [text(report)], done)
 
@@ -623,18 +625,26 @@ def main(command: click.Command = cli) -> None:
 
 def _run(command: click.Command) -> int:
     """Run a command; the exit code of what happened, which is told."""
-    name = "streamshard" if command is cli else None
     verbose = bool({"-v", "--verbose"} & set(sys.argv))
     try:
-        told(command.main)(prog_name=name, standalone_mode=False)
-    except SystemExit as error:
-        # What click makes of a pipe that nobody reads any more.
-        if not isinstance(error.__context__, OSError):
-            raise
-        return _say_error(unprinted(error.__context__), verbose=verbose)
+        told(_invoke)(command)
+    except click.exceptions.Exit as error:  # --help, --version
+        return error.exit_code
     except BaseException as error:  # noqa: BLE001 - each has its code
         return _end_of(error, verbose=verbose)
     return 0
+
+
+def _invoke(command: click.Command) -> None:
+    name = "streamshard" if command is cli else Path(sys.argv[0]).name
+    if command is cli and _COMPLETION in os.environ:
+        command.main(prog_name=name)
+    # Not by `main`, which has ends of its own for errors of streams and for interrupts.
+    with command.make_context(name, sys.argv[1:]) as context:
+        command.invoke(context)
+
+
+_COMPLETION = "_STREAMSHARD_COMPLETE"  # set where a shell asks click to complete a line
 
 
 def _end_of(error: BaseException, *, verbose: bool) -> int:
@@ -643,7 +653,7 @@ def _end_of(error: BaseException, *, verbose: bool) -> int:
     signal_raised = _signalled and not isinstance(error, StreamshardError)
     if isinstance(error, _Terminated) or (signal_raised and _signalled[0] != signal.SIGINT):
         return _say_ended("Terminated", error, 143)
-    if isinstance(error, (KeyboardInterrupt, click.Abort)) or signal_raised:
+    if isinstance(error, KeyboardInterrupt) or signal_raised:
         return _say_ended("Interrupted", error, 130)
     if isinstance(error, click.ClickException):
         with contextlib.suppress(OSError, ValueError):
@@ -674,9 +684,7 @@ def _say_error(error: StreamshardError, *, verbose: bool) -> int:
 
 
 def _say_ended(how: str, error: BaseException, code: int) -> int:
-    # Whoever was writing has added what is kept; click puts its own exception around an interrupt.
-    left = ""
-    if isinstance(error, (KeyboardInterrupt, _Terminated, click.Abort)):
-        left = escaped(str(error)) or escaped(str(error.__cause__ or ""))
+    # Whoever was writing has added what is kept.
+    left = escaped(str(error)) if isinstance(error, (KeyboardInterrupt, _Terminated)) else ""
     say(f"{how}. {left or 'Nothing was written: run the same command again.'}")
     return code
