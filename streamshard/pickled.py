@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from streamshard.errors import InputError, printable
+from streamshard.limits import Need, check_room
 from streamshard.tensors import Array, Lazy
 
 __all__ = ["read_pickled"]
 
 MAX_NAME = 1024  # as in headers
+_TORCH = Need(145_000_000, 540_000_000, 215_000_000)
+"""Measured: importing torch without CUDA and loading a small file. It may crash with less."""
 
 
 def read_pickled(file: Path) -> dict[str, Lazy]:
@@ -24,6 +28,8 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
     try:
         _check_size(file)
         content = _load(file)
+    except MemoryError:  # says nothing about the file
+        raise
     except Exception as error:  # torch raises whatever its unpickler meets
         raise InputError(
             f"{where}: cannot be loaded as plain tensors: {printable(str(error))} "
@@ -57,6 +63,8 @@ def _check_size(file: Path) -> None:
 
 
 def _load(file: Path) -> Any:
+    if "torch" not in sys.modules:
+        check_room("torch, which reads this .bin; safetensors need none of it", _TORCH)
     import torch
 
     return torch.load(file, map_location="cpu", weights_only=True)

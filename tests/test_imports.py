@@ -51,7 +51,7 @@ ALLOWED = {
     },
     "ties": {"adapter_plan", "detection", "errors", "families", "spelling", "tensors"},
     "hazards": {"adapter_plan", "errors", "tensors", "updates"},
-    "pickled": {"errors", "tensors"},
+    "pickled": {"errors", "limits", "tensors"},
     "resources": {"errors", "limits", "tensors", "updates"},
     "record": {"digests", "errors", "files", "strict_json"},
     "rows": {"errors", "families", "tensors"},
