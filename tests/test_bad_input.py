@@ -683,7 +683,8 @@ def test_a_disk_that_is_full(pair):
     (pair.base / "notes.txt").write_bytes(bytes(60_000))
     mount = f"mount -t tmpfs -o size=40k none '{disk}' 2>/dev/null || exit 99; "
     command = [sys.executable, "-m", "streamshard", *merge(pair, disk / "out")]
-    lie = "import shutil, types; shutil.disk_usage = lambda p: types.SimpleNamespace(free=10**9); "
+    told = "types.SimpleNamespace(free=10**9, total=10**9)"
+    lie = f"import shutil, types; shutil.disk_usage = lambda p: {told}; "
     for fake in ("", lie):
         if fake:
             code = f"import sys; {fake}from streamshard.cli import main; main()"
