@@ -19,6 +19,7 @@ from streamshard.checkpoint import Checkpoint, open_checkpoint
 from streamshard.detection import layout_of
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.files import Files
+from streamshard.inputs import watched
 from streamshard.peft_adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -40,6 +41,7 @@ __all__ = ["extract_lora"]
 UPSTREAM_DROPOUT = 0.05
 
 
+@watched
 def extract_lora(
     *,
     checkpoint: PathLike,

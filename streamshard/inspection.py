@@ -21,6 +21,7 @@ from streamshard.errors import InputError
 from streamshard.families import Dims, dims_from_config
 from streamshard.files import Files, reading
 from streamshard.format import total_nbytes, total_parameters
+from streamshard.inputs import watched
 from streamshard.layouts import convert
 from streamshard.report import Report, finished, new_report
 from streamshard.resources import workers_or_default
@@ -31,6 +32,7 @@ from streamshard.tensors import Lazy, Workspace
 __all__ = ["diff", "inspect"]
 
 
+@watched
 def inspect(path: PathLike) -> Report:
     """What a checkpoint or adapter is: layout, spelling, family, dimensions, dtypes, files, LoRA.
 
@@ -73,6 +75,7 @@ def inspect(path: PathLike) -> Report:
     return finished(report, started)
 
 
+@watched
 def diff(
     a: PathLike,
     b: PathLike,

@@ -35,6 +35,7 @@ from streamshard.families import (
 )
 from streamshard.files import Files
 from streamshard.hazards import check_not_merged
+from streamshard.inputs import watched
 from streamshard.layouts import convert
 from streamshard.lora import check_base, merge
 from streamshard.peft_config import read_settings
@@ -48,6 +49,7 @@ from streamshard.unwrapping import open_wrapped
 __all__ = ["merge_lora"]
 
 
+@watched
 def merge_lora(
     *,
     base: PathLike | None = None,

@@ -34,6 +34,7 @@ from streamshard.errors import (
 )
 from streamshard.files import InputFile, reading
 from streamshard.format import read_header
+from streamshard.inputs import watched
 from streamshard.report import REPORT_NAME, Report, finished, new_report
 from streamshard.resources import workers_or_default
 from streamshard.run import PathLike
@@ -43,6 +44,7 @@ from streamshard.threads import Stop, share
 __all__ = ["verify"]
 
 
+@watched
 def verify(
     path: PathLike,
     *,

@@ -22,6 +22,7 @@ from streamshard.injection import (
     target_modules,
     wrap,
 )
+from streamshard.inputs import watched
 from streamshard.lora import check_base
 from streamshard.peft_adapter import (
     CONFIG_NAME,
@@ -42,6 +43,7 @@ UPSTREAM_DROPOUT = 0.05
 _UPSTREAM = ("llama", "qwen2", "internlm2", "phi3")
 
 
+@watched
 def wrap_lora(
     *,
     base: PathLike,
