@@ -220,8 +220,8 @@ def changed(path: str | Path, before: Stamp, now: Stamp | None) -> ChangedError:
     else:
         how = "was changed (its content, or its owner, permissions or links)"
     return ChangedError(
-        f"{printable(str(path))}: {how} while this run was reading it. A result would be of two states of "
-        "the input, so there is none. Wait until nothing changes the inputs, then run it again."
+        f"{printable(str(path))}: {how} while this run was reading it. A result would be of two "
+        "states of the input, so there is none. Wait until nothing changes the inputs, then run it again."
     )
 
 
