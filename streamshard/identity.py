@@ -198,7 +198,7 @@ def _sampled(path: Path) -> tuple[str, list[int] | None]:
             hash_file(path, digest)
         else:
             _add_samples(file, header, digest)
-            changed = list(file.changed_ns)
+            changed = [file.stamp.mtime_ns, file.stamp.ctime_ns]
     return digest.hexdigest(), changed
 
 

@@ -31,6 +31,7 @@ from streamshard.files import (
 )
 from streamshard.format import json_pieces, total_nbytes, total_parameters
 from streamshard.identity import Identity, identity
+from streamshard.inputs import active
 from streamshard.journal import FinishedShard
 from streamshard.places import check_places
 from streamshard.record import sealed
@@ -38,7 +39,7 @@ from streamshard.report import REPORT_NAME, Report, Streamed, new_report
 from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
 from streamshard.resuming import check_finished
-from streamshard.staging import output_folder, staged_nbytes
+from streamshard.staging import output_folder, places_beside, staged_nbytes
 from streamshard.tensors import Lazy, Stored
 from streamshard.updates import cast
 from streamshard.writer import Shard, index_pieces, plan_shards, write_shards
@@ -211,6 +212,10 @@ def _write(
     beside: dict[str, Path | bytes] = dict(job.side_files)
     if config is not None:
         beside[job.config_name] = b"".join(json_pieces(config))
+    inputs = active()
+    if inputs is not None:
+        target = plan.output.resolve()
+        inputs.leave_out(target, *places_beside(target).values())
     with output_folder(
         plan.output, _identity(job, plan, reference, beside, options), overwrite=options.overwrite
     ) as staging:
@@ -244,6 +249,8 @@ def _write(
             "digests": _digests(plan.shards, finished, staging.folder, names, options),
         }
         write_new(staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, job.started))))
+        if inputs is not None:
+            inputs.end()
 
 
 def _identity(

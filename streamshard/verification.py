@@ -33,6 +33,7 @@ from streamshard.errors import (
 )
 from streamshard.files import InputFile, reading
 from streamshard.format import read_header
+from streamshard.inputs import watched
 from streamshard.limits import told
 from streamshard.paths import PathLike, input_path
 from streamshard.report import REPORT_NAME, Report, finished, new_report
@@ -44,6 +45,7 @@ __all__ = ["verify"]
 
 
 @told
+@watched
 def verify(
     path: PathLike,
     *,

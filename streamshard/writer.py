@@ -21,6 +21,7 @@ from streamshard.distance import squared_distance
 from streamshard.errors import AdapterError, WriteError, printable
 from streamshard.files import ByteRange, OutputFile, disk_free, rename, sync_folder
 from streamshard.format import build_header, json_pieces, total_nbytes, total_parameters
+from streamshard.inputs import active
 from streamshard.journal import FinishedShard
 from streamshard.staging import Staging
 from streamshard.tensors import (
@@ -189,6 +190,7 @@ class _Run:
         self.lock = threading.Lock()
         self.background = Background(self.stop)
         self.opened: set[_Open] = set()
+        self.inputs = active()
 
     def tensors(self, shards: Sequence[Shard]) -> Iterator[tuple[_Open, int]]:
         """Every tensor, as its shard and its place in there; shards are begun on the way."""
@@ -241,6 +243,8 @@ class _Run:
         if sha256 is not None:
             hash_file(path, sha256, going=self.stop.going)
         shard = opened.finished(None if sha256 is None else sha256.hexdigest())
+        if self.inputs is not None:
+            self.inputs.check()  # only what is of unchanged inputs may be continued later
         with self.lock:
             self.stop.check()
             rename(path, path.with_name(shard.name))
