@@ -19,6 +19,7 @@ from streamshard.strict_json import parse_index, parse_json
 from streamshard.tensors import Lazy, Stored
 
 __all__ = [
+    "INDEX_NAME",
     "TOKENIZER",
     "AdapterFolder",
     "Checkpoint",
@@ -108,7 +109,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, needs_weights: bool = True)
 
 
 def open_weights(folder: Path) -> dict[str, Header]:
-    """The headers of a folder's weight files, by name, which are those that its index lists if it has one."""
+    """The headers of a folder's weight files, by name: those that its index lists, if it has one."""
     weights = _find_weights(folder)
     if weights.name == INDEX_NAME:
         return _open_index(weights)

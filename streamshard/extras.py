@@ -95,4 +95,3 @@ def harm(entry: Entry) -> str | None:
         if pattern.fullmatch(name):
             return f"is not part of this, and is {what}. Remove it"
     return None
-

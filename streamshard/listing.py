@@ -70,7 +70,9 @@ def read_listing(folder: Path) -> Listing:
 
 
 def _fill(found: Listing, digests: Any, where: str) -> None:
-    tables = [digests.get(key) if isinstance(digests, dict) else None for key in ("files", "tensors")]
+    tables = [
+        digests.get(key) if isinstance(digests, dict) else None for key in ("files", "tensors")
+    ]
     files, tensors = tables
     if (
         not isinstance(files, dict)

@@ -16,8 +16,8 @@ from streamshard.tensors import Lazy
 __all__ = ["Opened", "open_anything"]
 
 WEIGHTS = ".safetensors"
-_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json")
-_CONFIGS = ("config.json", "adapter_config.json")
+_ADAPTER, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 _Errors = (InputError, ReadError, AdapterError)
 
@@ -78,13 +78,13 @@ def _open_folder(path: Path) -> Opened:
         names = sorted(system.listdir(path))
     found = Opened(path, read_listing(path))
     found.problems += found.listing.problems
-    for name in _CONFIGS:
+    for name in (_CONFIG, _ADAPTER_CONFIG):
         if name in names:
             try:
                 read_json_object(path / name)
             except (InputError, ReadError) as error:
                 found.add(str(error))
-    if "config.json" not in names and _is_adapter(path, names):
+    if _CONFIG not in names and _is_adapter(path, names):
         _open_adapter(found, names)
     else:
         _open_checkpoint(found, names)
@@ -95,21 +95,20 @@ def _open_folder(path: Path) -> Opened:
 
 
 def _is_adapter(path: Path, names: list[str]) -> bool:
-    return any((path / name).is_file() for name in _ADAPTER[:2]) or (
-        _ADAPTER[2] in names and not any(name.endswith(WEIGHTS) for name in names)
+    return any((path / name).is_file() for name in (_ADAPTER, _PICKLED)) or (
+        _ADAPTER_CONFIG in names and not any(name.endswith(WEIGHTS) for name in names)
     )
 
 
 def _open_adapter(found: Opened, names: list[str]) -> None:
-    weights, pickled, config = _ADAPTER
-    if (found.folder / weights).is_file():
-        found.header(weights)
+    if (found.folder / _ADAPTER).is_file():
+        found.header(_ADAPTER)
         return
     try:
         opened = open_adapter(found.folder)
     except _Errors as error:
-        if pickled in names:
-            found.unread[pickled] = "it cannot be loaded"
+        if _PICKLED in names:
+            found.unread[_PICKLED] = "it cannot be loaded"
         elif found.listing.record == "missing":
             raise
         found.add(str(error))
@@ -119,7 +118,9 @@ def _open_adapter(found: Opened, names: list[str]) -> None:
 
 def _open_checkpoint(found: Opened, names: list[str]) -> None:
     try:
-        found.headers |= {name: header.tensors for name, header in open_weights(found.folder).items()}
+        found.headers |= {
+            name: header.tensors for name, header in open_weights(found.folder).items()
+        }
     except (InputError, ReadError) as error:
         there = [name for name in names if name.endswith(WEIGHTS)]
         if not there and found.listing.record == "missing":
