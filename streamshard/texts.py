@@ -219,7 +219,7 @@ def verify_text(report: dict[str, Any]) -> str:
 
 def _shortened(names: list[str], limit: int = 12) -> str:
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "none") + more
+    return (", ".join(f"'{name}'" for name in names[:limit]) or "none") + more
 
 
 def _conclusion(report: dict[str, Any]) -> str:

@@ -132,7 +132,7 @@ def _why_not(found: Opened, check: Comparison, name: str) -> str:
     if name == REPORT_NAME:
         return "it is not as it was written"
     if name in found.headers:
-        return "its header and values were read, but no digest of it is recorded"
+        return "its values were read, but no digest of it is recorded"
     if name.endswith(WEIGHTS):
         return "it is no part of this checkpoint, and no digest of it is recorded"
     return "no digest of it is recorded"
