@@ -1,4 +1,4 @@
-"""Flipped bits and bytes in every file of an output, its record included: does `verify` find all?
+"""Flipped bits and bytes in every file of an output, its record included: `verify` must find all.
 
     python bench/flips.py --count 2000
 

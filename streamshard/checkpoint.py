@@ -41,13 +41,14 @@ MAX_TOKENIZER_BYTES = 50_000_000  # the largest tokenizer.json have 28 MB
 _NOT_CARRIED = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx)|.*\.index\.json|adapter_config\.json"
     r"|trainer_state\.json|zero_to_fp32\.py|latest|streamshard\.json",
-    re.IGNORECASE,
+    re.IGNORECASE | re.DOTALL,
 )
 TOKENIZER = re.compile(
     r"tokenizer.*|vocab\.(?:json|txt)|merges\.txt|added_tokens\.json|special_tokens_map\.json"
-    r"|tokenization_.*\.py|spiece\.model|sentencepiece.*"
+    r"|tokenization_.*\.py|spiece\.model|sentencepiece.*",
+    re.DOTALL,
 )
-_NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb")
+_NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from streamshard.errors import InputError, ReadError, listed, printable
 from streamshard.files import InputFile
 from streamshard.format import header_text
 from streamshard.listing import FileRecord
-from streamshard.opened import WEIGHTS, Opened
+from streamshard.opened import Opened, is_shard
 from streamshard.report import REPORT_NAME
 from streamshard.tensors import Array, Bytes, Lazy, Stored, Workspace
 from streamshard.threads import Stop
@@ -113,7 +113,7 @@ class Comparison:
     def file(self, name: str, record: FileRecord, work: Workspace, *, whole: bool) -> None:
         """Compare a file with its record; of a weight file size and SHA-256 only."""
         path = self.found.folder / name
-        weights = name.endswith(WEIGHTS)
+        weights = is_shard(name)
         digest = None if weights else new_digest()
         sha256 = new_sha256() if whole and record.sha256 is not None else None
         hashes = [one for one in (digest, sha256) if one is not None]

@@ -15,18 +15,21 @@ from pathlib import Path
 __all__ = ["Entry", "contents", "harm"]
 
 _CODE = re.compile(
-    r".*\.(?:py[cdowxi]?|so(?:\.[\d.]+)?|dll|dylib|exe|sh|bash|zsh|bat|cmd|ps1|jar|egg|whl|pyz)"
+    r".*\.(?:py[cdowxi]?|so(?:\.[\d.]+)?|dll|dylib|exe|sh|bash|zsh|bat|cmd|ps1|jar|egg|whl|pyz)",
+    re.DOTALL,  # a name may have line ends too
 )
 _WEIGHTS = re.compile(
     r".*\.(?:safetensors|bin|pth?|ckpt|gguf|ggml|h5|hdf5|keras|msgpack|onnx|npy|npz|pkl|pickle|joblib"
     r"|torch|tflite|pb|mlmodel|nemo|engine|plan|dduf|distcp)"
-    r"|.*\.index\.json"
+    r"|.*\.index\.json",
+    re.DOTALL,
 )
 _CONFIG = re.compile(
     r".*config.*\.(?:json|ya?ml)|model_index\.json|modules\.json|params\.json"
     r"|(?:.*processor|feature_extractor|tokenizer|vocab|merges|added_tokens|special_tokens|spiece"
     r"|sentencepiece|chat_template|adapter_).*\.(?:json|txt|model|ya?ml|vocab|bpe)"
-    r"|.*\.(?:jinja2?|tiktoken|model|spm)|modelfile"
+    r"|.*\.(?:jinja2?|tiktoken|model|spm)|modelfile",
+    re.DOTALL,
 )
 _KINDS = (
     (_CODE, "code that could be run"),

@@ -123,9 +123,7 @@ def json_pieces(content: Mapping[str, Any], *, sort_keys: bool = False) -> Itera
         try:
             yield text.encode()
         except UnicodeEncodeError:
-            yield re.sub(
-                "[\ud800-\udfff]", lambda found: rf"\\u{ord(found[0]):04x}", text
-            ).encode()
+            yield re.sub("[\ud800-\udfff]", lambda found: rf"\\u{ord(found[0]):04x}", text).encode()
     yield b"\n"
 
 

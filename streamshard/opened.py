@@ -13,7 +13,7 @@ from streamshard.format import read_header
 from streamshard.listing import Listing, read_listing
 from streamshard.tensors import Lazy
 
-__all__ = ["Opened", "open_anything"]
+__all__ = ["Opened", "is_shard", "open_anything"]
 
 WEIGHTS = ".safetensors"
 _ADAPTER, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -61,6 +61,11 @@ class Opened:
             self.add(str(error))
 
 
+def is_shard(name: str) -> bool:
+    """Whether a recorded file has the digest of a weight file: in sub-folders all have that of bytes."""
+    return name.endswith(WEIGHTS) and "/" not in name
+
+
 def open_anything(path: Path) -> Opened:
     """Open a folder or a weight file; raises `InputError` only if there is no checkpoint at all."""
     if path.is_dir():
@@ -89,7 +94,7 @@ def _open_folder(path: Path) -> Opened:
     else:
         _open_checkpoint(found, names)
     for name in found.listing.files:
-        if name.endswith(WEIGHTS) and name in names:
+        if is_shard(name) and name in names:
             found.header(name)
     return found
 
