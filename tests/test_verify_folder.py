@@ -26,6 +26,7 @@ from streamshard.digests import file_record
 from streamshard.errors import InputError
 from streamshard.files import system
 from streamshard.format import json_pieces
+from streamshard.journal import Journal
 from streamshard.record import read_record, sealed
 
 RECORD = "streamshard.json"
@@ -666,6 +667,26 @@ def test_folders_of_any_name(odd, pair, cli):
     extra.encode()
     put(output, f"x{odd}.py")
     assert cli("verify", output).code == 8
+
+
+def test_an_interrupted_run_in_a_folder_of_any_name(odd, pair, cli, monkeypatch):
+    """The journal names it too."""
+    base, output = pair.root / "out" / f"b{odd}", pair.root / "out" / f"o{odd}"
+    pair.base.rename(base)
+    command = ["merge-lora", "--base", base, "--adapter", pair.adapter, "--output", output]
+    add = Journal.add
+
+    def add_one_and_stop(journal: Journal, shard: Any) -> None:
+        add(journal, shard)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", add_one_and_stop)
+        assert cli(*command).code == 130
+    outcome = cli(*command, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["resumed"] == 1
+    assert cli("verify", output, "--strict").code == 0
 
 
 def test_a_config_that_names_an_odd_folder(tmp_path, cli):
