@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from streamshard.arithmetic import count_not_finite
-from streamshard.checkpoint import outside
 from streamshard.digests import (
     DIGEST_NBYTES,
     blocks_of,
@@ -20,7 +19,7 @@ from streamshard.digests import (
 from streamshard.errors import InputError, ReadError, listed, printable
 from streamshard.files import InputFile
 from streamshard.format import header_text
-from streamshard.listing import FileRecord
+from streamshard.listing import FileRecord, link_problem
 from streamshard.opened import Opened, is_shard
 from streamshard.report import REPORT_NAME
 from streamshard.tensors import Array, Bytes, Lazy, Stored, Workspace
@@ -120,14 +119,9 @@ class Comparison:
         try:
             with InputFile(path) as file:
                 nbytes = file.nbytes
-            target = outside(self.found.folder, path)
-            if target is not None:
-                self.add(
-                    name,
-                    f"is {printable(str(target))} by a link, which is outside of the folder and of the "
-                    "hub's cache: whoever copies the folder does not have it. Put the file itself there "
-                    "(cp -L)",
-                )
+            problem = link_problem(self.found.folder, name)
+            if problem is not None:
+                self.add(name, problem)
             if nbytes == record.nbytes and hashes:
                 hash_file(path, *hashes, going=self.stop.going)
         except (InputError, ReadError) as error:

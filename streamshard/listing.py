@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamshard.checkpoint import read_json_object
+from streamshard.checkpoint import outside, read_json_object
 from streamshard.digests import ALGORITHM
 from streamshard.errors import InputError, ReadError, listed, printable
 from streamshard.record import MAX_RECORD_BYTES, read_record
 from streamshard.report import REPORT_NAME
 
-__all__ = ["FileRecord", "Listing", "name_problem", "read_listing"]
+__all__ = ["FileRecord", "Listing", "link_problem", "name_problem", "read_listing"]
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -65,6 +65,9 @@ def read_listing(folder: Path) -> Listing:
             if str(unread) not in found.problems:
                 found.problems.append(str(unread))
             return found
+    problem = link_problem(folder, REPORT_NAME)
+    if problem is not None:
+        found.problems.append(f"{printable(str(file))}: {problem}.")
     _fill(found, record.get("digests"), printable(str(file)))
     return found
 
@@ -115,6 +118,17 @@ def _file_record(entry: Any) -> FileRecord | None:
 
 def _is(pattern: re.Pattern[str], value: Any) -> bool:
     return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def link_problem(folder: Path, name: str) -> str | None:
+    """What is wrong if a recorded file is in truth elsewhere, by links; None if it is in the folder."""
+    target = outside(folder, folder / name)
+    if target is None:
+        return None
+    return (
+        f"is {printable(str(target))} by a link, which is outside of the folder and of the hub's cache: "
+        "whoever copies the folder does not have it. Put the file itself there (cp -L)"
+    )
 
 
 def name_problem(name: str) -> str | None:

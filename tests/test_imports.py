@@ -167,7 +167,6 @@ ALLOWED = {
     "opened": {"checkpoint", "errors", "files", "format", "listing", "tensors"},
     "comparison": {
         "arithmetic",
-        "checkpoint",
         "digests",
         "errors",
         "files",

@@ -392,6 +392,10 @@ LISTED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _elsewhere(f / SECOND, f.parent / "else" / SECOND),
         "outside of the folder",
     ),
+    "the record elsewhere": (
+        lambda f: _elsewhere(f / RECORD, f.parent / "else" / "r"),
+        "outside of the folder",
+    ),
     "a folder elsewhere": (
         lambda f: _elsewhere(f / "examples", f.parent / "else" / "e"),
         "outside of the folder",
