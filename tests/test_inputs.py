@@ -25,7 +25,7 @@ from reference import load_file, save_file
 from test_resume import content
 
 import streamshard
-from streamshard import files, inputs, inspection, pickled, verification
+from streamshard import comparison, files, inputs, inspection, pickled
 from streamshard.errors import ChangedError, InputError, ReadError
 from streamshard.files import ByteRange, Files, InputFile, system
 from streamshard.journal import Journal
@@ -500,7 +500,7 @@ def test_verify(name, how, full):
 def test_verify_what_lies_beside(name, how, full, monkeypatch):
     """It is opened by the threads that read: they note it too."""
     streamshard.merge_lora(base=full.base, adapter=full.adapter, output=full.output)
-    hash_file, done = verification.hash_file, []
+    hash_file, done = comparison.hash_file, []
 
     def later(path: Path, *hashes: Any, **options: Any) -> int:
         if path == full.output / name:
@@ -508,7 +508,7 @@ def test_verify_what_lies_beside(name, how, full, monkeypatch):
             CHANGES[how](path)
         return hash_file(path, *hashes, **options)
 
-    monkeypatch.setattr(verification, "hash_file", later)
+    monkeypatch.setattr(comparison, "hash_file", later)
     with pytest.raises(ChangedError, match="was "):
         streamshard.verify(full.output, workers=1)
     assert done
