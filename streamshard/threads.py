@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from streamshard.files import Files
-from streamshard.tensors import Workspace
+from streamshard.tensors import Held, Workspace
 
 __all__ = ["Background", "Stop", "Stopped", "share"]
 
@@ -54,8 +54,10 @@ def share(
 
     taken, lock = iter(items), threading.Lock()
 
+    held = Held(workers)
+
     def loop() -> None:
-        workspace = Workspace(files)
+        workspace = Workspace(files, held)
         try:
             while stop.going():
                 with lock:
