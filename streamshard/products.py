@@ -6,6 +6,7 @@ tiles of rows are computed wherever a window begins.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from streamshard.tensors import (
     Float32,
     Lazy,
     Shape,
+    Window,
     Workspace,
     read_float32,
 )
@@ -64,6 +66,11 @@ class Transposed(Lazy):
 
     def take(self, start: int, stop: int) -> Lazy:
         raise ValueError("a transposed factor is taken as a whole")
+
+    def cut(self, window: Window, nbytes: int) -> Iterator[Window]:
+        start, stop, first, last = window
+        for row, end, left, right in self.source.cut((first, last, start, stop), nbytes):
+            yield left, right, row, end
 
     def window(
         self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
 import re
 import sys
@@ -80,19 +81,20 @@ def memory_estimate(shards: Sequence[Shard], workers: int) -> int:
 def _needed(shards: Sequence[Shard]) -> Callable[[int], int]:
     """The like for any number of workers."""
     held: dict[int, int] = {}
-    tensors = worker = 0
+    buffers = []
     for shard in shards:
-        tensors += len(shard.tensors)
         for tensor in shard.tensors.values():
-            worker = max(worker, tensor.buffer_nbytes())
+            buffers.append(tensor.buffer_nbytes())
             for node in tensor.held():
                 held[id(node)] = node.nbytes
-    largest = sorted(held.values(), reverse=True)
-    process = _PROCESS_NBYTES + tensors * _TENSOR_NBYTES
+    process = _PROCESS_NBYTES + len(buffers) * _TENSOR_NBYTES
+    shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
+    own = heapq.nlargest(MAX_WORKERS, buffers)
 
     def needed(workers: int) -> int:
-        shared = sum(largest[: Held.count_for(workers)])
-        return process + shared + workers * (_WORKER_NBYTES + worker)
+        # A tensor is the work of one worker: there may be fewer large ones than workers.
+        nbytes = sum(shared[: Held.count_for(workers)]) + sum(own[:workers])
+        return process + nbytes + workers * _WORKER_NBYTES
 
     return needed
 

@@ -162,7 +162,18 @@ class Lazy(ABC):
 
     def windows(self, nbytes: int) -> Iterator[Window]:
         """Windows of about `nbytes` that make up everything, in the order that costs least."""
-        return _row_windows(self.rows, self.columns, self.row_nbytes, nbytes)
+        return self.cut((0, self.rows, 0, self.columns), nbytes)
+
+    def cut(self, window: Window, nbytes: int) -> Iterator[Window]:
+        """A window in parts of about `nbytes`, as they are best read: rows, or parts of one."""
+        start, stop, first, last = window
+        columns, bits = last - first, DTYPE_BITS[self.dtype]
+        height = max(nbytes * 8 // max(columns * bits, 1), 1)
+        # Of elements of less than a byte too: a part begins with one.
+        width = max(nbytes // bits, 1) * 8 if columns * bits > nbytes * 8 else max(columns, 1)
+        for row in range(start, stop, height):
+            for column in range(first, last, width):
+                yield row, min(row + height, stop), column, min(column + width, last)
 
     def buffer_nbytes(self) -> int:
         """Bytes of memory that one worker needs to fill the windows, one by one."""
@@ -380,13 +391,12 @@ def read_float32(
     if out is None:
         out = np.empty((stop - start, last - first), np.float32)
     kind = FLOATS[tensor.dtype]
-    for row, end, left, right in _row_windows(
-        stop - start, last - first, (last - first) * np.dtype(kind).itemsize, READ_NBYTES
-    ):
-        part = out[row:end, left:right]
-        raw = work.bytes("narrow", part.size * np.dtype(kind).itemsize)
-        tensor.window(start + row, start + end, first + left, first + right, raw, work)
-        widen(raw.view(kind).reshape(part.shape), tensor.dtype, part)
+    for part in tensor.cut((start, stop, first, last), READ_NBYTES):
+        row, end, left, right = part
+        place = out[row - start : end - start, left - first : right - first]
+        raw = work.bytes("narrow", place.size * np.dtype(kind).itemsize)
+        tensor.window(*part, raw, work)
+        widen(raw.view(kind).reshape(place.shape), tensor.dtype, place)
     return out
 
 
@@ -411,18 +421,6 @@ def equal_bytes(one: Lazy, other: Lazy, work: Workspace) -> bool:
         return False
     pairs = blocks(one, other, READ_NBYTES, work)
     return all(np.array_equal(left, right) for left, right in pairs)
-
-
-def _row_windows(rows: int, columns: int, row_nbytes: int, nbytes: int) -> Iterator[Window]:
-    """Whole rows, or parts of one row if even that is too long, in the order of the file."""
-    height = max(nbytes // max(row_nbytes, 1), 1)
-    width = columns
-    if row_nbytes > nbytes:
-        # Of elements of less than a byte too: a window begins with one.
-        width = max(nbytes * columns // row_nbytes // 8, 1) * 8
-    for row in range(0, rows, height):
-        for column in range(0, columns, width) if columns else ():
-            yield row, min(row + height, rows), column, min(column + width, columns)
 
 
 def check_rows(tensor: Lazy, start: int, stop: int) -> None:
