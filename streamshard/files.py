@@ -383,6 +383,19 @@ class OutputFile:
         """Write all of `data` at `offset`."""
         _write_all(self._descriptor, self.path, data, offset)
 
+    def read_into(self, out: memoryview, offset: int) -> None:
+        """Fill `out` with what was written at `offset`."""
+        done = 0
+        while done < len(out):
+            with reading(self.path):
+                count = system.pread(self._descriptor, out[done:], offset + done)
+            if not count:
+                raise ReadError(
+                    f"{printable(str(self.path))}: the file ended at byte {offset + done:,} while it was "
+                    "being written. Something else changes it: wait for that to end, then run again."
+                )
+            done += count
+
     def begin_sync(self, offset: int, nbytes: int) -> None:
         """Ask the system to start putting a range on disk, so that `sync` has less to wait for."""
         with writing(self.path, 0):

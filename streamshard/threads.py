@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from streamshard.files import Files
 from streamshard.limits import STACK_NBYTES
-from streamshard.tensors import Workspace
+from streamshard.tensors import Held, Workspace
 
 __all__ = ["Background", "Stop", "Stopped", "share"]
 
@@ -56,8 +56,10 @@ def share(
 
     taken, lock = iter(items), threading.Lock()
 
+    held = Held(workers)
+
     def loop() -> None:
-        workspace = Workspace(files)
+        workspace = Workspace(files, held)
         try:
             while stop.going():
                 with lock:

@@ -43,6 +43,7 @@ ALLOWED = {
         "adapter_plan",
         "errors",
         "experts",
+        "products",
         "replacing",
         "tensors",
         "updates",
@@ -102,7 +103,7 @@ ALLOWED = {
     "distance": {"arithmetic", "tensors"},
     "drawn": {"arithmetic", "tensors"},
     "errors": set(),
-    "experts": {"adapter_keys", "errors", "tensors", "updates"},
+    "experts": {"adapter_keys", "errors", "products", "tensors"},
     "extraction": {
         "arithmetic",
         "checkpoint",
@@ -125,12 +126,18 @@ ALLOWED = {
     "families": {"errors"},
     "files": {"errors", "inputs"},
     "format": {"errors", "files", "strict_json", "tensors"},
-    "hazards": {"adapter_plan", "errors", "tensors", "updates"},
+    "hazards": {
+        "adapter_plan",
+        "errors",
+        "products",
+        "tensors",
+        "updates",
+    },
     "identity": {
-        "arithmetic",
         "digests",
         "errors",
         "files",
+        "products",
         "tensors",
         "updates",
     },
@@ -242,6 +249,7 @@ ALLOWED = {
         "report",
         "staging",
     },
+    "products": {"arithmetic", "tensors"},
     "provenance": {"checkpoint", "errors", "files", "report"},
     "record": {"digests", "errors", "files", "strict_json"},
     "replacing": {
@@ -253,7 +261,7 @@ ALLOWED = {
         "updates",
     },
     "report": {"detection", "format", "resources", "tensors"},
-    "resources": {"errors", "limits", "tensors", "updates"},
+    "resources": {"errors", "limits", "workspace"},
     "resuming": {
         "digests",
         "errors",
@@ -306,7 +314,7 @@ ALLOWED = {
     },
     "strict_json": {"errors"},
     "tables": {"errors", "families", "spelling"},
-    "tensors": {"arithmetic", "files"},
+    "tensors": {"arithmetic", "files", "workspace"},
     "texts": {"errors"},
     "threads": {"files", "limits", "tensors"},
     "ties": {
@@ -325,7 +333,7 @@ ALLOWED = {
         "peft_config",
         "wrapped",
     },
-    "updates": {"arithmetic", "errors", "tensors"},
+    "updates": {"arithmetic", "errors", "products", "tensors"},
     "verification": {
         "comparison",
         "errors",
@@ -339,6 +347,7 @@ ALLOWED = {
         "resources",
         "threads",
     },
+    "workspace": {"arithmetic", "files"},
     "wrapped": {"errors", "spelling"},
     "wrapping": {
         "checkpoint",
@@ -366,10 +375,10 @@ ALLOWED = {
         "format",
         "inputs",
         "journal",
+        "products",
         "staging",
         "tensors",
         "threads",
-        "updates",
     },
 }
 # The mathematics and the names know nothing of files and commands.
