@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from streamshard.adapter_plan import Adapter, Merged
 from streamshard.carrying import carry_of
@@ -252,7 +252,8 @@ def _with_code(
 
 
 def _open_adapters(adapter: PathLike | Sequence[PathLike]) -> list[AdapterFolder]:
-    paths = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
+    one = isinstance(adapter, (str, bytes, os.PathLike)) or not isinstance(adapter, Iterable)
+    paths = [cast("PathLike", adapter)] if one else list(cast("Iterable[PathLike]", adapter))
     if not paths:
         raise UsageError("no adapter given: pass --adapter.")
     return [open_adapter(path) for path in paths]

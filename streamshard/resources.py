@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamshard.errors import UsageError
+from streamshard.errors import UsageError, printable
 from streamshard.limits import fitting
 from streamshard.workspace import Held
 
@@ -28,6 +28,7 @@ _PROCESS_NBYTES = 45_000_000
 _TENSOR_NBYTES = 1000
 _WORKER_NBYTES = 4_000_000
 _READER_NBYTES = 6_000_000
+_NO_SIZE = 2**63  # bytes that no system can count
 
 _UNITS = {"": 1, "B": 1}
 for _place, _letter in enumerate("KMGT", start=1):
@@ -42,8 +43,11 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{size!r} is no size; write it like 5GB or 500MB")
-    nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+        raise ValueError(f"{printable(repr(size))} is no size; write it like 5GB or 500MB")
+    number = float(match[1]) * _UNITS[match[2].upper()]
+    if number >= _NO_SIZE:
+        raise ValueError(f"{printable(str(size))} is more than any disk has")
+    nbytes = int(number)
     if nbytes < 1:
         raise ValueError(f"{size!r} is no size greater than 0")
     return nbytes

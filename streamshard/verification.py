@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import time
@@ -158,7 +159,9 @@ def _sampled(names: list[str], sample: str | int | None) -> list[str]:
     count = 0.0
     if match is not None:
         count = float(match[1]) * (len(names) / 100 if match[2] else 1)
-    if match is None or not count or (match[2] and float(match[1]) > 100):
-        raise UsageError(f"--sample is {sample!r}; write it like 10% or 200 (tensors).")
+    if match is None or not count or math.isinf(count) or (match[2] and float(match[1]) > 100):
+        raise UsageError(
+            f"--sample is {printable(repr(sample))}; write it like 10% or 200 (tensors)."
+        )
     # Another one each time: what was not read today may be tomorrow.
     return random.sample(names, min(max(round(count), 1), len(names)))

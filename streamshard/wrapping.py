@@ -41,6 +41,7 @@ from streamshard.tensors import Lazy
 __all__ = ["wrap_lora"]
 
 UPSTREAM_DROPOUT = 0.05
+MAX_RANK = 65_536  # more than any weight has rows or columns to adapt; each rank takes draws
 # Families that InternVLChatModel.wrap_llm_lora knows.
 _UPSTREAM = ("llama", "qwen2", "internlm2", "phi3")
 
@@ -172,8 +173,8 @@ def _ranks(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for part, (option, r, alpha) in asked.items():
-        if r is not None and r < 1:
-            raise UsageError(f"--{option}-r is {r}; a rank of 1 or more was expected.")
+        if r is not None and not 1 <= r <= MAX_RANK:
+            raise UsageError(f"--{option}-r is {r}; a rank from 1 to {MAX_RANK:,} was expected.")
         if r is None and alpha is not None:
             raise UsageError(f"--{option}-alpha needs --{option}-r.")
         if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
