@@ -33,7 +33,7 @@ from streamshard.staging import places_beside
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
-VARYING = {"seconds", "peak_rss_bytes", "resumed"}
+VARYING = {"seconds", "peak_rss_bytes", "resumed", "record_digest"}
 
 # Ends the process after something has happened; `main` runs the command line after it.
 KILL = "import os, signal, sys\nkill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
