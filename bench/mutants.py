@@ -195,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list", action="store_true", help="only list the mutants")
-    parser.add_argument("--only", action="append", metavar="NAME", help="those with this in the name")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="those with this in the name"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="until a run counts as hung")
     parser.add_argument("--folder", type=Path, help="where to put the temporary folder")

@@ -98,7 +98,10 @@ MUTANTS = (
         "        system.unlink(self._journal.path)\n        sync_folder(self.folder)",
         "        system.unlink(self._journal.path)",
         "after a loss of power the output has a journal, or lacks a file",
-        ("test_names_that_are_not_synced_before_the_rename", "test_every_file_and_folder_is_on_disk_before_the_output_has_its_name"),
+        (
+            "test_names_that_are_not_synced_before_the_rename",
+            "test_every_file_and_folder_is_on_disk_before_the_output_has_its_name",
+        ),
     ),
     Mutant(
         "output-name-not-synced",
@@ -176,8 +179,8 @@ MUTANTS = (
     ),
     Mutant(
         "short-writes-are-whole",
-        "                raise OSError(errno.EIO, \"nothing was written\")\n        done += count",
-        "                raise OSError(errno.EIO, \"nothing was written\")\n        done = len(data)",
+        '                raise OSError(errno.EIO, "nothing was written")\n        done += count',
+        '                raise OSError(errno.EIO, "nothing was written")\n        done = len(data)',
         "zeros where a write was short",
         ("test_short_reads_and_writes",),
     ),
@@ -195,7 +198,7 @@ MUTANTS = (
         "                _check_size(path, self._files[path].nbytes, file_nbytes)\n",
         "",
         "a shard that changed after the plan is read at the old places",
-        ("test_a_base_that_changes_between_plan_and_reading",),
+        ("test_an_input_that_changes_between_plan_and_reading",),
     ),
     Mutant(
         "copy-not-checked",
