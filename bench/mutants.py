@@ -2,9 +2,9 @@
 
     python bench/mutants.py
 
-Each mutant of the table in `mutations.py` is one change of the code that must not go unnoticed. It is
-made in a copy of the tree, never in the tree itself, where the tests run that should fail; one
-in C is compiled there. Prints a line for each mutant and ends with 1 if a mutant survives, if it no longer
+Each mutant of the table in `mutations.py` is one change of the code that must not go unnoticed. It
+is made in a copy of the tree, never in the tree itself, where the tests run that should fail; one in C
+is compiled there. Prints a line for each mutant and ends with 1 if a mutant survives, if it no longer
 applies because its text is gone or is there twice, or if its tests are gone or fail anyway. Mutants
 and tests are found by their text and names, so that modules may move.
 

@@ -127,8 +127,8 @@ MUTANTS = (
     ),
     Mutant(
         "swap-not-undone",
-        "        if exists(old) and not exists(target):\n            system.rename(old, target)\n        if ",
-        "        if ",
+        "        if exists(old) and not exists(target):\n            system.rename(old, target)\n",
+        "",
         "an error in --overwrite leaves nothing under the output's name",
         ("test_an_older_output_is_back_when_the_new_one_cannot_take_its_place",),
     ),
@@ -157,9 +157,8 @@ MUTANTS = (
     ),
     Mutant(
         "background-errors-ignored",
-        "                task()\n            except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits\n"
         "                self._stop.fail(error)",
-        "                task()\n            except BaseException:\n                pass",
+        "                del error",
         "a failed fsync is a success",
         ("test_what_is_finished_is_kept_when_a_disk_fails",),
     ),
@@ -219,7 +218,7 @@ MUTANTS = (
         "if not stat.S_ISREG(found.st_mode):",
         "if stat.S_ISDIR(found.st_mode):",
         "a pipe or a device is read as if it had a length",
-        ("test_hostile", "test_bad_input"),
+        ("test_what_is_no_regular_file_is_never_read",),
     ),
     # --- continuing ---
     Mutant(
@@ -367,7 +366,7 @@ MUTANTS = (
         "scale.buf != NULL ? (const double *)scale.buf + row : NULL",
         "(const double *)scale.buf",
         "every row gets DoRA's scale of the first",
-        ("test_adapter_kinds",),
+        ("test_all_kinds_with_one_row_or_column", "test_rows_are_scaled_each_by_its_own"),
     ),
     Mutant(
         "rest-of-row-in-c",
@@ -417,14 +416,14 @@ MUTANTS = (
         "            work.forget()\n",
         "",
         "the factors of all tensors stay in memory",
-        ("test_memory", "test_factors_are_kept_for_one_tensor_only"),
+        ("test_factors_are_kept_for_one_tensor_only",),
     ),
     Mutant(
         "distance-at-one-place",
         "offset = reference.offset + done * bits // own_bits",
         "offset = reference.offset",
         "distances are from the first block of the reference, again and again",
-        ("test_conversion", "test_distances_of_tensors_longer_than_a_block"),
+        ("test_a_tied_reference",),
     ),
     Mutant(
         "equal-nan-is-nan",
@@ -439,21 +438,21 @@ MUTANTS = (
         '(rows if match["part"] == "up" else 0)',
         '(rows if match["part"] == "gate" else 0)',
         "updates of gate and up change places in fused experts",
-        ("test_single_experts_into_an_hf_base", "test_adapter_experts"),
+        ("test_single_experts_into_an_hf_base",),
     ),
     Mutant(
         "overlap-allowed",
         "        if target == other_target and start < stop:",
         "        if False:",
         "one weight gets the updates of two spellings",
-        ("test_a_part_twice", "test_adapter_refusals"),
+        ("test_a_part_twice",),
     ),
     Mutant(
         "first-fit-taken",
         "    if len(different) > 1:",
         "    if False:",
         "names that fit in two ways are taken in the first",
-        ("test_adapter_refusals", "test_names_that_fit_in_two_ways_are_refused"),
+        ("test_names_that_fit_in_two_ways_are_refused",),
     ),
     Mutant(
         "pieces-as-whole",
@@ -464,8 +463,8 @@ MUTANTS = (
     ),
     Mutant(
         "twice-allowed",
-        "        if twice is not None:\n            raise InputError(\n                f\"'{printable(twice)}' is there twice:",
-        "        if False:\n            raise InputError(\n                f\"'{printable(twice)}' is there twice:",
+        "        twice = next((key for key in new if key in out), None)\n",
+        "        twice = None\n",
         "of experts that are there twice one is taken",
         ("test_experts_packed_and_single_are_refused",),
     ),
@@ -495,7 +494,11 @@ MUTANTS = (
         "and last.offset + last.nbytes == part.offset",
         "and last.offset + last.nbytes <= part.offset",
         "what lies between two tensors becomes part of them",
-        ("test_tensors",),
+        (
+            "test_adjacent_rows_are_one_tensor_again",
+            "test_nested_joins_are_flat",
+            "test_fused_and_split_again",
+        ),
     ),
     # --- places ---
     Mutant(
@@ -503,7 +506,7 @@ MUTANTS = (
         "    if target.is_symlink():",
         "    if False:",
         "an output is written through a link",
-        ("test_bad_input", "test_hostile", "test_places"),
+        ("test_an_output_that_is_a_link",),
     ),
     Mutant(
         "inputs-by-name-only",

@@ -223,6 +223,25 @@ def test_ties_are_rounded_to_even_where_rows_are_scaled(factor, kernel, monkeypa
     np.testing.assert_array_equal(values, reference.round_once(totals * factor, "BF16"))
 
 
+@pytest.mark.parametrize("kernel", ["compiled", "numpy"])
+def test_rows_are_scaled_each_by_its_own(kernel, monkeypatch):
+    if kernel == "numpy":
+        monkeypatch.setattr(arithmetic, "_kernels", None)
+    elif arithmetic._kernels is None:
+        pytest.skip("the kernel is not compiled here")
+    old = np.full((3, 40), 0x3F80, np.uint16)
+    update, new = np.zeros(old.shape, np.float32), np.empty_like(old)
+
+    def scratch(name: str, rows: int, columns: int) -> Any:
+        return np.full((rows, columns), np.nan, np.float32)
+
+    scale = np.array([[0.5], [3.0], [8.0]])
+    change = add_and_round(old, "BF16", update, new, "BF16", scratch, scale)
+    values = (new.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(values, np.broadcast_to(scale, values.shape))
+    assert change.effected == change.intended == 40 * (0.5**2 + 2**2 + 7**2)
+
+
 def test_factors_are_kept_for_one_tensor_only(uneven, monkeypatch):
     """Otherwise all of an adapter would be in memory at the end."""
     most, kept = [0], Workspace.kept

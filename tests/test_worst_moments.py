@@ -17,7 +17,7 @@ from conftest import Pair
 import streamshard
 from streamshard import locks
 from streamshard.errors import InputError, OutputError
-from streamshard.files import system
+from streamshard.files import InputFile, system
 from streamshard.record import read_record, sealed
 from streamshard.staging import output_folder, places_beside
 
@@ -111,6 +111,20 @@ def test_a_side_file_that_grows_while_it_is_copied(nbytes, pair, cli, when_read)
     done = when_read(file, partial(pair) / file.name, grow(file))
     refused(pair, cli, 7, str(file))
     assert done
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_regular_file_is_never_read(kind, tmp_path):
+    """Neither waited for nor taken for an empty file."""
+    path = tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(InputError, match=kind):
+        InputFile(path)
 
 
 def test_the_samples_reach_from_the_first_byte_to_the_last(tmp_path):
