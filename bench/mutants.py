@@ -156,8 +156,8 @@ def outcome(mutant: Mutant, folder: Path, seconds: float) -> tuple[bool, str]:
             shutil.rmtree(left, ignore_errors=True)
     where = f"{mutant.name} ({file.name}, {time.perf_counter() - started:.0f} s)"
     if code == FAILED:
-        failed = re.search(r"^FAILED \S*?::(\S+)|^ERROR \S*?::(\S+)", said, re.MULTILINE)
-        name = failed[1] or failed[2] if failed else "a test"
+        failed = re.search(r"^(?:FAILED|ERROR) \S*?::(.+?)(?: - .*)?$", said, re.MULTILINE)
+        name = failed[1] if failed else "a test"
         return not mutant.reason, f"noticed: {where} by {name}{surprise(mutant)}"
     if code is None:
         return not mutant.reason, f"noticed: {where} by a hang{surprise(mutant)}"
