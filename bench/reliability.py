@@ -2,7 +2,7 @@
 
     python bench/reliability.py
 
-Takes about half an hour; ends with the first that finds something wrong.
+Takes about three quarters of an hour; ends with the first that finds something wrong.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ COMMANDS = (
     ("powerloss.py",),
     ("fuzz.py", "--count", "100000"),
     ("limits.py",),
+    ("mutants.py",),
 )
 
 
