@@ -16,6 +16,7 @@ COMMANDS = (
     ("faults.py",),
     ("powerloss.py",),
     ("fuzz.py", "--count", "100000"),
+    ("flips.py", "--count", "2000"),
     ("limits.py",),
     ("mutants.py",),
 )

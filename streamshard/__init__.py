@@ -65,6 +65,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'streamshard' has no attribute {name!r}")
     from importlib import import_module
 
+    if _HOMES[name] != "errors":
+        from streamshard import limits
+
+        limits.import_numpy()
     return getattr(import_module(f"streamshard.{_HOMES[name]}"), name)
 
 

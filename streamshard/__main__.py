@@ -1,5 +1,28 @@
-"""`python -m streamshard`."""
+"""`python -m streamshard`, and the command of that name.
 
-from streamshard.cli import main
+Light, so that what comes before the imports is over at once: an interrupt is no traceback then either.
+"""
 
-main()
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Import the command line and run it."""
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from streamshard.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

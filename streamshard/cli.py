@@ -6,6 +6,7 @@ Results go to stdout, progress and messages to stderr; `--json` prints one JSON 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,7 +23,9 @@ import click
 
 import streamshard
 from streamshard import __version__, texts
-from streamshard.errors import StreamshardError, VerificationError, WriteError, escaped
+from streamshard.console import end, open_streams, say, show, unprinted
+from streamshard.errors import StreamshardError, VerificationError, escaped
+from streamshard.limits import told
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -367,10 +371,8 @@ def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
       streamshard diff ./merged ./InternVL3-8B
     """
     screen = _begin(**output)
-    from streamshard import inspection
-
     with contextlib.closing(screen):
-        report = inspection.diff(
+        report = streamshard.diff(
             a, b, workers=workers, on_total=screen.begin, progress=screen.progress
         )
     screen.result(report, texts.diff_text)
@@ -389,9 +391,7 @@ def inspect(path: str, **output: Any) -> None:
       streamshard inspect ./InternVL3-8B --json
     """
     screen = _begin(**output)
-    from streamshard import inspection
-
-    screen.result(inspection.inspect(path), texts.inspect_text)
+    screen.result(streamshard.inspect(path), texts.inspect_text)
 
 
 @cli.command("verify", short_help="Read a checkpoint again and say what is wrong with it.")
@@ -402,28 +402,37 @@ def inspect(path: str, **output: Any) -> None:
     help="Read only a part of the tensors, at random: like 10% or 200.  [default: all]",
 )
 @click.option(
+    "--strict",
+    is_flag=True,
+    help="Exit with 8 also if there are no digests to compare with.",
+)
+@click.option(
     "--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor, at most 8]"
 )
 @_reading_options
-def verify(path: str, sample: str | None, workers: int | None, **output: Any) -> None:
-    """Read a checkpoint again: headers, index, digests, and infinite or NaN values.
+def verify(
+    path: str, sample: str | None, workers: int | None, *, strict: bool, **output: Any
+) -> None:
+    """Read a checkpoint or adapter again and say what is wrong with it.
 
-    Digests are those that streamshard wrote into streamshard.json; without it everything else is
-    checked. Exits with 8 and lists what differs if anything is wrong.
+    Checks headers, index, and infinite or NaN values; and, where streamshard wrote a
+    streamshard.json: that record itself, every file and tensor with its digest, and whether code,
+    weights or configs were added. Says what was compared, what could not be, and what is extra.
+    Exits with 8 and lists what differs if anything is wrong.
 
     \b
     Examples:
       streamshard verify ./merged
       streamshard verify ./merged --sample 10%
+      streamshard verify ./merged --strict
     """
     screen = _begin(**output)
-    from streamshard import verification
-
     try:
         with contextlib.closing(screen):
-            report = verification.verify(
+            report = streamshard.verify(
                 path,
                 sample=sample,
+                strict=strict,
                 workers=workers,
                 on_total=screen.begin,
                 progress=screen.progress,
@@ -472,8 +481,10 @@ class _Screen:
 
     def close(self) -> None:
         """End the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                bar.close()
 
     def begin(self, nbytes: int) -> None:
         """Begin the progress bar."""
@@ -482,20 +493,25 @@ class _Screen:
             return
         from tqdm import tqdm
 
-        self._bar = tqdm(
-            total=nbytes,
-            unit="B",
-            unit_scale=True,
-            dynamic_ncols=True,
-            mininterval=0.2,
-            file=sys.stderr,
-        )
+        with contextlib.suppress(OSError, ValueError):
+            self._bar = tqdm(
+                total=nbytes,
+                unit="B",
+                unit_scale=True,
+                dynamic_ncols=True,
+                mininterval=0.2,
+                file=sys.stderr,
+            )
 
     def progress(self, nbytes: int, name: str) -> None:
         """Move the progress bar."""
-        if self._bar is not None:
-            self._bar.set_postfix({"tensor": escaped(name[-40:])}, refresh=False)
-            self._bar.update(nbytes)
+        bar = self._bar
+        if bar is not None:
+            try:
+                bar.set_postfix({"tensor": escaped(name[-40:])}, refresh=False)
+                bar.update(nbytes)
+            except (OSError, ValueError):  # the terminal is gone; the work is not
+                self._bar = None
 
     def result(self, report: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> None:
         """Print the report, as JSON or as `text` puts it."""
@@ -503,22 +519,13 @@ class _Screen:
             report = texts.printable_report(report)
         if not self._as_json and not self._quiet:
             for warning in report["warnings"]:
-                click.echo(f"warning: {warning}", err=True)
+                say(f"warning: {warning}")
         if self._quiet and not self._as_json:
             return
-        try:
-            if self._as_json:
-                # In pieces: a report on all tensors of a large model has megabytes.
-                sys.stdout.writelines(json.JSONEncoder().iterencode(report))
-                sys.stdout.write("\n")
-            else:
-                click.echo(text(report))
-            sys.stdout.flush()
-        except OSError as error:
-            # Python would complain once more when it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            done = f"; {report['output']} is complete" if report["output"] else ""
-            raise WriteError(f"the report cannot be printed: {error.strerror}{done}.") from error
+        written = report["output"] and not report.get("dry_run")
+        done = f"; {report['output']} is complete" if written else ""
+        # In pieces: a report on all tensors of a large model has megabytes.
+        show(json.JSONEncoder().iterencode(report) if self._as_json else [text(report)], done)
 
 
 def _log_to_stderr(*, verbose: bool) -> None:
@@ -528,6 +535,7 @@ def _log_to_stderr(*, verbose: bool) -> None:
         format="%(levelname)s %(name)s: %(message)s",
     )
     logging.captureWarnings(capture=True)
+    logging.raiseExceptions = False  # a log that cannot be written is no reason for tracebacks
 
 
 def _one_blas_thread() -> None:
@@ -554,6 +562,7 @@ def _return_memory() -> None:
 
 
 def _handle_signals() -> None:
+    _signalled.clear()
     handlers = {"SIGINT": _on_interrupt, "SIGTERM": _on_terminate, "SIGHUP": _on_terminate}
     for signal_name, handler in handlers.items():
         number = getattr(signal, signal_name, None)  # Windows has no SIGHUP
@@ -562,13 +571,19 @@ def _handle_signals() -> None:
             signal.signal(number, handler)
 
 
-def _on_interrupt(_signum: int, _frame: FrameType | None) -> None:
+_signalled: list[int] = []
+"""The signal that ends this process, once there is one."""
+
+
+def _on_interrupt(number: int, _frame: FrameType | None) -> None:
     _ignore_signals()
+    _signalled.append(number)
     raise KeyboardInterrupt
 
 
-def _on_terminate(_signum: int, _frame: FrameType | None) -> None:
+def _on_terminate(number: int, _frame: FrameType | None) -> None:
     _ignore_signals()
+    _signalled.append(number)
     raise _Terminated
 
 
@@ -611,55 +626,76 @@ def run_upstream(function: str, description: str | None) -> None:
     main(convert)
 
 
-def _say_ended(how: str, error: BaseException) -> None:
-    # Whoever was writing has added what is kept; click puts its own exception around an interrupt.
-    left = (
-        escaped(str(error))
-        or escaped(str(error.__cause__ or ""))
-        or "Nothing was written: run the same command again."
-    )
-    click.echo(f"{how}. {left}", err=True)
-
-
 def main(command: click.Command = cli) -> None:
     """Run the command line and exit with the code of what happened."""
-    name = "streamshard" if command is cli else None
-    verbose = {"-v", "--verbose"} & set(sys.argv)
+    open_streams()
     if threading.current_thread() is threading.main_thread():
         _handle_signals()
+    end(_run(command))
+
+
+def _run(command: click.Command) -> int:
+    """Run a command; the exit code of what happened, which is told."""
+    verbose = bool({"-v", "--verbose"} & set(sys.argv))
     try:
-        command.main(prog_name=name, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort) as error:
-        _say_ended("Interrupted", error)
-        sys.exit(130)
-    except _Terminated as error:
-        _say_ended("Terminated", error)
-        sys.exit(143)
-    except StreamshardError as error:
-        if verbose:
-            traceback.print_exc()
-        lines = map(escaped, str(error).split("\n"))
-        click.echo("error: " + "\n".join(lines), err=True)
-        sys.exit(error.exit_code)
-    except MemoryError as error:
-        if verbose:
-            traceback.print_exc()
-        click.echo(
-            f"error: not enough memory: {escaped(str(error))}\n"
-            "There is no output. Run it again with more memory or fewer --workers.",
-            err=True,
-        )
-        sys.exit(1)
-    except Exception as error:
-        if verbose:
-            raise
-        click.echo(
-            f"error: unexpected {type(error).__name__}: {escaped(str(error))}\n"
-            "This is a bug in streamshard: please report it with the output of the same command "
-            "and --verbose.",
-            err=True,
-        )
-        sys.exit(1)
+        told(_invoke)(command)
+    except click.exceptions.Exit as error:  # --help, --version
+        return error.exit_code
+    except BaseException as error:  # noqa: BLE001 - each has its code
+        return _end_of(error, verbose=verbose)
+    return 0
+
+
+def _invoke(command: click.Command) -> None:
+    name = "streamshard" if command is cli else Path(sys.argv[0]).name
+    if command is cli and _COMPLETION in os.environ:
+        command.main(prog_name=name)
+    # Not by `main`, which has ends of its own for errors of streams and for interrupts.
+    with command.make_context(name, sys.argv[1:]) as context:
+        command.invoke(context)
+
+
+_COMPLETION = "_STREAMSHARD_COMPLETE"  # set where a shell asks click to complete a line
+
+
+def _end_of(error: BaseException, *, verbose: bool) -> int:
+    """Tell why a command ended; returns the exit code."""
+    # Code of others that was interrupted, like an import, may make any error of it.
+    signal_raised = _signalled and not isinstance(error, StreamshardError)
+    if isinstance(error, _Terminated) or (signal_raised and _signalled[0] != signal.SIGINT):
+        return _say_ended("Terminated", error, 143)
+    if isinstance(error, KeyboardInterrupt) or signal_raised:
+        return _say_ended("Interrupted", error, 130)
+    if isinstance(error, click.ClickException):
+        with contextlib.suppress(OSError, ValueError):
+            error.show()
+        return error.exit_code
+    if isinstance(error, StreamshardError):
+        return _say_error(error, verbose=verbose)
+    if isinstance(error, OSError) and error.filename is None and error.errno in _UNPRINTED:
+        return _say_error(unprinted(error), verbose=verbose)  # --help, --version
+    if verbose:
+        say("".join(traceback.format_exception(error)).rstrip())
+    say(
+        f"error: unexpected {type(error).__name__}: {escaped(str(error))}\n"
+        "This is a bug in streamshard: please report it with the output of the same command "
+        "and --verbose."
+    )
+    return StreamshardError.exit_code
+
+
+_UNPRINTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EBADF)
+
+
+def _say_error(error: StreamshardError, *, verbose: bool) -> int:
+    if verbose:
+        say("".join(traceback.format_exception(error)).rstrip())
+    say("error: " + "\n".join(map(escaped, str(error).split("\n"))))
+    return error.exit_code
+
+
+def _say_ended(how: str, error: BaseException, code: int) -> int:
+    # Whoever was writing has added what is kept.
+    left = escaped(str(error)) if isinstance(error, (KeyboardInterrupt, _Terminated)) else ""
+    say(f"{how}. {left or 'Nothing was written: run the same command again.'}")
+    return code

@@ -13,13 +13,18 @@ from typing import Any
 
 from streamshard.checkpoint import Checkpoint, open_checkpoint
 from streamshard.conversion import Target, carry_over, shard_names
+from streamshard.inputs import watched
+from streamshard.limits import told
 from streamshard.lora import check_base
+from streamshard.paths import PathLike
 from streamshard.report import Report
-from streamshard.run import Job, Options, PathLike, check_places, run
+from streamshard.run import Job, Options, check_places, run
 
 __all__ = ["conversion_job", "custom_to_hf", "hf_to_custom"]
 
 
+@told
+@watched
 def hf_to_custom(
     *, hf_path: PathLike, custom_path: PathLike, save_path: PathLike, **options: Any
 ) -> Report:
@@ -36,6 +41,8 @@ def hf_to_custom(
     return _convert("hf2custom", hf_path, custom_path, save_path, "custom", **options)
 
 
+@told
+@watched
 def custom_to_hf(
     *, custom_path: PathLike, hf_path: PathLike, save_path: PathLike, **options: Any
 ) -> Report:

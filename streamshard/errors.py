@@ -11,7 +11,9 @@ from typing import Any
 
 __all__ = [
     "AdapterError",
+    "ChangedError",
     "InputError",
+    "OutOfMemoryError",
     "OutputError",
     "ReadError",
     "StreamshardError",
@@ -61,10 +63,20 @@ class WriteError(StreamshardError):
     exit_code = 6
 
 
+class OutOfMemoryError(StreamshardError, MemoryError):
+    """There is less memory than is needed, or a limit does not allow more."""
+
+    exit_code = 6
+
+
 class ReadError(StreamshardError):
     """A file could not be read, or changed while it was being read."""
 
     exit_code = 7
+
+
+class ChangedError(ReadError):
+    """An input changed during the run: what was made of it so far is of no use."""
 
 
 class VerificationError(StreamshardError):

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from streamshard.arithmetic import FLOATS
@@ -19,6 +18,9 @@ from streamshard.checkpoint import Checkpoint, open_checkpoint
 from streamshard.detection import layout_of
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.files import Files
+from streamshard.inputs import watched
+from streamshard.limits import told
+from streamshard.paths import PathLike, input_path
 from streamshard.peft_adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -29,7 +31,7 @@ from streamshard.peft_adapter import (
 )
 from streamshard.report import Report
 from streamshard.resources import workers_or_default
-from streamshard.run import Job, Options, PathLike, check_places, run
+from streamshard.run import Job, Options, check_places, run
 from streamshard.spelling import flat_name, flat_names
 from streamshard.tensors import Lazy, Workspace, equal_bytes
 from streamshard.unwrapping import read_wrapped
@@ -40,6 +42,8 @@ __all__ = ["extract_lora"]
 UPSTREAM_DROPOUT = 0.05
 
 
+@told
+@watched
 def extract_lora(
     *,
     checkpoint: PathLike,
@@ -66,7 +70,7 @@ def extract_lora(
     source, found, ranks = read.checkpoint, read.names, read.ranks
     warnings = list(read.warnings)
     where = printable(str(source.path))
-    inputs = [source.path, *([] if base is None else [Path(base)])]
+    inputs = [source.path, *([] if base is None else [input_path(base, "the base")])]
     target = check_places(output, inputs, overwrite=chosen.overwrite)
     _check_shapes(source, found)
     layout = layout_of(source.tensors) or "custom"

@@ -21,23 +21,27 @@ from streamshard.errors import InputError
 from streamshard.families import Dims, dims_from_config
 from streamshard.files import Files, reading
 from streamshard.format import total_nbytes, total_parameters
+from streamshard.inputs import watched
 from streamshard.layouts import convert
+from streamshard.limits import told
+from streamshard.paths import PathLike, input_path
 from streamshard.report import Report, finished, new_report
 from streamshard.resources import workers_or_default
-from streamshard.run import PathLike
 from streamshard.spelling import flat_names
 from streamshard.tensors import Lazy, Workspace
 
 __all__ = ["diff", "inspect"]
 
 
+@told
+@watched
 def inspect(path: PathLike) -> Report:
     """What a checkpoint or adapter is: layout, spelling, family, dimensions, dtypes, files, LoRA.
 
     Reads headers and configs only. Raises `InputError` for what is malformed.
     """
     started = time.perf_counter()
-    folder = Path(path)
+    folder = input_path(path, "a checkpoint or adapter")
     with reading(folder):
         adapter = folder / "adapter_config.json"
         is_adapter = adapter.is_file() and not (folder / "config.json").is_file()
@@ -73,6 +77,8 @@ def inspect(path: PathLike) -> Report:
     return finished(report, started)
 
 
+@told
+@watched
 def diff(
     a: PathLike,
     b: PathLike,

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from streamshard.adapter_plan import Adapter, Merged
 from streamshard.carrying import carry_of
@@ -35,12 +35,15 @@ from streamshard.families import (
 )
 from streamshard.files import Files
 from streamshard.hazards import check_not_merged
+from streamshard.inputs import watched
 from streamshard.layouts import convert
+from streamshard.limits import told
 from streamshard.lora import check_base, merge
+from streamshard.paths import PathLike, input_path
 from streamshard.peft_config import read_settings
 from streamshard.provenance import check_given_twice, check_record, other_base
 from streamshard.report import Report
-from streamshard.run import Job, Options, PathLike, check_places, run
+from streamshard.run import Job, Options, check_places, run
 from streamshard.tensors import Stored, Workspace, equal_bytes
 from streamshard.ties import embedding_and_head, is_stated_tied, tied_names
 from streamshard.unwrapping import open_wrapped
@@ -48,6 +51,8 @@ from streamshard.unwrapping import open_wrapped
 __all__ = ["merge_lora"]
 
 
+@told
+@watched
 def merge_lora(
     *,
     base: PathLike | None = None,
@@ -128,7 +133,7 @@ def merge_lora(
     name = source.path.absolute().name.removesuffix(".safetensors")
     output = f"{name}-merged" if output is None else output
     inputs = [source.path, *(f.path for f in folders)]
-    inputs += [Path(reference)] if reference is not None else []
+    inputs += [input_path(reference, "the reference")] if reference is not None else []
     target = check_places(output, inputs, overwrite=chosen.overwrite)
     with contextlib.closing(Files()) as files:
         work = Workspace(files)
@@ -247,7 +252,8 @@ def _with_code(
 
 
 def _open_adapters(adapter: PathLike | Sequence[PathLike]) -> list[AdapterFolder]:
-    paths = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
+    one = isinstance(adapter, (str, bytes, os.PathLike)) or not isinstance(adapter, Iterable)
+    paths = [cast("PathLike", adapter)] if one else list(cast("Iterable[PathLike]", adapter))
     if not paths:
         raise UsageError("no adapter given: pass --adapter.")
     return [open_adapter(path) for path in paths]

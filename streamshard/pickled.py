@@ -6,7 +6,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from streamshard.errors import InputError, printable
+from streamshard.errors import InputError, StreamshardError, printable
+from streamshard.files import InputFile
 from streamshard.tensors import Array, Lazy
 
 __all__ = ["read_pickled"]
@@ -22,8 +23,12 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
     """
     where = printable(str(file))
     try:
-        _check_size(file)
-        content = _load(file)
+        with InputFile(file) as opened:
+            nbytes = opened.nbytes
+            _check_size(opened)
+            content = _load(opened)
+    except StreamshardError:
+        raise
     except Exception as error:  # torch raises whatever its unpickler meets
         raise InputError(
             f"{where}: cannot be loaded as plain tensors: {printable(str(error))} "
@@ -37,7 +42,7 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
         array = _array(where, name, tensor)
         if not tensor.is_contiguous():  # the copies of views add up: each may be of the same bytes
             copied += array.nbytes
-            if copied > file.stat().st_size:
+            if copied > nbytes:
                 raise InputError(
                     f"{where}: its tensors are views of the same bytes and would take far more memory "
                     "than the file. Save the adapter as safetensors and try again."
@@ -46,20 +51,20 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
     return tensors
 
 
-def _check_size(file: Path) -> None:
+def _check_size(file: InputFile) -> None:
     """Raise `ValueError` unless the file is as `torch.save` writes it: a zip, nothing compressed."""
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(file.stream()) as archive:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("its content is compressed, which torch does not do.")
-    if sum(entry.file_size for entry in entries) > file.stat().st_size:
+    if sum(entry.file_size for entry in entries) > file.nbytes:
         raise ValueError("it claims more content than it has bytes.")
 
 
-def _load(file: Path) -> Any:
+def _load(file: InputFile) -> Any:
     import torch
 
-    return torch.load(file, map_location="cpu", weights_only=True)
+    return torch.load(file.stream(), map_location="cpu", weights_only=True)
 
 
 def _array(where: str, name: object, tensor: Any) -> Array:

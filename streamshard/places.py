@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from streamshard.errors import OutputError, UsageError, printable
+from streamshard.errors import OutputError, printable
 from streamshard.files import reading, system, writing
+from streamshard.paths import PathLike, output_path
 from streamshard.report import REPORT_NAME
 from streamshard.staging import places_beside, tidy
 
 __all__ = ["check_places"]
 
 
-def check_places(
-    output: str | os.PathLike[str], inputs: Iterable[Path], *, overwrite: bool
-) -> Path:
+def check_places(output: PathLike, inputs: Iterable[Path], *, overwrite: bool) -> Path:
     """Refuse an output that exists, is an input, or lies inside one (also through links)."""
-    if not os.fspath(
-        output
-    ):  # as of a shell variable that is not set; a Path would be the folder "."
-        raise UsageError("the path of the output is empty.")
-    target = Path(output)
+    target = output_path(output, "the output")
     if not target.name and target != Path():
         raise OutputError(f"{printable(str(target))}: is no folder that can be written.")
     with writing(target, 0):
@@ -75,11 +69,20 @@ def _check_apart(target: Path, place: Path, path: Path) -> None:
 
 def _is_replaceable(target: Path) -> bool:
     """Whether a folder is empty or our own, so that nobody's files are taken for an old output."""
-    if not target.is_dir() or target.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if not target.is_dir() or target.resolve() in _working_folders():
         return False
     with reading(target):
         names = system.listdir(target)
     return not names or REPORT_NAME in names
+
+
+def _working_folders() -> list[Path]:
+    """The current folder and those around it; none if it is gone."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        return []
+    return [here, *here.parents]
 
 
 def _is_within(path: Path, folder: Path) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from streamshard.files import Files
-from streamshard.tensors import Workspace
+from streamshard.limits import STACK_NBYTES
+from streamshard.tensors import Held, Workspace
 
 __all__ = ["Background", "Stop", "Stopped", "share"]
 
@@ -54,8 +56,10 @@ def share(
 
     taken, lock = iter(items), threading.Lock()
 
+    held = Held(workers)
+
     def loop() -> None:
-        workspace = Workspace(files)
+        workspace = Workspace(files, held)
         try:
             while stop.going():
                 with lock:
@@ -71,12 +75,18 @@ def share(
         # One BLAS thread a worker: the bits of a product depend on the number of threads.
         threadpool_limits(1, user_api="blas"),
     ):
-        threads = [threading.Thread(target=loop, daemon=True) for _ in range(workers)]
+        threads = [_thread(loop) for _ in range(workers)]
         try:
+            for place, thread in enumerate(threads):
+                try:
+                    _start(thread)
+                except RuntimeError:
+                    if not place:
+                        raise
+                    break  # the system allows no more of them, and fewer do the same
             for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
         except BaseException as error:
             stop.fail(error)
             raise
@@ -90,6 +100,21 @@ def share(
 
 
 _END = object()
+_starting = threading.Lock()
+
+
+def _start(thread: threading.Thread) -> None:
+    with _starting:  # the size is one for the whole process
+        before = threading.stack_size(STACK_NBYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+
+
+def _thread(work: Callable[[], None]) -> threading.Thread:
+    """A thread in which is active what is here, as the inputs that note what is opened."""
+    return threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
 
 
 class Background:
@@ -99,8 +124,8 @@ class Background:
         self._stop = stop
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # A daemon: waiting for the disk must not keep an interrupted process alive.
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._thread.start()
+        self._thread = _thread(self._loop)
+        _start(self._thread)
 
     def add(self, task: Callable[[], None]) -> None:
         """Have something done later."""

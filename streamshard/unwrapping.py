@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from streamshard.adapter_plan import Adapter
 from streamshard.checkpoint import Checkpoint, open_checkpoint
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
+from streamshard.paths import PathLike
 from streamshard.peft_config import LoraSettings
-from streamshard.run import PathLike
 from streamshard.wrapped import Unwrapped, is_wrapped, unwrap
 
 __all__ = ["FLAGS", "Wrapped", "WrappedSettings", "check_flags", "open_wrapped", "read_wrapped"]

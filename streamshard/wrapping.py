@@ -22,7 +22,10 @@ from streamshard.injection import (
     target_modules,
     wrap,
 )
+from streamshard.inputs import watched
+from streamshard.limits import told
 from streamshard.lora import check_base
+from streamshard.paths import PathLike
 from streamshard.peft_adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -31,17 +34,20 @@ from streamshard.peft_adapter import (
     in_model,
 )
 from streamshard.report import Report
-from streamshard.run import Job, Options, PathLike, check_places, run
+from streamshard.run import Job, Options, check_places, run
 from streamshard.spelling import flat_names
 from streamshard.tensors import Lazy
 
 __all__ = ["wrap_lora"]
 
 UPSTREAM_DROPOUT = 0.05
+MAX_RANK = 65_536  # more than any weight has rows or columns to adapt; each rank takes draws
 # Families that InternVLChatModel.wrap_llm_lora knows.
 _UPSTREAM = ("llama", "qwen2", "internlm2", "phi3")
 
 
+@told
+@watched
 def wrap_lora(
     *,
     base: PathLike,
@@ -167,8 +173,8 @@ def _ranks(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for part, (option, r, alpha) in asked.items():
-        if r is not None and r < 1:
-            raise UsageError(f"--{option}-r is {r}; a rank of 1 or more was expected.")
+        if r is not None and not 1 <= r <= MAX_RANK:
+            raise UsageError(f"--{option}-r is {r}; a rank from 1 to {MAX_RANK:,} was expected.")
         if r is None and alpha is not None:
             raise UsageError(f"--{option}-alpha needs --{option}-r.")
         if alpha is not None and not (math.isfinite(alpha) and alpha > 0):

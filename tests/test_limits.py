@@ -75,6 +75,87 @@ merge_lora(
     assert len(entries) - ("__metadata__" in entries) == 22
 
 
+def ended(
+    command: list[str], kind: str, limit: int, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command under a limit, which must end with 0 or 6 and never die of it."""
+    import resource
+
+    done = subprocess.run(
+        [sys.executable, *command],
+        preexec_fn=lambda: resource.setrlimit(getattr(resource, kind), (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode in {0, 6}, (kind, limit, done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    if done.returncode == 6:
+        assert "not enough memory" in done.stderr
+        assert (
+            f"{kind} (ulimit -{'d' if kind == 'RLIMIT_DATA' else 'v'}) is {limit:,}" in done.stderr
+        )
+    return done
+
+
+# Up to where it ends with 6, from where with 0; bench/limits.py tries every size.
+SIZES = {
+    "RLIMIT_DATA": [16, 32, 48, 64, 80, 96, 104, 112, 128, 160, 256],
+    "RLIMIT_AS": [100, 120, 140, 156, 168, 200, 300, 1000, 2000],
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
+@pytest.mark.parametrize("kind", SIZES)
+def test_every_limit_of_memory_ends_with_an_exit_code(kind, pair):
+    merge_lora(base=pair.base, adapter=pair.adapter, output=pair.root / "wanted")
+    wanted = reference.digests(pair.root / "wanted")
+    del wanted["streamshard.json"]
+    codes = []
+    for size in SIZES[kind]:
+        command = ["-m", "streamshard", *pair.command, "--overwrite", "--workers", "4"]
+        done = ended(command, kind, size * 10**6)
+        codes.append(done.returncode)
+        assert (done.returncode == 0) == pair.output.exists()
+        if pair.output.exists():
+            found = reference.digests(pair.output)
+            del found["streamshard.json"]
+            assert found == wanted
+    assert codes == sorted(codes, reverse=True)  # what is enough stays enough
+    assert {codes[0], codes[-1]} == {0, 6}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
+@pytest.mark.parametrize("size", [16, 64, 100, 128, 200, 400])
+@pytest.mark.parametrize("threads", ["1", "4"])
+def test_from_python_it_is_an_exception(threads, size, pair):
+    code = f"""
+import sys
+import streamshard
+from streamshard.errors import OutOfMemoryError
+try:
+    streamshard.merge_lora(
+        base={str(pair.base)!r}, adapter={str(pair.adapter)!r}, output={str(pair.output)!r}
+    )
+except OutOfMemoryError as error:
+    assert isinstance(error, MemoryError) and isinstance(error, streamshard.StreamshardError)
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+    done = ended(["-c", code], "RLIMIT_DATA", size * 10**6, OPENBLAS_NUM_THREADS=threads)
+    assert (done.returncode == 0) == pair.output.exists()
+    assert done.returncode == (6 if size < 100 else 0 if size > 300 else done.returncode)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff"])
+@pytest.mark.parametrize("size", [32, 64, 96, 104, 128])
+def test_reading_ends_with_an_exit_code_too(command, size, pair):
+    paths = [str(pair.base)] * (1 + (command == "diff"))
+    ended(["-m", "streamshard", command, *paths], "RLIMIT_DATA", size * 10**6)
+
+
 def test_too_little_memory_is_said(pair, cli, monkeypatch):
     import streamshard.merging
 
@@ -83,7 +164,7 @@ def test_too_little_memory_is_said(pair, cli, monkeypatch):
 
     monkeypatch.setattr(streamshard.merging, "merge_lora", fail)
     outcome = cli(*pair.command)
-    assert outcome.code == 1
+    assert outcome.code == 6
     assert "not enough memory: Unable to allocate 9 GB" in outcome.err
     assert "bug" not in outcome.err
 

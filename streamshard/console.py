@@ -1,0 +1,83 @@
+"""The standard streams of the command line, and how it ends: nothing here is ever a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
+from streamshard.errors import WriteError
+
+__all__ = ["end", "open_streams", "say", "show", "unprinted"]
+
+
+def open_streams() -> None:
+    """Have standard input, output and error open, before anything else is opened.
+
+    A file that is opened while one of them is closed gets its number, and what a library prints then
+    lands in it. Whoever closes one does not ask for what would be written there: it goes nowhere.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):  # not even that can be opened: reading will tell
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(  # noqa: SIM115 - as long as the process
+                number, "w", encoding="utf-8", errors="backslashreplace", closefd=False
+            )
+            setattr(sys, name, stream)
+        elif isinstance(stream, io.TextIOWrapper):
+            # Names have letters that not every terminal knows.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: str) -> None:
+    """Print a message to standard error, if that can be written to."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def show(pieces: Iterable[str], done: str = "") -> None:
+    """Print the result to standard output.
+
+    Raises `WriteError`, which ends with `done`, if it cannot be written to.
+    """
+    try:
+        sys.stdout.writelines(pieces)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError as error:
+        raise unprinted(error, done) from error
+
+
+def unprinted(error: OSError, done: str = "") -> WriteError:
+    """The error of a result that cannot be printed."""
+    _discard(1)  # what is still in the buffer would be tried again, and fail again, at the end
+    return WriteError(f"the report cannot be printed: {error.strerror}{done}.")
+
+
+def end(code: int) -> NoReturn:
+    """End with an exit code, once everything is printed."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _discard(number)
+            if number == 1:
+                code = code or WriteError.exit_code
+    sys.exit(code)
+
+
+def _discard(number: int) -> None:
+    with contextlib.suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, number)
+        os.close(null)
