@@ -42,7 +42,17 @@ __all__ = ["KINDS", "Faults", "Kind", "check", "main"]
 
 # What modules of Python call to look at folders, apart from the seam.
 OUTSIDE = ("stat", "lstat", "scandir", "listdir", "readlink")
-LOOKING = {"pread", "open", "fstat", "lstat", "listdir", "os.stat", "os.scandir", "os.listdir"}
+LOOKING = {
+    "pread",
+    "open",
+    "fstat",
+    "stat",
+    "lstat",
+    "listdir",
+    "os.stat",
+    "os.scandir",
+    "os.listdir",
+}
 # An output without one of these is not complete.
 NEEDED = {"pwrite", "fsync", "truncate", "mkdir"}
 HANGS_SECONDS = 120

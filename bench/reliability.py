@@ -2,7 +2,7 @@
 
     python bench/reliability.py
 
-Takes about half an hour; ends with the first that finds something wrong.
+Takes about three quarters of an hour; ends with the first that finds something wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ COMMANDS = (
     ("faults.py",),
     ("powerloss.py",),
     ("fuzz.py", "--count", "100000"),
+    ("flips.py", "--count", "2000"),
     ("limits.py",),
+    ("mutants.py",),
 )
 
 

@@ -1,15 +1,15 @@
 /* The inner loops over bfloat16, each in one pass over the block.
  *
  * Optional: without a compiler the same is done by numpy (arithmetic.py), with the same bytes in
- * the output and a quarter of the speed. Compiled with -ffp-contract=off, so that no processor
- * fuses a multiplication and an addition that another one does not.
+ * the output, the same sums and a quarter of the speed. Compiled with -ffp-contract=off, so that no
+ * processor fuses a multiplication and an addition that another one does not.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16
+#define LANES 16 /* arithmetic.py has the same, and adds in the same order */
 #define CHUNK 256
 
 /* One object file serves old and new x86 processors; elsewhere the compiler's default does. */

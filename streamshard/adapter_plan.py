@@ -15,7 +15,7 @@ from streamshard.arithmetic import FLOATS
 from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.matching import Place, Wanted
 from streamshard.peft_config import LoraSettings
-from streamshard.tensors import Lazy, Workspace, read_float32
+from streamshard.tensors import READ_NBYTES, Lazy, Workspace, read_float32
 
 __all__ = [
     "EMBEDDINGS",
@@ -157,11 +157,10 @@ def facts_of(plan: AdapterPlan) -> dict[str, Any]:
 def largest(adapter: Adapter, key: str, work: Workspace) -> float:
     """The largest magnitude in a factor; raises `AdapterError` for NaN and infinities."""
     tensor = adapter.tensors[key]
-    step = max(1_000_000 // tensor.columns, 1)
     largest = 0.0
-    for start in range(0, tensor.rows, step):
-        block = np.abs(read_float32(tensor, start, min(start + step, tensor.rows), work))
-        peak = float(block.max())
+    for start, stop, first, last in tensor.windows(READ_NBYTES):
+        block = read_float32(tensor, start, stop, work, (first, last))
+        peak = float(np.abs(block, out=block).max())
         if not np.isfinite(peak):
             row = start + int(np.argmin(np.isfinite(block).all(axis=1)))
             raise AdapterError(

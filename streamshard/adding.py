@@ -22,9 +22,10 @@ from streamshard.adapter_plan import (
 )
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.experts import Stack, expert_updates, stacked_as
+from streamshard.products import LowRank, Transposed
 from streamshard.replacing import Replacement
 from streamshard.tensors import Array, Lazy, Workspace, concat
-from streamshard.updates import LowRank, Transposed, add_low_rank, with_magnitude
+from streamshard.updates import add_low_rank, with_magnitude
 
 __all__ = ["Update", "check_company", "updated", "updates_of"]
 

@@ -2,12 +2,14 @@
 
 numpy has no bfloat16. Widening it to fp32 is a shift by 16 bits; rounding fp32 to it, to
 nearest with ties to even, is an integer addition and a shift. Where the compiled kernel is
-installed it does the same to bfloat16 in one pass.
+installed it does the same to bfloat16 in one pass. Both add up in one order, that of `LANES`, so that
+nothing depends on which of them there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,17 +23,24 @@ except ImportError:  # installed without a compiler
 __all__ = [
     "FLOATS",
     "Change",
+    "Changes",
     "add_and_round",
     "add_row_squares",
     "count_not_finite",
-    "kernel",
     "narrow",
     "squared_distance_bf16",
     "widen",
 ]
 
 Float32: TypeAlias = npt.NDArray[np.float32]
+Float64: TypeAlias = npt.NDArray[np.float64]
 Elements: TypeAlias = npt.NDArray[np.generic]
+
+# How many sums the kernel keeps at a time: element i of a row is added to sum i modulo this, those
+# that are left over at the end of a row to the first; in the end the sums are added up in their order.
+LANES = 16
+# So many blocks are remembered before their sums are condensed.
+MAX_TERMS = 4096
 
 # dtypes that widen to fp32 without loss, and how numpy stores their elements
 FLOATS: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
@@ -41,7 +50,7 @@ class Change(NamedTuple):
     """What updates and casts did: sums in fp64 of squares, and counts of elements.
 
     `effected` is of what was written less what was there, `intended` of what was to be added
-    before rounding. Of `updated` elements `unchanged` have the value that they had. `cast` is of
+    before rounding. Of `updated` elements `unchanged` have the bits that they had. `cast` is of
     what rounding alone did, where there was no update.
     """
 
@@ -65,6 +74,50 @@ class Change(NamedTuple):
             self.unchanged + other.unchanged,
             self.cast + other.cast,
         )
+
+
+class Changes:
+    """The changes of the blocks of a tensor, whose sums do not depend on the order of the blocks.
+
+    They are those of exact numbers, rounded once in the end.
+    """
+
+    def __init__(self) -> None:
+        self._sums: tuple[list[float], list[float], list[float]] = ([], [], [])
+        self._updated = self._unchanged = 0
+
+    def add(self, change: Change) -> None:
+        """Take note of what was done to a block."""
+        effected, intended, cast = self._sums
+        effected.append(change.effected)
+        intended.append(change.intended)
+        cast.append(change.cast)
+        self._updated += change.updated
+        self._unchanged += change.unchanged
+        if len(cast) > MAX_TERMS:
+            for terms in self._sums:
+                terms[:] = _condensed(terms)
+
+    def total(self) -> Change:
+        """All together."""
+        effected, intended, cast = map(math.fsum, self._sums)
+        return Change(effected, intended, self._updated, self._unchanged, cast)
+
+
+def _condensed(terms: Sequence[float]) -> list[float]:
+    """A few numbers of exactly the same sum (Shewchuk 1997, as in `math.fsum`)."""
+    partials: list[float] = []
+    for term in terms:
+        high, kept = term, 0
+        for partial in partials:
+            large, small = (high, partial) if abs(high) >= abs(partial) else (partial, high)
+            high = large + small
+            low = small - (high - large)
+            if low:
+                partials[kept] = low
+                kept += 1
+        partials[kept:] = [high]
+    return partials
 
 
 # How infinities and NaNs of a dtype are told: the bits of `mask` are `value` (of each half of C64).
@@ -93,11 +146,6 @@ def count_not_finite(block: npt.NDArray[np.uint8], dtype: str) -> int:
 _BITS_16 = np.uint32(16)
 _ONE = np.uint32(1)
 _HALF_BELOW = np.uint32(0x7FFF)
-
-
-def kernel() -> str:
-    """What does the inner loops; sums may differ in their last digits between the two."""
-    return "numpy" if _kernels is None else "compiled"
 
 
 def widen(values: Elements, dtype: str, out: Float32) -> None:
@@ -141,7 +189,7 @@ def add_and_round(
     new: Elements,
     dtype: str,
     scratch: Callable[[str, int, int], Float32],
-    scale: npt.NDArray[np.float64] | None = None,
+    scale: Float64 | None = None,
 ) -> Change:
     """Round `(old + update) * scale` to `dtype` into `new`, which may be `old` itself.
 
@@ -149,14 +197,9 @@ def add_and_round(
     for each column. Sums are in fp32, products with `scale` in fp64. `scratch` gives fp32
     matrices by name. The sums are finite only if every element of both is.
     """
-    by_row = scale is None or scale.shape[1] == 1
-    if (
-        _kernels is not None
-        and update is not None
-        and by_row
-        and old_dtype == dtype == "BF16"
-        and old.size
-    ):
+    by_row = scale is None or scale.shape == (len(old), 1)
+    as_kernel = by_row and old_dtype == dtype == "BF16"
+    if _kernels is not None and as_kernel and update is not None and old.size:
         factors = None if scale is None else np.ascontiguousarray(scale[:, 0])
         effected, intended, unchanged = _kernels.add_bf16(old, update, factors, new)
         return Change(effected, intended, old.size, unchanged)
@@ -171,20 +214,21 @@ def add_and_round(
         if scale is not None:
             np.multiply(total, scale, out=total, casting="same_kind")
     narrow(total, dtype, new, change)
-    np.subtract(change, base, out=change)
     if update is None:
-        return Change(cast=_squares(change))
-    unchanged = old.size - int(np.count_nonzero(change))
+        return Change(cast=_squares(np.subtract(change, base, out=change)))
+    unchanged = int(np.count_nonzero(change.view(np.uint32) == base.view(np.uint32)))
+    np.subtract(change, base, out=change)
     if scale is not None:
         update = np.subtract(total, base, out=total)
-    return Change(_squares(change), _squares(update), old.size, unchanged)
+    squares = _squares_by_lanes if as_kernel else _squares
+    return Change(squares(change), squares(update), old.size, unchanged)
 
 
 def add_row_squares(
     old: Elements,
     old_dtype: str,
     update: Float32,
-    sums: npt.NDArray[np.float64],
+    sums: Float64,
     scratch: Callable[[str, int, int], Float32],
 ) -> None:
     """Add the squares of each row of `old + update` (added in fp32) to `sums`, in fp64."""
@@ -195,12 +239,42 @@ def add_row_squares(
     widen(old, old_dtype, total)
     np.add(total, update, out=total)
     exact = total.astype(np.float64)
-    sums += np.einsum("ij,ij->i", exact, exact)
+    if old_dtype == "BF16" and old.size:
+        lanes = np.add.reduce(_in_lanes(exact * exact), axis=1)
+        sums += np.add.accumulate(lanes, axis=1)[:, -1]
+    else:
+        sums += np.einsum("ij,ij->i", exact, exact)
 
 
 def _squares(values: Float32) -> float:
     exact = values.astype(np.float64).reshape(-1)
     return float(np.dot(exact, exact))
+
+
+def _squares_by_lanes(values: Float32) -> float:
+    exact = values.astype(np.float64)
+    return _sum_by_lanes(exact * exact)
+
+
+def _sum_by_lanes(values: Float64) -> float:
+    """The sum of a matrix, in the order in which the kernel adds."""
+    if not values.size:
+        return 0.0
+    # Over the first axis of a C-ordered array numpy adds row after row.
+    lanes = np.add.reduce(_in_lanes(values).reshape(-1, LANES), axis=0)
+    return float(np.add.accumulate(lanes)[-1])
+
+
+def _in_lanes(values: Float64) -> Float64:
+    """Each row of a matrix as rows of `LANES`; what is left over comes one by one, beside zeros."""
+    rows, columns = values.shape
+    groups, left = divmod(columns, LANES)
+    if not left:
+        return np.ascontiguousarray(values).reshape(rows, groups, LANES)
+    padded = np.zeros((rows, groups + left, LANES))
+    padded[:, :groups] = values[:, : groups * LANES].reshape(rows, groups, LANES)
+    padded[:, groups:, 0] = values[:, groups * LANES :]
+    return padded
 
 
 def squared_distance_bf16(one: Elements, other: Elements) -> float:
@@ -211,5 +285,5 @@ def squared_distance_bf16(one: Elements, other: Elements) -> float:
     widen(one, "BF16", left)
     widen(other, "BF16", right)
     with np.errstate(invalid="ignore"):
-        change = (left.astype(np.float64) - right).reshape(-1)
-    return float(np.dot(change, change))
+        change = (left.astype(np.float64) - right).reshape(1, -1)
+        return _sum_by_lanes(change * change)

@@ -20,11 +20,14 @@ from streamshard.strict_json import parse_index, parse_json
 from streamshard.tensors import Lazy, Stored
 
 __all__ = [
+    "INDEX_NAME",
     "TOKENIZER",
     "AdapterFolder",
     "Checkpoint",
     "open_adapter",
     "open_checkpoint",
+    "open_weights",
+    "outside",
     "read_json_object",
     "tokenizer_files",
 ]
@@ -39,13 +42,14 @@ MAX_TOKENIZER_BYTES = 50_000_000  # the largest tokenizer.json have 28 MB
 _NOT_CARRIED = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx)|.*\.index\.json|adapter_config\.json"
     r"|trainer_state\.json|zero_to_fp32\.py|latest|streamshard\.json",
-    re.IGNORECASE,
+    re.IGNORECASE | re.DOTALL,
 )
 TOKENIZER = re.compile(
     r"tokenizer.*|vocab\.(?:json|txt)|merges\.txt|added_tokens\.json|special_tokens_map\.json"
-    r"|tokenization_.*\.py|spiece\.model|sentencepiece.*"
+    r"|tokenization_.*\.py|spiece\.model|sentencepiece.*",
+    re.DOTALL,
 )
-_NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb")
+_NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +105,15 @@ def open_checkpoint(path: PathLike, *, needs_weights: bool = True) -> Checkpoint
         config = _read_config(path)
         if not needs_weights and not _weight_files(path):
             return Checkpoint(path, {}, {}, config, _side_files(path))
-        weights = _find_weights(path)
-        if weights.name == INDEX_NAME:
-            headers = _open_index(weights)
-        else:
-            headers = {weights.name: read_header(weights)}
-        return _checkpoint(path, headers, config, _side_files(path))
+        return _checkpoint(path, open_weights(path), config, _side_files(path))
+
+
+def open_weights(folder: Path) -> dict[str, Header]:
+    """The headers of a folder's weight files, by name: those that its index lists, if it has one."""
+    weights = _find_weights(folder)
+    if weights.name == INDEX_NAME:
+        return _open_index(weights)
+    return {weights.name: read_header(weights)}
 
 
 def open_adapter(path: PathLike) -> AdapterFolder:
@@ -306,19 +313,22 @@ def _has(file: Path) -> bool:
 
 def _check_link(folder: Path, file: Path) -> None:
     """Refuse to carry what lies elsewhere: a hostile folder may link to anyone's secrets."""
-    if not file.is_symlink():
-        return
-    target = file.resolve()
-    blobs = target.parent  # where the hub's cache keeps what the links in its snapshots lead to
-    if target.is_relative_to(folder.resolve()) or (
-        blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir()
-    ):
+    target = outside(folder, file) if file.is_symlink() else None
+    if target is None:
         return
     raise InputError(
         f"{printable(str(file))}: is a link to {printable(str(target))}, outside of the folder and "
         "of the hub's cache, and would be copied into the output. If that is meant, put the file "
         "itself there (cp -L)."
     )
+
+
+def outside(folder: Path, file: Path) -> Path | None:
+    """Where a file is, if links lead out of the folder and not into the hub's cache; else None."""
+    target = Path(os.path.realpath(file))
+    blobs = target.parent  # where that cache keeps what the links in its snapshots lead to
+    cached = blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir()
+    return None if cached or target.is_relative_to(os.path.realpath(folder)) else target
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

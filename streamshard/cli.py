@@ -402,19 +402,29 @@ def inspect(path: str, **output: Any) -> None:
     help="Read only a part of the tensors, at random: like 10% or 200.  [default: all]",
 )
 @click.option(
+    "--strict",
+    is_flag=True,
+    help="Exit with 8 also if there are no digests to compare with.",
+)
+@click.option(
     "--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor, at most 8]"
 )
 @_reading_options
-def verify(path: str, sample: str | None, workers: int | None, **output: Any) -> None:
-    """Read a checkpoint again: headers, index, digests, and infinite or NaN values.
+def verify(
+    path: str, sample: str | None, workers: int | None, *, strict: bool, **output: Any
+) -> None:
+    """Read a checkpoint or adapter again and say what is wrong with it.
 
-    Digests are those that streamshard wrote into streamshard.json; without it everything else is
-    checked. Exits with 8 and lists what differs if anything is wrong.
+    Checks headers, index, and infinite or NaN values; and, where streamshard wrote a
+    streamshard.json: that record itself, every file and tensor with its digest, and whether code,
+    weights or configs were added. Says what was compared, what could not be, and what is extra.
+    Exits with 8 and lists what differs if anything is wrong.
 
     \b
     Examples:
       streamshard verify ./merged
       streamshard verify ./merged --sample 10%
+      streamshard verify ./merged --strict
     """
     screen = _begin(**output)
     try:
@@ -422,6 +432,7 @@ def verify(path: str, sample: str | None, workers: int | None, **output: Any) ->
             report = streamshard.verify(
                 path,
                 sample=sample,
+                strict=strict,
                 workers=workers,
                 on_total=screen.begin,
                 progress=screen.progress,

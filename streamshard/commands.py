@@ -13,6 +13,7 @@ from typing import Any
 
 from streamshard.checkpoint import Checkpoint, open_checkpoint
 from streamshard.conversion import Target, carry_over, shard_names
+from streamshard.inputs import watched
 from streamshard.limits import told
 from streamshard.lora import check_base
 from streamshard.paths import PathLike
@@ -23,6 +24,7 @@ __all__ = ["conversion_job", "custom_to_hf", "hf_to_custom"]
 
 
 @told
+@watched
 def hf_to_custom(
     *, hf_path: PathLike, custom_path: PathLike, save_path: PathLike, **options: Any
 ) -> Report:
@@ -40,6 +42,7 @@ def hf_to_custom(
 
 
 @told
+@watched
 def custom_to_hf(
     *, custom_path: PathLike, hf_path: PathLike, save_path: PathLike, **options: Any
 ) -> Report:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streamshard.arithmetic import FLOATS, squared_distance_bf16, widen
-from streamshard.tensors import DTYPE_BITS, Bytes, Lazy, Workspace
+from streamshard.tensors import DTYPE_BITS, Bytes, Lazy, Workspace, blocks
 
 __all__ = ["Distances", "is_comparable", "squared_distance", "tensor_distance"]
 
@@ -107,14 +107,7 @@ def squared_distance(one: Bytes, one_dtype: str, other: Bytes, other_dtype: str)
 def tensor_distance(one: Lazy, other: Lazy, work: Workspace) -> tuple[float, float]:
     """Squared distance of two comparable tensors, read block by block, and the second's squared norm."""
     total = norm = 0.0
-    row_nbytes = max(one.row_nbytes, other.row_nbytes, 1)
-    step = max(BLOCK_NBYTES // row_nbytes, 1)
-    for start in range(0, one.rows, step):
-        stop = min(start + step, one.rows)
-        mine = work.bytes("mine", (stop - start) * one.row_nbytes)
-        theirs = work.bytes("theirs", (stop - start) * other.row_nbytes)
-        one.fill(start, stop, mine, work)
-        other.fill(start, stop, theirs, work)
+    for mine, theirs in blocks(one, other, BLOCK_NBYTES, work):
         total += squared_distance(mine, one.dtype, theirs, other.dtype)
         norm += squared_distance(theirs, other.dtype, np.zeros_like(theirs), other.dtype)
     return total, norm

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from streamshard.arithmetic import FLOATS, narrow
-from streamshard.tensors import Bytes, Lazy, Shape, Workspace, check_rows
+from streamshard.tensors import Bytes, Lazy, Shape, Workspace, by_elements, check_rows
 
 __all__ = ["MAX_SEED", "Draws", "Uniform", "Zeros", "draws_of_pair", "initial_pair"]
 
@@ -78,8 +78,13 @@ class Uniform(Lazy):
     def reshape(self, shape: Shape) -> Uniform:
         return Uniform(self.draws, self.first, self.bound, shape, self.dtype)
 
-    def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
-        bits = self.draws.at(self.first + start * self.columns)
+    def window(
+        self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace
+    ) -> None:
+        by_elements(self, (start, stop, first, last), out, work)
+
+    def elements(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
+        bits = self.draws.at(self.first + start)
         # torch computes fma(u, 2 * bound, -bound), u with 24 binary digits: rounded once. In fp64 all
         # digits of the product have their place, so that the cast is the only rounding here too.
         step = np.float64(np.float32(self.bound)) / 2**23
@@ -105,7 +110,9 @@ class Zeros(Lazy):
     def reshape(self, shape: Shape) -> Zeros:
         return Zeros(shape, self.dtype)
 
-    def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
+    def window(
+        self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace
+    ) -> None:
         out[:] = 0
 
 

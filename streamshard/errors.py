@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = [
     "AdapterError",
+    "ChangedError",
     "InputError",
     "OutOfMemoryError",
     "OutputError",
@@ -72,6 +73,10 @@ class ReadError(StreamshardError):
     """A file could not be read, or changed while it was being read."""
 
     exit_code = 7
+
+
+class ChangedError(ReadError):
+    """An input changed during the run: what was made of it so far is of no use."""
 
 
 class VerificationError(StreamshardError):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from streamshard.adapter_keys import BASE_LAYER
 from streamshard.errors import AdapterError, listed, printable
+from streamshard.products import Columns, LowRank, Transposed
 from streamshard.tensors import Lazy
-from streamshard.updates import Columns, LowRank, Transposed
 
 __all__ = ["EXPERT_ORDERS", "Stack", "expert_updates", "parameter_names", "stacked_as"]
 

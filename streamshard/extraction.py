@@ -18,6 +18,7 @@ from streamshard.checkpoint import Checkpoint, open_checkpoint
 from streamshard.detection import layout_of
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.files import Files
+from streamshard.inputs import watched
 from streamshard.limits import told
 from streamshard.paths import PathLike, input_path
 from streamshard.peft_adapter import (
@@ -42,6 +43,7 @@ UPSTREAM_DROPOUT = 0.05
 
 
 @told
+@watched
 def extract_lora(
     *,
     checkpoint: PathLike,

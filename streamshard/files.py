@@ -9,6 +9,7 @@ counts as the resident memory of this process.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -16,13 +17,17 @@ import shutil
 import stat
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from streamshard.errors import InputError, OutOfMemoryError, ReadError, WriteError, printable
+from streamshard.inputs import Inputs, Stamp, active, changed
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 if sys.platform == "win32":
     import msvcrt
@@ -59,6 +64,7 @@ _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe with a weight's nam
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _ALWAYS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FAR = 1 << 30
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class System:
@@ -73,6 +79,9 @@ class System:
 
     def fstat(self, descriptor: int) -> os.stat_result:
         return os.fstat(descriptor)
+
+    def stat(self, path: AnyPath) -> os.stat_result:
+        return os.stat(path)
 
     def lstat(self, path: AnyPath) -> os.stat_result:
         return os.lstat(path)
@@ -153,43 +162,81 @@ class ByteRange:
 class InputFile:
     """A regular file to read from, at any place, by several threads.
 
-    `changed_ns` is when its content was changed as far as that is told, and when anything of it was,
-    which no program can set back.
+    It is noted in `inputs`, by default those that are active where it is opened: a `ChangedError`
+    says that it is not what had this name before.
     """
 
-    def __init__(self, path: AnyPath) -> None:
+    def __init__(self, path: AnyPath, inputs: Inputs | None = None) -> None:
         self.path = path
+        self._inputs = active() if inputs is None else inputs
         with reading(path):
-            self._descriptor = system.open(path, _READ)
+            self._descriptor = self._open()
             try:
                 found = system.fstat(self._descriptor)
+                self.stamp = Stamp.of(found)
+                _check_regular(path, found.st_mode)
+                if self._inputs is not None and not self._inputs.note(self):
+                    self._inputs = None
             except BaseException:
-                self.close()
+                self.release()
                 raise
-        self.nbytes = found.st_size
-        self.changed_ns = (found.st_mtime_ns, found.st_ctime_ns)
-        if not stat.S_ISREG(found.st_mode):
-            self.close()
-            what = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
-            raise InputError(f"{printable(str(path))}: is {what}, a file was expected.")
+        self.nbytes = self.stamp.nbytes
+
+    def _open(self) -> int:
+        try:
+            return system.open(self.path, _READ)
+        except OSError as error:
+            full = error.errno in (errno.EMFILE, errno.ENFILE)
+            if not full or self._inputs is None or not self._inputs.let_go():
+                raise
+            return system.open(self.path, _READ)
 
     def __enter__(self) -> InputFile:  # noqa: PYI034 - Self needs Python 3.11
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            # What is wrong with its content may be that it was half written.
+            if self._inputs is not None and (kind is None or issubclass(kind, InputError)):
+                self.check()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the file; harmless if it is closed already."""
+        if self._descriptor < 0 or self._inputs is None or not self._inputs.hold(self):
+            self.release()
+
+    def release(self) -> None:
+        """Give the descriptor back, which those who note inputs may have kept."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with contextlib.suppress(OSError):  # nothing was written
                 system.close(descriptor)
 
-    def size(self) -> int:
-        """Bytes of the file by now."""
+    def _now(self) -> Stamp:
         with reading(self.path):
-            return system.fstat(self._descriptor).st_size
+            return Stamp.of(system.fstat(self._descriptor))
+
+    def stamp_again(self) -> None:
+        """Take the stamp that the file has by now."""
+        self.stamp = self._now()
+
+    def named(self) -> Stamp | None:
+        """The stamp of what has the file's name by now, also through a link; None if nothing has."""
+        try:
+            with reading(self.path):
+                return Stamp.of(system.stat(self.path))
+        except (InputError, ReadError) as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in _GONE:
+                return None
+            raise
+
+    def check(self) -> None:
+        """Raise `ChangedError` if the file is no longer as it was when it was opened."""
+        if (now := self._now()) != self.stamp:
+            raise changed(self.path, self.stamp, now)
 
     def read_into(self, out: memoryview, offset: int) -> int:
         """Fill `out` from `offset` on; fewer bytes than asked for only at the end of the file.
@@ -204,12 +251,16 @@ class InputFile:
                 break
             done += count
         if done < len(out) and offset + done < self.nbytes:
-            _check_size(str(self.path), self.size(), self.nbytes)
+            self.check()
             raise ReadError(
                 f"{printable(str(self.path))}: the file ended at byte {offset + done:,}, "
                 f"{self.nbytes - offset - done:,} bytes too early. It is truncated or being changed."
             )
         return done
+
+    def stream(self) -> io.BufferedReader:
+        """The file as Python has files, for those who read no others; closing it closes nothing."""
+        return io.BufferedReader(_Raw(self))
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Up to `nbytes` bytes from `offset` on."""
@@ -221,13 +272,50 @@ class InputFile:
         return out.getvalue()
 
 
+def _check_regular(path: AnyPath, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise InputError(f"{printable(str(path))}: is {what}, a file was expected.")
+
+
+class _Raw(io.RawIOBase):
+    """An input file that is read from one place after the other."""
+
+    def __init__(self, file: InputFile) -> None:
+        super().__init__()
+        self._file = file
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.nbytes}[whence]
+        self._at = max(start + offset, 0)
+        return self._at
+
+    def readinto(self, buffer: Buffer) -> int:
+        count = self._file.read_into(memoryview(buffer).cast("B"), self._at)
+        self._at += count
+        return count
+
+
 class Files:
     """Input files, opened once each on first use; safe to share between threads.
 
-    A file whose size is no longer what the plan saw raises `ReadError`.
+    A file that is not what the plan saw raises `ChangedError`: by the inputs that were active where this
+    was made, by its size, and by `stamps`, for those who have no more of a plan than these.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stamps: Mapping[str, Stamp] | None = None) -> None:
+        self._stamps = stamps or {}
+        self._inputs = active()
         self._files: dict[str, InputFile] = {}
         self._lock = threading.Lock()
 
@@ -243,27 +331,30 @@ class Files:
             return file
         with self._lock:
             if path not in self._files:
-                self._files[path] = InputFile(path)
-                _check_size(path, self._files[path].nbytes, file_nbytes)
+                file = InputFile(path, self._inputs)
+                try:
+                    self._check_planned(file, file_nbytes)
+                except BaseException:
+                    file.close()
+                    raise
+                self._files[path] = file
             return self._files[path]
 
+    def _check_planned(self, file: InputFile, file_nbytes: int) -> None:
+        expected = self._stamps.get(str(file.path), file.stamp)
+        if expected == file.stamp:
+            expected = dataclasses.replace(expected, nbytes=file_nbytes)
+        if expected != file.stamp:
+            raise changed(file.path, expected, file.stamp)
+
     def check(self, source: ByteRange) -> None:
-        """Raise `ReadError` if the file of `source` changed its size since it was planned."""
-        found = self._file(source.path, source.file_nbytes).size()
-        _check_size(source.path, found, source.file_nbytes)
+        """Raise `ChangedError` if the file of `source` has changed since it was planned."""
+        self._file(source.path, source.file_nbytes).check()
 
     def read_into(self, source: ByteRange, out: memoryview) -> None:
         """Fill `out` (`source.nbytes` long) with the bytes of `source`."""
         file = self._file(source.path, source.file_nbytes)
         file.read_into(out[: source.nbytes], source.offset)
-
-
-def _check_size(path: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise ReadError(
-            f"{printable(path)}: the file has {found:,} bytes now but had {expected:,} when it "
-            "was planned. Something is writing to it: wait for that to end, then run again."
-        )
 
 
 class OutputFile:
@@ -291,6 +382,19 @@ class OutputFile:
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
         _write_all(self._descriptor, self.path, data, offset)
+
+    def read_into(self, out: memoryview, offset: int) -> None:
+        """Fill `out` with what was written at `offset`."""
+        done = 0
+        while done < len(out):
+            with reading(self.path):
+                count = system.pread(self._descriptor, out[done:], offset + done)
+            if not count:
+                raise ReadError(
+                    f"{printable(str(self.path))}: the file ended at byte {offset + done:,} while it was "
+                    "being written. Something else changes it: wait for that to end, then run again."
+                )
+            done += count
 
     def begin_sync(self, offset: int, nbytes: int) -> None:
         """Ask the system to start putting a range on disk, so that `sync` has less to wait for."""
@@ -448,7 +552,7 @@ def copy_file(source: Path, copy: Path) -> None:
         for offset in range(0, file.nbytes, COPY_NBYTES):
             block = file.read(offset, min(COPY_NBYTES, file.nbytes - offset))
             out.write(memoryview(block), offset)
-        _check_size(str(source), file.size(), file.nbytes)
+        file.check()
         out.sync()
 
 

@@ -113,13 +113,17 @@ def build_header(
 def json_pieces(content: Mapping[str, Any], *, sort_keys: bool = False) -> Iterator[bytes]:
     """JSON as this package writes it into output folders, some KB at a time.
 
-    Indexes and reports of large models have megabytes, and several times that in Python's encoder.
+    Indexes and reports of large models have megabytes, and several times that in Python's encoder. A
+    byte of a path that is not UTF-8 is spelled out as text: JSON that has halves of surrogate pairs is
+    refused by strict readers, ours too.
     """
     encoder = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys)
     tokens = encoder.iterencode(content)
     while text := "".join(itertools.islice(tokens, 4096)):
-        # A path that is not UTF-8 has surrogates, which this turns into JSON's own escapes.
-        yield text.encode(errors="backslashreplace")
+        try:
+            yield text.encode()
+        except UnicodeEncodeError:
+            yield re.sub("[\ud800-\udfff]", lambda found: rf"\\u{ord(found[0]):04x}", text).encode()
     yield b"\n"
 
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from streamshard.adapter_plan import Merged
 from streamshard.errors import AdapterError
+from streamshard.products import TILE_COLUMNS, TILE_ROWS
 from streamshard.tensors import Float32, Workspace, read_float32
-from streamshard.updates import TILE_COLUMNS, TILE_ROWS, Computed
+from streamshard.updates import SPAN_COLUMNS, Computed
 
 __all__ = ["check_not_merged", "projection"]
 
@@ -57,9 +58,8 @@ def projection(result: Merged, work: Workspace) -> tuple[float, float, float]:
     for piece in pieces[::step]:
         start = piece.rows // TILE_ROWS // 2 * TILE_ROWS
         stop = min(start + TILE_ROWS, piece.rows)
-        base = read_float32(piece.source, start, stop, work)
         own = np.zeros(3)
-        for W, D in _tiles(piece, base, start, work):
+        for W, D in _tiles(piece, start, stop, work):
             weight, update = W.astype(np.float64).ravel(), D.astype(np.float64).ravel()
             own += np.dot(weight, update), np.dot(weight, weight), np.dot(update, update)
             count += W.size
@@ -74,11 +74,14 @@ def projection(result: Merged, work: Workspace) -> tuple[float, float, float]:
 
 
 def _tiles(
-    piece: Computed, base: Float32, start: int, work: Workspace
+    piece: Computed, start: int, stop: int, work: Workspace
 ) -> Iterator[tuple[Float32, Float32]]:
-    for column in range(0, piece.columns, TILE_COLUMNS):
-        W = base[:, column : column + TILE_COLUMNS]
-        height, width = W.shape
-        D = piece.update(start, column, height, width, work)
-        if D is not None:
-            yield W, D
+    for first in range(0, piece.columns, SPAN_COLUMNS):
+        span = first, min(first + SPAN_COLUMNS, piece.columns)
+        base = read_float32(piece.source, start, stop, work, span)
+        for column in range(0, base.shape[1], TILE_COLUMNS):
+            W = base[:, column : column + TILE_COLUMNS]
+            height, width = W.shape
+            D = piece.update(start, first + column, height, width, work)
+            if D is not None:
+                yield W, D

@@ -18,12 +18,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from streamshard import __version__
-from streamshard.arithmetic import kernel
 from streamshard.digests import Hash, file_digest, hash_file, new_digest
 from streamshard.errors import printable
 from streamshard.files import InputFile
+from streamshard.products import LowRank
 from streamshard.tensors import Stored
-from streamshard.updates import Computed, LowRank, Magnitude
+from streamshard.updates import Computed, Magnitude
 
 __all__ = ["Identity", "differences", "identity"]
 
@@ -121,7 +121,7 @@ def _changed_inputs(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) 
 
 
 def _arithmetic() -> dict[str, str]:
-    """What the last bits of a product, or of a sum in the report, depend on."""
+    """What the last bits of a product depend on; the compiled kernel is not among it."""
     from threadpoolctl import threadpool_info
 
     blas = sorted(
@@ -133,7 +133,6 @@ def _arithmetic() -> dict[str, str]:
         "numpy": np.__version__,
         "BLAS": ", ".join(dict.fromkeys(blas)),
         "processor": platform.machine(),
-        "kernel": kernel(),
     }
 
 
@@ -198,7 +197,7 @@ def _sampled(path: Path) -> tuple[str, list[int] | None]:
             hash_file(path, digest)
         else:
             _add_samples(file, header, digest)
-            changed = list(file.changed_ns)
+            changed = [file.stamp.mtime_ns, file.stamp.ctime_ns]
     return digest.hexdigest(), changed
 
 

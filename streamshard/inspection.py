@@ -21,6 +21,7 @@ from streamshard.errors import InputError
 from streamshard.families import Dims, dims_from_config
 from streamshard.files import Files, reading
 from streamshard.format import total_nbytes, total_parameters
+from streamshard.inputs import watched
 from streamshard.layouts import convert
 from streamshard.limits import told
 from streamshard.paths import PathLike, input_path
@@ -33,6 +34,7 @@ __all__ = ["diff", "inspect"]
 
 
 @told
+@watched
 def inspect(path: PathLike) -> Report:
     """What a checkpoint or adapter is: layout, spelling, family, dimensions, dtypes, files, LoRA.
 
@@ -76,6 +78,7 @@ def inspect(path: PathLike) -> Report:
 
 
 @told
+@watched
 def diff(
     a: PathLike,
     b: PathLike,

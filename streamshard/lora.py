@@ -22,7 +22,7 @@ from streamshard.adding import Update, check_company, updated, updates_of
 from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.matching import Carry
 from streamshard.replacing import Replacement, replace_rows, replacements_of
-from streamshard.tensors import Lazy, Workspace, equal_bytes, read_float32
+from streamshard.tensors import READ_NBYTES, Lazy, Workspace, equal_bytes, read_float32
 
 __all__ = ["check_base", "merge"]
 
@@ -124,13 +124,23 @@ def _follows(plan: AdapterPlan, tie: tuple[str, str], work: Workspace) -> bool:
     embedding, head = own[tie[0]], own[tie[1]]
     tensors = plan.adapter.tensors
     for one, other in ((embedding.A, head.B), (embedding.B, head.A)):
-        left = read_float32(tensors[one], 0, tensors[one].rows, work)
-        right = read_float32(tensors[other], 0, tensors[other].rows, work)
-        if left.T.shape != right.shape or not np.array_equal(left.T, right):
+        if not _is_transpose(tensors[one], tensors[other], work):
             raise AdapterError(
                 f"{plan.adapter.where}: ensure_weight_tying is true, but '{printable(one)}' and "
                 f"'{printable(other)}' are not the same update. Save the adapter again."
             )
+    return True
+
+
+def _is_transpose(one: Lazy, other: Lazy, work: Workspace) -> bool:
+    """Whether two matrices have the same values, rows of the one being columns of the other."""
+    if (one.rows, one.columns) != (other.columns, other.rows):
+        return False
+    for start, stop, first, last in one.windows(READ_NBYTES):
+        left = read_float32(one, start, stop, work, (first, last))
+        right = read_float32(other, first, last, work, (start, stop))
+        if not np.array_equal(left, right.T):
+            return False
     return True
 
 

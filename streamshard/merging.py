@@ -35,6 +35,7 @@ from streamshard.families import (
 )
 from streamshard.files import Files
 from streamshard.hazards import check_not_merged
+from streamshard.inputs import watched
 from streamshard.layouts import convert
 from streamshard.limits import told
 from streamshard.lora import check_base, merge
@@ -51,6 +52,7 @@ __all__ = ["merge_lora"]
 
 
 @told
+@watched
 def merge_lora(
     *,
     base: PathLike | None = None,

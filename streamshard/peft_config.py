@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -288,8 +289,11 @@ def _token_indices(value: object, where: str, kind: str = "LORA") -> dict[str, t
             raise AdapterError(
                 f"{where}{f' of {printable(name)}' if name else ''} is no list of token numbers."
             )
-        if len(set(indices)) != len(indices):
-            raise AdapterError(f"{where} names a token twice: which row is meant is not known.")
+        twice = next((index for index, n in Counter(indices).items() if n > 1), None)
+        if twice is not None:
+            raise AdapterError(
+                f"{where} names token {twice} twice: which of its rows is meant is not known."
+            )
     return {name: tuple(indices) for name, indices in found.items() if indices}
 
 

@@ -7,7 +7,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from streamshard.errors import InputError, printable
+from streamshard.errors import InputError, StreamshardError, printable
+from streamshard.files import InputFile
 from streamshard.limits import Need, check_room
 from streamshard.tensors import Array, Lazy
 
@@ -26,9 +27,11 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
     """
     where = printable(str(file))
     try:
-        _check_size(file)
-        content = _load(file)
-    except MemoryError:  # says nothing about the file
+        with InputFile(file) as opened:
+            nbytes = opened.nbytes
+            _check_size(opened)
+            content = _load(opened)
+    except (StreamshardError, MemoryError):  # the latter says nothing about the file
         raise
     except Exception as error:  # torch raises whatever its unpickler meets
         raise InputError(
@@ -43,7 +46,7 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
         array = _array(where, name, tensor)
         if not tensor.is_contiguous():  # the copies of views add up: each may be of the same bytes
             copied += array.nbytes
-            if copied > file.stat().st_size:
+            if copied > nbytes:
                 raise InputError(
                     f"{where}: its tensors are views of the same bytes and would take far more memory "
                     "than the file. Save the adapter as safetensors and try again."
@@ -52,22 +55,22 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
     return tensors
 
 
-def _check_size(file: Path) -> None:
+def _check_size(file: InputFile) -> None:
     """Raise `ValueError` unless the file is as `torch.save` writes it: a zip, nothing compressed."""
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(file.stream()) as archive:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("its content is compressed, which torch does not do.")
-    if sum(entry.file_size for entry in entries) > file.stat().st_size:
+    if sum(entry.file_size for entry in entries) > file.nbytes:
         raise ValueError("it claims more content than it has bytes.")
 
 
-def _load(file: Path) -> Any:
+def _load(file: InputFile) -> Any:
     if "torch" not in sys.modules:
         check_room("torch, which reads this .bin; safetensors need none of it", _TORCH)
     import torch
 
-    return torch.load(file, map_location="cpu", weights_only=True)
+    return torch.load(file.stream(), map_location="cpu", weights_only=True)
 
 
 def _array(where: str, name: object, tensor: Any) -> Array:

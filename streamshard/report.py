@@ -66,11 +66,19 @@ def finished(report: Report, started: float) -> Report:
 
 
 def _plain(value: Any) -> Any:
-    """`value` with None for NaN and infinities, which JSON does not have; containers are changed."""
+    r"""`value` as JSON can have it: None for NaN and infinities, and `\udcff` spelled out.
+
+    The latter is how Python has a byte of a path that is not UTF-8. Containers are changed.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode(errors="backslashreplace").decode()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict) and not isinstance(value, Streamed):
-        value.update((key, _plain(inner)) for key, inner in value.items())
+        if all(_plain(key) == key for key in value):
+            value.update((key, _plain(inner)) for key, inner in value.items())
+        else:
+            return {_plain(key): _plain(inner) for key, inner in value.items()}
     elif isinstance(value, list):
         value[:] = map(_plain, value)
     return value

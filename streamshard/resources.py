@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamshard.errors import UsageError, printable
 from streamshard.limits import fitting
-from streamshard.tensors import Lazy
-from streamshard.updates import (
-    BLOCK_ELEMENTS,
-    CHUNK_ROWS,
-    HELD_NBYTES,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    Columns,
-    Computed,
-    LowRank,
-    Transposed,
-)
+from streamshard.workspace import Held
 
 if TYPE_CHECKING:
     from streamshard.writer import Shard
@@ -32,8 +22,11 @@ __all__ = ["memory_estimate", "parse_size", "peak_rss_bytes", "worker_count", "w
 
 DEFAULT_WORKERS = 8
 MAX_WORKERS = 64
-# Measured: interpreter, numpy with BLAS, and a plan of some thousand tensors.
-_PROCESS_NBYTES = 48_000_000
+# Measured: interpreter and numpy with BLAS, what a plan has of each tensor, and a worker's blocks in fp32
+# and fp64.
+_PROCESS_NBYTES = 45_000_000
+_TENSOR_NBYTES = 1000
+_WORKER_NBYTES = 4_000_000
 _READER_NBYTES = 6_000_000
 _NO_SIZE = 2**63  # bytes that no system can count
 
@@ -66,17 +59,16 @@ def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int |
     Fewer also where a limit of this process leaves room for fewer. Raises `UsageError` if the budget
     does not allow a single one, `OutOfMemoryError` if such a limit does not.
     """
-    count = _asked(workers)
-    if max_memory is None:
-        return fitting(count, _worker_nbytes(shards))
-    least = memory_estimate(shards, 1)
-    if least > max_memory:
-        raise UsageError(
-            f"--max-memory is {max_memory:,} bytes, but one worker needs about {least:,} for this "
-            "model and adapter. Allow more, or leave the option out."
-        )
-    count = min(count, 1 + (max_memory - least) // _worker_nbytes(shards))
-    return fitting(count, _worker_nbytes(shards))
+    count, needed = _asked(workers), _needed(shards)
+    if max_memory is not None:
+        if needed(1) > max_memory:
+            raise UsageError(
+                f"--max-memory is {max_memory:,} bytes, but one worker needs about {needed(1):,} for "
+                "this model and adapter. Allow more, or leave the option out."
+            )
+        while needed(count) > max_memory:
+            count -= 1
+    return fitting(count, needed(1) - needed(0))
 
 
 def workers_or_default(workers: int | None) -> int:
@@ -95,36 +87,28 @@ def _asked(workers: int | None) -> int:
 
 def memory_estimate(shards: Sequence[Shard], workers: int) -> int:
     """About how many bytes of resident memory a run takes at most."""
-    return _PROCESS_NBYTES + workers * _worker_nbytes(shards)
+    return _needed(shards)(workers)
 
 
-def _worker_nbytes(shards: Sequence[Shard]) -> int:
-    """Bytes of the buffers of one worker: blocks in fp32 and fp64, a row block, the factors."""
-    largest = 0
+def _needed(shards: Sequence[Shard]) -> Callable[[int], int]:
+    """The like for any number of workers."""
+    held: dict[int, int] = {}
+    buffers = []
     for shard in shards:
         for tensor in shard.tensors.values():
-            for piece in tensor.pieces:
-                if isinstance(piece, Computed):
-                    rows = TILE_ROWS * (piece.row_nbytes + piece.source.row_nbytes)
-                    if piece.magnitude is not None:  # a whole row of updates in fp32
-                        rows += TILE_ROWS * 4 * piece.columns
-                    factors = sum(
-                        _factor_nbytes(term.A) + _held_nbytes(term) for term in piece.terms
-                    )
-                    largest = max(largest, rows + factors)
-    return 24 * BLOCK_ELEMENTS + 1_000_000 + largest
+            buffers.append(tensor.buffer_nbytes())
+            for node in tensor.held():
+                held[id(node)] = node.nbytes
+    process = _PROCESS_NBYTES + len(buffers) * _TENSOR_NBYTES
+    shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
+    own = heapq.nlargest(MAX_WORKERS, buffers)
 
+    def needed(workers: int) -> int:
+        # A tensor is the work of one worker: there may be fewer large ones than workers.
+        nbytes = sum(shared[: Held.count_for(workers)]) + sum(own[:workers])
+        return process + nbytes + workers * _WORKER_NBYTES
 
-def _factor_nbytes(A: Lazy) -> int:
-    # All of A as stored and in fp32, rows of B likewise, and what is multiplied in fp64.
-    return A.nbytes + A.rows * (4 * A.columns + 20 * CHUNK_ROWS + 8 * TILE_COLUMNS)
-
-
-def _held_nbytes(term: LowRank) -> int:
-    """Bytes of the factors of fused experts that stay in memory, two of them at most."""
-    views = [f.source if isinstance(f, Transposed) else f for f in (term.A, term.B)]
-    held = [view.source.nbytes for view in views if isinstance(view, Columns)]
-    return 2 * min(max(held, default=0), HELD_NBYTES)
+    return needed
 
 
 def _processors() -> int:

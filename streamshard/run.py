@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.arithmetic import Change
+from streamshard.checkpoint import INDEX_NAME
 from streamshard.digests import ALGORITHM, DIGEST_NBYTES, file_record
 from streamshard.distance import Distances, is_comparable
 from streamshard.errors import (
@@ -31,14 +32,16 @@ from streamshard.files import (
 )
 from streamshard.format import json_pieces, total_nbytes, total_parameters
 from streamshard.identity import Identity, identity
-from streamshard.journal import FinishedShard
+from streamshard.inputs import active
+from streamshard.journal import JOURNAL_NAME, FinishedShard
+from streamshard.listing import name_problem
 from streamshard.places import check_places
 from streamshard.record import sealed
 from streamshard.report import REPORT_NAME, Report, Streamed, new_report
 from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
 from streamshard.resuming import check_finished
-from streamshard.staging import output_folder, staged_nbytes
+from streamshard.staging import output_folder, places_beside, staged_nbytes
 from streamshard.tensors import Lazy, Stored
 from streamshard.updates import cast
 from streamshard.writer import Shard, index_pieces, plan_shards, write_shards
@@ -140,6 +143,7 @@ def run(job: Job, options: Options) -> Report:
         single=job.weights_name,
     )
     job = replace(job, tensors={}, shard_of={})  # they are in the shards now
+    _check_names(job, shards)
     plan = _plan(job, shards, options)
     if options.on_plan is not None:
         options.on_plan(plan)
@@ -182,6 +186,24 @@ def _size(size: int | str | None, option: str) -> int | None:
         raise UsageError(f"{option}: {error}") from error
 
 
+def _check_names(job: Job, shards: Sequence[Shard]) -> None:
+    """Refuse files beside the weights that the output cannot have, before anything is written."""
+    taken = {shard.name for shard in shards} | {INDEX_NAME, REPORT_NAME, JOURNAL_NAME}
+    for name, file in job.side_files.items():
+        where, problem = printable(str(file)), name_problem(name)
+        if problem is not None:
+            raise InputError(
+                f"{where}: its name {problem}, so {REPORT_NAME} could not list it and the output could "
+                "not be verified. Rename the file, or move it out of the folder."
+            )
+        first = name.partition("/")[0]
+        if first in taken:
+            raise InputError(
+                f"{where}: '{printable(first)}' is what a file of the output is called, and one of the "
+                "two would be lost. Rename it, or move it out of the folder."
+            )
+
+
 def _plan(job: Job, shards: Sequence[Shard], options: Options) -> Plan:
     nbytes = sum(shard.nbytes for shard in shards)
     free = disk_free(job.output.absolute())
@@ -211,6 +233,10 @@ def _write(
     beside: dict[str, Path | bytes] = dict(job.side_files)
     if config is not None:
         beside[job.config_name] = b"".join(json_pieces(config))
+    inputs = active()
+    if inputs is not None:
+        target = plan.output.resolve()
+        inputs.leave_out(target, *places_beside(target).values())
     with output_folder(
         plan.output, _identity(job, plan, reference, beside, options), overwrite=options.overwrite
     ) as staging:
@@ -236,7 +262,7 @@ def _write(
         _write_beside(beside, staging.folder)
         names = list(beside)
         if len(plan.shards) > 1:
-            names.append("model.safetensors.index.json")
+            names.append(INDEX_NAME)
             write_new(staging.folder / names[-1], index_pieces(plan.shards))
         kept = {
             **report,
@@ -244,6 +270,8 @@ def _write(
             "digests": _digests(plan.shards, finished, staging.folder, names, options),
         }
         write_new(staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, job.started))))
+        if inputs is not None:
+            inputs.end()
 
 
 def _identity(

@@ -12,7 +12,14 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from streamshard.errors import OutputError, ReadError, StreamshardError, WriteError, printable
+from streamshard.errors import (
+    ChangedError,
+    OutputError,
+    ReadError,
+    StreamshardError,
+    WriteError,
+    printable,
+)
 from streamshard.files import (
     exists,
     make_folders,
@@ -202,8 +209,10 @@ def _is_there(path: Path) -> bool | None:
 
 def _leave(staging: Staging, error: BaseException) -> None:
     """Keep what can be continued, and say so in the error; remove everything else."""
-    # Not if the same would happen again.
-    passing = isinstance(error, (ReadError, WriteError, MemoryError))
+    # Not if the same would happen again, nor what is of an input that is no longer there.
+    passing = isinstance(error, (ReadError, WriteError, MemoryError)) and not isinstance(
+        error, ChangedError
+    )
     if (passing or not isinstance(error, Exception)) and staging.finished:
         with contextlib.suppress(OSError, StreamshardError):
             staging.clear()

@@ -1,4 +1,6 @@
-"""Lazy tensors: small immutable values that know their shape and dtype and can fill row blocks.
+"""Lazy tensors: small immutable values that know their shape and dtype and can fill windows.
+
+A window is some columns of some rows of the matrix of a tensor, however long its rows are.
 
 Two kinds of node preserve bytes (`Stored`, `Array`) and a third joins parts (`Concat`); these
 report where their bytes lie. The one that computes (`updates.Computed`) holds a byte-preserving
@@ -10,25 +12,33 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from streamshard.arithmetic import FLOATS, Change, widen
-from streamshard.files import ByteRange, Files
+from streamshard.arithmetic import FLOATS, widen
+from streamshard.files import ByteRange
+from streamshard.workspace import Bytes, Float32, Held, Workspace
 
 __all__ = [
     "DTYPE_BITS",
+    "READ_NBYTES",
     "Array",
+    "Bytes",
     "Concat",
+    "Float32",
+    "Held",
     "Lazy",
     "NotFiniteError",
     "Stored",
+    "Window",
     "Workspace",
+    "blocks",
+    "by_elements",
     "check_elements",
     "check_rows",
     "concat",
@@ -36,10 +46,13 @@ __all__ = [
     "read_float32",
 ]
 
-Bytes: TypeAlias = npt.NDArray[np.uint8]
-Float32: TypeAlias = npt.NDArray[np.float32]
 Elements: TypeAlias = npt.NDArray[np.generic]
 Shape: TypeAlias = tuple[int, ...]
+# Rows from the first number to the second, of which columns from the third to the fourth.
+Window: TypeAlias = tuple[int, int, int, int]
+
+# What is read at a time where it is looked at and not kept.
+READ_NBYTES = 1_000_000
 
 # Bits an element, in the order of the format's own enumeration: files are laid out widest
 # first by this order (safetensors `Dtype`, safetensors/src/tensor.rs).
@@ -76,63 +89,8 @@ class NotFiniteError(ArithmeticError):
         super().__init__(f"row {row:,}: {detail}")
 
 
-class Workspace:
-    """What one worker needs to fill rows: open inputs, reused buffers, and sums.
-
-    `change` accumulates what updates did to computed elements since it was last set.
-    """
-
-    def __init__(self, files: Files) -> None:
-        self.files = files
-        self.change = Change()
-        self._buffers: dict[str, Bytes] = {}
-        self._kept: dict[Hashable, Any] = {}
-        self._held: dict[int, tuple[Lazy, Bytes]] = {}
-
-    def bytes(self, name: str, nbytes: int) -> Bytes:
-        """A buffer that is used again under the same name; its content is left over."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.nbytes < nbytes:
-            buffer = np.empty(nbytes, np.uint8)
-            self._buffers[name] = buffer
-        return buffer[:nbytes]
-
-    def float32(self, name: str, rows: int, columns: int) -> Float32:
-        """The like as an fp32 matrix."""
-        return self.bytes(name, rows * columns * 4).view(np.float32).reshape(rows, columns)
-
-    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gave for `key`, kept until another tensor begins.
-
-        A key made of the id of a node must be kept with that node, so that no other can get it.
-        """
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
-
-    def held(self, tensor: Lazy) -> Bytes:
-        """All bytes of a tensor; the last two that were asked for stay in memory.
-
-        For the factors of fused experts: each expert needs some of all of their rows.
-        """
-        key = id(tensor)
-        found = self._held.pop(key, None)
-        if found is None:
-            if len(self._held) > 1:
-                self._held.pop(next(iter(self._held)))
-            data = np.empty(tensor.nbytes, np.uint8)
-            tensor.fill(0, tensor.rows, data, self)
-            found = (tensor, data)
-        self._held[key] = found
-        return found[1]
-
-    def forget(self) -> None:
-        """Drop what was kept, but not what is held; called when another tensor begins."""
-        self._kept.clear()
-
-
 class Lazy(ABC):
-    """A tensor that can fill any range of its rows; `shape` and `dtype` are always known."""
+    """A tensor that can fill any window of its rows; `shape` and `dtype` are always known."""
 
     __slots__ = ()
 
@@ -177,8 +135,53 @@ class Lazy(ABC):
         raise ValueError(f"a {type(self).__name__} cannot be reshaped to {shape}")
 
     @abstractmethod
+    def window(
+        self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace
+    ) -> None:
+        """Put the bytes of columns `[first, last)` of matrix rows `[start, stop)` into `out`.
+
+        `out` has just that size. `first` is one that begins with a byte.
+        """
+
     def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
         """Put the bytes of matrix rows `[start, stop)` into `out`, which has just that size."""
+        self.window(start, stop, 0, self.columns, out, work)
+
+    def elements(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
+        """Put the bytes of elements `[start, stop)`, counted through all rows, into `out`."""
+        columns, bits, begin = self.columns, DTYPE_BITS[self.dtype], start
+        while start < stop:
+            row, first = divmod(start, columns)
+            last, rows = min(columns, first + stop - start), 1
+            if last - first == columns:
+                rows = (stop - start) // columns
+            end = start + rows * (last - first)
+            place = out[(start - begin) * bits // 8 : (end - begin) * bits // 8]
+            self.window(row, row + rows, first, last, place, work)
+            start = end
+
+    def windows(self, nbytes: int) -> Iterator[Window]:
+        """Windows of about `nbytes` that make up everything, in the order that costs least."""
+        return self.cut((0, self.rows, 0, self.columns), nbytes)
+
+    def cut(self, window: Window, nbytes: int) -> Iterator[Window]:
+        """A window in parts of about `nbytes`, as they are best read: rows, or parts of one."""
+        start, stop, first, last = window
+        columns, bits = last - first, DTYPE_BITS[self.dtype]
+        height = max(nbytes * 8 // max(columns * bits, 1), 1)
+        # Of elements of less than a byte too: a part begins with one.
+        width = max(nbytes // bits, 1) * 8 if columns * bits > nbytes * 8 else max(columns, 1)
+        for row in range(start, stop, height):
+            for column in range(first, last, width):
+                yield row, min(row + height, stop), column, min(column + width, last)
+
+    def buffer_nbytes(self) -> int:
+        """Bytes of memory that one worker needs to fill the windows, one by one."""
+        return 0
+
+    def held(self) -> tuple[Lazy, ...]:
+        """What is kept in memory as a whole, for all workers, while windows are filled."""
+        return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +209,14 @@ class Stored(Lazy):
         check_elements(self, shape)
         return replace(self, shape=shape)
 
-    def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
-        first = self.offset + start * self.row_nbytes
-        span = ByteRange(self.path, first, out.nbytes, self.file_nbytes)
+    def window(
+        self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace
+    ) -> None:
+        by_elements(self, (start, stop, first, last), out, work)
+
+    def elements(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
+        begin = self.offset + start * DTYPE_BITS[self.dtype] // 8
+        span = ByteRange(self.path, begin, out.nbytes, self.file_nbytes)
         work.files.read_into(span, out.data)
 
 
@@ -229,8 +237,12 @@ class Array(Lazy):
         check_elements(self, shape)
         return Array(self.data, shape, self.dtype)
 
-    def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
-        np.copyto(out, self.data[start * self.row_nbytes : stop * self.row_nbytes])
+    def window(
+        self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace
+    ) -> None:
+        bits, rows = DTYPE_BITS[self.dtype], self.data.reshape(self.rows, self.row_nbytes)
+        part = rows[start:stop, first * bits // 8 : last * bits // 8]
+        np.copyto(out.reshape(part.shape), part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,11 +307,41 @@ class Concat(Lazy):
             raise ValueError(f"the parts of {self.shape} do not fit {shape}")
         return replace(self, shape=shape)
 
-    def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
+    def window(
+        self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace
+    ) -> None:
+        columns = self.columns
+        width = (last - first) * DTYPE_BITS[self.dtype] // 8
         for part, low, high, at in self._overlaps(start, stop):
-            place = out[at * self.row_nbytes : (at + high - low) * self.row_nbytes]
+            place = out[at * width : (at + high - low) * width]
             step = part.rows // part.shape[0]  # a cast may have finer rows than dim 0
-            part.fill(low * step, high * step, place, work)
+            if last - first == columns:
+                part.fill(low * step, high * step, place, work)
+            elif step == 1:
+                part.window(low, high, first, last, place, work)
+            else:
+                for row in range(low, high):
+                    piece = place[(row - low) * width : (row - low + 1) * width]
+                    part.elements(row * columns + first, row * columns + last, piece, work)
+
+    def buffer_nbytes(self) -> int:
+        return max(part.buffer_nbytes() for part in self.parts)
+
+    def held(self) -> tuple[Lazy, ...]:
+        return tuple(node for part in self.parts for node in part.held())
+
+
+def by_elements(tensor: Lazy, window: Window, out: Bytes, work: Workspace) -> None:
+    """Fill a window of a tensor whose elements are at hand in their order."""
+    start, stop, first, last = window
+    columns = tensor.columns
+    if last - first == columns:
+        tensor.elements(start * columns, stop * columns, out, work)
+        return
+    width = out.nbytes // max(stop - start, 1)
+    for row in range(start, stop):
+        at, begin = row * columns, (row - start) * width
+        tensor.elements(at + first, at + last, out[begin : begin + width], work)
 
 
 def concat(parts: Iterable[Lazy]) -> Lazy:
@@ -333,31 +375,52 @@ def concat(parts: Iterable[Lazy]) -> Lazy:
     return Concat(tuple(joined), (rows, *flat[0].shape[1:]), flat[0].dtype)
 
 
-def read_float32(tensor: Lazy, start: int, stop: int, work: Workspace) -> Float32:
-    """Rows `[start, stop)` of a float tensor as a new fp32 matrix."""
-    raw = work.bytes("narrow", (stop - start) * tensor.row_nbytes)
-    tensor.fill(start, stop, raw, work)
-    out = np.empty((stop - start, tensor.columns), np.float32)
-    widen(raw.view(FLOATS[tensor.dtype]).reshape(out.shape), tensor.dtype, out)
+def read_float32(
+    tensor: Lazy,
+    start: int,
+    stop: int,
+    work: Workspace,
+    columns: tuple[int, int] | None = None,
+    out: Float32 | None = None,
+) -> Float32:
+    """Rows `[start, stop)` of a float tensor, or some columns of these, as a new fp32 matrix.
+
+    It is put into `out` if there is one.
+    """
+    first, last = columns or (0, tensor.columns)
+    if out is None:
+        out = np.empty((stop - start, last - first), np.float32)
+    kind = FLOATS[tensor.dtype]
+    for part in tensor.cut((start, stop, first, last), READ_NBYTES):
+        row, end, left, right = part
+        place = out[row - start : end - start, left - first : right - first]
+        raw = work.bytes("narrow", place.size * np.dtype(kind).itemsize)
+        tensor.window(*part, raw, work)
+        widen(raw.view(kind).reshape(place.shape), tensor.dtype, place)
     return out
+
+
+def blocks(one: Lazy, other: Lazy, nbytes: int, work: Workspace) -> Iterator[tuple[Bytes, Bytes]]:
+    """The bytes of two tensors of one shape side by side; valid until the next ones."""
+    bits = [DTYPE_BITS[tensor.dtype] for tensor in (one, other)]
+    total, step = math.prod(one.shape), max(nbytes // max(bits), 1) * 8
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        left, right = (
+            work.bytes(name, (stop - start) * width // 8)
+            for name, width in zip(("left", "right"), bits, strict=True)
+        )
+        one.elements(start, stop, left, work)
+        other.elements(start, stop, right, work)
+        yield left, right
 
 
 def equal_bytes(one: Lazy, other: Lazy, work: Workspace) -> bool:
     """Whether two tensors of one shape and dtype have the same bytes, read block by block."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    step = max(1_000_000 // max(one.row_nbytes, 1), 1)
-    for start in range(0, one.rows, step):
-        stop = min(start + step, one.rows)
-        left, right = (
-            work.bytes(name, (stop - start) * tensor.row_nbytes)
-            for name, tensor in (("left", one), ("right", other))
-        )
-        one.fill(start, stop, left, work)
-        other.fill(start, stop, right, work)
-        if not np.array_equal(left, right):
-            return False
-    return True
+    pairs = blocks(one, other, READ_NBYTES, work)
+    return all(np.array_equal(left, right) for left, right in pairs)
 
 
 def check_rows(tensor: Lazy, start: int, stop: int) -> None:

@@ -198,25 +198,44 @@ def inspect_text(report: dict[str, Any]) -> str:
 
 
 def verify_text(report: dict[str, Any]) -> str:
-    """What `verify` prints."""
+    """What `verify` prints: what was checked, what was not, what is extra, and what follows."""
     checked = report["checked"]
     against = "with their digests" if report["recorded"] else "(no digests are recorded)"
-    read = (
-        f"{checked['tensors']} of {report['tensors']} tensors {against}, {_bytes(checked['bytes'])} "
-        f"in {report['seconds']:.1f} s"
-    )
+    lines = [
+        f"{report['path']}",
+        f"  read: {checked['tensors']} of {report['tensors']} tensors {against}, "
+        f"{_bytes(checked['bytes'])} in {report['seconds']:.1f} s",
+        f"  files compared with their digests: {_shortened(report['checked_files'])}",
+    ]
+    why: dict[str, list[str]] = {}
+    for one in report["not_checked"]:
+        why.setdefault(one["why"], []).append(one["name"])
+    lines += [f"  not compared: {_shortened(names)}: {reason}" for reason, names in why.items()]
+    if report["extra"]:
+        lines.append(f"  extra, not in the record: {_shortened(report['extra'])}")
     problems = report["problems"]
-    if not problems:
-        return f"{report['path']} is right\n  checked {read}"
-    more = [f"  and {len(problems) - 50} more"] if len(problems) > 50 else []
-    return "\n".join(
-        [
-            f"{report['path']} is damaged or not what was written; {len(problems)} found",
-            f"  checked {read}",
-            *(f"  {problem}" for problem in problems[:50]),
-            *more,
-        ]
-    )
+    lines += [f"  problem: {problem}" for problem in problems[:50]]
+    lines += [f"  and {len(problems) - 50} more problems"] if len(problems) > 50 else []
+    return "\n".join([*lines, f"{report['path']}{_conclusion(report)}"])
+
+
+def _shortened(names: list[str], limit: int = 12) -> str:
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return (", ".join(f"'{name}'" for name in names[:limit]) or "none") + more
+
+
+def _conclusion(report: dict[str, Any]) -> str:
+    count, extra = len(report["problems"]), len(report["extra"])
+    if count:
+        known = report["recorded"] or report["record"] == "changed"
+        what = "damaged or not what was written" if known else "damaged, or cannot be confirmed"
+        return f" is {what}; {count} found"
+    if not report["recorded"]:
+        return ": no problem found; no digests to compare"
+    if report["not_checked"]:
+        return ": no problem found in what was compared; the rest was not"
+    beside = f"; {extra} extra {'file is' if extra == 1 else 'files are'} no part of it"
+    return f" is right: every file and tensor is as it was written{beside if extra else ''}"
 
 
 def _bytes(count: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 from streamshard.files import Files
 from streamshard.limits import STACK_NBYTES
-from streamshard.tensors import Workspace
+from streamshard.tensors import Held, Workspace
 
 __all__ = ["Background", "Stop", "Stopped", "share"]
 
@@ -55,8 +56,10 @@ def share(
 
     taken, lock = iter(items), threading.Lock()
 
+    held = Held(workers)
+
     def loop() -> None:
-        workspace = Workspace(files)
+        workspace = Workspace(files, held)
         try:
             while stop.going():
                 with lock:
@@ -72,7 +75,7 @@ def share(
         # One BLAS thread a worker: the bits of a product depend on the number of threads.
         threadpool_limits(1, user_api="blas"),
     ):
-        threads = [threading.Thread(target=loop, daemon=True) for _ in range(workers)]
+        threads = [_thread(loop) for _ in range(workers)]
         try:
             for place, thread in enumerate(threads):
                 try:
@@ -109,6 +112,11 @@ def _start(thread: threading.Thread) -> None:
             threading.stack_size(before)
 
 
+def _thread(work: Callable[[], None]) -> threading.Thread:
+    """A thread in which is active what is here, as the inputs that note what is opened."""
+    return threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
+
+
 class Background:
     """One thread that does tasks in order. An error of one of them stops the run."""
 
@@ -116,7 +124,7 @@ class Background:
         self._stop = stop
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # A daemon: waiting for the disk must not keep an interrupted process alive.
-        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread = _thread(self._loop)
         _start(self._thread)
 
     def add(self, task: Callable[[], None]) -> None:

@@ -1,8 +1,11 @@
 """Updates of weights as lazy tensors: low-rank products, DoRA's magnitudes, and casts.
 
 `Computed` is the one node that computes. It holds a source that preserves bytes, adds the sum of
-its terms in fp32, scales by magnitudes if it has any, and rounds once. The factors of a term may be
-views (`Transposed`, `Columns`) of what the adapter has.
+its terms in fp32, scales by magnitudes if it has any, and rounds once.
+
+Memory is bounded for rows of any length: where a tile of rows, or the factor A, would be too large, the
+columns are cut into strips, each a whole number of the grid's tiles wide, and all rows of a strip are
+computed before the next one.
 """
 
 from __future__ import annotations
@@ -10,22 +13,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-from streamshard.arithmetic import FLOATS, add_and_round, add_row_squares, narrow
+from streamshard.arithmetic import FLOATS, Float64, add_and_round, add_row_squares, narrow, widen
 from streamshard.errors import InputError
+from streamshard.products import BLOCK_ELEMENTS, TILE_COLUMNS, TILE_ROWS, LowRank
 from streamshard.tensors import (
-    Array,
+    DTYPE_BITS,
     Bytes,
     Elements,
     Float32,
     Lazy,
     NotFiniteError,
     Shape,
-    Stored,
+    Window,
     Workspace,
     check_rows,
     concat,
@@ -33,165 +36,18 @@ from streamshard.tensors import (
 )
 
 __all__ = [
-    "Columns",
+    "SPAN_COLUMNS",
     "Computed",
-    "LowRank",
     "Magnitude",
-    "Transposed",
     "add_low_rank",
     "cast",
     "with_magnitude",
 ]
 
-Float64: TypeAlias = npt.NDArray[np.float64]
-
-# The grid of the low-rank product. Constants: the bits of a BLAS product depend on the size of
-# the call, so these must not depend on memory, workers, shards or layout.
-TILE_ROWS = 128
-TILE_COLUMNS = 1024
-CHUNK_ROWS = 8 * TILE_ROWS
-BLOCK_ELEMENTS = TILE_ROWS * TILE_COLUMNS
-# Summing more products than this in fp32 costs more than one bf16 element in 10,000 its correct
-# rounding (measured with updates of a third of the weights): higher ranks are summed in fp64.
-MAX_RANK_FLOAT32 = 64
-# Factors of fused experts up to this size are kept in memory while one tensor is written.
-HELD_NBYTES = 32_000_000
-READ_NBYTES = 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Transposed(Lazy):
-    """A small matrix with rows and columns swapped; only as a factor of an update."""
-
-    source: Lazy
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]
-        return (self.source.columns, self.source.rows)
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.source.dtype
-
-    def take(self, start: int, stop: int) -> Lazy:
-        raise ValueError("a transposed factor is taken as a whole")
-
-    def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
-        source, count = self.source, stop - start
-        place = out.view(FLOATS[self.dtype]).reshape(count, source.rows)
-        if isinstance(source, (Stored, Array)):
-            flat = source.reshape((source.rows * source.columns,))
-            part = work.bytes("transposed", count * flat.row_nbytes)
-            for row in range(source.rows):
-                first = row * source.columns + start
-                flat.fill(first, first + count, part, work)
-                place[:, row] = part.view(place.dtype)
-            return
-        step = max(READ_NBYTES // max(source.row_nbytes, 1), 1)
-        for row in range(0, source.rows, step):
-            last = min(row + step, source.rows)
-            part = work.bytes("transposed", (last - row) * source.row_nbytes)
-            source.fill(row, last, part, work)
-            place[:, row:last] = part.view(place.dtype).reshape(last - row, -1)[:, start:stop].T
-
-
-@dataclass(frozen=True, slots=True)
-class Columns(Lazy):
-    """Every `step`-th column of a matrix, `count` of them from `first` on; only as a factor.
-
-    The factors of fused experts lie side by side in one matrix (PEFT `ParamWrapper`).
-    """
-
-    source: Lazy
-    first: int
-    step: int
-    count: int
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]
-        return (self.source.rows, self.count)
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return self.source.dtype
-
-    def take(self, start: int, stop: int) -> Lazy:
-        raise ValueError("columns of a factor are taken as a whole")
-
-    def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
-        place = out.view(FLOATS[self.dtype]).reshape(stop - start, self.count)
-        chosen = np.s_[:, self.first : self.first + self.step * self.count : self.step]
-        source = self.source
-        if source.nbytes <= HELD_NBYTES:
-            whole = work.held(source).view(place.dtype).reshape(source.rows, source.columns)
-            np.copyto(place, whole[start:stop][chosen])
-            return
-        step = max(READ_NBYTES // source.row_nbytes, 1)
-        for row in range(start, stop, step):
-            last = min(row + step, stop)
-            part = work.bytes("columns", (last - row) * source.row_nbytes)
-            source.fill(row, last, part, work)
-            rows = part.view(place.dtype).reshape(last - row, source.columns)
-            place[row - start : last - start] = rows[chosen]
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """The update `scale * B @ A`, of which rows `[start, stop)` are meant.
-
-    `A` is (r, columns), `B` is (rows, r). Tiles are counted from the first row of `B`, so any
-    window of rows has the same bits wherever it ends up.
-    """
-
-    A: Lazy
-    B: Lazy
-    scale: float
-    start: int
-    stop: int
-
-    def take(self, start: int, stop: int) -> LowRank:
-        """The same update for rows `[start, stop)` of this window."""
-        return replace(self, start=self.start + start, stop=self.start + stop)
-
-    def fill(self, out: Float32, row: int, column: int, work: Workspace) -> None:
-        """Put the part of the update that begins at (`row`, `column`) into `out`.
-
-        `column` is a multiple of `TILE_COLUMNS`, and `out` is no wider than that.
-        """
-        right = _factor(self.A, work)[:, column : column + out.shape[1]]
-        if self.A.rows > MAX_RANK_FLOAT32:
-            right = right.astype(np.float64)
-        first, last = self.start + row, self.start + row + len(out)
-        for tile in range(first - first % TILE_ROWS, last, TILE_ROWS):
-            left = self._scaled_rows(tile, work)
-            low, high = max(first, tile), min(last, tile + TILE_ROWS)
-            rows = out[low - first : high - first]
-            if len(rows) == TILE_ROWS and left.dtype == rows.dtype:
-                np.matmul(left, right, out=rows)
-            else:
-                np.copyto(rows, np.matmul(left, right)[low - tile : high - tile])
-
-    def _scaled_rows(self, tile: int, work: Workspace) -> npt.NDArray[np.floating]:
-        """`TILE_ROWS` rows of `scale * B` from row `tile` on, zeros beyond the last one.
-
-        In fp32, or in fp64 for ranks above `MAX_RANK_FLOAT32`.
-        """
-        B = self.B
-        chunks: dict[int, tuple[Lazy, npt.NDArray[np.floating]]]
-        chunks = work.kept(("scaled", id(B), self.scale), dict)
-        chunk = tile // CHUNK_ROWS
-        if chunk not in chunks:
-            first = chunk * CHUNK_ROWS
-            count = min(CHUNK_ROWS, B.rows - first)
-            height = -(-count // TILE_ROWS) * TILE_ROWS
-            exact = B.columns > MAX_RANK_FLOAT32
-            rows = np.zeros((height, B.columns), np.float64 if exact else np.float32)
-            # The scale is applied in fp64, so that it costs one rounding and not two.
-            rows[:count] = read_float32(B, first, first + count, work) * np.float64(self.scale)
-            chunks.clear()
-            chunks[chunk] = (B, rows)
-        first = tile - chunk * CHUNK_ROWS
-        return chunks[chunk][1][first : first + TILE_ROWS]
+# What a strip may take: its part of the factors A in fp32, and a tile of its rows.
+STRIP_NBYTES = 32_000_000
+# Columns that are read at a time where rows of a tile are only looked at.
+SPAN_COLUMNS = 8 * TILE_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,39 +108,128 @@ class Computed(Lazy):
             raise ValueError(f"cannot reshape {self.shape} to {shape}")
         return replace(self, shape=shape)
 
-    def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
-        rows, columns = stop - start, self.columns
+    def strips(self) -> Iterator[tuple[int, int]]:
+        """The columns of each strip."""
+        width = self._strip_columns()
+        for first in range(0, self.columns, width):
+            yield first, min(first + width, self.columns)
+
+    def windows(self, nbytes: int) -> Iterator[Window]:
+        """Whole tiles of rows, strip by strip; casts in the order of the file."""
+        if not self.terms:
+            yield from Lazy.windows(self, nbytes)
+            return
+        for first, last in self.strips():
+            row_nbytes = (last - first) * DTYPE_BITS[self.dtype] // 8
+            height = max(nbytes // max(row_nbytes, 1) // TILE_ROWS, 1) * TILE_ROWS
+            for row in range(0, self.rows, height):
+                yield row, min(row + height, self.rows), first, last
+
+    def buffer_nbytes(self) -> int:
+        if not self.terms:
+            return self.source.buffer_nbytes()
+        width = min(self._strip_columns(), self.columns)
+        norms = 8 * self.rows if self.magnitude is not None else 0
+        more = sum(term.buffer_nbytes() for term in self.terms)
+        return width * self._column_nbytes(whole=width == self.columns) + norms + more
+
+    def held(self) -> tuple[Lazy, ...]:
+        return tuple(
+            node for term in self.terms for part in (term.A, term.B) for node in part.held()
+        )
+
+    def _strip_columns(self) -> int:
+        """How wide a strip is: everything if that is not too much, or as many tiles as are not."""
+        if self.columns * self._column_nbytes(whole=True) <= STRIP_NBYTES:
+            return max(self.columns, 1)
+        tiles = STRIP_NBYTES // (self._column_nbytes(whole=False) * TILE_COLUMNS)
+        return max(tiles, 1) * TILE_COLUMNS
+
+    def _column_nbytes(self, *, whole: bool) -> int:
+        """Bytes of memory that each column of a strip takes, or of `whole` rows."""
+        height = min(self.rows, TILE_ROWS)
+        bits = DTYPE_BITS[self.dtype]
+        if self.source.dtype != self.dtype:
+            bits += DTYPE_BITS[self.source.dtype]
+        nbytes = height * bits // 8 + sum(4 * term.A.rows for term in self.terms)
+        if self.magnitude is not None and self.magnitude.whole is not None:
+            nbytes += 3 * 8
+        elif self.magnitude is not None and whole:
+            nbytes += 4 * height  # the update, which is needed twice
+        return nbytes
+
+    def window(
+        self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace
+    ) -> None:
+        rows, columns = stop - start, last - first
         if not rows * columns:
             return
         # Same dtype: the rows are read to where they will be replaced.
         same = self.source.dtype == self.dtype
-        raw = out if same else work.bytes("source", rows * self.source.row_nbytes)
-        self.source.fill(start, stop, raw, work)
+        raw = out
+        if not same:
+            raw = work.bytes("source", rows * columns * DTYPE_BITS[self.source.dtype] // 8)
+        self.source.window(start, stop, first, last, raw, work)
         old = raw.view(FLOATS[self.source.dtype]).reshape(rows, columns)
         new = out.view(FLOATS[self.dtype]).reshape(rows, columns)
+        width = self._strip_columns() if self.terms else last
         # Overflow is found below, with the row; a warning would only come on top.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            if self.magnitude is None:
-                self._fill_blocks(old, new, start, work)
-            elif self.magnitude.whole is None:
-                self._fill_scaled_rows(old, new, start, work)
-            else:
-                self._fill_blocks(old, new, start, work, self._column_scale(work))
+            if self.magnitude is not None and self.magnitude.whole is None:
+                if columns == self.columns <= width:
+                    self._fill_scaled_rows(old, new, start, work)
+                    return
+                squares = self._row_squares(work)[start:stop]
+                scale = self._row_scale(start, np.sqrt(squares), work)
+            for left in range(first - first % width, last, width):
+                strip = left, min(left + width, self.columns)
+                low, high = max(left, first), min(strip[1], last)
+                inner = np.s_[:, low - first : high - first]
+                if self.magnitude is None:
+                    factors = None
+                elif self.magnitude.whole is None:
+                    factors = scale
+                else:
+                    factors = self._column_scale(strip, work)[:, low - left : high - left]
+                self._fill_blocks(old[inner], new[inner], (start, low), strip, work, factors)
 
     def _fill_blocks(
         self,
         old: Elements,
         new: Elements,
-        start: int,
+        at: tuple[int, int],
+        strip: tuple[int, int],
         work: Workspace,
-        scale: Float64 | None = None,
+        scale: Float64 | None,
     ) -> None:
+        """Compute a window that begins at a row and column, all of it in one strip."""
+        first_row, first = at
         rows, columns = old.shape
-        for row, column, height, width in _blocks(rows, columns):
+        for row, column, height, width in self._blocks(rows, columns, first):
             block = np.s_[row : row + height, column : column + width]
-            update = self.update(start + row, column, height, width, work)
-            by = None if scale is None else scale[:, column : column + width]
-            self._round(old[block], new[block], (start + row, column), update, work, by)
+            place = first_row + row, first + column
+            update = self.update(place[0], place[1], height, width, work, strip)
+            by = scale
+            if scale is not None:
+                by = scale[block[0]] if scale.shape == (len(old), 1) else scale[:, block[1]]
+            self._round(old[block], new[block], place, update, work, by)
+
+    def _blocks(self, rows: int, columns: int, first: int) -> Iterator[tuple[int, int, int, int]]:
+        """Row, column, height and width of blocks that fit the processor's cache.
+
+        They are counted from the window, whose first column is `first`; none crosses a tile's edge.
+        """
+        if not self.terms:
+            width = min(columns, BLOCK_ELEMENTS)
+            height = BLOCK_ELEMENTS // width
+            edges = [*range(0, columns, width), columns]
+        else:
+            width = min(self.columns, TILE_COLUMNS)
+            height = max(BLOCK_ELEMENTS // width // TILE_ROWS, 1) * TILE_ROWS
+            edges = [0, *range(TILE_COLUMNS - first % TILE_COLUMNS, columns, TILE_COLUMNS), columns]
+        for row in range(0, rows, height):
+            for column, end in pairwise(edges):
+                yield row, column, min(height, rows - row), end - column
 
     def _fill_scaled_rows(self, old: Elements, new: Elements, start: int, work: Workspace) -> None:
         """Rows whose norms are needed before the first of their elements is known."""
@@ -306,6 +251,40 @@ class Computed(Lazy):
                 at = (start + row, column)
                 self._round(old[own][across], new[own][across], at, whole[across], work, scale)
 
+    def _row_squares(self, work: Workspace) -> Float64:
+        """Sums over all rows, which take a pass of their own over all strips."""
+        dtype = self.source.dtype
+
+        def add_up() -> Float64:
+            squares = np.zeros(self.rows)
+            for strip in self.strips():
+                for row, column, base in self._spans(strip, work):
+                    own = squares[row : row + len(base)]
+                    for inner in range(0, base.shape[1], TILE_COLUMNS):
+                        part = base[:, inner : inner + TILE_COLUMNS]
+                        height, width = part.shape
+                        update = self.update(row, column + inner, height, width, work, strip)
+                        if update is not None:
+                            add_row_squares(part, dtype, update, own, work.float32)
+            return squares
+
+        kept: Float64 = work.kept(self, "squares", None, add_up)
+        return kept
+
+    def _spans(
+        self, strip: tuple[int, int], work: Workspace
+    ) -> Iterator[tuple[int, int, Elements]]:
+        """The source of a strip, a tile of rows and some columns at a time: row, column, elements."""
+        kind = FLOATS[self.source.dtype]
+        for row in range(0, self.rows, TILE_ROWS):
+            end = min(row + TILE_ROWS, self.rows)
+            for column in range(*strip, SPAN_COLUMNS):
+                last = min(column + SPAN_COLUMNS, strip[1])
+                shape = (end - row, last - column)
+                raw = work.bytes("span", math.prod(shape) * np.dtype(kind).itemsize)
+                self.source.window(row, end, column, last, raw, work)
+                yield row, column, raw.view(kind).reshape(shape)
+
     def _row_scale(self, row: int, norms: Float64, work: Workspace) -> Float64:
         magnitude = self.magnitude
         if magnitude is None:
@@ -319,35 +298,39 @@ class Computed(Lazy):
         vector = read_float32(magnitude.vector, first, first + len(norms), work)
         return vector.astype(np.float64) / norms[:, None]
 
-    def _column_scale(self, work: Workspace) -> Float64:
-        """Magnitude by norm of every column, which takes a pass of its own over all rows."""
+    def _column_scale(self, strip: tuple[int, int], work: Workspace) -> Float64:
+        """Magnitude by norm of every column of a strip, which takes a pass of its own over all rows."""
         magnitude = self.magnitude
         if magnitude is None or magnitude.whole is None:
             raise ValueError("no magnitudes of columns")
         whole, vector = magnitude.whole, magnitude.vector
+        first, last = strip
 
-        def scale() -> tuple[Magnitude, Float64]:
-            squares = np.zeros(whole.columns)
-            for row in range(0, whole.rows, TILE_ROWS):
-                count = min(TILE_ROWS, whole.rows - row)
-                base = read_float32(whole.source, row, row + count, work)
-                for column in range(0, whole.columns, TILE_COLUMNS):
-                    across = np.s_[:, column : column + TILE_COLUMNS]
-                    part = base[across]
-                    update = whole.update(row, column, count, part.shape[1], work)
-                    exact = (part if update is None else part + update).astype(np.float64)
-                    squares[column : column + TILE_COLUMNS] += np.einsum("ij,ij->j", exact, exact)
+        def scale() -> Float64:
+            squares = np.zeros(last - first)
+            for row, column, base in whole._spans(strip, work):  # noqa: SLF001 - of its own kind
+                for inner in range(0, base.shape[1], TILE_COLUMNS):
+                    part = base[:, inner : inner + TILE_COLUMNS]
+                    height, width = part.shape
+                    total = work.float32("total", height, width)
+                    widen(part, whole.source.dtype, total)
+                    update = whole.update(row, column + inner, height, width, work, strip)
+                    if update is not None:
+                        np.add(total, update, out=total)
+                    exact = total.astype(np.float64)
+                    at = column + inner - first
+                    squares[at : at + width] += np.einsum("ij,ij->j", exact, exact)
             if not squares.all():
                 raise NotFiniteError(
                     0,
-                    f"the norm of column {int(np.argmin(squares)):,} is zero, so DoRA's scale of it "
-                    "is infinite",
+                    f"the norm of column {first + int(np.argmin(squares)):,} is zero, so DoRA's scale "
+                    "of it is infinite",
                 )
-            values = read_float32(vector, 0, vector.rows, work).reshape(1, -1)
-            return magnitude, values.astype(np.float64) / np.sqrt(squares)
+            values = read_float32(vector, first, last, work).reshape(1, -1)
+            return values.astype(np.float64) / np.sqrt(squares)
 
-        found: tuple[Magnitude, Float64] = work.kept(("columns", id(magnitude)), scale)
-        return found[1]
+        found: Float64 = work.kept(magnitude, "scale", strip, scale)
+        return found
 
     def _round(
         self,
@@ -361,21 +344,36 @@ class Computed(Lazy):
         change = add_and_round(old, self.source.dtype, update, new, self.dtype, work.float32, scale)
         if not math.isfinite(change.squared):
             raise self._not_finite(*at, old.shape, update, work, scale)
-        work.change = work.change.plus(change)
+        work.changes.add(change)
 
     def update(
-        self, row: int, column: int, height: int, width: int, work: Workspace
+        self,
+        row: int,
+        column: int,
+        height: int,
+        width: int,
+        work: Workspace,
+        strip: tuple[int, int] | None = None,
     ) -> Float32 | None:
-        """The sum of the terms for a block, in fp32."""
+        """The sum of the terms for a block that crosses no edge of a tile of columns, in fp32.
+
+        `strip` is the strip that it is in, if that is known.
+        """
         if not self.terms:
             return None
-        update = work.float32("update", height, width)
-        self.terms[0].fill(update, row, column, work)
+        if strip is None:
+            columns = self._strip_columns()
+            first = column - column % columns
+            strip = first, min(first + columns, self.columns)
+        tile = column - column % TILE_COLUMNS
+        whole = min(TILE_COLUMNS, self.columns - tile)
+        update = work.float32("update", height, whole)
+        self.terms[0].fill(update, row, tile, strip, work)
         for term in self.terms[1:]:
-            more = work.float32("more", height, width)
-            term.fill(more, row, column, work)
+            more = work.float32("more", height, whole)
+            term.fill(more, row, tile, strip, work)
             np.add(update, more, out=update)
-        return update
+        return update if width == whole else update[:, column - tile : column - tile + width]
 
     def _not_finite(
         self,
@@ -388,8 +386,8 @@ class Computed(Lazy):
     ) -> NotFiniteError:
         """Which row of a block is not finite, and why."""
         # The block may be overwritten already: its source is read again.
-        base = read_float32(self.source, row, row + shape[0], work)
-        base = np.ascontiguousarray(base[:, column : column + shape[1]])
+        across = column, column + shape[1]
+        base = read_float32(self.source, row, row + shape[0], work, across)
         total = base if update is None else base + update
         if scale is not None:
             total = (total * scale).astype(np.float32)
@@ -469,22 +467,3 @@ def with_magnitude(tensor: Lazy, term: LowRank, vector: Lazy, *, by_row: bool) -
         raise ValueError("DoRA on what is computed already")  # noqa: TRY004
     vector = vector.reshape((count,))
     return replace(whole, magnitude=Magnitude(vector, 0, None if by_row else whole))
-
-
-def _factor(tensor: Lazy, work: Workspace) -> Float32:
-    """All of a small matrix as fp32, kept while one tensor is written."""
-
-    def read() -> tuple[Lazy, Float32]:
-        return tensor, read_float32(tensor, 0, tensor.rows, work)
-
-    kept: tuple[Lazy, Float32] = work.kept(("factor", id(tensor)), read)
-    return kept[1]
-
-
-def _blocks(rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-    """Row, column, height and width of blocks that fit the processor's cache."""
-    width = min(columns, TILE_COLUMNS)
-    height = max(BLOCK_ELEMENTS // width // TILE_ROWS, 1) * TILE_ROWS
-    for row in range(0, rows, height):
-        for column in range(0, columns, width):
-            yield row, column, min(height, rows - row), min(width, columns - column)

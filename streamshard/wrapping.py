@@ -22,6 +22,7 @@ from streamshard.injection import (
     target_modules,
     wrap,
 )
+from streamshard.inputs import watched
 from streamshard.limits import told
 from streamshard.lora import check_base
 from streamshard.paths import PathLike
@@ -46,6 +47,7 @@ _UPSTREAM = ("llama", "qwen2", "internlm2", "phi3")
 
 
 @told
+@watched
 def wrap_lora(
     *,
     base: PathLike,

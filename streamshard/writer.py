@@ -1,8 +1,9 @@
 """Writing a checkpoint: plan every file, then stream the tensors into known places.
 
 A plan is a list of shards whose headers, and so the place of every byte, are known before any
-data. Several threads take tensors, in any order; the bytes of one tensor pass one thread in their
-order, and what is measured of tensors is summed in the order of the file.
+data. Several threads take tensors, in any order; one thread has all of a tensor, and what is measured
+of tensors is summed in the order of the file. Parts of a tensor that are computed in another order than
+that of the file are read again from there, to be digested and compared in their order.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from streamshard.arithmetic import Change
+from streamshard.arithmetic import Change, Changes
 from streamshard.digests import DIGEST_NBYTES, hash_file, new_digest, new_sha256, shard_digest
 from streamshard.distance import squared_distance
 from streamshard.errors import AdapterError, WriteError, printable
 from streamshard.files import ByteRange, OutputFile, disk_free, rename, sync_folder
 from streamshard.format import build_header, json_pieces, total_nbytes, total_parameters
+from streamshard.inputs import active
 from streamshard.journal import FinishedShard
+from streamshard.products import TILE_ROWS
 from streamshard.staging import Staging
 from streamshard.tensors import (
     DTYPE_BITS,
@@ -32,7 +35,6 @@ from streamshard.tensors import (
     Workspace,
 )
 from streamshard.threads import Background, Stop, Stopped, share
-from streamshard.updates import TILE_ROWS
 
 __all__ = ["Shard", "index_pieces", "plan_shards", "write_shards"]
 
@@ -170,6 +172,102 @@ class _Open:
         )
 
 
+class _Writing:
+    """One tensor on its way into a shard; what is measured of it is measured in the file's order."""
+
+    def __init__(self, run: _Run, opened: _Open, name: str, work: Workspace) -> None:
+        self.run, self.work, self.name = run, work, name
+        self.tensor, self.begin = opened.shard.tensors[name], opened.begins[name]
+        self.output = opened.output
+        self.reference = None if run.reference is None else run.reference.get(name)
+        self.digest, self.distance = new_digest(), 0.0
+        self.done = 0
+        """Bytes that are written and measured."""
+        self._synced = self._progress = self._told = 0
+
+    def copy(self, source: ByteRange) -> None:
+        """Write bytes of a file as they are."""
+        work = self.work
+        work.files.check(source)
+        buffer = work.bytes("out", WRITE_BYTES)
+        for start in range(0, source.nbytes, WRITE_BYTES):
+            nbytes = min(WRITE_BYTES, source.nbytes - start)
+            part = ByteRange(source.path, source.offset + start, nbytes, source.file_nbytes)
+            work.files.read_into(part, buffer[:nbytes].data)
+            self._put(buffer[:nbytes])
+
+    def compute(self, piece: Lazy) -> None:
+        """Write what must be computed, window by window."""
+        base, columns, bits = self.done, piece.columns, DTYPE_BITS[piece.dtype]
+        scattered = False
+        for start, stop, first, last in piece.windows(WRITE_BYTES):
+            width = (last - first) * bits // 8
+            out = self.work.bytes("out", (stop - start) * width)
+            piece.window(start, stop, first, last, out, self.work)
+            at = base + (start * columns + first) * bits // 8
+            whole = last - first == columns or stop - start == 1
+            scattered = scattered or not whole or at != self.done
+            if not scattered:
+                for place in range(0, len(out), WRITE_BYTES):
+                    self._put(out[place : place + WRITE_BYTES])
+                continue
+            self.run.stop.check()
+            for row in range(stop - start):
+                part = out[row * width : (row + 1) * width]
+                self.output.write(part.data, self.begin + at + row * piece.row_nbytes)
+            self._noted(len(out))
+        if scattered:
+            self._measure_again(base + piece.nbytes, TILE_ROWS * piece.row_nbytes)
+
+    def _measure_again(self, end: int, step: int) -> None:
+        """Measure what is written already, in the blocks in which a tensor of short rows is."""
+        for start in range(self.done, end, step):
+            stop = min(start + step, end)
+            for place in range(start, stop, WRITE_BYTES):
+                block = self.work.bytes("out", min(WRITE_BYTES, stop - place))
+                self.output.read_into(block.data, self.begin + place)
+                self._measure(block)
+
+    def _put(self, block: Bytes) -> None:
+        self.output.write(block.data, self.begin + self.done)
+        self._noted(block.nbytes)
+        self._measure(block)
+
+    def _measure(self, block: Bytes) -> None:
+        self.run.stop.check()
+        self.digest.update(block.data)
+        if self.reference is not None:
+            self.distance += _distance(self.tensor, self.reference, self.done, block, self.work)
+        self.done += block.nbytes
+        if self.done - self._synced >= NOTED_BYTES:
+            self._sync()
+
+    def _noted(self, nbytes: int) -> None:
+        self._progress += nbytes
+        if self._progress - self._told >= NOTED_BYTES:
+            self._tell()
+
+    def tell(self) -> None:
+        """Tell what was not told yet, in the end."""
+        self._sync()
+        self._tell()
+
+    def _sync(self) -> None:
+        """Have the disk begin with a range that was written."""
+        nbytes = self.done - self._synced
+        if nbytes >= WRITE_BYTES:  # 40,000 small ones would make a long queue
+            offset = self.begin + self._synced
+            self.run.background.add(partial(self.output.begin_sync, offset, nbytes))
+        self._synced = self.done
+
+    def _tell(self) -> None:
+        nbytes = self._progress - self._told
+        if nbytes and self.run.progress is not None:
+            with self.run.lock:
+                self.run.progress(nbytes, self.name)
+        self._told = self._progress
+
+
 class _Run:
     """The writing of shards into a staging folder."""
 
@@ -189,6 +287,7 @@ class _Run:
         self.lock = threading.Lock()
         self.background = Background(self.stop)
         self.opened: set[_Open] = set()
+        self.inputs = active()
 
     def tensors(self, shards: Sequence[Shard]) -> Iterator[tuple[_Open, int]]:
         """Every tensor, as its shard and its place in there; shards are begun on the way."""
@@ -202,35 +301,26 @@ class _Run:
     def write(self, item: tuple[_Open, int], work: Workspace) -> None:
         """Write one tensor."""
         opened, place = item
-        name, output = opened.names[place], opened.output
-        tensor, begin = opened.shard.tensors[name], opened.begins[name]
-        reference = None if self.reference is None else self.reference.get(name)
-        digest, distance = new_digest(), 0.0
-        work.change = Change()
-        done = told = 0
-        for block in _blocks(name, tensor, work):
-            self.stop.check()
-            output.write(block.data, begin + done)
-            digest.update(block.data)
-            if reference is not None:
-                distance += _distance(tensor, reference, done, block, work)
-            done += block.nbytes
-            if done - told >= NOTED_BYTES:
-                self.tell(output, name, begin + told, done - told)
-                told = done
-        self.tell(output, name, begin + told, done - told)
-        squared = work.change.squared if reference is None else distance
+        writing = _Writing(self, opened, opened.names[place], work)
+        work.changes = Changes()
+        for piece in writing.tensor.pieces:
+            ranges = piece.ranges()
+            if ranges is not None:
+                for source in ranges:
+                    writing.copy(source)
+                continue
+            work.forget()
+            try:
+                writing.compute(piece)
+            except NotFiniteError as error:
+                message = f"tensor '{printable(writing.name)}', {error}. Nothing was written."
+                raise AdapterError(message) from error
+        writing.tell()
+        change = work.changes.total()
+        squared = change.squared if writing.reference is None else writing.distance
         with self.lock:
-            if opened.note(place, digest.digest(), squared, work.change):
+            if opened.note(place, writing.digest.digest(), squared, change):
                 self.background.add(partial(self.finish, opened))
-
-    def tell(self, output: OutputFile, name: str, offset: int, nbytes: int) -> None:
-        """Have the disk begin with a range that was written, and tell the progress."""
-        if nbytes >= WRITE_BYTES:  # 40,000 small ones would make a long queue
-            self.background.add(partial(output.begin_sync, offset, nbytes))
-        if nbytes and self.progress is not None:
-            with self.lock:
-                self.progress(nbytes, name)
 
     def finish(self, opened: _Open) -> None:
         """Wait until the disk has a shard, give it its name, and note it in the journal."""
@@ -241,6 +331,8 @@ class _Run:
         if sha256 is not None:
             hash_file(path, sha256, going=self.stop.going)
         shard = opened.finished(None if sha256 is None else sha256.hexdigest())
+        if self.inputs is not None:
+            self.inputs.check()  # only what is of unchanged inputs may be continued later
         with self.lock:
             self.stop.check()
             rename(path, path.with_name(shard.name))
@@ -279,44 +371,6 @@ def write_shards(
         run.background.finish()
     finally:
         run.end()
-
-
-def _blocks(name: str, tensor: Lazy, work: Workspace) -> Iterator[Bytes]:
-    """The bytes of a tensor in order; each block is valid until the next one."""
-    for piece in tensor.pieces:
-        ranges = piece.ranges()
-        if ranges is None:
-            work.forget()
-            try:
-                yield from _computed(piece, work)
-            except NotFiniteError as error:
-                message = f"tensor '{printable(name)}', {error}. Nothing was written."
-                raise AdapterError(message) from error
-        else:
-            for source in ranges:
-                yield from _copied(source, work)
-
-
-def _copied(source: ByteRange, work: Workspace) -> Iterator[Bytes]:
-    work.files.check(source)
-    buffer = work.bytes("out", WRITE_BYTES)
-    for start in range(0, source.nbytes, WRITE_BYTES):
-        nbytes = min(WRITE_BYTES, source.nbytes - start)
-        part = ByteRange(source.path, source.offset + start, nbytes, source.file_nbytes)
-        work.files.read_into(part, buffer[:nbytes].data)
-        yield buffer[:nbytes]
-
-
-def _computed(source: Lazy, work: Workspace) -> Iterator[Bytes]:
-    row_nbytes = source.row_nbytes
-    # Whole tiles of rows, at least one.
-    step = max(WRITE_BYTES // max(row_nbytes, 1) // TILE_ROWS, 1) * TILE_ROWS
-    for start in range(0, source.rows, step):
-        stop = min(start + step, source.rows)
-        rows = work.bytes("out", (stop - start) * row_nbytes)
-        source.fill(start, stop, rows, work)
-        for first in range(0, len(rows), WRITE_BYTES):
-            yield rows[first : first + WRITE_BYTES]
 
 
 def _distance(tensor: Lazy, reference: Stored, done: int, block: Bytes, work: Workspace) -> float:

@@ -21,7 +21,7 @@ import pytest
 import reference
 import torch
 import xxhash
-from conftest import Pair, heed_interrupts
+from conftest import Pair, heed_interrupts, new_pair
 from reference import load_file, save_file
 from test_cli import sparse_adapter, sparse_base
 
@@ -33,7 +33,7 @@ from streamshard.staging import places_beside
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
-VARYING = {"seconds", "peak_rss_bytes", "resumed"}
+VARYING = {"seconds", "peak_rss_bytes", "resumed", "record_digest"}
 
 # Ends the process after something has happened; `main` runs the command line after it.
 KILL = "import os, signal, sys\nkill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -106,23 +106,20 @@ def clean(pair: Pair) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def killed_once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Where the folder is kept that a killed run has left, once a test has needed it."""
-    return {"copy": tmp_path_factory.mktemp("killed") / "partial"}
+def killed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a killed run has left, of a base and an adapter in a place of their own."""
+    pair = new_pair(tmp_path_factory.mktemp("killed"))
+    killed(AFTER_A_SHARD, [*pair.command, "--workers", "1"])
+    assert pair.output.with_name(".merged.lock").exists()
+    assert not pair.output.exists()
+    return partial(pair)
 
 
 @pytest.fixture
-def interrupted(pair: Pair, clean: dict[str, Any], killed_once: dict[str, Path]) -> Pair:
+def interrupted(pair: Pair, clean: dict[str, Any], killed_once: Path) -> Pair:
     """A run that was killed when one of two shards was finished."""
-    copy = killed_once["copy"]
-    if not copy.exists():
-        killed(AFTER_A_SHARD, [*pair.command, "--workers", "1"])
-        assert pair.output.with_name(".merged.lock").exists()
-        shutil.move(partial(pair), copy)
-        pair.output.with_name(".merged.lock").unlink()
     # Inputs are told by content, so that it serves for a base elsewhere.
-    shutil.copytree(copy, partial(pair))
-    assert not pair.output.exists()
+    shutil.copytree(killed_once, partial(pair))
     assert (partial(pair) / FIRST).read_bytes() == clean[FIRST]
     assert not (partial(pair) / SECOND).exists()
     return pair
@@ -211,6 +208,36 @@ def test_a_torn_journal(cut, rest, interrupted, clean, cli):
     assert content(interrupted.output) == clean
 
 
+@pytest.mark.parametrize("where", [0, 40, 100, 0.3, 0.5, 0.9, -2, -10])
+def test_a_damaged_line_ends_the_journal(where, interrupted, clean, cli):
+    """What it says of a shard is not believed, though the shard is as it was."""
+    journal = partial(interrupted) / "streamshard.journal"
+    plan, line = journal.read_bytes().splitlines(keepends=True)
+    at = int(where * len(line)) if isinstance(where, float) else where
+    data = bytearray(line)
+    digits = [n for n, byte in enumerate(data) if byte in b"0123456789"]
+    data[min(digits, key=lambda n: abs(n - at % len(line)))] ^= 1  # still a digit, and JSON
+    journal.write_bytes(plan + data)
+    outcome = cli(*interrupted.command, "--json")
+    assert json.loads(outcome.out)["resumed"] == 0
+    assert content(interrupted.output) == clean
+
+
+def test_a_damaged_shard_is_gone_before_it_is_written_again(interrupted, cli, monkeypatch):
+    """A disk that has room for one of it may not have room for two."""
+    flip(partial(interrupted) / FIRST, -1)
+    there, opened = [], system.open
+
+    def watched(path: Any, flags: int, *rest: Any) -> int:
+        if str(path).endswith(f"{FIRST}.part") and flags & os.O_CREAT:
+            there.append((partial(interrupted) / FIRST).exists())
+        return opened(path, flags, *rest)
+
+    monkeypatch.setattr(system, "open", watched)
+    assert cli(*interrupted.command).code == 0
+    assert there == [False]
+
+
 def test_garbage_after_the_journal_hides_nothing(interrupted, clean, cli):
     with (partial(interrupted) / "streamshard.journal").open("ab") as journal:
         journal.write(b"0123 {")
@@ -252,8 +279,8 @@ def another_version(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamshard.identity.__version__", "99.1")
 
 
-def another_kernel(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamshard.identity.kernel", lambda: "another")
+def another_processor(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamshard.identity.platform.machine", lambda: "another")
 
 
 CHANGES: dict[str, tuple[Callable[..., Any] | None, list[str], list[str]]] = {
@@ -283,7 +310,7 @@ CHANGES: dict[str, tuple[Callable[..., Any] | None, list[str], list[str]]] = {
     "weight": (None, ["--weight", "0.5"], ["--weight was not given and is [0.5]"]),
     "shards": (None, ["--max-shard-size", "1GB"], ["--max-shard-size was not given and is 1000000000"]),
     "version": (another_version, [], ["it was version", "this is 99.1"]),
-    "kernel": (another_kernel, [], ["kernel was", "is another"]),
+    "processor": (another_processor, [], ["processor was", "is another"]),
 }  # fmt: skip
 
 
@@ -309,6 +336,14 @@ def test_another_plan_is_refused_by_name(what, interrupted, refused, cli, monkey
     ]
     assert cli(*command, *more).code == 0
     assert content(interrupted.output) == content(again)
+
+
+def test_another_kernel_continues(interrupted, cli, monkeypatch):
+    """Nothing that is written depends on whether it is compiled."""
+    monkeypatch.setattr("streamshard.arithmetic._kernels", None)
+    outcome = cli(*interrupted.command, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["resumed"] == 1
 
 
 def identity_of(folder: Path) -> Any:

@@ -14,9 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamshard.arithmetic import Change
+from streamshard.arithmetic import Changes
 from streamshard.errors import InputError
 from streamshard.files import Files
+from streamshard.products import (
+    CHUNK_ROWS,
+    MAX_RANK_FLOAT32,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    LowRank,
+)
 from streamshard.tensors import (
     Array,
     Concat,
@@ -27,16 +34,7 @@ from streamshard.tensors import (
     concat,
     read_float32,
 )
-from streamshard.updates import (
-    CHUNK_ROWS,
-    MAX_RANK_FLOAT32,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    Computed,
-    LowRank,
-    add_low_rank,
-    cast,
-)
+from streamshard.updates import Computed, add_low_rank, cast
 
 FLOATS = st.sampled_from(["BF16", "F16", "F32"])
 
@@ -475,7 +473,7 @@ def test_squared_change_is_that_of_what_is_written(folder):
         W, reference.normal((4, 30), 1, seed=2), reference.normal((200, 4), 0.01, seed=3)
     )
     tensor = add_low_rank(w, [LowRank(a, b, 1.0, 0, 200)])
-    source.work.change = Change()
+    source.work.changes = Changes()
     written = torch.frombuffer(bytearray(source.whole(tensor)), dtype=torch.bfloat16)
     change = reference.double(written.reshape(200, 30)) - reference.double(W)
-    assert source.work.change.effected == pytest.approx((change**2).sum(), rel=1e-7)
+    assert source.work.changes.total().effected == pytest.approx((change**2).sum(), rel=1e-7)

@@ -1,0 +1,532 @@
+"""The table of `mutants.py`: changes that tests must notice.
+
+`old` must be in one file of the package, once; which file that is follows from it. `tests` are names
+of tests, or of files of tests without `.py`: those that should notice, as few as will do.
+A mutant with a `reason` is one that no test can notice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MUTANTS", "Mutant"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change, what it breaks, and who should notice."""
+
+    name: str
+    old: str
+    new: str
+    breaks: str
+    tests: tuple[str, ...]
+    reason: str = ""
+
+
+MUTANTS = (
+    # --- writing: order, and what the disk has ---
+    Mutant(
+        "sums-as-finished",
+        "for place in sorted(self.measured):",
+        "for place in self.measured:",
+        "sums depend on which thread was faster",
+        ("test_sums_do_not_depend_on_who_was_faster",),
+    ),
+    Mutant(
+        "rename-before-fsync",
+        "        opened.output.sync()\n        opened.output.close()\n",
+        "        rename(path, path.with_name(opened.shard.name))\n"
+        "        opened.output.sync()\n        opened.output.close()\n"
+        "        path = path.with_name(opened.shard.name)\n",
+        "after a loss of power a weight file has its name and not its content",
+        ("test_a_shard_is_on_disk_before_it_has_its_name",),
+    ),
+    Mutant(
+        "shard-not-synced",
+        "        opened.output.sync()\n        opened.output.close()\n",
+        "        opened.output.close()\n",
+        "weights are never waited for",
+        ("test_a_shard_is_on_disk_before_it_has_its_name",),
+    ),
+    Mutant(
+        "shard-name-not-synced",
+        "            sync_folder(path.parent)\n            self.staging.add(shard)",
+        "            self.staging.add(shard)",
+        "the journal may note a file whose name is lost",
+        ("test_a_name_is_on_disk_before_the_journal_notes_it",),
+    ),
+    Mutant(
+        "journal-before-name",
+        "            rename(path, path.with_name(shard.name))\n"
+        "            sync_folder(path.parent)\n            self.staging.add(shard)",
+        "            self.staging.add(shard)\n"
+        "            rename(path, path.with_name(shard.name))\n            sync_folder(path.parent)",
+        "the journal notes a file that has no name yet",
+        ("test_a_name_is_on_disk_before_the_journal_notes_it",),
+    ),
+    Mutant(
+        "journal-not-synced",
+        "        with writing(self.path, len(data)):\n            system.fsync(self._descriptor)\n",
+        "",
+        "what was finished before a loss of power is done again",
+        ("test_the_journal_is_on_disk_before_anything_else_happens",),
+    ),
+    Mutant(
+        "side-files-not-synced",
+        "        _check_size(str(source), file.size(), file.nbytes)\n        out.sync()",
+        "        _check_size(str(source), file.size(), file.nbytes)",
+        "after a loss of power a tokenizer is empty",
+        ("test_every_file_and_folder_is_on_disk_before_the_output_has_its_name",),
+    ),
+    Mutant(
+        "side-folders-not-synced",
+        "    for path in sorted(made, reverse=True):\n        sync_folder(path)\n",
+        "",
+        "after a loss of power a file in a folder of its own is gone",
+        ("test_every_file_and_folder_is_on_disk_before_the_output_has_its_name",),
+    ),
+    Mutant(
+        "record-not-synced",
+        "            offset += len(piece)\n        file.sync()",
+        "            offset += len(piece)",
+        "after a loss of power the record or the index is empty",
+        ("test_every_file_and_folder_is_on_disk_before_the_output_has_its_name",),
+    ),
+    Mutant(
+        "staging-not-synced",
+        "        system.unlink(self._journal.path)\n        sync_folder(self.folder)",
+        "        system.unlink(self._journal.path)",
+        "after a loss of power the output has a journal, or lacks a file",
+        (
+            "test_names_that_are_not_synced_before_the_rename",
+            "test_every_file_and_folder_is_on_disk_before_the_output_has_its_name",
+        ),
+    ),
+    Mutant(
+        "output-name-not-synced",
+        "            placed = True\n            sync_folder(target.parent)",
+        "            placed = True",
+        "a run ends with success and its output's name is lost",
+        ("test_the_output_has_its_name_on_disk_at_the_end",),
+    ),
+    Mutant(
+        "old-plan-not-synced-away",
+        "            system.unlink(journal.path)\n            sync_folder(folder)",
+        "            system.unlink(journal.path)",
+        "files of another plan may count as finished",
+        ("test_an_old_journal_is_gone_from_the_disk_before_a_new_one",),
+    ),
+    # --- writing: when something goes wrong ---
+    Mutant(
+        "forgotten-file-stays",
+        "            system.unlink(self.folder / name)",
+        "            pass",
+        "a damaged shard takes its room on the disk while it is written anew",
+        ("test_a_damaged_shard_is_gone_before_it_is_written_again",),
+    ),
+    Mutant(
+        "swap-not-undone",
+        "        if exists(old) and not exists(target):\n            system.rename(old, target)\n",
+        "",
+        "an error in --overwrite leaves nothing under the output's name",
+        ("test_an_older_output_is_back_when_the_new_one_cannot_take_its_place",),
+    ),
+    Mutant(
+        "output-not-free",
+        "    if exists(target) and not overwrite:\n        raise OutputError(\n"
+        '            f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."\n'
+        "        )\n\n\ndef _open",
+        "    return\n\n\ndef _open",
+        "an empty folder that appears meanwhile is replaced",
+        ("test_an_output_that_appears_before_the_lock_is_held",),
+    ),
+    Mutant(
+        "recover-without-record",
+        "    if not exists(target / REPORT_NAME):",
+        "    if False:",
+        "what an interrupted run was replacing is removed though something else took its place",
+        ("test_what_took_the_place_of_an_old_output_is_not_lost_either",),
+    ),
+    Mutant(
+        "nothing-kept-on-write-errors",
+        "(ReadError, WriteError, MemoryError)",
+        "(ReadError, MemoryError)",
+        "a full disk costs all that was finished",
+        ("test_what_is_finished_is_kept_when_a_disk_fails",),
+    ),
+    Mutant(
+        "background-errors-ignored",
+        "                self._stop.fail(error)",
+        "                del error",
+        "a failed fsync is a success",
+        ("test_what_is_finished_is_kept_when_a_disk_fails",),
+    ),
+    Mutant(
+        "last-error-told",
+        "self.error = self.error or error",
+        "self.error = error",
+        "the error that came first is hidden by those that follow from it",
+        ("test_the_first_error_of_several_threads_is_raised",),
+    ),
+    Mutant(
+        "space-not-looked-at",
+        "        if free < shard.nbytes:",
+        "        if False:",
+        "a disk that fills up is found in the middle of a shard",
+        ("test_space_is_looked_at_again_before_each_shard",),
+    ),
+    Mutant(
+        "short-writes-are-whole",
+        '                raise OSError(errno.EIO, "nothing was written")\n        done += count',
+        '                raise OSError(errno.EIO, "nothing was written")\n        done = len(data)',
+        "zeros where a write was short",
+        ("test_short_reads_and_writes",),
+    ),
+    # --- inputs ---
+    Mutant(
+        "files-not-checked",
+        "        found = self._file(source.path, source.file_nbytes).size()\n"
+        "        _check_size(source.path, found, source.file_nbytes)\n",
+        "        del source\n",
+        "a shard that grows while it is read is copied in part",
+        ("test_a_base_that_grows_while_it_is_read",),
+    ),
+    Mutant(
+        "file-not-checked-when-opened",
+        "                _check_size(path, self._files[path].nbytes, file_nbytes)\n",
+        "",
+        "a shard that changed after the plan is read at the old places",
+        ("test_an_input_that_changes_between_plan_and_reading",),
+    ),
+    Mutant(
+        "copy-not-checked",
+        "        _check_size(str(source), file.size(), file.nbytes)\n        out.sync()",
+        "        out.sync()",
+        "a tokenizer that grows while it is copied is cut off",
+        ("test_a_side_file_that_grows_while_it_is_copied",),
+    ),
+    Mutant(
+        "early-end-ignored",
+        "if done < len(out) and offset + done < self.nbytes:",
+        "if False:",
+        "zeros where a file ends too early",
+        ("test_a_read_that_ends_early_says_where",),
+    ),
+    Mutant(
+        "pipes-are-files",
+        "if not stat.S_ISREG(found.st_mode):",
+        "if stat.S_ISDIR(found.st_mode):",
+        "a pipe or a device is read as if it had a length",
+        ("test_what_is_no_regular_file_is_never_read",),
+    ),
+    # --- continuing ---
+    Mutant(
+        "journal-lines-not-checked",
+        'if not line.endswith(b"\\n") or digest != _digest(text):',
+        'if not line.endswith(b"\\n"):',
+        "a damaged line of the journal is believed",
+        ("test_a_damaged_line_ends_the_journal",),
+    ),
+    Mutant(
+        "journal-begins-anew",
+        "            self._good += len(line)\n",
+        "",
+        "a run that continues overwrites the journal from its beginning",
+        ("test_garbage_after_the_journal_hides_nothing",),
+    ),
+    Mutant(
+        "tensors-believed",
+        "right = tensor_digest(written, work, check=stop.check) == expected",
+        "right = bool(tensor_digest(written, work, check=stop.check))",
+        "damaged weights of an interrupted run are kept",
+        ("test_what_is_damaged_is_written_again",),
+    ),
+    Mutant(
+        "headers-believed",
+        "return file.nbytes == shard.nbytes and file.read(0, len(header)) == header",
+        "return file.nbytes == shard.nbytes",
+        "a damaged header of an interrupted run is kept",
+        ("test_what_is_damaged_is_written_again",),
+    ),
+    Mutant(
+        "times-of-inputs-ignored",
+        "changed = list(file.changed_ns)",
+        "changed = None",
+        "a run continues though a large base was written to",
+        ("test_large_inputs_are_told_by_their_times_too",),
+    ),
+    Mutant(
+        "last-sample-short",
+        "offset = header + (last - header) * number // (SAMPLES - 1)",
+        "offset = header + (last - header) * number // SAMPLES",
+        "the end of a large base is never looked at",
+        ("test_the_samples_reach_from_the_first_byte_to_the_last",),
+    ),
+    Mutant(
+        "recipe-without-places",
+        'self._put(f"Stored {number} {value.offset} {value.shape} {value.dtype}")',
+        'self._put(f"Stored {number} {value.shape} {value.dtype}")',
+        "a run continues though tensors come from other places of the same file",
+        ("test_the_place_of_a_tensor_is_part_of_the_plan",),
+    ),
+    # --- locks ---
+    Mutant(
+        "lock-without-name",
+        "kept = free and _is_named(path, descriptor)",
+        "kept = free",
+        "two runs hold locks, one of them of a file that is gone",
+        ("test_a_lock_whose_file_was_removed_is_taken_again",),
+    ),
+    Mutant(
+        "dead-hold-locks",
+        "return not _alive(_record(path))",
+        "return not _record(path)",
+        "where a disk knows no locks, a killed run blocks the next",
+        ("test_where_a_disk_knows_no_locks_the_record_decides",),
+    ),
+    Mutant(
+        "lock-before-reboot",
+        'record["boot"] == _boot() and psutil',
+        "psutil",
+        "a process that got the number of a killed one holds its lock",
+        ("test_where_a_disk_knows_no_locks_the_record_decides",),
+    ),
+    Mutant(
+        "lock-left",
+        "        with contextlib.suppress(OSError):\n            system.unlink(path)\n",
+        "",
+        "a lock file stays beside every output",
+        ("test_threads_of_one_process_exclude_each_other",),
+    ),
+    # --- verifying ---
+    Mutant(
+        "record-not-compared",
+        "if whole != _KEY + digest.hexdigest().encode() + _TAIL:",
+        "if not whole.endswith(_TAIL):",
+        "a changed record is believed",
+        ("test_a_record_in_which_any_byte_was_changed", "test_damage_is_named"),
+    ),
+    Mutant(
+        "verify-other-sizes",
+        '            if nbytes != record.get("bytes"):',
+        "            if False:",
+        "a weight file with something appended is right",
+        ("test_damage_is_named",),
+    ),
+    Mutant(
+        "verify-outside",
+        '        and ".." not in path.parts\n',
+        "",
+        "a record makes verify read files outside of the folder",
+        ("test_damage_is_named",),
+    ),
+    Mutant(
+        "verify-headers",
+        "    digest.update(header)\n    digest.update(digests)\n",
+        "    digest.update(digests)\n",
+        "changed metadata is right",
+        ("test_damage_is_named", "test_digests_are_those_of_what_safetensors_loads"),
+    ),
+    Mutant(
+        "verify-finite",
+        '"F8_E4M3": (np.uint8, 0x7F, 0x7F),',
+        '"F8_E4M3": (np.uint8, 0x7F, 0x7E),',
+        "NaNs in 8 bits are not seen",
+        ("test_the_count_is_that_of_torch",),
+    ),
+    # --- arithmetic ---
+    Mutant(
+        "ties-up",
+        "    np.bitwise_and(shifted, _ONE, out=shifted)\n",
+        "    np.copyto(shifted, _ONE)\n",
+        "ties are rounded up",
+        ("test_narrowing_rounds_to_nearest_even",),
+    ),
+    Mutant(
+        "ties-up-in-c",
+        "                uint32_t bits = as_bits(weight + update[first + j]);\n"
+        "                uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
+        "                uint32_t bits = as_bits(weight + update[first + j]);\n"
+        "                uint32_t rounded = (bits + 0x8000u) >> 16;",
+        "the compiled kernel rounds ties up",
+        ("test_sums_are_rounded_once",),
+    ),
+    Mutant(
+        "scaled-ties-up-in-c",
+        "                uint32_t bits = as_bits(total);\n"
+        "                uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
+        "                uint32_t bits = as_bits(total);\n"
+        "                uint32_t rounded = (bits + 0x8000u) >> 16;",
+        "the compiled kernel rounds ties of DoRA up",
+        ("test_ties_are_rounded_to_even_where_rows_are_scaled",),
+    ),
+    Mutant(
+        "one-scale-in-c",
+        "scale.buf != NULL ? (const double *)scale.buf + row : NULL",
+        "(const double *)scale.buf",
+        "every row gets DoRA's scale of the first",
+        ("test_all_kinds_with_one_row_or_column", "test_rows_are_scaled_each_by_its_own"),
+    ),
+    Mutant(
+        "rest-of-row-in-c",
+        "            sums.change[0] += (double)changes[i] * (double)changes[i];\n"
+        "            sums.update[0] +=",
+        "            sums.update[0] +=",
+        "distances leave out the last elements of a row",
+        ("test_sums_are_rounded_once", "test_squared_change_is_that_of_what_is_written"),
+    ),
+    Mutant(
+        "tile-not-padded",
+        "height = -(-count // TILE_ROWS) * TILE_ROWS",
+        "height = count",
+        "the bits of the last rows depend on how many rows there are",
+        ("test_rows_have_the_same_bits_however_many_follow",),
+    ),
+    Mutant(
+        "window-from-zero",
+        "return replace(self, start=self.start + start, stop=self.start + stop)",
+        "return replace(self, start=start, stop=stop)",
+        "a window of a window gets the update of other rows",
+        ("test_any_blocking_gives_the_same_bytes",),
+    ),
+    Mutant(
+        "scale-rounded-twice",
+        "read_float32(B, first, first + count, work) * np.float64(self.scale)",
+        "read_float32(B, first, first + count, work) * np.float32(self.scale)",
+        "a scale such as 2/3 costs two roundings",
+        ("test_the_scale_costs_one_rounding",),
+    ),
+    Mutant(
+        "high-ranks-in-fp32",
+        "MAX_RANK_FLOAT32 = 64",
+        "MAX_RANK_FLOAT32 = 1 << 20",
+        "high ranks are summed in fp32",
+        ("test_high_ranks_are_summed_in_fp64",),
+    ),
+    Mutant(
+        "threads-of-blas",
+        "bits of a product depend on the number of threads.\n        threadpool_limits(1,",
+        "bits of a product depend on the number of threads.\n        threadpool_limits(2,",
+        "the bits of a product depend on the number of processors",
+        ("test_products_are_made_by_one_thread_each",),
+    ),
+    Mutant(
+        "factors-kept-too-long",
+        "            work.forget()\n",
+        "",
+        "the factors of all tensors stay in memory",
+        ("test_factors_are_kept_for_one_tensor_only",),
+    ),
+    Mutant(
+        "distance-at-one-place",
+        "offset = reference.offset + done * bits // own_bits",
+        "offset = reference.offset",
+        "distances are from the first block of the reference, again and again",
+        ("test_a_tied_reference",),
+    ),
+    Mutant(
+        "equal-nan-is-nan",
+        "return 0.0 if math.isnan(squared) and np.array_equal(one, other) else squared",
+        "return squared",
+        "a base with a NaN that is only copied is at distance NaN",
+        ("test_equal_blocks_are_at_distance_zero",),
+    ),
+    # --- names and layouts ---
+    Mutant(
+        "parts-of-experts-swapped",
+        '(rows if match["part"] == "up" else 0)',
+        '(rows if match["part"] == "gate" else 0)',
+        "updates of gate and up change places in fused experts",
+        ("test_single_experts_into_an_hf_base",),
+    ),
+    Mutant(
+        "overlap-allowed",
+        "        if target == other_target and start < stop:",
+        "        if False:",
+        "one weight gets the updates of two spellings",
+        ("test_a_part_twice",),
+    ),
+    Mutant(
+        "first-fit-taken",
+        "    if len(different) > 1:",
+        "    if False:",
+        "names that fit in two ways are taken in the first",
+        ("test_names_that_fit_in_two_ways_are_refused",),
+    ),
+    Mutant(
+        "pieces-as-whole",
+        "whole = len(back) == 1 and sum(p.target == piece.target for p in found) == 1",
+        "whole = True",
+        "an update of q is refused where the base has qkv",
+        ("test_some_parts_into_fused_tensors",),
+    ),
+    Mutant(
+        "twice-allowed",
+        "        twice = next((key for key in new if key in out), None)\n",
+        "        twice = None\n",
+        "of experts that are there twice one is taken",
+        ("test_experts_packed_and_single_are_refused",),
+    ),
+    Mutant(
+        "groups-in-order",
+        'groups = dims.kv_heads or 1 if row.op == "grouped" else 1',
+        "groups = 1",
+        "InternLM2's wqkv is taken apart as if it were joined",
+        ("test_grouped_rows_of_a_small_model",),
+    ),
+    Mutant(
+        "kinds-not-compared",
+        "        if _kind(tensor) != first:",
+        "        if False:",
+        "q, k and v of different dtypes are joined",
+        ("test_shapes_and_dtypes_that_do_not_fit_when_joined",),
+    ),
+    Mutant(
+        "neighbours-of-other-files",
+        "            and last.path == part.path\n",
+        "",
+        "bytes after a tensor are taken for those of another file",
+        ("test_the_same_place_in_another_file_is_no_neighbour",),
+    ),
+    Mutant(
+        "end-of-file-counts-one-less",
+        "and last.offset + last.nbytes == part.offset",
+        "and last.offset + last.nbytes <= part.offset",
+        "what lies between two tensors becomes part of them",
+        (
+            "test_adjacent_rows_are_one_tensor_again",
+            "test_nested_joins_are_flat",
+            "test_fused_and_split_again",
+        ),
+    ),
+    # --- places ---
+    Mutant(
+        "links-are-written-through",
+        "    if target.is_symlink():",
+        "    if False:",
+        "an output is written through a link",
+        ("test_an_output_that_is_a_link",),
+    ),
+    Mutant(
+        "inputs-by-name-only",
+        "        or (candidate.exists() and folder.exists() and candidate.samefile(folder))\n",
+        "",
+        "an input is written into under its other name",
+        ("test_an_input_under_another_name",),
+    ),
+    Mutant(
+        "budget-not-kept",
+        "    if least > max_memory:",
+        "    if False:",
+        "--max-memory is not kept",
+        ("test_a_budget_too_small_for_one_worker",),
+    ),
+    Mutant(
+        "nothing-changed-is-success",
+        "        if job.must_change and not any(any(found.squared) for found in finished):",
+        "        if False:",
+        "updates that are lost in rounding are a success",
+        ("test_updates_that_cancel_are_an_error",),
+    ),
+)
