@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from streamshard.errors import OutputError, UsageError, printable
-from streamshard.files import reading, system, writing
-from streamshard.report import REPORT_NAME
+from streamshard.files import reading, writing
+from streamshard.listing import check_replaceable
 from streamshard.staging import places_beside, tidy
 
 __all__ = ["check_places"]
@@ -45,12 +45,13 @@ def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> N
         raise OutputError(
             f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
         )
-    if target.exists() and not _is_replaceable(target):
-        raise OutputError(
-            f"{printable(str(target))}: was not written by streamshard (it has no {REPORT_NAME}), and "
-            "--overwrite replaces only what was: other files there would be lost. Choose another "
-            "output, or remove it yourself."
-        )
+    if target.exists():
+        if place in (Path.cwd(), *Path.cwd().parents):
+            raise OutputError(
+                f"{printable(str(target))}: is the folder in which this command runs, or around it, and "
+                "cannot be replaced. Choose another output, or change to another folder."
+            )
+        check_replaceable(place)
     if target.is_mount():
         raise OutputError(
             f"{printable(str(target))}: is where a disk is mounted, which cannot be replaced. "
@@ -71,15 +72,6 @@ def _check_apart(target: Path, place: Path, path: Path) -> None:
             f"{printable(str(target))}: contains the input {printable(str(path))}, which "
             "writing it would delete. Choose another output."
         )
-
-
-def _is_replaceable(target: Path) -> bool:
-    """Whether a folder is empty or our own, so that nobody's files are taken for an old output."""
-    if not target.is_dir() or target.resolve() in (Path.cwd(), *Path.cwd().parents):
-        return False
-    with reading(target):
-        names = system.listdir(target)
-    return not names or REPORT_NAME in names
 
 
 def _is_within(path: Path, folder: Path) -> bool:

@@ -25,21 +25,20 @@ from streamshard.files import (
     copy_file,
     disk_free,
     file_nbytes,
-    make_folders,
     sync_folder,
     write_new,
-    writing,
 )
 from streamshard.format import json_pieces, total_nbytes, total_parameters
 from streamshard.identity import Identity, identity
 from streamshard.journal import FinishedShard
+from streamshard.names import part_name
 from streamshard.places import check_places
 from streamshard.record import sealed
 from streamshard.report import REPORT_NAME, Report, Streamed, new_report
 from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
 from streamshard.resuming import check_finished
-from streamshard.staging import output_folder, staged_nbytes
+from streamshard.staging import Staging, output_folder, staged_nbytes
 from streamshard.tensors import Lazy, Stored
 from streamshard.updates import cast
 from streamshard.writer import Shard, index_pieces, plan_shards, write_shards
@@ -48,6 +47,7 @@ __all__ = ["DTYPES", "Job", "Options", "PathLike", "Plan", "check_places", "run"
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
+INDEX_NAME = "model.safetensors.index.json"
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
@@ -214,7 +214,10 @@ def _write(
     if config is not None:
         beside[job.config_name] = b"".join(json_pieces(config))
     with output_folder(
-        plan.output, _identity(job, plan, reference, beside, options), overwrite=options.overwrite
+        plan.output,
+        _identity(job, plan, reference, beside, options),
+        names=_names(plan.shards, beside),
+        overwrite=options.overwrite,
     ) as staging:
         how: dict[str, Any] = {
             "workers": plan.workers,
@@ -235,10 +238,10 @@ def _write(
             )
         report["l2"] = distances.report()
         report["update"] = _update(finished)
-        _write_beside(beside, staging.folder)
+        _write_beside(beside, staging)
         names = list(beside)
         if len(plan.shards) > 1:
-            names.append("model.safetensors.index.json")
+            names.append(INDEX_NAME)
             write_new(staging.folder / names[-1], index_pieces(plan.shards))
         kept = {
             **report,
@@ -271,13 +274,18 @@ def _identity(
     return identity(command=job.command, options=chosen, recipe=recipe(), files=beside)
 
 
-def _write_beside(files: Mapping[str, Path | bytes], folder: Path) -> None:
+def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
+    """Every file that is made on the way to an output."""
+    weights = [name for shard in shards for name in (shard.name, part_name(shard.name))]
+    return {*weights, *beside, INDEX_NAME, REPORT_NAME}
+
+
+def _write_beside(files: Mapping[str, Path | bytes], staging: Staging) -> None:
     """Write what lies beside the weights."""
     made: set[Path] = set()
     for name, content in files.items():
-        path = folder / name
-        with writing(path, 0):
-            made.update(make_folders(path.parent))
+        path = staging.folder / name
+        made.update(staging.make_folders(path.parent))
         if isinstance(content, Path):
             copy_file(content, path)
         else:
