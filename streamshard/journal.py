@@ -24,6 +24,7 @@ __all__ = ["JOURNAL_NAME", "FinishedShard", "Journal"]
 
 JOURNAL_NAME = "streamshard.journal"
 MAX_NBYTES = 1 << 30
+_SECTOR = 512  # a disk writes so much at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class Journal:
         self.plan: dict[str, Any] | None = None
         self.names: frozenset[str] = frozenset()
         self._ours = ours
+        self._begun = True
         self.finished: dict[str, FinishedShard] = {}
         self._good = 0
         self._log: LogFile | None = None
@@ -88,7 +90,13 @@ class Journal:
             ours.check_file(self.path)
             self._read(read_bytes(self.path, MAX_NBYTES))
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether what could not be read may be the beginning of one, after a kill or a loss of power."""
+        return self._begun
+
     def _read(self, content: bytes) -> None:
+        self._begun = not content[:_SECTOR].strip(b"\0") or _is_beginning(content)
         for line in content.splitlines(keepends=True):
             digest, _, text = line.partition(b" ")
             if not line.endswith(b"\n") or digest != _digest(text):
@@ -142,6 +150,15 @@ class Journal:
         """Close the file."""
         if self._log is not None:
             self._log.close()
+
+
+def _is_beginning(content: bytes) -> bool:
+    start = b'{"plan": '
+    digest, space, text = content.partition(b" ")
+    if digest.strip(b"0123456789abcdef") or len(digest) > len(_digest(b"")):
+        return False
+    whole = len(digest) == len(_digest(b"")) and (text.startswith(start) or start.startswith(text))
+    return whole or not space
 
 
 def _digest(text: bytes) -> bytes:

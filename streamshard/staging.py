@@ -266,7 +266,10 @@ class _Left:
 def _left(folder: Held, ours: Ours, lock: Lock) -> _Left:
     path = Path(folder.path)
     journal = Journal(path, ours)
-    names, last = journal.names or {JOURNAL_NAME}, JOURNAL_NAME
+    names: Collection[str] = journal.names
+    last = JOURNAL_NAME
+    if journal.plan is None and journal.is_begun:
+        names = {JOURNAL_NAME}
     if journal.plan is None and lock.moved is not None and lock.moved[1] == folder.inode[1]:
         # It was complete, and about to get its name.
         with contextlib.suppress(InputError):

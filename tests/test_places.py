@@ -14,6 +14,8 @@ from reference import load_file, save_file
 
 from streamshard import files
 from streamshard.errors import OutputError
+from streamshard.format import json_pieces
+from streamshard.record import sealed
 from streamshard.staging import output_folder
 
 PLAN: dict[str, Any] = {
@@ -31,7 +33,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "out"
 
     def late() -> None:
-        with output_folder(target, PLAN, overwrite=False) as staging:
+        with output_folder(target, PLAN, names=["mine"], overwrite=False) as staging:
             (staging.folder / "mine").write_text("second")
             target.mkdir()
             (target / "theirs").write_text("first")
@@ -123,7 +125,9 @@ def test_a_link_to_nothing_in_the_base_is_named(pair: Pair, cli):
 def test_an_interrupted_swap_restores_the_old_output(tmp_path, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()
+    report = {"digests": {"files": {"old": {}}}}
     (target / "old").write_text("old")
+    (target / "streamshard.json").write_bytes(b"".join(sealed(json_pieces(report))))
 
     class Interrupted(files.System):
         def rename(self, path: Any, other: Any) -> None:
@@ -132,7 +136,7 @@ def test_an_interrupted_swap_restores_the_old_output(tmp_path, monkeypatch):
             super().rename(path, other)
 
     def swap() -> None:
-        with output_folder(target, PLAN, overwrite=True):
+        with output_folder(target, PLAN, names=[], overwrite=True):
             monkeypatch.setattr(files.system, "rename", Interrupted().rename)
 
     with pytest.raises(KeyboardInterrupt):
