@@ -127,10 +127,8 @@ class System:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def listdir(self, path: AnyPath) -> list[str]:
-        held = holder(str(path), itself=True)
-        if held is not None and held.descriptor is not None and held.path == str(path):
-            return os.listdir(held.descriptor)
-        return os.listdir(path)
+        with _inside(path, itself=True) as (name, folder):
+            return os.listdir(folder if folder is not None and name == "." else path)
 
     def mkdir(self, path: AnyPath) -> None:
         with _inside(path) as (name, folder):

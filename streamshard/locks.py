@@ -24,7 +24,7 @@ from streamshard.files import NO_LINK, PRIVATE, inode_of, put, system, writing
 from streamshard.held import Inode, inode
 from streamshard.ours import Ours
 
-__all__ = ["Lock", "locked"]
+__all__ = ["Lock", "Moved", "locked", "look"]
 
 Moved: TypeAlias = "tuple[int | None, int]"
 
@@ -90,6 +90,25 @@ def locked(path: Path, target: Path) -> Iterator[Lock]:
         yield lock
     finally:
         lock.end()
+
+
+def look(path: Path) -> Moved | None:
+    """What a lock notes, without taking it; None if there is none. Refuses what is no lock of ours."""
+    ours = Ours(path.parent)
+    with writing(path, 0):
+        if inode_of(path) is None:
+            return None
+        ours.check(system.lstat(path), path)
+        descriptor = system.open(path, os.O_RDONLY | _OLD & ~os.O_RDWR)
+    try:
+        with writing(path, 0):
+            ours.check(system.fstat(descriptor), path)
+        content = _content(descriptor, path)
+        _check(content, descriptor, path, ours)
+        return _note(content)
+    finally:
+        with contextlib.suppress(OSError):  # nothing was written
+            system.close(descriptor)
 
 
 def _take(path: Path, target: Path, ours: Ours) -> Lock:

@@ -38,7 +38,7 @@ from streamshard.report import REPORT_NAME, Report, Streamed, new_report
 from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
 from streamshard.resuming import check_finished
-from streamshard.staging import Staging, output_folder, staged_nbytes
+from streamshard.staging import Staging, check_beside, output_folder, staged_nbytes
 from streamshard.tensors import Lazy, Stored
 from streamshard.updates import cast
 from streamshard.writer import Shard, index_pieces, plan_shards, write_shards
@@ -156,7 +156,9 @@ def run(job: Job, options: Options) -> Report:
         "dry_run": options.dry_run,
         "plan": plan.as_dict() if options.dry_run else None,
     }
-    if not options.dry_run:
+    if options.dry_run:
+        check_beside(job.output)
+    else:
         _write(job, plan, tensors, options, report)
     return in_the_end(report, job.started)
 

@@ -12,7 +12,6 @@ builds is held open: putting something else in its place leads no call elsewhere
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -35,11 +34,12 @@ from streamshard.held import Held, Inode
 from streamshard.identity import Identity, differences
 from streamshard.journal import JOURNAL_NAME, FinishedShard, Journal
 from streamshard.listing import check_replaceable, recorded_names, remove_listed, strangers
-from streamshard.locks import Lock, locked
+from streamshard.locks import Lock, Moved, locked, look
 from streamshard.ours import Ours
 from streamshard.report import REPORT_NAME
+from streamshard.swapping import discard, recover, refuse_old, swap
 
-__all__ = ["Staging", "output_folder", "places_beside", "staged_nbytes", "tidy"]
+__all__ = ["Staging", "check_beside", "output_folder", "places_beside", "staged_nbytes", "tidy"]
 
 
 class Staging:
@@ -168,10 +168,10 @@ def output_folder(
         for folder in made:
             sync_folder(folder.parent)
         with locked(beside["lock"], target) as lock:
-            _recover(target, beside, lock)
+            recover(target, beside, lock)
             _check_free(target, overwrite=overwrite)
             with _opened(beside["partial"]) as (kept, ours):
-                left = _left(kept, ours, lock)
+                left = _left(kept, ours, lock.moved)
                 staging = _begun(kept, left, target, plan, names, overwrite=overwrite)
                 lock.settle()
                 yield from _built(staging, target, beside["old"], lock, overwrite=overwrite)
@@ -186,7 +186,25 @@ def tidy(target: Path) -> None:
     with contextlib.suppress(StreamshardError):
         if exists(beside["lock"]):
             with locked(beside["lock"], target) as lock:
-                _recover(target, beside, lock)
+                recover(target, beside, lock)
+
+
+def check_beside(target: Path) -> None:
+    """Raise `OutputError` if something that is not ours is in the way of a run; changes nothing."""
+    beside = places_beside(target.resolve())
+    try:
+        moved = look(beside["lock"])
+        there = inode_of(beside["old"])
+        if there is not None and (moved is None or there[1] != moved[0]):
+            refuse_old(beside["old"])
+        if exists(beside["partial"]):
+            ours = Ours(target.resolve().parent)
+            ours.check_folder(beside["partial"])
+            with held(beside["partial"]) as kept:
+                _refuse_strangers(beside["partial"], _left(kept, ours, moved).strangers)
+    except (InputError, WriteError) as error:
+        if not isinstance(error.__cause__, FileNotFoundError):  # of a run that is at it just now
+            raise
 
 
 def _check_free(target: Path, *, overwrite: bool) -> None:
@@ -263,14 +281,14 @@ class _Left:
     strangers: Collection[str]
 
 
-def _left(folder: Held, ours: Ours, lock: Lock) -> _Left:
+def _left(folder: Held, ours: Ours, moved: Moved | None) -> _Left:
     path = Path(folder.path)
     journal = Journal(path, ours)
     names: Collection[str] = journal.names
     last = JOURNAL_NAME
     if journal.plan is None and journal.is_begun:
         names = {JOURNAL_NAME}
-    if journal.plan is None and lock.moved is not None and lock.moved[1] == folder.inode[1]:
+    if journal.plan is None and moved is not None and moved[1] == folder.inode[1]:
         # It was complete, and about to get its name.
         with contextlib.suppress(InputError):
             names, last = {*recorded_names(path), JOURNAL_NAME}, REPORT_NAME
@@ -298,11 +316,12 @@ def _built(
             lock.note(replaced, staging.inode)
             sync_folder(target.parent)  # the note must be there if what is moved now is not
             staging.remove_journal()
-            _swap(staging, target, old, replaced)
+            staging.check_place()
+            swap(staging.folder, staging.inode, target, old, replaced)
             placed = True
             sync_folder(target.parent)
         if replaced is not None:
-            _discard(old, replaced, names, target)
+            discard(old, replaced, names, target)
         lock.settle()
     except BaseException as error:
         _tell(staging, target, old, lock, error, placed=placed)
@@ -382,100 +401,3 @@ def _add_to(error: BaseException, text: str) -> None:
     if not text:
         return
     error.args = (" ".join([*(str(part) for part in error.args[:1]), text]), *error.args[1:])
-
-
-def _swap(staging: Staging, target: Path, old: Path, replaced: Inode | None) -> None:
-    """Give what was built its name, after what had that name, if it is to be `replaced`."""
-    try:
-        if replaced is not None:
-            _refuse_old(old)
-            system.rename(target, old)
-            _check_is(replaced, old, target)
-        staging.check_place()
-        # Fails if something else has been put there in the meantime.
-        system.rename(staging.folder, target)
-        _check_is(staging.inode, target, target)
-    except BaseException as error:
-        if replaced is not None and exists(old) and not exists(target):
-            system.rename(old, target)
-        if isinstance(error, OSError) and error.errno in _TAKEN:
-            raise _appeared(target) from error
-        raise
-
-
-def _check_is(expected: Inode, path: Path, target: Path) -> None:
-    """Raise `OutputError` if what was renamed to `path` was not what should have been."""
-    if inode_of(path) != expected:
-        raise _appeared(target)
-
-
-_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
-
-
-def _appeared(target: Path) -> OutputError:
-    return OutputError(
-        f"{printable(str(target))}: appeared while this run was writing. Choose another output."
-    )
-
-
-def _refuse_old(old: Path) -> None:
-    if exists(old):
-        raise OutputError(
-            f"{printable(str(old))}: is where an output that is replaced is kept meanwhile, and no "
-            "interrupted run is known to have put this there. It was left alone: move or remove it, or "
-            "choose another output."
-        )
-
-
-def _recover(target: Path, beside: Mapping[str, Path], lock: Lock) -> None:
-    """Finish or undo what a run was doing that was killed while it replaced an output."""
-    old = beside["old"]
-    with writing(target, 0):
-        found = inode_of(old)
-        if found is not None:
-            before, after = lock.moved or (None, None)
-            if found[1] != before:
-                _refuse_old(old)
-            there = inode_of(target)
-            if there is None:
-                system.rename(old, target)
-                sync_folder(target.parent)
-            elif there[1] == after:
-                _discard(old, found, _names_left(old), target)
-            else:
-                raise OutputError(
-                    f"{printable(str(target))}: {printable(str(old))} is what an interrupted run was "
-                    "replacing, and something else is in its place now. Remove one of the two."
-                )
-        if not exists(beside["partial"]):  # of which the note may tell whose it is
-            lock.settle()
-
-
-def _names_left(old: Path) -> set[str]:
-    """The files of a replaced output; none if so much is removed already that there is no record."""
-    with held(old):
-        try:
-            return recorded_names(old)
-        except InputError:
-            return set()
-
-
-def _discard(old: Path, inode: Inode, names: set[str], target: Path) -> None:
-    """Remove a replaced output; what is not of it stays, and is told."""
-    try:
-        with held(old) as folder:
-            if folder.inode != inode:  # it is not what was moved there
-                _refuse_old(old)
-            stays = remove_listed(old, names, last=REPORT_NAME)
-            if not stays:
-                system.rmdir(old)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise WriteError(
-            f"{printable(str(old))}: cannot be removed: {error.strerror}. Check permissions and disk."
-        ) from error
-    if stays:
-        raise OutputError(
-            f"{printable(str(old))}: holds {listed(stays)}, which has come there since and is not "
-            "removed: move it away, and remove that folder."
-        )
