@@ -303,7 +303,13 @@ class OutputFile:
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
         with writing(path, nbytes):
-            self._descriptor = system.open(path, _NEW)
+            try:
+                self._descriptor = system.open(path, _NEW)
+            except FileExistsError as error:
+                raise OutputError(
+                    f"{printable(str(path))}: is there already, and no run of ours has put it there. It "
+                    "was left alone: move or remove it, then run again."
+                ) from error
             try:
                 _allocate(self._descriptor, nbytes)
             except BaseException:

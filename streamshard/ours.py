@@ -12,7 +12,6 @@ may map users. So what does not fit is compared with a file made just then, in t
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from pathlib import Path
 
@@ -113,7 +112,7 @@ def _misfit(
 
 
 def _probe(folder: Path, flags: int) -> os.stat_result | None:
-    path = folder / f".streamshard-{secrets.token_hex(8)}.probe"
+    path = folder / f".streamshard-{os.urandom(8).hex()}.probe"
     try:
         descriptor = system.open(path, _NEW | flags)
     except OSError:

@@ -15,7 +15,6 @@ import contextlib
 import json
 import stat
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from streamshard import files
@@ -33,10 +32,10 @@ from streamshard.files import exists, held, inode_of, remove_empty, sync_folder,
 from streamshard.held import Held, Inode
 from streamshard.identity import Identity, differences
 from streamshard.journal import JOURNAL_NAME, FinishedShard, Journal
-from streamshard.listing import check_replaceable, recorded_names, remove_listed, strangers
-from streamshard.locks import Lock, Moved, locked, look
+from streamshard.leftovers import Left, left_in, refuse_strangers
+from streamshard.listing import check_replaceable, remove_listed, strangers
+from streamshard.locks import Lock, locked, look
 from streamshard.ours import Ours
-from streamshard.report import REPORT_NAME
 from streamshard.swapping import discard, recover, refuse_old, swap
 
 __all__ = ["Staging", "check_beside", "output_folder", "places_beside", "staged_nbytes", "tidy"]
@@ -87,7 +86,7 @@ class Staging:
 
     def check_content(self) -> None:
         """Raise `OutputError` if something has come into this folder that the run did not make."""
-        _refuse_strangers(self.folder, strangers(self.folder, self._journal.names))
+        refuse_strangers(self.folder, strangers(self.folder, self._journal.names))
 
     @property
     def inode(self) -> Inode:
@@ -171,7 +170,7 @@ def output_folder(
             recover(target, beside, lock)
             _check_free(target, overwrite=overwrite)
             with _opened(beside["partial"]) as (kept, ours):
-                left = _left(kept, ours, lock.moved)
+                left = left_in(kept, ours, lock.moved)
                 staging = _begun(kept, left, target, plan, names, overwrite=overwrite)
                 lock.settle()
                 yield from _built(staging, target, beside["old"], lock, overwrite=overwrite)
@@ -201,7 +200,7 @@ def check_beside(target: Path) -> None:
             ours = Ours(target.resolve().parent)
             ours.check_folder(beside["partial"])
             with held(beside["partial"]) as kept:
-                _refuse_strangers(beside["partial"], _left(kept, ours, moved).strangers)
+                refuse_strangers(beside["partial"], left_in(kept, ours, moved).strangers)
     except (InputError, WriteError) as error:
         if not isinstance(error.__cause__, FileNotFoundError):  # of a run that is at it just now
             raise
@@ -230,7 +229,7 @@ def _opened(folder: Path) -> Iterator[tuple[Held, Ours]]:
 
 def _begun(
     folder: Held,
-    left: _Left,
+    left: Left,
     target: Path,
     plan: Identity,
     names: Collection[str],
@@ -248,7 +247,7 @@ def _begun(
             f"cannot be continued: {shown}. Run the same command as then to continue it, or remove "
             "that folder (or pass --overwrite) to begin anew."
         )
-    _refuse_strangers(path, left.strangers)
+    refuse_strangers(path, left.strangers)
     if changed or journal.plan is None:
         remove_listed(path, left.names, last=left.last)
         journal = Journal(path, left.ours)
@@ -265,42 +264,6 @@ def _begun(
         _leave(staging, error)
         raise
     return staging
-
-
-@dataclass(frozen=True, slots=True)
-class _Left:
-    """What a staging folder holds: files of our own by `names`, and `strangers`.
-
-    Of our own `last` must be the last to be removed, as it tells what is.
-    """
-
-    ours: Ours
-    journal: Journal
-    names: Collection[str]
-    last: str
-    strangers: Collection[str]
-
-
-def _left(folder: Held, ours: Ours, moved: Moved | None) -> _Left:
-    path = Path(folder.path)
-    journal = Journal(path, ours)
-    names: Collection[str] = journal.names
-    last = JOURNAL_NAME
-    if journal.plan is None and journal.is_begun:
-        names = {JOURNAL_NAME}
-    if journal.plan is None and moved is not None and moved[1] == folder.inode[1]:
-        # It was complete, and about to get its name.
-        with contextlib.suppress(InputError):
-            names, last = {*recorded_names(path), JOURNAL_NAME}, REPORT_NAME
-    return _Left(ours, journal, names, last, strangers(path, names, ours))
-
-
-def _refuse_strangers(folder: Path, names: Collection[str]) -> None:
-    if names:
-        raise OutputError(
-            f"{printable(str(folder))}: holds {listed(names)}, which no run of ours is known to have "
-            "made. It was left alone: move or remove it, or choose another output."
-        )
 
 
 def _built(
