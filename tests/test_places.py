@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Pair
+from conftest import Pair, record_of
 from reference import load_file, save_file
 
 from streamshard import files
 from streamshard.errors import OutputError
-from streamshard.format import json_pieces
-from streamshard.record import sealed
 from streamshard.staging import output_folder
 
 PLAN: dict[str, Any] = {
@@ -125,9 +123,8 @@ def test_a_link_to_nothing_in_the_base_is_named(pair: Pair, cli):
 def test_an_interrupted_swap_restores_the_old_output(tmp_path, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()
-    report = {"digests": {"files": {"old": {}}}}
     (target / "old").write_text("old")
-    (target / "streamshard.json").write_bytes(b"".join(sealed(json_pieces(report))))
+    (target / "streamshard.json").write_bytes(record_of("old"))
 
     class Interrupted(files.System):
         def rename(self, path: Any, other: Any) -> None:
