@@ -653,10 +653,12 @@ def test_where_all_files_belong_to_somebody_else(pair, cli, monkeypatch):
 
     def fixed(call: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
         def look(path: Any) -> os.stat_result:
-            found = list(call(path))
+            real = call(path)
             shown.append(str(path))
+            found = list(real)
             found[4], found[0] = 4711, found[0] | 0o777
-            return os.stat_result(found)
+            times = {name: getattr(real, name) for name in ("st_mtime_ns", "st_ctime_ns")}
+            return os.stat_result(found, times)
 
         return look
 
