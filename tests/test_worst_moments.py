@@ -16,8 +16,9 @@ from conftest import Pair
 
 import streamshard
 from streamshard import locks
-from streamshard.errors import InputError, OutputError
+from streamshard.errors import ChangedError, InputError, OutputError
 from streamshard.files import InputFile, system
+from streamshard.inputs import watching
 from streamshard.record import read_record, sealed
 from streamshard.staging import output_folder, places_beside
 
@@ -111,6 +112,24 @@ def test_a_side_file_that_grows_while_it_is_copied(nbytes, pair, cli, when_read)
     done = when_read(file, partial(pair) / file.name, grow(file))
     refused(pair, cli, 7, str(file))
     assert done
+
+
+def test_a_folder_that_is_another_one_for_a_moment(tmp_path):
+    """At the end everything is as it was, also the times of all files; what was read is not."""
+    mine, other, away = (tmp_path / name for name in ("mine", "other", "away"))
+    for folder in (mine, other):
+        folder.mkdir()
+        (folder / "config.json").write_text(folder.name)
+    with watching():
+        with InputFile(mine / "config.json") as file:
+            assert file.read(0, 9) == b"mine"
+        mine.rename(away)
+        other.rename(mine)
+        with pytest.raises(ChangedError, match=r"config\.json: was replaced"):
+            InputFile(mine / "config.json")
+        mine.rename(other)
+        away.rename(mine)
+    assert (mine / "config.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
