@@ -332,7 +332,7 @@ MUTANTS = (
         'if path.is_absolute() or ".." in path.parts or',
         "if path.is_absolute() or",
         "a record makes verify read files outside of the folder",
-        ("test_damage_is_named",),
+        ("test_names_that_lead_elsewhere_are_not_followed",),
     ),
     Mutant(
         "verify-ignores-what-was-added",

@@ -19,6 +19,7 @@ from streamshard import locks
 from streamshard.errors import ChangedError, InputError, OutputError
 from streamshard.files import InputFile, system
 from streamshard.inputs import watching
+from streamshard.listing import name_problem
 from streamshard.record import read_record, sealed
 from streamshard.staging import output_folder, places_beside
 
@@ -313,3 +314,16 @@ def test_a_record_in_which_any_byte_was_changed(tmp_path):
             file.write_bytes(changed)
             with pytest.raises(InputError, match=r"streamshard\.json"):
                 read_record(file)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../x", "a/..", "..", "/x", "", ".", "./x", "a//x", "a/", "x\0", "\udc80"]
+)
+def test_names_that_lead_elsewhere_are_not_followed(name):
+    """Nothing outside of the folder is opened: what a record says is not believed so far."""
+    assert name_problem(name) is not None
+
+
+@pytest.mark.parametrize("name", ["x", "a/x", "..x", "a/...", ".x", "ä\n"])
+def test_names_within_the_folder_are(name):
+    assert name_problem(name) is None
