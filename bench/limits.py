@@ -6,6 +6,9 @@ The limit counts all private memory of the process that could be written to, tou
 interpreter, libraries and thread stacks included. Under the same limit a process that allocates a
 tenth of the model is shown to fail. Outputs must have the bytes of a run without a limit. Prints
 JSON; exits with 1 if anything is not so. Needs Linux and four times the model's size of disk.
+
+Then every size of a limit is tried, on a tiny model: RLIMIT_DATA from 16 to 256 MB, RLIMIT_AS from
+100 MB to 2 GB. Each run must end with 0 and the right bytes, or with 6 and a message.
 """
 
 from __future__ import annotations
@@ -27,12 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "streamshard"]
 
 
-def run(command: Sequence[str], limit: int | None) -> subprocess.CompletedProcess[str]:
-    """Run a command under a limit of its private memory, in bytes."""
+def run(
+    command: Sequence[str], limit: int | None, kind: str = "RLIMIT_DATA"
+) -> subprocess.CompletedProcess[str]:
+    """Run a command under a limit of its memory, in bytes."""
 
     def restrict() -> None:
         if limit is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+            resource.setrlimit(getattr(resource, kind), (limit, limit))
 
     return subprocess.run(
         command, preexec_fn=restrict, capture_output=True, text=True, check=False, cwd=ROOT
@@ -73,6 +78,40 @@ def measure(name: str, command: list[str], output: Path, limit: int) -> dict[str
     }
 
 
+def sweep(folder: Path, workers: int) -> dict[str, Any]:
+    """Where a merge of a tiny model ends with which code, and every end that is not right."""
+    tool = [sys.executable, str(ROOT / "tools" / "make_checkpoint.py"), "--preset", "tiny"]
+    base, adapter, output = (folder / name for name in ("tiny", "tiny-adapter", "tiny-out"))
+    for more in (["--output", str(base)], ["--adapter", str(adapter)]):
+        command = [*tool, "--layout", "custom", "--seed", "1", *more]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    merge = ["merge-lora", "--base", base, "--adapter", adapter, "--output", output]
+    command = [*COMMAND, *map(str, merge), "--workers", str(workers)]
+    run(command, None)
+    wanted = digest(output)
+    sizes = {
+        "RLIMIT_DATA": range(16, 257, 8),
+        "RLIMIT_AS": [*range(100, 300, 10), *range(300, 2001, 50)],
+    }
+    found: dict[str, Any] = {"workers": workers, "runs": 0, "wrong": []}
+    for kind, every in sizes.items():
+        enough = None
+        for size in every:
+            shutil.rmtree(output, ignore_errors=True)
+            done = run(command, size * 10**6, kind)
+            found["runs"] += 1
+            told = done.returncode == 6 and "not enough memory" in done.stderr
+            right = done.returncode == 0 and digest(output) == wanted
+            if not (told or right) or (told and output.exists()) or "Traceback" in done.stderr:
+                found["wrong"].append([kind, size, done.returncode, done.stderr[-300:]])
+            if right and enough is None:
+                enough = size * 10**6
+        found[f"{kind} that is enough"] = enough
+    for path in (base, adapter, output):
+        shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
 def main() -> None:
     """Generate a model, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -104,12 +143,19 @@ def main() -> None:
             measure("merge-lora", [str(part) for part in merge], output, limit),
             measure("hf2custom", [str(part) for part in convert], output, limit),
         ]
+        sweeps = [sweep(folder, workers) for workers in (1, 2, 8)]
     print(
         json.dumps(
-            {"a tenth of the model fits": control.returncode == 0, "runs": results}, indent=2
+            {
+                "a tenth of the model fits": control.returncode == 0,
+                "runs": results,
+                "every limit": sweeps,
+            },
+            indent=2,
         )
     )
-    sys.exit(not (control.returncode and all(row["same bytes as without"] for row in results)))
+    right = all(row["same bytes as without"] for row in results)
+    sys.exit(not (control.returncode and right and not any(row["wrong"] for row in sweeps)))
 
 
 if __name__ == "__main__":

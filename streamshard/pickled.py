@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from streamshard.errors import InputError, StreamshardError, printable
 from streamshard.files import InputFile
+from streamshard.limits import Need, check_room
 from streamshard.tensors import Array, Lazy
 
 __all__ = ["read_pickled"]
 
 MAX_NAME = 1024  # as in headers
+_TORCH = Need(145_000_000, 540_000_000, 215_000_000)
+"""Measured: importing torch without CUDA and loading a small file. It may crash with less."""
 
 
 def read_pickled(file: Path) -> dict[str, Lazy]:
@@ -27,7 +31,7 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
             nbytes = opened.nbytes
             _check_size(opened)
             content = _load(opened)
-    except StreamshardError:
+    except (StreamshardError, MemoryError):  # the latter says nothing about the file
         raise
     except Exception as error:  # torch raises whatever its unpickler meets
         raise InputError(
@@ -62,6 +66,8 @@ def _check_size(file: InputFile) -> None:
 
 
 def _load(file: InputFile) -> Any:
+    if "torch" not in sys.modules:
+        check_room("torch, which reads this .bin; safetensors need none of it", _TORCH)
     import torch
 
     return torch.load(file.stream(), map_location="cpu", weights_only=True)

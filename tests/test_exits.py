@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import reference
+from conftest import heed_interrupts
 
 import streamshard
 from streamshard import limits
@@ -357,3 +359,38 @@ def test_other_limits(limit, codes, pair):
     assert done.returncode in codes, done.stderr
     assert (done.returncode == 0) == pair.output.exists()
     assert reference.digests(pair.base) == before
+
+
+# --- signals that come early ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+@pytest.mark.parametrize("module", ["click", "json", "numpy", "streamshard.writer"])
+def test_a_signal_during_an_import_is_no_traceback(module, number, pair):
+    """The signal arrives when `module` is looked for, whatever that makes of it."""
+    script = f"""
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), {int(number)})
+                for _ in range(1000): pass
+            except BaseException as error:
+                raise ImportError("cannot import") from error
+sys.meta_path.insert(0, Finder())
+sys.modules.pop({module!r}, None)
+sys.argv = {["streamshard", *pair.command]!r}
+runpy.run_module("streamshard", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=heed_interrupts,
+    )
+    assert done.returncode in ({130} if number == signal.SIGINT else {143, -signal.SIGTERM})
+    assert "Traceback" not in done.stderr
+    assert not pair.output.exists()

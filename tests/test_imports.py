@@ -241,7 +241,7 @@ ALLOWED = {
     "patterns": set(),
     "peft_adapter": {"spelling", "wrapped"},
     "peft_config": {"errors", "patterns"},
-    "pickled": {"errors", "files", "tensors"},
+    "pickled": {"errors", "files", "limits", "tensors"},
     "places": {
         "errors",
         "files",

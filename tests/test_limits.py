@@ -156,6 +156,17 @@ def test_reading_ends_with_an_exit_code_too(command, size, pair):
     ended(["-m", "streamshard", command, *paths], "RLIMIT_DATA", size * 10**6)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
+@pytest.mark.parametrize("size", [128, 200, 600])
+def test_a_pickled_adapter_needs_room_for_torch(size, pair):
+    file = pair.adapter / "adapter_model.safetensors"
+    reference.torch.save(reference.load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    done = ended(["-m", "streamshard", *pair.command], "RLIMIT_DATA", size * 10**6)
+    assert (done.returncode == 0) == (size == 600) == pair.output.exists()
+    assert size == 600 or "torch" in done.stderr
+
+
 def test_too_little_memory_is_said(pair, cli, monkeypatch):
     import streamshard.merging
 

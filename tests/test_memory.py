@@ -125,9 +125,11 @@ def test_json_in_pieces_is_json(sort_keys):
     }
     pieces = list(json_pieces(content, sort_keys=sort_keys))
     assert max(map(len, pieces)) < 100_000
-    text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n"
-    assert b"".join(pieces) == text.encode(errors="backslashreplace")
-    assert json.loads(b"".join(pieces)) == content
+    # Half of a surrogate pair, as of a path that is not UTF-8, is spelled out: strict readers refuse it.
+    spelled = content | {"a": r"\udce9"}
+    text = json.dumps(spelled, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n"
+    assert b"".join(pieces) == text.encode()
+    assert json.loads(b"".join(pieces)) == spelled
     with pytest.raises(ValueError, match="not JSON compliant"):
         list(json_pieces({"x": float("nan")}))
 

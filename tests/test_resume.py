@@ -279,8 +279,8 @@ def another_version(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamshard.identity.__version__", "99.1")
 
 
-def another_kernel(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamshard.identity.kernel", lambda: "another")
+def another_processor(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamshard.identity.platform.machine", lambda: "another")
 
 
 CHANGES: dict[str, tuple[Callable[..., Any] | None, list[str], list[str]]] = {
@@ -310,7 +310,7 @@ CHANGES: dict[str, tuple[Callable[..., Any] | None, list[str], list[str]]] = {
     "weight": (None, ["--weight", "0.5"], ["--weight was not given and is [0.5]"]),
     "shards": (None, ["--max-shard-size", "1GB"], ["--max-shard-size was not given and is 1000000000"]),
     "version": (another_version, [], ["it was version", "this is 99.1"]),
-    "kernel": (another_kernel, [], ["kernel was", "is another"]),
+    "processor": (another_processor, [], ["processor was", "is another"]),
 }  # fmt: skip
 
 
@@ -336,6 +336,14 @@ def test_another_plan_is_refused_by_name(what, interrupted, refused, cli, monkey
     ]
     assert cli(*command, *more).code == 0
     assert content(interrupted.output) == content(again)
+
+
+def test_another_kernel_continues(interrupted, cli, monkeypatch):
+    """Nothing that is written depends on whether it is compiled."""
+    monkeypatch.setattr("streamshard.arithmetic._kernels", None)
+    outcome = cli(*interrupted.command, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["resumed"] == 1
 
 
 def identity_of(folder: Path) -> Any:
