@@ -408,7 +408,7 @@ MUTANTS = (
         "return replace(self, start=self.start + start, stop=self.start + stop)",
         "return replace(self, start=start, stop=stop)",
         "a window of a window gets the update of other rows",
-        ("test_any_blocking_gives_the_same_bytes",),
+        ("test_update_of_a_join_is_the_join_of_updates", "test_some_parts_into_fused_tensors"),
     ),
     Mutant(
         "scale-rounded-twice",
@@ -458,7 +458,7 @@ MUTANTS = (
         '(rows if match["part"] == "up" else 0)',
         '(rows if match["part"] == "gate" else 0)',
         "updates of gate and up change places in fused experts",
-        ("test_single_experts_into_an_hf_base",),
+        ("test_single_experts_into_fused_ones",),
     ),
     Mutant(
         "overlap-allowed",
