@@ -35,6 +35,7 @@ from streamshard.files import system
 
 RESUMED = [0]
 WORKERS = ("1", "2")
+STRANGERS = ("merged.lock", ".merged", ".merged.partial.old", ".lock", "merged.part")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,6 +74,7 @@ def run(folder: Path, points: int) -> int:
         place = folder / f"point-{number}"
         place.mkdir()
         output = place / "merged"
+        theirs = bystanders(place)
         full = [*command, "--workers", workers, "--output", str(output)]
         full += ["--overwrite"] * replaces
         old = older if replaces else None
@@ -84,10 +86,21 @@ def run(folder: Path, points: int) -> int:
             passed += kill_and_repeat(full, output, old, expected, (at, count))
         except AssertionError as error:
             print(f"point {number}: {error}", file=sys.stderr)
+        if bystanders(place, make=False) != theirs:
+            sys.exit(f"point {number}: files of others have changed")
         shutil.rmtree(place)
         if {**content(base), **content(adapter)} != inputs:
             sys.exit(f"point {number}: the inputs have changed")
     return passed
+
+
+def bystanders(place: Path, *, make: bool = True) -> dict[str, tuple[int, bytes]]:
+    """Files of others, with names much like those that a run uses: their inodes and bytes."""
+    files = [place / name for name in (*STRANGERS, ".merged.older/file")]
+    for file in files if make else ():
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(file.name.encode())
+    return {file.name: (file.stat().st_ino, file.read_bytes()) for file in files}
 
 
 def kill_and_repeat(
@@ -119,7 +132,8 @@ def kill_and_repeat(
     if content(output) != expected:
         raise AssertionError(f"call {at} of {calls}: other bytes than a clean run")
     RESUMED[0] += bool(json.loads((output / "streamshard.json").read_bytes())["resumed"])
-    stray = sorted(path.name for path in output.parent.iterdir() if path != output)
+    theirs = {*STRANGERS, ".merged.older", output.name}
+    stray = sorted(path.name for path in output.parent.iterdir() if path.name not in theirs)
     if stray:
         raise AssertionError(f"call {at} of {calls}: left {stray}")
     return True

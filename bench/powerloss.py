@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import re
 import sys
 import tempfile
 import threading
@@ -198,6 +199,17 @@ def inside(tree: Tree, folder: str) -> dict[str, bytes]:
     }
 
 
+def _renumbered(lock: bytes, place: Path) -> bytes:
+    """What a lock notes, with the numbers that folders have here; on one disk these stay the same."""
+    partial, old, output = (place / name for name in (".merged.partial", ".merged.old", "merged"))
+    meant = {"old": old if old.exists() else output, "new": partial if partial.exists() else output}
+    for which, folder in meant.items():
+        if folder.exists():
+            number = f'"{which}": {folder.stat().st_ino}'.encode()
+            lock = re.sub(rf'"{which}": \d+'.encode(), number, lock)
+    return lock
+
+
 def continued(scenario: Scenario, tree: Tree) -> str | None:
     """Put a state on the disk and run the command again; what is wrong with how that ends."""
     scenario.end()
@@ -207,6 +219,10 @@ def continued(scenario: Scenario, tree: Tree) -> str | None:
             (top / path).mkdir()
         else:
             (top / path).write_bytes(data)
+    lock = top / "place" / f".{scenario.output.name}.lock"
+    if lock.exists():
+        lock.chmod(0o600)  # as it was made
+        lock.write_bytes(_renumbered(lock.read_bytes(), lock.parent))
     complete = f"place/{scenario.output.name}" in tree
     code, said = run(scenario.command)
     if code and not (complete and scenario.old is None and code == 5):

@@ -41,7 +41,7 @@ MAX_TOKENIZER_BYTES = 50_000_000  # the largest tokenizer.json have 28 MB
 # What a training run or another tool leaves beside the weights and a loadable folder must not have.
 _NOT_CARRIED = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx)|.*\.index\.json|adapter_config\.json"
-    r"|trainer_state\.json|zero_to_fp32\.py|latest|streamshard\.json",
+    r"|trainer_state\.json|zero_to_fp32\.py|latest|streamshard\.(json|journal)",
     re.IGNORECASE | re.DOTALL,
 )
 TOKENIZER = re.compile(

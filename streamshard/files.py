@@ -1,7 +1,8 @@
 """The only place that asks the operating system to read or write.
 
 Every call goes through `system`, one method a call, so that a test can put something else in the
-place of each of these methods: fail it, or end the process there. Reads are positioned (`pread`),
+place of each of these methods: fail it, or end the process there. What lies in a folder that is held
+(see `streamshard.held`) is reached by that folder's descriptor. Reads are positioned (`pread`),
 not mapped: a file that shrinks is then an error and not a bus error, and what was read never
 counts as the resident memory of this process.
 """
@@ -17,13 +18,21 @@ import shutil
 import stat
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from streamshard.errors import InputError, OutOfMemoryError, ReadError, WriteError, printable
+from streamshard.errors import (
+    InputError,
+    OutOfMemoryError,
+    OutputError,
+    ReadError,
+    WriteError,
+    printable,
+)
+from streamshard.held import RELATIVE, Held, Inode, holder, inode, let_go, register
 from streamshard.inputs import Inputs, Stamp, active, changed
 
 if TYPE_CHECKING:
@@ -35,6 +44,8 @@ else:
     import fcntl
 
 __all__ = [
+    "NO_LINK",
+    "PRIVATE",
     "ByteRange",
     "Files",
     "InputFile",
@@ -45,11 +56,13 @@ __all__ = [
     "disk_free",
     "exists",
     "file_nbytes",
+    "held",
+    "inode_of",
     "make_folders",
+    "put",
     "read_bytes",
     "reading",
     "remove_empty",
-    "remove_tree",
     "rename",
     "sync_folder",
     "system",
@@ -60,8 +73,12 @@ __all__ = [
 AnyPath: TypeAlias = "str | Path"
 
 COPY_NBYTES = 256 * 1024
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+PRIVATE = 1 << 30
+"""Beside the flags of the system: a new file is for its owner alone."""
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe with a weight's name must not hang us
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
+_OLD = os.O_RDWR | NO_LINK | getattr(os, "O_NONBLOCK", 0)
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK
 _ALWAYS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FAR = 1 << 30
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -71,8 +88,13 @@ class System:
     """The operating system: each method is one call and raises the `OSError` of that call."""
 
     def open(self, path: AnyPath, flags: int) -> int:
-        """A descriptor; new files get the mode that the umask leaves."""
-        return os.open(path, flags | _ALWAYS, 0o666)
+        """A descriptor; new files get the mode that the umask leaves, or that of `PRIVATE` ones."""
+        mode = 0o600 if flags & PRIVATE else 0o666
+        flags = flags & ~PRIVATE | _ALWAYS
+        with _inside(path, itself=True) as (name, folder):
+            if folder is None:
+                return os.open(name, flags, mode)
+            return os.open(name, flags | NO_LINK, mode, dir_fd=folder)
 
     def close(self, descriptor: int) -> None:
         os.close(descriptor)
@@ -84,7 +106,8 @@ class System:
         return os.stat(path)
 
     def lstat(self, path: AnyPath) -> os.stat_result:
-        return os.lstat(path)
+        with _inside(path) as (name, folder):
+            return os.lstat(name, dir_fd=folder)
 
     def pread(self, descriptor: int, out: memoryview, offset: int) -> int:
         """How many bytes were read into `out`; 0 at the end of the file."""
@@ -120,20 +143,25 @@ class System:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def listdir(self, path: AnyPath) -> list[str]:
-        return os.listdir(path)
+        with _inside(path, itself=True) as (name, folder):
+            return os.listdir(folder if folder is not None and name == "." else path)
 
     def mkdir(self, path: AnyPath) -> None:
-        os.mkdir(path)
+        with _inside(path) as (name, folder):
+            os.mkdir(name, dir_fd=folder)
 
     def rmdir(self, path: AnyPath) -> None:
-        os.rmdir(path)
+        with _inside(path) as (name, folder):
+            os.rmdir(name, dir_fd=folder)
 
     def unlink(self, path: AnyPath) -> None:
-        os.unlink(path)
+        with _inside(path) as (name, folder):
+            os.unlink(name, dir_fd=folder)
 
     def rename(self, path: AnyPath, other: AnyPath) -> None:
         """Give another name, taking the place of a file but not of a folder that has something in it."""
-        os.replace(path, other)
+        with _inside(path) as (old, here), _inside(other) as (new, there):
+            os.replace(old, new, src_dir_fd=here, dst_dir_fd=there)
 
     def disk_free(self, path: AnyPath) -> int | None:
         """Bytes that are free; None where the disk does not tell (ramfs, and some others in memory)."""
@@ -144,6 +172,23 @@ class System:
                 return None
             raise
         return usage.free if usage.total else None
+
+
+@contextmanager
+def _inside(path: AnyPath, *, itself: bool = False) -> Iterator[tuple[AnyPath, int | None]]:
+    """A path as a call is to be given it, and the open folder to which it is relative, if any.
+
+    Errors name the whole path.
+    """
+    held = holder(str(path), itself=itself)
+    if held is None:
+        yield path, None
+        return
+    try:
+        yield held.inside(str(path))
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 system = System()
@@ -363,7 +408,13 @@ class OutputFile:
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
         with writing(path, nbytes):
-            self._descriptor = system.open(path, _NEW)
+            try:
+                self._descriptor = system.open(path, _NEW)
+            except FileExistsError as error:
+                raise OutputError(
+                    f"{printable(str(path))}: is there already, and no run of ours has put it there. It "
+                    "was left alone: move or remove it, then run again."
+                ) from error
             try:
                 _allocate(self._descriptor, nbytes)
             except BaseException:
@@ -420,14 +471,21 @@ class OutputFile:
 
 
 class LogFile:
-    """A file that only grows, from its first `nbytes` bytes on; what comes after these is dropped."""
+    """A file that only grows, from its first `nbytes` bytes on; what comes after these is dropped.
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    A new one must not be there yet; one that is there is looked at by `check` before it is changed.
+    """
+
+    def __init__(
+        self, path: Path, nbytes: int, check: Callable[[os.stat_result], None] | None = None
+    ) -> None:
         self.path = path
         self._end = nbytes
         with writing(path, 0):
-            self._descriptor = system.open(path, os.O_RDWR | os.O_CREAT)
+            self._descriptor = system.open(path, _NEW if check is None else _OLD)
             try:
+                if check is not None:
+                    check(system.fstat(self._descriptor))
                 system.truncate(self._descriptor, nbytes)
             except BaseException:
                 self.close()
@@ -435,9 +493,7 @@ class LogFile:
 
     def append(self, data: bytes) -> None:
         """Add `data` and wait until the disk has it."""
-        _write_all(self._descriptor, self.path, memoryview(data), self._end)
-        with writing(self.path, len(data)):
-            system.fsync(self._descriptor)
+        put(self._descriptor, self.path, data, self._end)
         self._end += len(data)
 
     def close(self) -> None:
@@ -446,6 +502,13 @@ class LogFile:
         if descriptor >= 0:
             with contextlib.suppress(OSError):  # every line is on disk already
                 system.close(descriptor)
+
+
+def put(descriptor: int, path: Path, data: bytes, offset: int) -> None:
+    """Write `data` at a place of an open file and wait until the disk has it."""
+    _write_all(descriptor, path, memoryview(data), offset)
+    with writing(path, len(data)):
+        system.fsync(descriptor)
 
 
 def _write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
@@ -566,14 +629,9 @@ def write_new(path: Path, pieces: Iterable[bytes]) -> None:
         file.sync()
 
 
-def exists(path: AnyPath) -> bool:
+def exists(path: Path) -> bool:
     """Whether something, be it a broken link, has this name in the place of an output."""
-    with writing(path, 0):
-        try:
-            system.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-    return True
+    return inode_of(path) is not None
 
 
 def make_folders(path: Path) -> list[Path]:
@@ -605,14 +663,42 @@ def rename(path: Path, other: Path) -> None:
         system.rename(path, other)
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it; links are not followed."""
-    if not stat.S_ISDIR(system.lstat(path).st_mode):
-        system.unlink(path)
-        return
-    for name in system.listdir(path):
-        remove_tree(path / name)
-    system.rmdir(path)
+@contextmanager
+def held(path: Path, check: Callable[[os.stat_result], None] | None = None) -> Iterator[Held]:
+    """Hold a folder: until the block ends, paths in it lead into this very folder.
+
+    `check` looks at it first. It cannot be a link.
+    """
+    with writing(path, 0):
+        found = system.lstat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            raise OutputError(f"{printable(str(path))}: is no folder any more. Run again.")
+        if check is not None:
+            check(found)
+        descriptor = system.open(path, os.O_RDONLY | NO_LINK) if RELATIVE else None
+    try:
+        with writing(path, 0):
+            if descriptor is not None and inode(system.fstat(descriptor)) != inode(found):
+                raise OSError(errno.ESTALE, "something else has been put in its place", str(path))
+        folder = Held(str(path), inode(found), descriptor)
+        register(folder)
+        try:
+            yield folder
+        finally:
+            let_go(folder)
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # nothing was written
+                system.close(descriptor)
+
+
+def inode_of(path: Path) -> Inode | None:
+    """The identity of what has this name, be it a link; None if nothing has it."""
+    with writing(path, 0):
+        try:
+            return inode(system.lstat(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 def disk_free(path: Path) -> int | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from streamshard.claims import check_replaceable
 from streamshard.errors import OutputError, printable
-from streamshard.files import reading, system, writing
+from streamshard.files import reading, writing
 from streamshard.paths import PathLike, output_path
-from streamshard.report import REPORT_NAME
 from streamshard.staging import places_beside, tidy
 
 __all__ = ["check_places"]
@@ -39,12 +39,13 @@ def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> N
         raise OutputError(
             f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
         )
-    if target.exists() and not _is_replaceable(target):
-        raise OutputError(
-            f"{printable(str(target))}: was not written by streamshard (it has no {REPORT_NAME}), and "
-            "--overwrite replaces only what was: other files there would be lost. Choose another "
-            "output, or remove it yourself."
-        )
+    if target.exists():
+        if place in _working_folders():
+            raise OutputError(
+                f"{printable(str(target))}: is the folder in which this command runs, or around it, and "
+                "cannot be replaced. Choose another output, or change to another folder."
+            )
+        check_replaceable(place)
     if target.is_mount():
         raise OutputError(
             f"{printable(str(target))}: is where a disk is mounted, which cannot be replaced. "
@@ -65,15 +66,6 @@ def _check_apart(target: Path, place: Path, path: Path) -> None:
             f"{printable(str(target))}: contains the input {printable(str(path))}, which "
             "writing it would delete. Choose another output."
         )
-
-
-def _is_replaceable(target: Path) -> bool:
-    """Whether a folder is empty or our own, so that nobody's files are taken for an old output."""
-    if not target.is_dir() or target.resolve() in _working_folders():
-        return False
-    with reading(target):
-        names = system.listdir(target)
-    return not names or REPORT_NAME in names
 
 
 def _working_folders() -> list[Path]:

@@ -25,23 +25,28 @@ from streamshard.files import (
     copy_file,
     disk_free,
     file_nbytes,
-    make_folders,
     sync_folder,
     write_new,
-    writing,
 )
 from streamshard.format import json_pieces, total_nbytes, total_parameters
 from streamshard.identity import Identity, identity
 from streamshard.inputs import active
 from streamshard.journal import JOURNAL_NAME, FinishedShard
 from streamshard.listing import name_problem
+from streamshard.names import part_name
 from streamshard.places import check_places
 from streamshard.record import sealed
 from streamshard.report import REPORT_NAME, Report, Streamed, new_report
 from streamshard.report import finished as in_the_end
 from streamshard.resources import memory_estimate, parse_size, worker_count
 from streamshard.resuming import check_finished
-from streamshard.staging import output_folder, places_beside, staged_nbytes
+from streamshard.staging import (
+    Staging,
+    check_beside,
+    output_folder,
+    places_beside,
+    staged_nbytes,
+)
 from streamshard.tensors import Lazy, Stored
 from streamshard.updates import cast
 from streamshard.writer import Shard, index_pieces, plan_shards, write_shards
@@ -158,7 +163,9 @@ def run(job: Job, options: Options) -> Report:
         "dry_run": options.dry_run,
         "plan": plan.as_dict() if options.dry_run else None,
     }
-    if not options.dry_run:
+    if options.dry_run:
+        check_beside(job.output)
+    else:
         _write(job, plan, tensors, options, report)
     return in_the_end(report, job.started)
 
@@ -238,7 +245,10 @@ def _write(
         target = plan.output.resolve()
         inputs.leave_out(target, *places_beside(target).values())
     with output_folder(
-        plan.output, _identity(job, plan, reference, beside, options), overwrite=options.overwrite
+        plan.output,
+        _identity(job, plan, reference, beside, options),
+        names=_names(plan.shards, beside),
+        overwrite=options.overwrite,
     ) as staging:
         how: dict[str, Any] = {
             "workers": plan.workers,
@@ -259,7 +269,7 @@ def _write(
             )
         report["l2"] = distances.report()
         report["update"] = _update(finished)
-        _write_beside(beside, staging.folder)
+        _write_beside(beside, staging)
         names = list(beside)
         if len(plan.shards) > 1:
             names.append(INDEX_NAME)
@@ -297,13 +307,18 @@ def _identity(
     return identity(command=job.command, options=chosen, recipe=recipe(), files=beside)
 
 
-def _write_beside(files: Mapping[str, Path | bytes], folder: Path) -> None:
+def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
+    """Every file that is made on the way to an output."""
+    weights = [name for shard in shards for name in (shard.name, part_name(shard.name))]
+    return {*weights, *beside, INDEX_NAME, REPORT_NAME}
+
+
+def _write_beside(files: Mapping[str, Path | bytes], staging: Staging) -> None:
     """Write what lies beside the weights."""
     made: set[Path] = set()
     for name, content in files.items():
-        path = folder / name
-        with writing(path, 0):
-            made.update(make_folders(path.parent))
+        path = staging.folder / name
+        made.update(staging.make_folders(path.parent))
         if isinstance(content, Path):
             copy_file(content, path)
         else:

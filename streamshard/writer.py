@@ -24,6 +24,7 @@ from streamshard.files import ByteRange, OutputFile, disk_free, rename, sync_fol
 from streamshard.format import build_header, json_pieces, total_nbytes, total_parameters
 from streamshard.inputs import active
 from streamshard.journal import FinishedShard
+from streamshard.names import part_name
 from streamshard.products import TILE_ROWS
 from streamshard.staging import Staging
 from streamshard.tensors import (
@@ -143,7 +144,7 @@ class _Open:
         self.digests = bytearray(DIGEST_NBYTES * self.left)
         self.measured: dict[int, tuple[float, Change]] = {}
         # Not yet under its name: until it is complete, nothing shall take it for a weight file.
-        self.output = OutputFile(folder / f"{shard.name}.part", shard.nbytes)
+        self.output = OutputFile(folder / part_name(shard.name), shard.nbytes)
 
     def note(self, place: int, digest: bytes, squared: float, change: Change) -> bool:
         """Take note of a finished tensor; returns whether it was the last one."""

@@ -93,6 +93,14 @@ class Pair:
         return ["merge-lora", *(str(part) for item in paths.items() for part in item)]
 
 
+def record_of(*names: str) -> bytes:
+    """The record of an output that has these files."""
+    from streamshard.format import json_pieces
+    from streamshard.record import sealed
+
+    return b"".join(sealed(json_pieces({"digests": {"files": {name: {} for name in names}}})))
+
+
 LAYER = "language_model.model.layers.0.self_attn"
 
 

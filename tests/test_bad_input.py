@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import LAYER, Pair
+from conftest import LAYER, Pair, record_of
 from reference import INDEX, load_file, save_file, save_index
 
 from streamshard import merge_lora
@@ -601,7 +601,7 @@ def test_a_failed_overwrite_keeps_the_old_output(pair, refused):
     single((Q, put(95, float("nan"))(ones(96, 40))))(pair)
     pair.output.mkdir()
     (pair.output / "model.safetensors").write_text("old")
-    (pair.output / "streamshard.json").write_text("{}")
+    (pair.output / "streamshard.json").write_bytes(record_of("model.safetensors"))
     refused(4, "row 95", more=["--overwrite"])
 
 
@@ -646,7 +646,8 @@ def test_folders_made_for_a_failed_run_are_removed(pair, refused):
 def test_overwrite_replaces_the_whole_folder(pair, cli):
     pair.output.mkdir()
     (pair.output / "model-00001-of-00009.safetensors").write_text("stale")
-    (pair.output / "streamshard.json").write_text("{}")
+    record = record_of("model-00001-of-00009.safetensors")
+    (pair.output / "streamshard.json").write_bytes(record)
     assert cli(*pair.command, "--overwrite").code == 0
     assert not (pair.output / "model-00001-of-00009.safetensors").exists()
     assert sorted(p.name for p in pair.output.parent.iterdir()) == [pair.output.name]
@@ -683,7 +684,8 @@ def test_a_disk_that_is_full(pair):
     (pair.base / "notes.txt").write_bytes(bytes(60_000))
     mount = f"mount -t tmpfs -o size=40k none '{disk}' 2>/dev/null || exit 99; "
     command = [sys.executable, "-m", "streamshard", *merge(pair, disk / "out")]
-    lie = "import shutil, types; shutil.disk_usage = lambda p: types.SimpleNamespace(free=10**9); "
+    told = "types.SimpleNamespace(free=10**9, total=10**9)"
+    lie = f"import shutil, types; shutil.disk_usage = lambda p: {told}; "
     for fake in ("", lie):
         if fake:
             code = f"import sys; {fake}from streamshard.cli import main; main()"

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import reference
-from conftest import heed_interrupts
+from conftest import heed_interrupts, record_of
 from make_checkpoint import write_adapter, write_checkpoint
 from reference import save_adapter
 from safetensors.torch import save_file
@@ -339,7 +339,8 @@ def test_signals_leave_nothing_where_nothing_is_finished(number, code, said, ove
     if overwrite:
         output.mkdir()
         (output / "model.safetensors.index.json").write_text("{}")
-        (output / "streamshard.json").write_text("{}")
+        record = record_of("model.safetensors.index.json")
+        (output / "streamshard.json").write_bytes(record)
     arguments = ["--base", base, "--adapter", adapter, "--output", output, "--workers", "2"]
     arguments += ["--overwrite"] * overwrite
     command = [sys.executable, "-m", "streamshard", "merge-lora", *map(str, arguments)]

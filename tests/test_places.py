@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Pair
+from conftest import Pair, record_of
 from reference import load_file, save_file
 
 from streamshard import files
@@ -31,7 +31,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "out"
 
     def late() -> None:
-        with output_folder(target, PLAN, overwrite=False) as staging:
+        with output_folder(target, PLAN, names=["mine"], overwrite=False) as staging:
             (staging.folder / "mine").write_text("second")
             target.mkdir()
             (target / "theirs").write_text("first")
@@ -124,6 +124,7 @@ def test_an_interrupted_swap_restores_the_old_output(tmp_path, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
+    (target / "streamshard.json").write_bytes(record_of("old"))
 
     class Interrupted(files.System):
         def rename(self, path: Any, other: Any) -> None:
@@ -132,7 +133,7 @@ def test_an_interrupted_swap_restores_the_old_output(tmp_path, monkeypatch):
             super().rename(path, other)
 
     def swap() -> None:
-        with output_folder(target, PLAN, overwrite=True):
+        with output_folder(target, PLAN, names=[], overwrite=True):
             monkeypatch.setattr(files.system, "rename", Interrupted().rename)
 
     with pytest.raises(KeyboardInterrupt):

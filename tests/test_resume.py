@@ -179,30 +179,55 @@ def test_what_is_damaged_is_written_again(where, interrupted, clean, cli):
     assert content(interrupted.output) == clean
 
 
-@pytest.mark.parametrize("how", ["gone", "shorter", "folder gone", "journal gone"])
+@pytest.mark.parametrize("how", ["gone", "shorter", "folder gone"])
 def test_what_is_missing_is_written_again(how, interrupted, clean, cli):
     file = partial(interrupted) / FIRST
     if how == "gone":
         file.unlink()
     elif how == "shorter":
         os.truncate(file, 100)
-    elif how == "folder gone":
-        shutil.rmtree(partial(interrupted))
     else:
-        (partial(interrupted) / "streamshard.journal").unlink()
+        shutil.rmtree(partial(interrupted))
     outcome = cli(*interrupted.command, "--json")
     assert json.loads(outcome.out)["resumed"] == 0
     assert content(interrupted.output) == clean
     assert alone(interrupted)
 
 
-@pytest.mark.parametrize(
-    ("cut", "rest"), [(1, b""), (2, b"\0\0\0"), (500, b"garbage\n"), (10**6, b""), (10**6, b"x\n")]
-)
+@pytest.mark.parametrize("how", ["gone", "empty", "x", "half", "damaged"])
+def test_without_the_list_of_a_journal_nothing_is_known_to_be_ours(how, interrupted, clean, cli):
+    """It is on disk before anything else, so no crash leaves that."""
+    journal = partial(interrupted) / "streamshard.journal"
+    data = journal.read_bytes()
+    journal.unlink()
+    if how != "gone":
+        begun = {
+            "empty": b"",
+            "x": b"x\n",
+            "half": data[:200],
+            "damaged": data[:99] + b"!" + data[100:],
+        }
+        journal.write_bytes(begun[how])
+    before = reference.digests(interrupted.root)
+    outcome = cli(*interrupted.command, "--overwrite")
+    assert outcome.code == 5
+    assert str(partial(interrupted)) in outcome.err
+    assert how == "x" or f"'{FIRST}'" in outcome.err
+    assert reference.digests(interrupted.root) == before
+    for file in partial(interrupted).iterdir():
+        if file != journal or how == "x":
+            file.unlink()
+    assert cli(*interrupted.command).code == 0
+    assert content(interrupted.output) == clean
+    assert alone(interrupted)
+
+
+@pytest.mark.parametrize(("cut", "rest"), [(1, b""), (2, b"\0\0\0"), (200, b"garbage\n")])
 def test_a_torn_journal(cut, rest, interrupted, clean, cli):
     journal = partial(interrupted) / "streamshard.journal"
     data = journal.read_bytes()
-    journal.write_bytes(data[: max(len(data) - cut, 0)] + rest)
+    journal.write_bytes(data[:-cut] + rest)
+    assert data[:-cut].count(b"\n") == 1
     outcome = cli(*interrupted.command, "--json")
     assert json.loads(outcome.out)["resumed"] == 0
     assert content(interrupted.output) == clean
@@ -247,11 +272,15 @@ def test_garbage_after_the_journal_hides_nothing(interrupted, clean, cli):
     assert content(interrupted.output) == clean
 
 
-def test_a_kill_before_the_plan_is_noted(pair, clean, cli):
+@pytest.mark.parametrize(
+    "begun", [b"", bytes(700), b"0123", b'%032x {"plan": {"str' % 7, bytes(512) + b"0123"]
+)
+def test_a_kill_before_the_plan_is_noted(begun, pair, clean, cli):
     partial(pair).mkdir()
-    (partial(pair) / f"{FIRST}.part").write_bytes(b"half")
+    (partial(pair) / "streamshard.journal").write_bytes(begun)
     assert cli(*pair.command).code == 0
     assert content(pair.output) == clean
+    assert alone(pair)
 
 
 def test_kills_everywhere():
