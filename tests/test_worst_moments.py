@@ -205,13 +205,13 @@ def test_an_output_that_appears_before_the_lock_is_held(overwrite, tmp_path, mon
 
     monkeypatch.setattr(system, "lock", late)
     if overwrite:
-        with output_folder(target, PLAN, overwrite=True) as staging:
+        with output_folder(target, PLAN, names={"mine"}, overwrite=True) as staging:
             (staging.folder / "mine").write_text("x")
         assert (target / "mine").exists()
     else:
         with (
             pytest.raises(OutputError, match="exists"),
-            output_folder(target, PLAN, overwrite=False),
+            output_folder(target, PLAN, names={"mine"}, overwrite=False),
         ):
             pass
         assert [*target.iterdir()] == []
