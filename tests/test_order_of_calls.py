@@ -165,8 +165,21 @@ def test_an_older_output_is_removed_after_the_new_one_has_its_name_on_disk(pair,
     assert end < last(calls[:removed], "fsync", pair.output.parent)
 
 
-def test_an_old_journal_is_gone_from_the_disk_before_a_new_one(pair, calls, monkeypatch):
-    """Otherwise its shards might count as finished, with the new plan."""
+def test_what_is_moved_is_noted_on_disk_before(pair, calls):
+    """In the lock: after a kill or a loss of power it tells whose the old output is."""
+    merge(pair, weight=[0.5])
+    calls.clear()
+    merge(pair, overwrite=True)
+    (away,) = renames(calls, ".merged.old")
+    lock = places_beside(pair.output)["lock"]
+    assert waited_for(calls[:away], lock)
+    noted = last(calls[:away], "pwrite", lock)
+    assert last(calls[:away], "make", lock) < noted
+    assert last(calls[:away], "fsync", pair.output.parent) > noted
+
+
+def interrupted(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have all files finished, but not in their place; returns the journal."""
     rename = system.rename
 
     def fail(path: Path, other: Path) -> None:
@@ -178,14 +191,34 @@ def test_an_old_journal_is_gone_from_the_disk_before_a_new_one(pair, calls, monk
         patch.setattr(system, "rename", fail)
         with pytest.raises(streamshard.StreamshardError, match="is kept"):
             merge(pair)
-    journal = partial(pair) / JOURNAL_NAME
+    return partial(pair) / JOURNAL_NAME
+
+
+def test_an_old_journal_goes_after_the_files_that_it_lists(pair, calls, monkeypatch):
+    """It alone tells that they are ours; and what it says must not be believed with a new plan."""
+    journal = interrupted(pair, monkeypatch)
     assert journal.exists()
     calls.clear()
     merge(pair, weight=[0.5], overwrite=True)
     gone = next(n for n, c in enumerate(calls) if (c.name, c.path) == ("unlink", journal))
-    begun = next(n for n, c in enumerate(calls) if (c.name, c.path) == ("make", journal))
-    assert gone < begun
+    shards = [n for n, c in enumerate(calls) if c.name == "unlink" and c.path.suffix == SUFFIX]
+    old = [n for n in shards if calls[n].path.parent == partial(pair)]
+    assert len(old) == 2
+    assert max(old) < gone < last(calls, "make", journal)
+
+
+@pytest.mark.parametrize("before", ["nothing", "another plan"])
+def test_a_new_journal_is_on_disk_before_the_first_shard_is_begun(before, pair, calls, monkeypatch):
+    """It lists the files that a run may make: what it does not list, nobody removes."""
+    journal = partial(pair) / JOURNAL_NAME
+    if before == "another plan":
+        assert interrupted(pair, monkeypatch) == journal
+    calls.clear()
+    merge(pair, weight=[0.5], overwrite=True)
+    begun = next(n for n, c in enumerate(calls) if c.name == "make" and c.path.suffix == ".part")
+    assert waited_for(calls[:begun], journal)
     assert names_waited_for(calls[:begun], partial(pair))
+    assert last(calls[:begun], "fsync", pair.output.parent) > 0
 
 
 def test_paths_of_calls_are_told_apart(tmp_path, calls):

@@ -16,8 +16,10 @@ from conftest import Pair
 
 import streamshard
 from streamshard import locks
-from streamshard.errors import InputError, OutputError
+from streamshard.errors import ChangedError, InputError, OutputError
 from streamshard.files import InputFile, system
+from streamshard.inputs import watching
+from streamshard.listing import name_problem
 from streamshard.record import read_record, sealed
 from streamshard.staging import output_folder, places_beside
 
@@ -113,6 +115,24 @@ def test_a_side_file_that_grows_while_it_is_copied(nbytes, pair, cli, when_read)
     assert done
 
 
+def test_a_folder_that_is_another_one_for_a_moment(tmp_path):
+    """At the end everything is as it was, also the times of all files; what was read is not."""
+    mine, other, away = (tmp_path / name for name in ("mine", "other", "away"))
+    for folder in (mine, other):
+        folder.mkdir()
+        (folder / "config.json").write_text(folder.name)
+    with watching():
+        with InputFile(mine / "config.json") as file:
+            assert file.read(0, 9) == b"mine"
+        mine.rename(away)
+        other.rename(mine)
+        with pytest.raises(ChangedError, match=r"config\.json: was replaced"):
+            InputFile(mine / "config.json")
+        mine.rename(other)
+        away.rename(mine)
+    assert (mine / "config.json").read_text() == "mine"
+
+
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_what_is_no_regular_file_is_never_read(kind, tmp_path):
     """Neither waited for nor taken for an empty file."""
@@ -185,13 +205,13 @@ def test_an_output_that_appears_before_the_lock_is_held(overwrite, tmp_path, mon
 
     monkeypatch.setattr(system, "lock", late)
     if overwrite:
-        with output_folder(target, PLAN, overwrite=True) as staging:
+        with output_folder(target, PLAN, names={"mine"}, overwrite=True) as staging:
             (staging.folder / "mine").write_text("x")
         assert (target / "mine").exists()
     else:
         with (
             pytest.raises(OutputError, match="exists"),
-            output_folder(target, PLAN, overwrite=False),
+            output_folder(target, PLAN, names={"mine"}, overwrite=False),
         ):
             pass
         assert [*target.iterdir()] == []
@@ -294,3 +314,16 @@ def test_a_record_in_which_any_byte_was_changed(tmp_path):
             file.write_bytes(changed)
             with pytest.raises(InputError, match=r"streamshard\.json"):
                 read_record(file)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../x", "a/..", "..", "/x", "", ".", "./x", "a//x", "a/", "x\0", "\udc80"]
+)
+def test_names_that_lead_elsewhere_are_not_followed(name):
+    """Nothing outside of the folder is opened: what a record says is not believed so far."""
+    assert name_problem(name) is not None
+
+
+@pytest.mark.parametrize("name", ["x", "a/x", "..x", "a/...", ".x", "ä\n"])
+def test_names_within_the_folder_are(name):
+    assert name_problem(name) is None
