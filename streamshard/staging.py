@@ -263,6 +263,7 @@ def _begun(
         sync_folder(path.parent)
     except BaseException as error:
         _leave(staging, error)
+        staging.close()
         raise
     return staging
 
