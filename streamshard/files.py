@@ -578,9 +578,9 @@ def _told_by_system(path: AnyPath) -> Iterator[None]:
     except RuntimeError as error:  # of pathlib before Python 3.13
         if "Symlink loop" not in str(error):
             raise
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+        raise OSError(errno.ELOOP, "links lead in circles", str(path)) from error
     except UnicodeEncodeError as error:  # a name that the encoding of this system does not have
-        raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ), str(path)) from error
+        raise OSError(errno.EILSEQ, "not a name that this system can have", str(path)) from error
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise

@@ -234,6 +234,7 @@ class Computed(Lazy):
     def _fill_scaled_rows(self, old: Elements, new: Elements, start: int, work: Workspace) -> None:
         """Rows whose norms are needed before the first of their elements is known."""
         rows, columns = old.shape
+        strip = 0, columns
         for row in range(0, rows, TILE_ROWS):
             height = min(TILE_ROWS, rows - row)
             own = np.s_[row : row + height]
@@ -241,10 +242,10 @@ class Computed(Lazy):
             squares = np.zeros(height)
             for column in range(0, columns, TILE_COLUMNS):
                 across = np.s_[:, column : column + TILE_COLUMNS]
-                update = self.update(start + row, column, height, whole[across].shape[1], work)
-                np.copyto(whole[across], 0.0 if update is None else update)
-                part, dtype = old[own][across], self.source.dtype
-                add_row_squares(part, dtype, whole[across], squares, work.float32)
+                place = whole[across]
+                update = self.update(start + row, column, height, place.shape[1], work, strip)
+                np.copyto(place, 0.0 if update is None else update)
+                add_row_squares(old[own][across], self.source.dtype, place, squares, work.float32)
             scale = self._row_scale(start + row, np.sqrt(squares), work)
             for column in range(0, columns, TILE_COLUMNS):
                 across = np.s_[:, column : column + TILE_COLUMNS]

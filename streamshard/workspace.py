@@ -81,10 +81,12 @@ class Workspace:
     def kept(self, node: object, what: Hashable, part: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gave for a part of a node, kept until another part or tensor is begun."""
         key = (what, id(node))  # it is kept with the node, so that no other one can have it
-        if key not in self._kept or self._kept[key][1] != part:
+        found = self._kept.get(key)
+        if found is None or found[1] != part:
+            del found  # before the next one is made: they are large
             self._kept.pop(key, None)
-            self._kept[key] = (node, part, make())
-        return self._kept[key][2]
+            self._kept[key] = found = (node, part, make())
+        return found[2]
 
     def forget(self) -> None:
         """Drop what was kept, but not what is held; called when another tensor begins."""

@@ -27,7 +27,7 @@ from test_resume import (
 )
 
 import streamshard
-from streamshard import held, listing, names, ours
+from streamshard import claims, held, names, ours
 from streamshard.errors import OutputError
 from streamshard.files import system
 from streamshard.journal import Journal
@@ -653,14 +653,16 @@ def test_where_all_files_belong_to_somebody_else(pair, cli, monkeypatch):
 
     def fixed(call: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
         def look(path: Any) -> os.stat_result:
-            found = list(call(path))
+            real = call(path)
             shown.append(str(path))
+            found = list(real)
             found[4], found[0] = 4711, found[0] | 0o777
-            return os.stat_result(found)
+            times = {name: getattr(real, name) for name in ("st_mtime_ns", "st_ctime_ns")}
+            return os.stat_result(found, times)
 
         return look
 
-    for name in ("lstat", "fstat"):
+    for name in ("stat", "lstat", "fstat"):
         monkeypatch.setattr(system, name, fixed(getattr(system, name)))
     outcome = cli(*pair.command, "--json")
     assert outcome.code == 0, outcome.err
@@ -737,8 +739,8 @@ def test_only_what_is_listed_is_removed(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a")
     listed = ["a", "inner/b", "more/d", "link", "../outside", "/etc"]
     with streamshard.files.held(tmp_path):
-        assert listing.strangers(tmp_path, listed) == ["inner/c", "link (a symbolic link)"]
-        assert listing.remove_listed(tmp_path, listed, last="a") == ["inner/c", "link"]
+        assert claims.strangers(tmp_path, listed) == ["inner/c", "link (a symbolic link)"]
+        assert claims.remove_listed(tmp_path, listed, last="a") == ["inner/c", "link"]
     there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert there == {"inner", "inner/c", "link"}
 
