@@ -198,13 +198,18 @@ def test_an_old_journal_goes_after_the_files_that_it_lists(pair, calls, monkeypa
     """It alone tells that they are ours; and what it says must not be believed with a new plan."""
     journal = interrupted(pair, monkeypatch)
     assert journal.exists()
+    (partial(pair) / "tokenizer_config.json").write_text("half of it, as after a kill")
     calls.clear()
     merge(pair, weight=[0.5], overwrite=True)
     gone = next(n for n, c in enumerate(calls) if (c.name, c.path) == ("unlink", journal))
-    shards = [n for n, c in enumerate(calls) if c.name == "unlink" and c.path.suffix == SUFFIX]
-    old = [n for n in shards if calls[n].path.parent == partial(pair)]
-    assert len(old) == 2
-    assert max(old) < gone < last(calls, "make", journal)
+    begun = last(calls, "make", journal)
+    old = [
+        number
+        for number, call in enumerate(calls[:begun])
+        if call.name == "unlink" and call.path.parent == partial(pair)
+    ]
+    assert len(old) == 4, "two shards, half a file, and the journal"
+    assert max(old) == gone
 
 
 @pytest.mark.parametrize("before", ["nothing", "another plan"])
