@@ -28,10 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from runs import CALLS, ROOT, content  # loads all that a run needs, before any child is made
+from scenarios import CALLS, ROOT, content  # loads all that a run needs, before any child is made
 
 from streamshard import cli
-from streamshard.files import system
+from streamshard.disk.system import system
 
 RESUMED = [0]
 WORKERS = ("1", "2")

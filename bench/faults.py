@@ -2,8 +2,8 @@
 
     python bench/faults.py
 
-Small runs of the command line (see `runs.py`) call the system some hundred times each: through the
-seam in `streamshard/files.py`, and where modules of Python look at folders. For N = 1, 2, 3 … until
+Small runs of the command line (see `scenarios.py`) call the system some hundred times each: through the
+seam in `streamshard/disk/system.py`, and where modules of Python look at folders. For N = 1, 2, 3 … until
 a run ends without it, the N-th call fails, or it and all that come after it, with each of several
 errors; reads and writes also pass fewer bytes than asked for, and calls that change the disk also
 report an error after they have done their work. After each run:
@@ -34,9 +34,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from runs import CALLS, Content, Scenario, content, replaced, run, scenarios
+from scenarios import CALLS, Content, Scenario, content, replaced, run, scenarios
 
-from streamshard.files import system
+from streamshard.disk.system import system
 
 __all__ = ["KINDS", "Faults", "Kind", "check", "main"]
 

@@ -194,12 +194,14 @@ def mutant(seed: int, number: int, large: float, largest: int = LARGEST) -> byte
 
 def ours(path: Path) -> dict[str, Any]:
     """What our parser alone and `read_header` say of a file, and what that took."""
-    from streamshard import format as own
+    from streamshard.checkpoint import header as header_module
     from streamshard.errors import InputError, ReadError
 
-    parsers: dict[str, Callable[[], own.Header]] = {
-        "our parser alone": lambda: own.parse_header(path, *own.header_text(path)),
-        "read_header": lambda: own.read_header(path),
+    parsers: dict[str, Callable[[], header_module.Header]] = {
+        "our parser alone": lambda: header_module.parse_header(
+            path, *header_module.header_text(path)
+        ),
+        "read_header": lambda: header_module.read_header(path),
     }
     found: dict[str, Any] = {}
     problems: list[str] = []

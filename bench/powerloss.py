@@ -2,9 +2,9 @@
 
     python bench/powerloss.py
 
-A run of the command line writes through the seam in `streamshard/files.py`, where everything that changes
+A run of the command line writes through the seam in `streamshard/disk`, where everything that changes
 the disk is recorded. From the record follows which states the disk may be in if power is lost after
-any of these steps, see `disk.py`.
+any of these steps, see `forgetful_disk.py`.
 
 No state may show under the output's name anything but the older output or the complete new one. Each
 state is also put on a real disk, where the same command must end with the bytes of a clean run and
@@ -28,10 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from disk import Disk, Step, Tree
-from runs import Scenario, content, digests, replaced, run, scenarios
+from forgetful_disk import Disk, Step, Tree
+from scenarios import Scenario, content, digests, replaced, run, scenarios
 
-from streamshard.files import system
+from streamshard.disk.system import system
 
 __all__ = ["examine", "inside", "record", "shown", "states", "unnoticed"]
 

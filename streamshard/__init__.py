@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from streamshard.version import __version__
 
 __all__ = [
     "StreamshardError",
@@ -28,35 +28,36 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from streamshard.commands import custom_to_hf, hf_to_custom
-    from streamshard.errors import StreamshardError
-    from streamshard.extraction import extract_lora
-    from streamshard.inspection import diff, inspect
-    from streamshard.live import wrap_backbone_lora, wrap_llm_lora
-    from streamshard.merging import merge_lora
-    from streamshard.state_dicts import (
+    from streamshard.commands.convert import custom_to_hf, hf_to_custom
+    from streamshard.commands.diff import diff
+    from streamshard.commands.extract_lora import extract_lora
+    from streamshard.commands.inspect import inspect
+    from streamshard.commands.live_models import wrap_backbone_lora, wrap_llm_lora
+    from streamshard.commands.merge_lora import merge_lora
+    from streamshard.commands.state_dicts import (
         compute_l2_distance,
         convert_keys_back,
         convert_keys_to_hf,
     )
-    from streamshard.verification import verify
-    from streamshard.wrapping import wrap_lora
+    from streamshard.commands.verify import verify
+    from streamshard.commands.wrap_lora import wrap_lora
+    from streamshard.errors import StreamshardError
 
 _HOMES = {
     "StreamshardError": "errors",
-    "compute_l2_distance": "state_dicts",
-    "convert_keys_back": "state_dicts",
-    "convert_keys_to_hf": "state_dicts",
-    "custom_to_hf": "commands",
-    "diff": "inspection",
-    "extract_lora": "extraction",
-    "hf_to_custom": "commands",
-    "inspect": "inspection",
-    "merge_lora": "merging",
-    "verify": "verification",
-    "wrap_backbone_lora": "live",
-    "wrap_llm_lora": "live",
-    "wrap_lora": "wrapping",
+    "compute_l2_distance": "commands.state_dicts",
+    "convert_keys_back": "commands.state_dicts",
+    "convert_keys_to_hf": "commands.state_dicts",
+    "custom_to_hf": "commands.convert",
+    "diff": "commands.diff",
+    "extract_lora": "commands.extract_lora",
+    "hf_to_custom": "commands.convert",
+    "inspect": "commands.inspect",
+    "merge_lora": "commands.merge_lora",
+    "verify": "commands.verify",
+    "wrap_backbone_lora": "commands.live_models",
+    "wrap_llm_lora": "commands.live_models",
+    "wrap_lora": "commands.wrap_lora",
 }
 
 

@@ -27,6 +27,7 @@ if sys.platform != "win32":
 
 __all__ = ["STACK_NBYTES", "Need", "check_room", "fitting", "import_numpy", "told"]
 
+
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
@@ -85,7 +86,9 @@ def import_numpy() -> None:
 
     Raises `OutOfMemoryError` where a limit leaves too little room.
     """
-    if not _is_limited() or "streamshard.arithmetic" in sys.modules:  # it was imported by then
+    if (
+        not _is_limited() or "streamshard.tensors.rounding" in sys.modules
+    ):  # it was imported by then
         return
     need = Need(_REST_NBYTES + BLAS_NBYTES, _REST_NBYTES + BLAS_NBYTES, _REST_NBYTES)
     if "numpy" not in sys.modules:

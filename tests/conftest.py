@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from pairs import Outcome, Pair, new_pair
 
 # Examples take milliseconds, but the machine may be busy.
 settings.register_profile(
@@ -22,20 +22,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("streamshard")
-
-
-def heed_interrupts() -> None:
-    """In a new process: SIGINT counts, also if these tests run in the background of a shell."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended and what it printed."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(autouse=True)
@@ -73,76 +59,10 @@ def cli(
     return run
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A base and an adapter that fits it, in a folder of their own."""
-
-    root: Path
-    base: Path
-    adapter: Path
-
-    @property
-    def output(self) -> Path:
-        """Where a merge of the two shall go; nothing is there yet, but the folder around it is."""
-        return self.root / "out" / "merged"
-
-    @property
-    def command(self) -> list[str]:
-        """The arguments that merge the two."""
-        paths = {"--base": self.base, "--adapter": self.adapter, "--output": self.output}
-        return ["merge-lora", *(str(part) for item in paths.items() for part in item)]
-
-
-def record_of(*names: str) -> bytes:
-    """The record of an output that has these files."""
-    from streamshard.format import json_pieces
-    from streamshard.record import sealed
-
-    return b"".join(sealed(json_pieces({"digests": {"files": {name: {} for name in names}}})))
-
-
-LAYER = "language_model.model.layers.0.self_attn"
-
-
 @pytest.fixture
 def pair(tmp_path: Path) -> Pair:
     """A base of two shards with two adapted weights, bf16, and a plain fp32 adapter of rank 4."""
     return new_pair(tmp_path)
-
-
-def new_pair(root: Path) -> Pair:
-    """The like in any folder."""
-    import reference
-
-    (root / "out").mkdir()
-    base = reference.save_checkpoint(
-        root / "base",
-        {
-            f"{LAYER}.q_proj.weight": reference.normal((96, 40), 0.02, seed=1, dtype="BF16"),
-            "vision_model.embeddings.class_embedding": reference.normal((1, 1, 8), 1, seed=2),
-        },
-        {
-            f"{LAYER}.k_proj.weight": reference.normal((130, 40), 0.02, seed=3, dtype="BF16"),
-            "language_model.model.norm.weight": reference.normal((40,), 1, seed=4, dtype="BF16"),
-        },
-    )
-    (base / "tokenizer_config.json").write_text('{"model_max_length": 8}')
-    adapter = reference.save_adapter(
-        root / "adapter",
-        {
-            f"base_model.model.{LAYER}.q_proj.lora_A.weight": reference.normal((4, 40), 1, seed=5),
-            f"base_model.model.{LAYER}.q_proj.lora_B.weight": reference.normal(
-                (96, 4), 0.02, seed=6
-            ),
-            f"base_model.model.{LAYER}.k_proj.lora_A.weight": reference.normal((4, 40), 1, seed=7),
-            f"base_model.model.{LAYER}.k_proj.lora_B.weight": reference.normal(
-                (130, 4), 0.02, seed=8
-            ),
-        },
-        r=4,
-        lora_alpha=8,
-    )
-    return Pair(root, base, adapter)
 
 
 @pytest.fixture

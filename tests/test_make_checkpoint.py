@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import make_checkpoint
 import pytest
-from families import SPELLINGS, model_config
 from make_checkpoint import PRESETS, main, tensor_shapes, write_adapter, write_checkpoint
+from presets import SPELLINGS, model_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
+torch = pytest.importorskip("torch")
+
 
 TINY = [name for name in PRESETS if name.startswith("tiny")]
 FAMILIES = [name for name in TINY if name != "tiny-qwen2"]  # it is the same as tiny

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from families import (
+from presets import (
     LAYOUTS,
     PRESETS,
     SPELLINGS,
@@ -457,7 +457,7 @@ def write_checkpoint(
     such as `5GB` (decimal); a single shard becomes `model.safetensors`.
 
     Only for hf: `tied` leaves out the head and sets `tie_word_embeddings` at both levels of the
-    config; `spelling` (see `families.SPELLINGS`) changes the names, never the values.
+    config; `spelling` (see `presets.SPELLINGS`) changes the names, never the values.
     """
     preset = _resolve(preset, layout, dtype)
     shapes = tensor_shapes(preset, layout, tied=tied, spelling=spelling)

@@ -1,0 +1,303 @@
+"""The safetensors file format: reading and building headers, nothing else.
+
+Rules: https://github.com/huggingface/safetensors (README, `Metadata::validate`). A header is
+accepted if our own strict reading and the official parser both accept it; what the official
+parser lets through against the written rules (duplicate names, a leading space, unknown
+fields) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamshard.checkpoint.json_files import parse_prefix, parse_small
+from streamshard.disk.files import InputFile
+from streamshard.errors import InputError, printable
+from streamshard.tensors.dtypes import DTYPE_BITS
+from streamshard.tensors.lazy import Lazy, Stored
+
+__all__ = [
+    "Header",
+    "build_header",
+    "header_text",
+    "parse_header",
+    "read_header",
+    "total_nbytes",
+    "total_parameters",
+]
+
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# What the hub's parser reads; what is written shall be read by both.
+MAX_WRITTEN_HEADER_BYTES = 25_000_000
+# Limits of ours. They bound time and memory, and are far from real files: the largest InternVL has
+# 40,000 tensors in all its files, and names of 120 bytes.
+MAX_RANK = 64
+MAX_NAME_BYTES = 1024
+MAX_TENSORS = 100_000
+MAX_METADATA_BYTES = 1_000_000
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+# Repetitions are bounded, so that a match that fails has not cost more than the limits above.
+_NAME = re.compile(
+    rb'[ \t\n\r]*"([^"\\\x00-\x1f]{0,1025}(?:\\[^\x00-\x1f][^"\\\x00-\x1f]{0,1025}){0,513})"'
+    rb"[ \t\n\r]*:[ \t\n\r]*"
+)
+_BODY = re.compile(rb"\{[^{}]{0,4096}\}")
+_NEXT = re.compile(rb"[ \t\n\r]*([,}])")
+_ORDER = {name: place for place, name in enumerate(DTYPE_BITS)}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file's header says: tensors in the order of their bytes, and the metadata."""
+
+    tensors: dict[str, Stored]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file; no tensor data is read.
+
+    Raises `InputError` if any rule of the format is broken, `ReadError` if the file cannot be
+    read.
+    """
+    text, file_nbytes = header_text(path)
+    header = parse_header(path, text, file_nbytes)
+    del text  # the official parser maps it once more
+    _ask_official_parser(path)
+    return header
+
+
+def build_header(
+    tensors: Mapping[str, Lazy], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file with these tensors, and where each tensor's data begins.
+
+    Offsets are counted from the first byte of the file. Order, spacing and padding are those
+    of the official writer (`prepare` in safetensors/src/tensor.rs): widest dtype first, then by
+    name; JSON without spaces or escapes, padded with spaces to a multiple of 8.
+    """
+    names = sorted(tensors, key=lambda name: (-_ORDER[tensors[name].dtype], name))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    begins = {}
+    for name in names:
+        tensor = tensors[name]
+        begins[name] = begin
+        end = begin + tensor.nbytes
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_WRITTEN_HEADER_BYTES or len(tensors) > MAX_TENSORS:
+        raise InputError(
+            f"a file of {len(tensors):,} tensors would have a header of {len(text):,} bytes; not every "
+            f"reader takes more than {MAX_WRITTEN_HEADER_BYTES:,} bytes, or {MAX_TENSORS:,} tensors. "
+            "Choose a smaller --max-shard-size."
+        )
+    first = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {n: first + at for n, at in begins.items()}
+
+
+def header_text(path: Path) -> tuple[bytes, int]:
+    """The JSON of a file's header, not yet looked at, and the size of the file."""
+    with InputFile(path) as file:
+        file_nbytes = file.nbytes
+        prefix = file.read(0, 8)
+        if len(prefix) < 8:
+            raise _broken(path, f"has only {file_nbytes} bytes; a header needs at least 8")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES:
+            raise _broken(path, f"claims a header of {length:,} bytes; 100,000,000 is the limit")
+        if length > file_nbytes - 8:
+            raise _broken(path, f"claims a header of {length:,} bytes in {file_nbytes:,}")
+        text = file.read(8, length)
+    if len(text) != length:
+        raise _broken(path, "ends inside its header")
+    return text, file_nbytes
+
+
+def parse_header(path: Path, text: bytes, file_nbytes: int) -> Header:
+    """What the JSON of a header says, by our own rules alone; raises `InputError`.
+
+    Entry by entry, so that neither time nor memory depends on what a hostile header nests or
+    repeats; each entry is small, and what the first wrong one costs is all that is spent.
+    """
+    data_start = 8 + len(text)
+    metadata: dict[str, str] | None = None
+    parsed: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
+    for name, value in _entries(path, text):
+        if name in parsed or (name == "__metadata__" and metadata is not None):
+            raise _broken(path, f"has a header in which {printable(name)!r} occurs twice")
+        if name == "__metadata__":
+            metadata = _checked_metadata(path, value)
+            continue
+        if len(parsed) == MAX_TENSORS:
+            raise _broken(path, f"has more than {MAX_TENSORS:,} tensors, the limit here")
+        dtype, shape, begin, end = _check_entry(path, name, value)
+        parsed[name] = (begin, end, dtype, shape)
+    reached = 0
+    tensors = {}
+    where = str(path)
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each, as few differ
+    for name, (begin, end, dtype, shape) in sorted(parsed.items(), key=lambda item: item[1][:2]):
+        if begin != reached:
+            problem = "overlaps the one before it" if begin < reached else "leaves a hole before it"
+            raise _broken(path, f"{problem}: begins at {begin:,}, not at {reached:,}", name)
+        reached = end
+        kept = shapes.setdefault(shape, shape)
+        # Most names are in source and reference alike: interned, they are in memory once.
+        place = sys.intern(name)
+        tensors[place] = Stored(where, data_start + begin, kept, dtype, file_nbytes)
+    if data_start + reached != file_nbytes:
+        raise _broken(
+            path,
+            f"has {file_nbytes:,} bytes but its header describes {data_start + reached:,}; "
+            "it is truncated or has something appended",
+        )
+    return Header(tensors, metadata or {})
+
+
+def _entries(path: Path, text: bytes) -> Iterator[tuple[str, Any]]:
+    """The names of a header, each with its value."""
+    if not text.startswith(b"{"):
+        raise _broken(path, "has a header that does not begin with '{'")
+    at, mark = 1, b","
+    if (empty := _NEXT.match(text, at)) and empty[1] == b"}":
+        at, mark = empty.end(), b"}"
+    while mark == b",":
+        match = _NAME.match(text, at)
+        if match is None:
+            raise _not_json(path, at, "a name in quotes was expected, or it is too long")
+        name = _decoded(path, match[1], at)
+        body = _BODY.match(text, match.end())
+        at = match.end() if body is None or name == "__metadata__" else body.end()
+        value: Any = None
+        try:
+            if name == "__metadata__":
+                value, at = parse_prefix(text, at, MAX_METADATA_BYTES)
+            elif body is not None:
+                value = parse_small(body[0])
+        except ValueError as error:
+            problem = f"is not described by JSON as the format has it: {printable(str(error))}"
+            raise _broken(path, problem, name) from error
+        yield name, value
+        following = _NEXT.match(text, at)
+        if following is None:
+            raise _not_json(path, at, "',' or '}' was expected")
+        at, mark = following.end(), following[1]
+    if any(text[start : start + 65536].strip(b" ") for start in range(at, len(text), 65536)):
+        raise _broken(path, "has a header whose JSON does not end with '}' and spaces")
+
+
+def _decoded(path: Path, literal: bytes, at: int) -> str:
+    """A name as a JSON string has it, quotes left out."""
+    if len(literal) > MAX_NAME_BYTES:
+        raise _broken(path, f"has a name of more than {MAX_NAME_BYTES:,} bytes, the limit here")
+    try:
+        if b"\\" not in literal:
+            return literal.decode()
+        name, _ = parse_prefix(b'"%s"' % literal, 0, len(literal) + 2)
+    except UnicodeDecodeError as error:
+        raise _not_json(path, at + error.start, "it is not UTF-8") from error
+    except ValueError as error:
+        raise _not_json(path, at, str(error)) from error
+    return str(name)
+
+
+def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _broken(path, "has __metadata__ that does not map names to strings")
+    return metadata
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.keys() == _FIELDS
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    if not _is_entry(entry):
+        raise _broken(path, "must have just dtype, shape and data_offsets", name)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _broken(path, f"has the unknown dtype {printable(str(dtype))!r}", name)
+    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+        raise _broken(path, "has a shape that is no list of sizes", name)
+    if len(shape) > MAX_RANK:
+        raise _broken(path, f"has {len(shape)} dimensions; {MAX_RANK} is the limit here", name)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise _broken(path, "has data_offsets that are not two sizes", name)
+    # The format multiplies in 64 bits from left to right: an overflow on the way counts even if a
+    # later dimension is 0.
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements >= 2**64:
+            raise _broken(path, "has a shape whose product overflows 64 bits", name)
+    bits = elements * DTYPE_BITS[dtype]
+    if bits >= 2**64 or bits % 8:
+        raise _broken(path, f"has a size of {bits} bits, which is no whole number of bytes", name)
+    if offsets[1] - offsets[0] != bits // 8:
+        found = offsets[1] - offsets[0]
+        raise _broken(
+            path, f"is {bits // 8:,} bytes by shape and dtype but {found:,} by offsets", name
+        )
+    # The table's own string: one for all tensors.
+    return sys.intern(dtype), tuple(shape), offsets[0], offsets[1]
+
+
+def _ask_official_parser(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise _broken(path, f"is refused by safetensors: {printable(str(error))}") from error
+    except OSError as error:
+        raise _broken(path, f"cannot be opened: {error}") from error
+
+
+def _broken(path: Path, problem: str, name: str | None = None) -> InputError:
+    tensor = "" if name is None else f"tensor '{printable(name)}' "
+    return InputError(
+        f"{printable(str(path))}: {tensor}{problem}. "
+        "The file is damaged or not a safetensors file: fetch or save it again."
+    )
+
+
+def _not_json(path: Path, at: int, problem: str) -> InputError:
+    return _broken(
+        path,
+        f"has a header that is not JSON as the format has it, near byte {8 + at:,}: "
+        f"{printable(problem)}",
+    )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+
+
+def total_nbytes(tensors: Mapping[str, Lazy]) -> int:
+    """Bytes of tensor data, headers not counted."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def total_parameters(tensors: Mapping[str, Lazy]) -> int:
+    """Number of elements."""
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())

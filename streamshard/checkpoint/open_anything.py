@@ -1,0 +1,141 @@
+"""A checkpoint or adapter for `verify`: opened as far as it can be, with what is wrong with the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streamshard.checkpoint.adapter_folder import open_adapter
+from streamshard.checkpoint.folder import open_checkpoint, open_weights
+from streamshard.checkpoint.header import read_header
+from streamshard.checkpoint.json_files import read_json_object
+from streamshard.checkpoint.recorded_files import Listing, read_listing
+from streamshard.disk.system import reading, system
+from streamshard.errors import AdapterError, InputError, ReadError, printable
+from streamshard.tensors.lazy import Lazy
+
+__all__ = ["WEIGHTS", "Opened", "is_shard", "open_anything"]
+
+
+WEIGHTS = ".safetensors"
+_ADAPTER, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
+
+_Errors = (InputError, ReadError, AdapterError)
+
+
+@dataclass
+class Opened:
+    """What is there, and what is recorded of it.
+
+    `headers` maps the name of each weight file to its tensors, in the order of their bytes;
+    `unread` maps names of files that could not be opened to why.
+    """
+
+    folder: Path
+    listing: Listing
+    bare: bool = False
+    headers: dict[str, Mapping[str, Lazy]] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> dict[str, Lazy]:
+        """All tensors by name."""
+        found: dict[str, Lazy] = {}
+        for tensors in self.headers.values():
+            found |= tensors
+        return found
+
+    def add(self, problem: str) -> None:
+        """Take note of a problem; two ways to the same one are one."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def header(self, name: str) -> None:
+        """Read the header of one weight file."""
+        if name in self.headers or name in self.unread:
+            return
+        try:
+            self.headers[name] = read_header(self.folder / name).tensors
+        except (InputError, ReadError) as error:
+            self.unread[name] = "its header cannot be read"
+            self.add(str(error))
+
+
+def is_shard(name: str) -> bool:
+    """Whether a recorded file has the digest of a weight file: in sub-folders all have that of bytes."""
+    return name.endswith(WEIGHTS) and "/" not in name
+
+
+def open_anything(path: Path) -> Opened:
+    """Open a folder or a weight file; raises `InputError` only if there is no checkpoint at all."""
+    if path.is_dir():
+        return _open_folder(path)
+    found = Opened(path.parent, Listing("missing"), bare=True)
+    if path.is_file() and path.suffix == WEIGHTS:
+        found.header(path.name)
+    else:
+        open_checkpoint(path)  # which says what is wrong with it
+    return found
+
+
+def _open_folder(path: Path) -> Opened:
+    with reading(path):
+        names = sorted(system.listdir(path))
+    found = Opened(path, read_listing(path))
+    found.problems += found.listing.problems
+    for name in (_CONFIG, _ADAPTER_CONFIG):
+        if name in names:
+            try:
+                read_json_object(path / name)
+            except (InputError, ReadError) as error:
+                found.add(str(error))
+    if _CONFIG not in names and _is_adapter(path, names):
+        _open_adapter(found, names)
+    else:
+        _open_checkpoint(found, names)
+    for name in found.listing.files:
+        if is_shard(name) and name in names:
+            found.header(name)
+    return found
+
+
+def _is_adapter(path: Path, names: list[str]) -> bool:
+    return any((path / name).is_file() for name in (_ADAPTER, _PICKLED)) or (
+        _ADAPTER_CONFIG in names and not any(name.endswith(WEIGHTS) for name in names)
+    )
+
+
+def _open_adapter(found: Opened, names: list[str]) -> None:
+    if (found.folder / _ADAPTER).is_file():
+        found.header(_ADAPTER)
+        return
+    try:
+        opened = open_adapter(found.folder)
+    except _Errors as error:
+        if _PICKLED in names:
+            found.unread[_PICKLED] = "it cannot be loaded"
+        elif found.listing.record == "missing":
+            raise
+        found.add(str(error))
+    else:
+        found.headers[opened.file.name] = opened.tensors
+
+
+def _open_checkpoint(found: Opened, names: list[str]) -> None:
+    try:
+        found.headers |= {
+            name: header.tensors for name, header in open_weights(found.folder).items()
+        }
+    except (InputError, ReadError) as error:
+        there = [name for name in names if name.endswith(WEIGHTS)]
+        if not there and found.listing.record == "missing":
+            raise
+        found.add(str(error))
+        # Whatever is healthy is looked at all the same.
+        for name in there:
+            found.header(name)
+    if not found.headers and not found.unread and not found.problems:
+        found.add(f"{printable(str(found.folder))}: holds no tensors.")

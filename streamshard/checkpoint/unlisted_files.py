@@ -1,0 +1,101 @@
+"""What lies in a folder: every file of it, and which of those that nobody listed could do harm.
+
+Loaders choose files by their names. Code, weights, and whatever else changes what is loaded do harm
+if they are put beside a checkpoint; a README or a picture does none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Entry", "contents", "harm"]
+
+
+_CODE = re.compile(
+    r".*\.(?:py[cdowxi]?|so(?:\.[\d.]+)?|dll|dylib|exe|sh|bash|zsh|bat|cmd|ps1|jar|egg|whl|pyz)",
+    re.DOTALL,  # a name may have line ends too
+)
+_WEIGHTS = re.compile(
+    r".*\.(?:safetensors|bin|pth?|ckpt|gguf|ggml|h5|hdf5|keras|msgpack|onnx|npy|npz|pkl|pickle|joblib"
+    r"|torch|tflite|pb|mlmodel|nemo|engine|plan|dduf|distcp)"
+    r"|.*\.index\.json",
+    re.DOTALL,
+)
+_CONFIG = re.compile(
+    r".*config.*\.(?:json|ya?ml)|model_index\.json|modules\.json|params\.json"
+    r"|(?:.*processor|feature_extractor|tokenizer|vocab|merges|added_tokens|special_tokens|spiece"
+    r"|sentencepiece|chat_template|adapter_).*\.(?:json|txt|model|ya?ml|vocab|bpe)"
+    r"|.*\.(?:jinja2?|tiktoken|model|spm)|modelfile",
+    re.DOTALL,
+)
+_KINDS = (
+    (_CODE, "code that could be run"),
+    (_WEIGHTS, "weights that could be loaded"),
+    (_CONFIG, "a file that loaders read"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something in a folder, by its name relative to that.
+
+    `kind` is "file" (also through a link), "folder" (an empty one, or one that cannot be read, as
+    `problem` says), "link to a folder", "link to nothing" or "no regular file".
+    """
+
+    name: str
+    kind: str
+    problem: str | None = None
+
+
+def contents(folder: Path) -> Iterator[Entry]:
+    """Everything in a folder and those within it, hidden or not; links to folders are not followed."""
+    todo = [""]
+    while todo:  # no recursion: folders may be thousands of levels deep
+        name = todo.pop()
+        try:
+            with os.scandir(folder / name) as found:
+                inner = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            yield Entry(f"{name}/", "folder", f"cannot be listed: {error.strerror}")
+            continue
+        if not inner and name:
+            yield Entry(f"{name}/", "folder")
+        for entry in inner:
+            path = f"{name}/{entry.name}" if name else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                todo.append(path)
+            else:
+                yield Entry(path, _kind(entry))
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "link to a folder"
+    except OSError:  # a link that leads back to itself
+        return "link to nothing"
+    if entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110 - an entry is no Path
+        return "link to nothing"
+    return "no regular file"
+
+
+def harm(entry: Entry) -> str | None:
+    """What is wrong with an entry that nobody listed; None if it does no harm."""
+    if entry.problem is not None:
+        return f"{entry.problem}, so what is in it is not known"
+    if entry.kind == "link to a folder":
+        return "is a link to a folder that is not part of this; it was not followed"
+    if entry.kind == "folder":
+        return None
+    name = entry.name.rpartition("/")[2].casefold()
+    for pattern, what in _KINDS:
+        if pattern.fullmatch(name):
+            return f"is not part of this, and is {what}. Remove it"
+    return None

@@ -1,0 +1,11 @@
+"""The command line, the only room that prints.
+
+May import: the package's public functions, `errors`, `version`.
+Begin with `app` (the commands and their help), then `main` (signals and exit codes). `texts` turns
+a report into text.
+"""
+
+from streamshard.cli.main import main
+from streamshard.cli.upstream import run_upstream, run_upstream_merge
+
+__all__ = ["main", "run_upstream", "run_upstream_merge"]

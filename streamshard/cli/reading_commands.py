@@ -1,0 +1,102 @@
+"""The commands that only read: `diff`, `inspect` and `verify`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import click
+
+import streamshard
+from streamshard.cli import texts
+from streamshard.cli.app import cli
+from streamshard.cli.options import reading_options
+from streamshard.cli.screen import begin
+from streamshard.errors import VerificationError
+
+
+@cli.command("diff", short_help="Compare two checkpoints.")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor, at most 8]"
+)
+@reading_options
+def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
+    """Compare two checkpoints: names, shapes, dtypes and L2 distances, layouts reconciled.
+
+    \b
+    Example:
+      streamshard diff ./merged ./InternVL3-8B
+    """
+    screen = begin(**output)
+    with contextlib.closing(screen):
+        report = streamshard.diff(
+            a, b, workers=workers, on_total=screen.begin, progress=screen.progress
+        )
+    screen.result(report, texts.diff_text)
+
+
+@cli.command("inspect", short_help="Say what a checkpoint or adapter is.")
+@click.argument("path", metavar="X")
+@reading_options
+def inspect(path: str, **output: Any) -> None:
+    """Say what a checkpoint or adapter is: layout, family, dimensions, dtypes, files, LoRA state.
+
+    Reads headers and configs only.
+
+    \b
+    Example:
+      streamshard inspect ./InternVL3-8B --json
+    """
+    screen = begin(**output)
+    screen.result(streamshard.inspect(path), texts.inspect_text)
+
+
+@cli.command("verify", short_help="Read a checkpoint again and say what is wrong with it.")
+@click.argument("path", metavar="X")
+@click.option(
+    "--sample",
+    metavar="PART",
+    help="Read only a part of the tensors, at random: like 10% or 200.  [default: all]",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Exit with 8 also if there are no digests to compare with.",
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor, at most 8]"
+)
+@reading_options
+def verify(
+    path: str, sample: str | None, workers: int | None, *, strict: bool, **output: Any
+) -> None:
+    """Read a checkpoint or adapter again and say what is wrong with it.
+
+    Checks headers, index, and infinite or NaN values; and, where streamshard wrote a
+    streamshard.json: that record itself, every file and tensor with its digest, and whether code,
+    weights or configs were added. Says what was compared, what could not be, and what is extra.
+    Exits with 8 and lists what differs if anything is wrong.
+
+    \b
+    Examples:
+      streamshard verify ./merged
+      streamshard verify ./merged --sample 10%
+      streamshard verify ./merged --strict
+    """
+    screen = begin(**output)
+    try:
+        with contextlib.closing(screen):
+            report = streamshard.verify(
+                path,
+                sample=sample,
+                strict=strict,
+                workers=workers,
+                on_total=screen.begin,
+                progress=screen.progress,
+            )
+    except VerificationError as error:
+        screen.result(error.report, texts.verify_text)
+        raise
+    screen.result(report, texts.verify_text)

@@ -1,0 +1,158 @@
+"""`diff`: two checkpoints compared: names, shapes, dtypes and distances, layouts reconciled."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.checkpoint.header import total_parameters
+from streamshard.commands.identify import dims_of_hf, model_dims
+from streamshard.disk.files import Files
+from streamshard.disk.inputs import watched
+from streamshard.disk.paths import PathLike
+from streamshard.engine.budget import workers_or_default
+from streamshard.engine.report import Report, finished, new_report
+from streamshard.internvl.detection import layout_of
+from streamshard.internvl.layouts import convert
+from streamshard.internvl.model_config import Dims
+from streamshard.internvl.spelling import flat_names
+from streamshard.limits import told
+from streamshard.tensors.comparing import Distances, is_comparable, tensor_distance
+from streamshard.tensors.lazy import Lazy
+from streamshard.tensors.workspace import Workspace
+
+__all__ = ["diff"]
+
+
+@told
+@watched
+def diff(
+    a: PathLike,
+    b: PathLike,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, str], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
+) -> Report:
+    """L2 distances of two checkpoints and what differs in names, shapes and dtypes.
+
+    Layouts are reconciled: names are those of `b`. `missing` are names that only `b` has,
+    `unexpected` ones that only `a` has. `on_total` is told how many bytes will be read, `progress`
+    the bytes and the name of each finished tensor.
+    """
+    started = time.perf_counter()
+    one, other = open_checkpoint(a), open_checkpoint(b)
+    ours, theirs = _reconciled(one, other)
+    compared = [n for n in theirs if n in ours and is_comparable(ours[n], theirs[n])]
+    if on_total is not None:
+        on_total(sum(ours[name].nbytes for name in compared))
+    pairs = ((name, ours[name], theirs[name]) for name in compared)
+    squared, norms = _measure(pairs, workers_or_default(workers), progress)
+    distances = Distances(
+        str(other.path),
+        squared,
+        total_parameters({name: ours[name] for name in squared}),
+        sorted({n for n in itertools.chain(ours, theirs) if n not in squared}),
+    )
+    different: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "l2": math.sqrt(value),
+            "relative": math.sqrt(value / norms[name]) if norms[name] else None,
+        }
+        for name, value in squared.items()
+        if value
+    ]
+    different.sort(key=lambda row: (not math.isnan(row["l2"]), -row["l2"]))
+    report = {
+        **new_report("diff", ours),
+        "layout": layout_of(theirs),
+        "l2": distances.report(),
+        "missing": sorted(theirs.keys() - ours.keys()),
+        "unexpected": sorted(ours.keys() - theirs.keys()),
+        "a": str(one.path),
+        "b": str(other.path),
+        "shapes": _unequal(ours, theirs, "shape"),
+        "dtypes": _unequal(ours, theirs, "dtype"),
+        "different": different,
+        "equal": len(squared) - len(different),
+    }
+    return finished(report, started)
+
+
+def _reconciled(
+    one: Checkpoint, other: Checkpoint
+) -> tuple[Mapping[str, Lazy], Mapping[str, Lazy]]:
+    """Both checkpoints under the names of the second one's layout."""
+    mine, theirs = layout_of(one.tensors), layout_of(other.tensors)
+    if mine is None or theirs is None or mine == theirs == "custom":
+        return one.tensors, other.tensors
+    if mine == theirs:
+        pair = [dims_of_hf(found, one.config or other.config) for found in (one, other)]
+        if None in pair:
+            return one.tensors, other.tensors
+        left, right = (dims for dims in pair if dims is not None)
+    else:
+        left = right = model_dims(one, other, theirs)
+    return _renamed(one.tensors, left, mine, theirs), _renamed(other.tensors, right, theirs, theirs)
+
+
+def _renamed(tensors: Mapping[str, Lazy], dims: Dims, mine: str, theirs: str) -> dict[str, Lazy]:
+    """All tensors under the names of a layout; what cannot be carried keeps its own."""
+    found = convert(tensors, dims, theirs, side=mine)
+    given = flat_names(tensors, mine)
+    left = {name: tensors[given[name]] for name in found.left if name in given}
+    return {**left, **found.tensors}
+
+
+def _unequal(
+    ours: Mapping[str, Lazy], theirs: Mapping[str, Lazy], what: str
+) -> dict[str, list[Any]]:
+    return {
+        name: [getattr(ours[name], what), getattr(other, what)]
+        for name, other in theirs.items()
+        if name in ours and getattr(ours[name], what) != getattr(other, what)
+    }
+
+
+def _measure(
+    pairs: Iterator[tuple[str, Lazy, Lazy]],
+    workers: int,
+    progress: Callable[[int, str], None] | None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Squared distances of pairs of tensors, and the squared norms of the second ones that differ."""
+    from threadpoolctl import threadpool_limits
+
+    lock, local = threading.Lock(), threading.local()
+    squared: dict[str, float] = {}
+    norms: dict[str, float] = {}
+    with (
+        threadpool_limits(1, user_api="blas"),
+        contextlib.closing(Files()) as files,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+
+        def measured(pair: tuple[str, Lazy, Lazy]) -> tuple[str, float, float]:
+            if not hasattr(local, "work"):
+                local.work = Workspace(files)
+            name, left, right = pair
+            distance, size = tensor_distance(left, right, local.work)
+            if progress is not None:
+                with lock:
+                    progress(left.nbytes, name)
+            return name, distance, size
+
+        # The pool remembers all that it is given, more than a kilobyte each.
+        while batch := list(itertools.islice(pairs, 64 * workers)):
+            for name, distance, size in pool.map(measured, batch):
+                squared[name] = distance
+                if distance:
+                    norms[name] = size
+    return squared, norms

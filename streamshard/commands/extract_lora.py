@@ -1,0 +1,226 @@
+"""`extract-lora`: the adapter inside a LoRA-wrapped training checkpoint, as a PEFT adapter folder.
+
+The pairs are told by their names (`wrapped_names`); what else was trained shows in a comparison
+with the model that the training started from. Nothing but such tensors is written, and nothing is
+computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from streamshard.checkpoint.file_names import CONFIG_NAME, WEIGHTS_NAME
+from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.commands.training_checkpoint import read_wrapped
+from streamshard.disk.files import Files
+from streamshard.disk.inputs import watched
+from streamshard.disk.paths import PathLike, input_path
+from streamshard.engine.budget import workers_or_default
+from streamshard.engine.job import Job, Options
+from streamshard.engine.output_path import check_places
+from streamshard.engine.report import Report
+from streamshard.engine.run import run
+from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
+from streamshard.internvl.detection import layout_of
+from streamshard.internvl.lora_targets import UPSTREAM_DROPOUT
+from streamshard.internvl.spelling import flat_name, flat_names, in_model
+from streamshard.limits import told
+from streamshard.lora.saved_adapter import adapter_config, adapter_key, selection
+from streamshard.lora.wrapped_names import Unwrapped
+from streamshard.tensor_names import PREFIX
+from streamshard.tensors.comparing import equal_bytes
+from streamshard.tensors.dtypes import FLOATS
+from streamshard.tensors.lazy import Lazy
+from streamshard.tensors.workspace import Workspace
+
+__all__ = ["extract_lora"]
+
+
+@told
+@watched
+def extract_lora(
+    *,
+    checkpoint: PathLike,
+    output: PathLike,
+    base: PathLike | None = None,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    **options: Any,
+) -> Report:
+    """Write the LoRA pairs of a wrapped training checkpoint as a PEFT adapter folder.
+
+    With `base`, the model that the training started from, every other tensor is compared with it,
+    by its bytes; modules that differ (the projector) go to the adapter as `modules_to_save`.
+    Without, what may have been trained is named in a warning and left out. `alpha` is 2 r by
+    default, as InternVL's trainer has it. `adapter_name` selects one of several adapters.
+    Further keywords are those of `streamshard.engine.job.Options`.
+
+    Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
+    """
+    started, chosen = time.perf_counter(), Options(**options)
+    if chosen.max_shard_size is not None:
+        raise UsageError("--max-shard-size: an adapter is always one file.")
+    read = read_wrapped(checkpoint, alpha=alpha, adapter_name=adapter_name)
+    source, found, ranks = read.checkpoint, read.names, read.ranks
+    warnings = list(read.warnings)
+    where = printable(str(source.path))
+    inputs = [source.path, *([] if base is None else [input_path(base, "the base")])]
+    target = check_places(output, inputs, overwrite=chosen.overwrite)
+    _check_shapes(source, found)
+    layout = layout_of(source.tensors) or "custom"
+    plain = flat_names(found.base, layout)
+    trained = {flat_name(n) if layout == "hf" else n for n in found.saved}
+    if base is None:
+        warnings += _left_out(plain, trained, found.depths, where)
+    else:
+        own = open_checkpoint(base)
+        theirs = flat_names(own.tensors, layout)
+        mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
+        given = {name: own.tensors[n] for name, n in theirs.items()}
+        workers = workers_or_default(chosen.workers)
+        trained |= _differing(mine, given, (where, printable(str(own.path))), workers)
+    modules = {
+        flat_name(f"{m}.weight").removesuffix(".weight") if layout == "hf" else m: m for m in ranks
+    }
+    saved = _saved_modules(trained, modules, plain, where)
+    tensors: dict[str, Lazy] = {}
+    live_ranks = {}
+    for flat, module in modules.items():
+        live = in_model(f"{flat}.weight", layout).removesuffix(".weight")
+        live_ranks[live] = ranks[module]
+        tensors[adapter_key(live, "lora_A")] = source.tensors[found.pairs[module].A]
+        tensors[adapter_key(live, "lora_B")] = source.tensors[found.pairs[module].B]
+    for name in plain:
+        if any(name.startswith(f"{module}.") for module in saved):
+            given_name = found.saved.get(plain[name], found.base[plain[name]])
+            tensors[PREFIX + in_model(name, layout)] = source.tensors[given_name]
+    weights = [in_model(n, layout).removesuffix(".weight") for n in plain if n.endswith(".weight")]
+    alphas = {m: float(2 * r) if alpha is None else alpha for m, r in live_ranks.items()}
+    entries = [in_model(f"{module}.weight", layout).removesuffix(".weight") for module in saved]
+    config = adapter_config(
+        live_ranks,
+        {m: int(value) if value == int(value) else value for m, value in alphas.items()},
+        targets=selection(live_ranks, weights),
+        layout=layout,
+        base=None if base is None else str(base),
+        dropout=UPSTREAM_DROPOUT,
+        saved=entries,
+    )
+    job = Job(
+        command="extract-lora",
+        output=target,
+        started=started,
+        tensors=tensors,
+        shard_of=dict.fromkeys(tensors, WEIGHTS_NAME),
+        metadata={},
+        config=config,
+        config_name=CONFIG_NAME,
+        weights_name=WEIGHTS_NAME,
+        side_files={},
+        l2_from=None,
+        choices={"alpha": alpha, "adapter_name": adapter_name},
+        facts={
+            "checkpoint": str(source.path),
+            "base": None if base is None else str(base),
+            "pairs": len(ranks),
+            "r": config["r"],
+            "rank_pattern": config["rank_pattern"],
+            "lora_alpha": config["lora_alpha"],
+            "modules_to_save": entries,
+            "warnings": warnings,
+        },
+    )
+    return run(job, chosen)
+
+
+def _check_shapes(source: Checkpoint, found: Unwrapped) -> None:
+    """Raise `AdapterError` for a pair that does not fit the weight beside it, or has none."""
+    where = printable(str(source.path))
+    for module, pair in found.pairs.items():
+        A, B = source.tensors[pair.A], source.tensors[pair.B]
+        weight = found.base.get(f"{module}.weight")
+        if weight is None:
+            raise AdapterError(
+                f"{where}: '{printable(pair.A)}' has no weight beside it ('{printable(module)}.weight'); "
+                "pairs of fused experts (target_parameters) cannot be extracted."
+            )
+        W = source.tensors[weight]
+        for name, factor in ((pair.A, A), (pair.B, B)):
+            if factor.dtype not in FLOATS:
+                raise AdapterError(
+                    f"{where}: '{printable(name)}' is {factor.dtype}; one of {', '.join(FLOATS)} was "
+                    "expected. Save the checkpoint again, without quantizing it."
+                )
+        rank = A.shape[0]
+        if (B.shape, A.shape) != ((W.rows, rank), (rank, W.columns)) or len(W.shape) != 2:
+            raise AdapterError(
+                f"{where}: '{printable(pair.A)}' {list(A.shape)} and its lora_B {list(B.shape)} do "
+                f"not fit '{printable(weight)}' {list(W.shape)}. The checkpoint is damaged."
+            )
+
+
+def _left_out(
+    plain: Collection[str], trained: Collection[str], depths: Mapping[str, int], where: str
+) -> list[str]:
+    """A warning with what PEFT has not frozen, and training may have changed."""
+    inside = tuple(f"{part}." if part else "" for part in depths)
+    free = [name for name in plain if name not in trained and not name.startswith(inside)]
+    if not free:
+        return []
+    counts = Counter(name.partition(".")[0] for name in free)
+    parts = ", ".join(f"{part} ({count} tensors)" for part, count in counts.items())
+    return [
+        f"{where}: training may also have changed {parts}, which the adapter does not have. Give "
+        "--base, the model that the training started from, to compare and keep what differs"
+    ]
+
+
+def _differing(
+    mine: Mapping[str, Lazy], theirs: Mapping[str, Lazy], where: tuple[str, str], workers: int
+) -> set[str]:
+    """Names of tensors whose bytes are not those of the base, which must have the same names."""
+    only = sorted(set(mine) - set(theirs)) or sorted(set(theirs) - set(mine))
+    if only:
+        lacking = where[1] if only[0] in mine else where[0]
+        raise InputError(
+            f"{lacking}: lacks {listed(only, 3)}, which the other one has. Is {where[1]} the model that "
+            "the training started from, in the same layout?"
+        )
+    for name, tensor in mine.items():
+        other = theirs[name]
+        if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+            raise InputError(
+                f"{where[0]}: '{printable(name)}' is {tensor.dtype} {list(tensor.shape)}, but "
+                f"{other.dtype} {list(other.shape)} in {where[1]}. Give the model that the training "
+                "started from, in the dtype of the training; an adapter cannot change a shape."
+            )
+    with contextlib.closing(Files()) as files, ThreadPoolExecutor(workers) as pool:
+        equal = pool.map(lambda n: equal_bytes(mine[n], theirs[n], Workspace(files)), mine)
+        return {name for name, same in zip(mine, equal, strict=True) if not same}
+
+
+def _saved_modules(
+    trained: Collection[str], adapted: Collection[str], plain: Iterable[str], where: str
+) -> list[str]:
+    """The modules that the trained tensors are of, as PEFT can save and load them whole."""
+    names = set(plain)
+    bad = [
+        name
+        for name in sorted(trained)
+        if name.rpartition(".")[2] not in ("weight", "bias") or name.rpartition(".")[0] in adapted
+    ]
+    if bad:
+        raise AdapterError(
+            f"{where}: {len(bad)} tensors differ from the base and cannot be part of an adapter: "
+            f"{listed(bad)}. They are weights under a LoRA pair, or parameters that are no modules of "
+            "their own. Is this the base that the training started from? If it is, merge the "
+            "checkpoint instead (merge-lora)."
+        )
+    # A numbered module is one of a Sequential, as mlp1.1, which goes as a whole.
+    owners = {name.rpartition(".")[0] for name in trained if name in names}
+    return sorted({o.rpartition(".")[0] if o.rpartition(".")[2].isdecimal() else o for o in owners})

@@ -1,0 +1,95 @@
+"""`inspect`: what a checkpoint or an adapter is, by headers and configs only."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from streamshard.checkpoint.adapter_folder import open_adapter
+from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.checkpoint.header import total_nbytes
+from streamshard.commands.identify import dimensions
+from streamshard.disk.inputs import watched
+from streamshard.disk.paths import PathLike, input_path
+from streamshard.disk.system import reading
+from streamshard.engine.report import Report, finished, new_report
+from streamshard.errors import InputError
+from streamshard.internvl.detection import detect
+from streamshard.limits import told
+
+__all__ = ["inspect"]
+
+
+@told
+@watched
+def inspect(path: PathLike) -> Report:
+    """What a checkpoint or adapter is: layout, spelling, family, dimensions, dtypes, files, LoRA.
+
+    Reads headers and configs only. Raises `InputError` for what is malformed.
+    """
+    started = time.perf_counter()
+    folder = input_path(path, "a checkpoint or adapter")
+    with reading(folder):
+        adapter = folder / "adapter_config.json"
+        is_adapter = adapter.is_file() and not (folder / "config.json").is_file()
+    if is_adapter:
+        return _inspect_adapter(folder, started)
+    found = open_checkpoint(path)
+    report = new_report("inspect", found.tensors)
+    files = Counter(dict.fromkeys(found.metadata, 0))
+    for name, tensor in found.tensors.items():
+        files[found.shard_of(name)] += tensor.nbytes
+    facts: dict[str, Any] = dict.fromkeys(("spelling", "family", "packed_experts", "evidence"))
+    try:
+        seen = detect(list(found.tensors), found.config)
+        facts = {
+            "layout": seen.layout,
+            "spelling": seen.spelling,
+            "family": seen.family,
+            "packed_experts": seen.packed_experts,
+            "evidence": list(seen.evidence),
+        }
+        report["warnings"] += seen.warnings
+    except InputError as error:
+        report["warnings"].append(str(error))
+    report |= {
+        **facts,
+        "path": str(found.path),
+        "dimensions": dimensions(found),
+        "dtypes": dict(Counter(tensor.dtype for tensor in found.tensors.values())),
+        "files": dict(files),
+        "shards": len(found.metadata),
+        "lora": _lora_state(found),
+    }
+    return finished(report, started)
+
+
+def _inspect_adapter(folder: Path, started: float) -> Report:
+    adapter = open_adapter(folder)
+    keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
+    report = {
+        **new_report("inspect", adapter.tensors),
+        "path": str(folder),
+        "adapter": {key: adapter.config.get(key) for key in keys},
+        "dtypes": dict(Counter(tensor.dtype for tensor in adapter.tensors.values())),
+        "files": {adapter.file.name: total_nbytes(adapter.tensors)},
+        "shards": 1,
+    }
+    return finished(report, started)
+
+
+def _lora_state(found: Checkpoint) -> dict[str, Any]:
+    """LoRA pairs among the tensors, and the ranks that the config states."""
+    pairs = [name for name in found.tensors if ".lora_A." in name]
+    config = found.config or {}
+    return {
+        "wrapped": bool(pairs),
+        "pairs": len(pairs),
+        "ranks": sorted(
+            {found.tensors[name].shape[0] for name in pairs if found.tensors[name].shape}
+        ),
+        "use_llm_lora": config.get("use_llm_lora"),
+        "use_backbone_lora": config.get("use_backbone_lora"),
+    }

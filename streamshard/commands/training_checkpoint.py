@@ -1,0 +1,186 @@
+"""LoRA-wrapped training checkpoints as what they are: a base, and an adapter without a config."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.disk.paths import PathLike
+from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
+from streamshard.internvl.lora_targets import FLAGS
+from streamshard.lora.adapter import Adapter
+from streamshard.lora.settings import LoraSettings
+from streamshard.lora.wrapped_names import Unwrapped, unwrap
+from streamshard.tensor_names import is_wrapped
+
+__all__ = ["Wrapped", "WrappedSettings", "check_flags", "open_wrapped", "read_wrapped"]
+
+
+_PARTITIONED = (
+    "The checkpoint was saved from a partitioned (ZeRO-3) model: gather its weights "
+    "(zero_to_fp32.py) and try again."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WrappedSettings(LoraSettings):
+    """Ranks as the tensors have them, and alpha as given or, by upstream's convention, `2 * r`."""
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    given_alpha: float | None = None
+
+    def rank(self, module: str) -> int:
+        return self.ranks[module]
+
+    def alpha(self, module: str) -> float:
+        return 2.0 * self.ranks[module] if self.given_alpha is None else self.given_alpha
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapped:
+    """A wrapped checkpoint, its names told apart, the rank of every pair, and warnings."""
+
+    checkpoint: Checkpoint
+    names: Unwrapped
+    ranks: Mapping[str, int]
+    warnings: tuple[str, ...]
+
+
+def read_wrapped(
+    path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
+) -> Wrapped:
+    """Open a wrapped checkpoint; `alpha` is what the user says it is.
+
+    Raises `InputError` or `AdapterError` if it has no pairs, others than its config says and `alpha`
+    is not given, or more of an adapter than can be understood without its config.
+    """
+    found = open_checkpoint(path)
+    where = printable(str(found.path))
+    if alpha is not None and not (math.isfinite(alpha) and alpha):
+        raise UsageError(f"--alpha is {alpha}; a number other than 0 was expected.")
+    if not is_wrapped(found.tensors):
+        raise InputError(
+            f"{where}: no LoRA found: it has no lora_A and lora_B tensors, so there is nothing to do. "
+            "A full fine-tune is complete as it is; for a PEFT adapter give --adapter and --base."
+        )
+    empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
+    if empty:
+        raise InputError(f"{where}: {listed(empty)} have no elements. {_PARTITIONED}")
+    inside = unwrap(found.tensors, adapter_name)
+    if not inside.pairs:
+        raise InputError(
+            f"{where}: its names are those of a wrapped model, but it has no lora_A and lora_B: the "
+            "pairs are lost, or were merged before. Save the checkpoint again."
+        )
+    ranks = {module: _rank(found, pair.A, where) for module, pair in inside.pairs.items()}
+    warnings = check_flags(found, ranks, where, alpha=alpha)
+    for part, depth in inside.depths.items():
+        if depth > 1:
+            warnings.append(
+                f"{part or 'the model'} is wrapped {depth} times: a training that was resumed from a "
+                "wrapped checkpoint. PEFT then begins the pairs anew, so what the earlier training had "
+                "learned in them is NOT in this file; the pairs that are in it are used"
+            )
+    _refuse_others(inside, where)
+    return Wrapped(found, inside, ranks, tuple(warnings))
+
+
+def open_wrapped(
+    path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
+) -> tuple[Checkpoint, list[Adapter], list[str]]:
+    """The base inside a wrapped checkpoint, its adapter, and warnings.
+
+    The flags of the base's config are 0. Raises what `read_wrapped` does.
+    """
+    wrapped = read_wrapped(path, alpha=alpha, adapter_name=adapter_name)
+    found, inside, ranks = wrapped.checkpoint, wrapped.names, wrapped.ranks
+    config = dict(found.config) if found.config is not None else None
+    if config is not None:
+        config |= dict.fromkeys(FLAGS, 0)
+    base = dataclasses.replace(
+        found,
+        tensors={plain: found.tensors[given] for plain, given in inside.base.items()},
+        config=config,
+    )
+    settings = WrappedSettings(
+        r=max(ranks.values()),
+        lora_alpha=2.0 * max(ranks.values()) if alpha is None else alpha,
+        modules_to_save=tuple(name.rpartition(".")[0] for name in inside.saved),
+        use_dora=any("lora_magnitude_vector" in key for key in inside.tensors),
+        ranks=ranks,
+        given_alpha=alpha,
+    )
+    tensors = {key: found.tensors[given] for key, given in inside.tensors.items()}
+    adapter = Adapter(printable(str(found.path)), settings, tensors)
+    return base, [adapter], list(wrapped.warnings)
+
+
+def _rank(found: Checkpoint, name: str, where: str) -> int:
+    shape = found.tensors[name].shape
+    if len(shape) != 2 or not all(shape):
+        raise AdapterError(
+            f"{where}: '{printable(name)}' has shape {list(shape)}; a matrix was expected. "
+            f"{_PARTITIONED}"
+        )
+    return shape[0]
+
+
+def _refuse_others(inside: Unwrapped, where: str) -> None:
+    """Refuse what needs a config that such a checkpoint does not have."""
+    unknown = {
+        given: kind for given, kind in inside.others.items() if given not in inside.saved.values()
+    }
+    if unknown:
+        given, kind = next(iter(unknown.items()))
+        raise AdapterError(
+            f"{where}: '{printable(given)}' is {kind}, which InternVL's trainer does not save and "
+            "which cannot be understood without the adapter's config. Save the adapter with PEFT's "
+            "save_pretrained, and give it as --adapter with its --base."
+        )
+
+
+def check_flags(
+    found: Checkpoint, ranks: Mapping[str, int], where: str, *, alpha: float | None
+) -> list[str]:
+    """Compare the ranks in `config.json` with those of the tensors; returns warnings.
+
+    The keys decide what is wrapped; a flag of 0 beside pairs is stale. A rank that is not that of the
+    tensors is of another checkpoint, whose alpha is not this one's: `AdapterError` unless `alpha`
+    is given.
+    """
+    warnings = []
+    for flag, start in FLAGS.items():
+        stated = (found.config or {}).get(flag) or 0
+        own = sorted({rank for module, rank in ranks.items() if module.startswith(start)})
+        if stated and not own:
+            raise AdapterError(
+                f"{where}: {flag} in config.json is {stated}, but there are no pairs in "
+                f"{start[:-1]}. They are lost, or the config is of another checkpoint: correct the "
+                "config, or save the checkpoint again."
+            )
+        if stated and own != [stated] and alpha is None:
+            raise AdapterError(
+                f"{where}: {flag} in config.json is {stated}, but the pairs have rank "
+                f"{', '.join(map(str, own))}: the config is not of this checkpoint, so alpha is not "
+                "known. Correct the config, or say --alpha."
+            )
+        if own and not stated and found.config is not None:
+            warnings.append(
+                f"{flag} in config.json is 0 although there are pairs of rank "
+                f"{', '.join(map(str, own))}; they are used with "
+                + (
+                    "alpha = 2 r, as InternVL's trainer has it"
+                    if alpha is None
+                    else f"alpha {alpha:g}"
+                )
+            )
+    outside = [m for m in ranks if not m.startswith(tuple(FLAGS.values()))]
+    if outside and alpha is None:
+        raise AdapterError(
+            f"{where}: {listed(outside, 3)} are in neither language_model nor vision_model, where "
+            "InternVL's trainer puts LoRA with alpha = 2 r. Say which alpha they have: --alpha."
+        )
+    return warnings

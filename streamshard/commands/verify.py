@@ -1,0 +1,168 @@
+"""`verify`: reads a checkpoint again and compares it with its index and with what was recorded."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+from streamshard.checkpoint.file_names import REPORT_NAME
+from streamshard.checkpoint.open_anything import WEIGHTS, Opened, open_anything
+from streamshard.checkpoint.unlisted_files import Entry, contents, harm
+from streamshard.commands.verify_content import Comparison
+from streamshard.disk.inputs import watched
+from streamshard.disk.paths import PathLike, input_path
+from streamshard.disk.system import reading
+from streamshard.engine.budget import workers_or_default
+from streamshard.engine.report import Report, finished, new_report
+from streamshard.engine.workers import share
+from streamshard.errors import UsageError, VerificationError, printable
+from streamshard.limits import told
+
+__all__ = ["verify"]
+
+
+@told
+@watched
+def verify(
+    path: PathLike,
+    *,
+    sample: str | int | None = None,
+    strict: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, str], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
+) -> Report:
+    """Read a checkpoint or adapter again, and say whether it is what was written.
+
+    Checks headers, the index against the files both ways, and that no value is infinite or NaN; where
+    there is a `streamshard.json`, also that record itself, every file and tensor against its digests,
+    and that nothing was added which could be run or loaded. `sample` reads only so many tensors
+    ("10%" or a number), chosen at random, and no SHA-256. With `strict` it is a problem if there is
+    nothing to compare with.
+
+    Every file of a folder is in one of three lists of the report: `checked_files`, `not_checked` (each
+    with the reason) and `extra` (what the record does not list). Raises `VerificationError`, whose
+    `report` lists what is wrong under `problems`, `missing`, `unexpected`, `different` and
+    `nonfinite`; `InputError` if there is no checkpoint at all.
+    """
+    started = time.perf_counter()
+    given = input_path(path, "what to verify")
+    with reading(given):
+        found = open_anything(given)
+    tensors = found.tensors
+    names = _sampled(list(tensors), sample)
+    if on_total is not None:
+        on_total(sum(tensors[name].nbytes for name in names))
+    check = Comparison(found, progress)
+    check.names()
+    tasks = check.tasks(names, whole=sample is None)
+    share(tasks, lambda task, work: task(work), workers_or_default(workers), check.stop)
+    check.shards(names)
+    coverage = _coverage(found, check)
+    warnings = []
+    if not found.listing.usable and found.listing.record == "missing":
+        reason = _why_uncomparable(found)
+        warnings.append(f"no digests are recorded: {reason}")
+        if strict:
+            coverage["problems"].append(
+                f"{printable(str(path))}: nothing could be compared: {reason} (--strict)."
+            )
+    report = {
+        **new_report("verify", tensors),
+        "path": str(path),
+        "shards": len(found.headers),
+        "recorded": found.listing.usable,
+        "record": found.listing.record,
+        "strict": strict,
+        "checked": {
+            "tensors": len(names),
+            "bytes": sum(tensors[name].nbytes for name in names),
+            "files": len(check.compared),
+        },
+        **coverage,
+        "missing": check.missing,
+        "unexpected": check.unexpected,
+        "different": sorted(check.different),
+        "nonfinite": dict(sorted(check.nonfinite.items())),
+        "problems": [*found.problems, *sorted(check.problems), *coverage["problems"]],
+        "warnings": warnings,
+    }
+    report = finished(report, started)
+    if report["problems"]:
+        count = len(report["problems"])
+        raise VerificationError(
+            f"{printable(str(path))}: {count} {'problem' if count == 1 else 'problems'} found: "
+            f"{report['problems'][0]}" + (" (and more)" if count > 1 else ""),
+            report,
+        )
+    return report
+
+
+def _coverage(found: Opened, check: Comparison) -> dict[str, Any]:
+    """The three lists that every file is in one of, and what is wrong with files that nobody listed."""
+    if found.bare:
+        there = [Entry(name, "file") for name in (*found.headers, *found.unread)]
+    else:
+        there = sorted(contents(found.folder), key=lambda entry: entry.name)
+    listing = found.listing
+    whole = {REPORT_NAME} if listing.record == "whole" else set()
+    checked = check.compared | whole
+    listed = {*listing.files, REPORT_NAME}
+    extra, not_checked, problems = [], [], []
+    for entry in there:
+        name = entry.name
+        if listing.usable and name not in listed:
+            extra.append(name)
+            problem = harm(entry)
+            if problem is not None:
+                problems.append(f"{printable(name)}: {problem}.")
+        elif name not in checked:
+            not_checked.append({"name": name, "why": _why_not(found, check, name)})
+    return {
+        "checked_files": sorted(checked),
+        "not_checked": not_checked,
+        "extra": extra,
+        "problems": problems,
+    }
+
+
+def _why_not(found: Opened, check: Comparison, name: str) -> str:
+    """Why a file was not compared with a digest."""
+    if name in check.uncompared:
+        return check.uncompared[name]
+    if name == REPORT_NAME:
+        return "it is not as it was written"
+    if name in found.headers:
+        return "its values were read, but no digest of it is recorded"
+    if name.endswith(WEIGHTS):
+        return "it is no part of this checkpoint, and no digest of it is recorded"
+    return "no digest of it is recorded"
+
+
+def _why_uncomparable(found: Opened) -> str:
+    if found.bare:
+        return (
+            f"this is a bare file, and a {REPORT_NAME} is about a folder: give the folder to "
+            "compare with it"
+        )
+    return f"there is no {REPORT_NAME}"
+
+
+def _sampled(names: list[str], sample: str | int | None) -> list[str]:
+    """So many of the names, at least one; raises `UsageError` for what is no such number."""
+    if sample is None:
+        return names
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", str(sample).strip())
+    count = 0.0
+    if match is not None:
+        count = float(match[1]) * (len(names) / 100 if match[2] else 1)
+    if match is None or not count or math.isinf(count) or (match[2] and float(match[1]) > 100):
+        raise UsageError(
+            f"--sample is {printable(repr(sample))}; write it like 10% or 200 (tensors)."
+        )
+    # Another one each time: what was not read today may be tomorrow.
+    return random.sample(names, min(max(round(count), 1), len(names)))

@@ -1,0 +1,171 @@
+"""Files that are written: output files that appear when they are complete, and files that grow."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from streamshard.disk.files import InputFile
+from streamshard.disk.system import NO_LINK, reading, system, writing
+from streamshard.errors import OutputError, ReadError, WriteError, printable
+
+__all__ = ["LogFile", "OutputFile", "copy_file", "put", "write_new"]
+
+
+COPY_NBYTES = 256 * 1024
+_OLD = os.O_RDWR | NO_LINK | getattr(os, "O_NONBLOCK", 0)
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK
+
+
+class OutputFile:
+    """A new file of known length that may be written at any place, by several threads."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path = path
+        with writing(path, nbytes):
+            try:
+                self._descriptor = system.open(path, _NEW)
+            except FileExistsError as error:
+                raise OutputError(
+                    f"{printable(str(path))}: is there already, and no run of ours has put it there. It "
+                    "was left alone: move or remove it, then run again."
+                ) from error
+            try:
+                _allocate(self._descriptor, nbytes)
+            except BaseException:
+                self.abandon()
+                raise
+
+    def __enter__(self) -> OutputFile:  # noqa: PYI034 - Self needs Python 3.11
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+        _write_all(self._descriptor, self.path, data, offset)
+
+    def read_into(self, out: memoryview, offset: int) -> None:
+        """Fill `out` with what was written at `offset`."""
+        done = 0
+        while done < len(out):
+            with reading(self.path):
+                count = system.pread(self._descriptor, out[done:], offset + done)
+            if not count:
+                raise ReadError(
+                    f"{printable(str(self.path))}: the file ended at byte {offset + done:,} while it was "
+                    "being written. Something else changes it: wait for that to end, then run again."
+                )
+            done += count
+
+    def begin_sync(self, offset: int, nbytes: int) -> None:
+        """Ask the system to start putting a range on disk, so that `sync` has less to wait for."""
+        with writing(self.path, 0):
+            system.begin_sync(self._descriptor, offset, nbytes)
+
+    def sync(self) -> None:
+        """Wait until the disk has what was written."""
+        with writing(self.path, 0):
+            system.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; harmless if it is closed already."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with writing(self.path, 0):
+                system.close(descriptor)
+
+    def abandon(self) -> None:
+        """Close the file because of an error, which another one shall not hide."""
+        with contextlib.suppress(WriteError):
+            self.close()
+
+
+class LogFile:
+    """A file that only grows, from its first `nbytes` bytes on; what comes after these is dropped.
+
+    A new one must not be there yet; one that is there is looked at by `check` before it is changed.
+    """
+
+    def __init__(
+        self, path: Path, nbytes: int, check: Callable[[os.stat_result], None] | None = None
+    ) -> None:
+        self.path = path
+        self._end = nbytes
+        with writing(path, 0):
+            self._descriptor = system.open(path, _NEW if check is None else _OLD)
+            try:
+                if check is not None:
+                    check(system.fstat(self._descriptor))
+                system.truncate(self._descriptor, nbytes)
+            except BaseException:
+                self.close()
+                raise
+
+    def append(self, data: bytes) -> None:
+        """Add `data` and wait until the disk has it."""
+        put(self._descriptor, self.path, data, self._end)
+        self._end += len(data)
+
+    def close(self) -> None:
+        """Close the file; harmless if it is closed already."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # every line is on disk already
+                system.close(descriptor)
+
+
+def put(descriptor: int, path: Path, data: bytes, offset: int) -> None:
+    """Write `data` at a place of an open file and wait until the disk has it."""
+    _write_all(descriptor, path, memoryview(data), offset)
+    with writing(path, len(data)):
+        system.fsync(descriptor)
+
+
+def _write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        with writing(path, len(data) - done):
+            count = system.pwrite(descriptor, data[done:], offset + done)
+            if not count:
+                raise OSError(errno.EIO, "nothing was written")
+        done += count
+
+
+def copy_file(source: Path, copy: Path) -> None:
+    """Copy the bytes of a file to a new one and wait until the disk has them."""
+    with InputFile(source) as file, OutputFile(copy, file.nbytes) as out:
+        for offset in range(0, file.nbytes, COPY_NBYTES):
+            block = file.read(offset, min(COPY_NBYTES, file.nbytes - offset))
+            out.write(memoryview(block), offset)
+        file.check()
+        out.sync()
+
+
+def write_new(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a new small file, piece after piece, and wait until the disk has it."""
+    with OutputFile(path, 0) as file:
+        offset = 0
+        for piece in pieces:
+            file.write(memoryview(piece), offset)
+            offset += len(piece)
+        file.sync()
+
+
+def _allocate(descriptor: int, nbytes: int) -> None:
+    # Reserving the blocks first finds a full disk before hours of work, and writes to known
+    # places run faster; file systems that cannot do it get a sparse file.
+    system.truncate(descriptor, nbytes)
+    if nbytes:
+        try:
+            system.allocate(descriptor, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise

@@ -1,0 +1,241 @@
+"""The calls to the operating system, one method a call, and errors that name the file.
+
+Every call goes through `system`, so that a test can put something else in the place of each of
+these methods: fail it, or end the process there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+from streamshard.disk.held import holder
+from streamshard.errors import InputError, OutOfMemoryError, ReadError, WriteError, printable
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+__all__ = ["NO_LINK", "PRIVATE", "AnyPath", "System", "reading", "system", "writing"]
+
+
+AnyPath: TypeAlias = "str | Path"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+PRIVATE = 1 << 30
+_ALWAYS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_FAR = 1 << 30
+
+
+class System:
+    """The operating system: each method is one call and raises the `OSError` of that call."""
+
+    def open(self, path: AnyPath, flags: int) -> int:
+        """A descriptor; new files get the mode that the umask leaves, or that of `PRIVATE` ones."""
+        mode = 0o600 if flags & PRIVATE else 0o666
+        flags = flags & ~PRIVATE | _ALWAYS
+        with _inside(path, itself=True) as (name, folder):
+            if folder is None:
+                return os.open(name, flags, mode)
+            return os.open(name, flags | NO_LINK, mode, dir_fd=folder)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def fstat(self, descriptor: int) -> os.stat_result:
+        return os.fstat(descriptor)
+
+    def stat(self, path: AnyPath) -> os.stat_result:
+        return os.stat(path)
+
+    def lstat(self, path: AnyPath) -> os.stat_result:
+        with _inside(path) as (name, folder):
+            return os.lstat(name, dir_fd=folder)
+
+    def pread(self, descriptor: int, out: memoryview, offset: int) -> int:
+        """How many bytes were read into `out`; 0 at the end of the file."""
+        return _pread_into(descriptor, out, offset)
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        """How many bytes of `data` were written."""
+        return _pwrite(descriptor, data, offset)
+
+    def truncate(self, descriptor: int, nbytes: int) -> None:
+        os.ftruncate(descriptor, nbytes)
+
+    def allocate(self, descriptor: int, nbytes: int) -> None:
+        """Reserve the disk blocks of a file."""
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, nbytes)
+
+    def begin_sync(self, descriptor: int, offset: int, nbytes: int) -> None:
+        """Start putting a range on disk."""
+        if hasattr(os, "posix_fadvise"):
+            # On Linux this starts writing dirty pages out; pages not yet clean stay cached.
+            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def fsync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def lock(self, descriptor: int) -> None:
+        """Lock an open file, or raise `BlockingIOError` or `PermissionError` at once."""
+        if sys.platform == "win32":
+            os.lseek(descriptor, _FAR, os.SEEK_SET)  # what is locked cannot be read
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def listdir(self, path: AnyPath) -> list[str]:
+        with _inside(path, itself=True) as (name, folder):
+            return os.listdir(folder if folder is not None and name == "." else path)
+
+    def mkdir(self, path: AnyPath) -> None:
+        with _inside(path) as (name, folder):
+            os.mkdir(name, dir_fd=folder)
+
+    def rmdir(self, path: AnyPath) -> None:
+        with _inside(path) as (name, folder):
+            os.rmdir(name, dir_fd=folder)
+
+    def unlink(self, path: AnyPath) -> None:
+        with _inside(path) as (name, folder):
+            os.unlink(name, dir_fd=folder)
+
+    def rename(self, path: AnyPath, other: AnyPath) -> None:
+        """Give another name, taking the place of a file but not of a folder that has something in it."""
+        with _inside(path) as (old, here), _inside(other) as (new, there):
+            os.replace(old, new, src_dir_fd=here, dst_dir_fd=there)
+
+    def disk_free(self, path: AnyPath) -> int | None:
+        """Bytes that are free; None where the disk does not tell (ramfs, and some others in memory)."""
+        try:
+            usage = shutil.disk_usage(path)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+                return None
+            raise
+        return usage.free if usage.total else None
+
+
+system = System()
+
+
+# What cannot be the name of a file that is there.
+_NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+_ADVICE: dict[int | None, str] = {
+    errno.ENAMETOOLONG: "Choose a shorter path.",
+    errno.ELOOP: "Its links lead in a circle: choose another path.",
+    errno.ENOTDIR: "A part of the path is a file: choose another path.",
+    errno.EMFILE: "Allow more open files (ulimit -n).",
+    errno.ENFILE: "Close other programs.",
+    errno.EFBIG: "Allow larger files (ulimit -f), use --max-shard-size, or choose another disk.",
+}
+
+
+@contextmanager
+def _inside(path: AnyPath, *, itself: bool = False) -> Iterator[tuple[AnyPath, int | None]]:
+    """A path as a call is to be given it, and the open folder to which it is relative, if any.
+
+    Errors name the whole path.
+    """
+    held = holder(str(path), itself=itself)
+    if held is None:
+        yield path, None
+        return
+    try:
+        yield held.inside(str(path))
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextmanager
+def reading(path: AnyPath) -> Iterator[None]:
+    """Turn an `OSError` into one that names the file, or `path`, and says what to do."""
+    try:
+        with _told_by_system(path):
+            yield
+    except FileNotFoundError as error:
+        raise InputError(f"{told_path(error, path)}: no such file. Check the path.") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{told_path(error, path)}: is a folder, a file was expected.") from error
+    except OSError as error:
+        where = told_path(error, path)
+        if error.errno in _NO_NAMES:
+            raise InputError(f"{where}: no such file: {error.strerror}. Check the path.") from error
+        advice = _ADVICE.get(error.errno, "Check its permissions and the disk.")
+        raise ReadError(f"{where}: cannot be read: {error.strerror}. {advice}") from error
+
+
+@contextmanager
+def writing(path: AnyPath, nbytes: int) -> Iterator[None]:
+    """Turn an `OSError` into one that names the file, or `path`, and says what to do."""
+    try:
+        with _told_by_system(path):
+            yield
+    except OSError as error:
+        where = told_path(error, path)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = (
+                f"{where}: no space left ({nbytes:,} bytes to write). "
+                "Free some space, or choose an output on another disk."
+            )
+        else:
+            advice = _ADVICE.get(error.errno, "Check permissions and disk.")
+            message = f"{where}: cannot be written: {error.strerror}. {advice}"
+        raise WriteError(message) from error
+
+
+@contextmanager
+def _told_by_system(path: AnyPath) -> Iterator[None]:
+    """Have what else a path or a call can raise be an `OSError`, or what it is in truth."""
+    try:
+        yield
+    except RuntimeError as error:  # of pathlib before Python 3.13
+        if "Symlink loop" not in str(error):
+            raise
+        raise OSError(errno.ELOOP, "links lead in circles", str(path)) from error
+    except UnicodeEncodeError as error:  # a name that the encoding of this system does not have
+        raise OSError(errno.EILSEQ, "not a name that this system can have", str(path)) from error
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise OutOfMemoryError(
+            f"{told_path(error, path)}: not enough memory ({error.strerror}). Allow more, and run the "
+            "same command again."
+        ) from error
+
+
+def told_path(error: OSError, path: AnyPath) -> str:
+    return printable(str(path if error.filename is None else error.filename))
+
+
+if hasattr(os, "preadv"):
+
+    def _pread_into(descriptor: int, out: memoryview, offset: int) -> int:
+        return os.preadv(descriptor, [out], offset)
+
+    def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        return os.pwrite(descriptor, data, offset)
+
+else:  # Windows has no positioned calls in Python's os module
+    _seek_lock = threading.Lock()
+
+    def _pread_into(descriptor: int, out: memoryview, offset: int) -> int:
+        with _seek_lock:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            data = os.read(descriptor, len(out))
+        out[: len(data)] = data
+        return len(data)
+
+    def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        with _seek_lock:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, data)

@@ -1,0 +1,67 @@
+"""What lies beside an output: where it is built, what it replaces, its lock.
+
+And what a killed run may have left there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import stat
+from pathlib import Path
+
+from streamshard.disk.folders import exists, held, inode_of
+from streamshard.disk.system import system, writing
+from streamshard.engine import long_names
+from streamshard.engine.leftovers import left_in, refuse_strangers
+from streamshard.engine.lock import locked, look
+from streamshard.engine.ours import Ours
+from streamshard.engine.swap import recover, refuse_old
+from streamshard.errors import InputError, StreamshardError, WriteError
+
+__all__ = ["check_beside", "places_beside", "staged_nbytes", "tidy"]
+
+
+def places_beside(target: Path) -> dict[str, Path]:
+    """Where an output is built, where what it replaces is kept meanwhile, and its lock."""
+    return {
+        what: target.with_name(long_names.beside(".", target.name, f".{what}"))
+        for what in ("partial", "old", "lock")
+    }
+
+
+def staged_nbytes(target: Path) -> int:
+    """Bytes that an earlier run has left where `target` is built."""
+    folder = places_beside(target.resolve())["partial"]
+    nbytes = 0
+    with writing(folder, 0), contextlib.suppress(FileNotFoundError):  # a run may be at it just now
+        if stat.S_ISDIR(system.lstat(folder).st_mode):
+            for name in system.listdir(folder):
+                nbytes += system.lstat(folder / name).st_size
+    return nbytes
+
+
+def tidy(target: Path) -> None:
+    """Remove what a run that was killed at its very end has left beside a complete output."""
+    beside = places_beside(target.resolve())
+    with contextlib.suppress(StreamshardError):
+        if exists(beside["lock"]):
+            with locked(beside["lock"], target) as lock:
+                recover(target, beside, lock)
+
+
+def check_beside(target: Path) -> None:
+    """Raise `OutputError` if something that is not ours is in the way of a run; changes nothing."""
+    beside = places_beside(target.resolve())
+    try:
+        moved = look(beside["lock"])
+        there = inode_of(beside["old"])
+        if there is not None and (moved is None or there[1] != moved[0]):
+            refuse_old(beside["old"])
+        if exists(beside["partial"]):
+            ours = Ours(target.resolve().parent)
+            ours.check_folder(beside["partial"])
+            with held(beside["partial"]) as kept:
+                refuse_strangers(beside["partial"], left_in(kept, ours, moved).strangers)
+    except (InputError, WriteError) as error:
+        if not isinstance(error.__cause__, FileNotFoundError):  # of a run that is at it just now
+            raise

@@ -1,0 +1,136 @@
+"""Memory and processors: how many workers, and what was used."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamshard.errors import UsageError, printable
+from streamshard.limits import fitting
+from streamshard.tensors.workspace import Held
+
+if TYPE_CHECKING:
+    from streamshard.checkpoint.shards import Shard
+
+__all__ = ["memory_estimate", "parse_size", "peak_rss_bytes", "worker_count", "workers_or_default"]
+
+
+DEFAULT_WORKERS = 8
+MAX_WORKERS = 64
+# Measured: interpreter and numpy with BLAS, what a plan has of each tensor, and a worker's blocks in fp32
+# and fp64.
+_PROCESS_NBYTES = 45_000_000
+_TENSOR_NBYTES = 1000
+_WORKER_NBYTES = 4_000_000
+_READER_NBYTES = 6_000_000
+_NO_SIZE = 2**63  # bytes that no system can count
+
+_UNITS = {"": 1, "B": 1}
+for _place, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1000**_place, f"{_letter}B": 1000**_place, f"{_letter}IB": 1024**_place}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "500 MB" (decimal), "1GiB" (binary) or a plain number.
+
+    >>> parse_size("1.5GB"), parse_size("1 KiB"), parse_size(7)
+    (1500000000, 1024, 7)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{printable(repr(size))} is no size; write it like 5GB or 500MB")
+    number = float(match[1]) * _UNITS[match[2].upper()]
+    if number >= _NO_SIZE:
+        raise ValueError(f"{printable(str(size))} is more than any disk has")
+    nbytes = int(number)
+    if nbytes < 1:
+        raise ValueError(f"{size!r} is no size greater than 0")
+    return nbytes
+
+
+def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int | None) -> int:
+    """How many threads to use: as asked, else one a processor, fewer for a memory budget.
+
+    Fewer also where a limit of this process leaves room for fewer. Raises `UsageError` if the budget
+    does not allow a single one, `OutOfMemoryError` if such a limit does not.
+    """
+    count, needed = _asked(workers), _needed(shards)
+    if max_memory is not None:
+        if needed(1) > max_memory:
+            raise UsageError(
+                f"--max-memory is {max_memory:,} bytes, but one worker needs about {needed(1):,} for "
+                "this model and adapter. Allow more, or leave the option out."
+            )
+        while needed(count) > max_memory:
+            count -= 1
+    return fitting(count, needed(1) - needed(0))
+
+
+def workers_or_default(workers: int | None) -> int:
+    """How many threads that only read: as asked, else one a processor; fewer under a limit of memory.
+
+    Raises `UsageError` for an absurd number, `OutOfMemoryError` if there is no room for one.
+    """
+    return fitting(_asked(workers), _READER_NBYTES)
+
+
+def _asked(workers: int | None) -> int:
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise UsageError(f"--workers is {workers}; 1 to {MAX_WORKERS} can be chosen.")
+    return workers or min(_processors(), DEFAULT_WORKERS)
+
+
+def memory_estimate(shards: Sequence[Shard], workers: int) -> int:
+    """About how many bytes of resident memory a run takes at most."""
+    return _needed(shards)(workers)
+
+
+def _needed(shards: Sequence[Shard]) -> Callable[[int], int]:
+    """The like for any number of workers."""
+    held: dict[int, int] = {}
+    buffers = []
+    for shard in shards:
+        for tensor in shard.tensors.values():
+            buffers.append(tensor.buffer_nbytes())
+            for node in tensor.held():
+                held[id(node)] = node.nbytes
+    process = _PROCESS_NBYTES + len(buffers) * _TENSOR_NBYTES
+    shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
+    own = heapq.nlargest(MAX_WORKERS, buffers)
+
+    def needed(workers: int) -> int:
+        # A tensor is the work of one worker: there may be fewer large ones than workers.
+        nbytes = sum(shared[: Held.count_for(workers)]) + sum(own[:workers])
+        return process + nbytes + workers * _WORKER_NBYTES
+
+    return needed
+
+
+def _processors() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    with contextlib.suppress(OSError):
+        # Where there is one: a process that was started by a large one inherits its `ru_maxrss`.
+        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if peak is not None:
+            return int(peak[1]) * 1024
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

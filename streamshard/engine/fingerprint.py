@@ -1,0 +1,211 @@
+"""What a run is to write, told by content: whether a later run may continue an earlier one.
+
+An identity is plain JSON: the options and versions that bytes depend on, a digest of each input, and
+a digest of the recipe, which is the headers of all files and the expression of every tensor. Paths
+do not count. Adapters and small files are read whole, and their times do not count either; of the
+large shards of checkpoints it is the size, the header, blocks spread over the data, and when the file
+was last changed, as nobody would wait for all of it to be read once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from streamshard.checkpoint.digests import Hash, file_digest, hash_file, new_digest
+from streamshard.disk.files import InputFile
+from streamshard.errors import printable
+from streamshard.tensors.computed import Computed, Magnitude
+from streamshard.tensors.lazy import Stored
+from streamshard.tensors.low_rank import LowRank
+from streamshard.version import __version__
+
+__all__ = ["Identity", "differences", "identity"]
+
+
+Identity: TypeAlias = dict[str, Any]
+
+SAMPLES = 16
+SAMPLE_NBYTES = 64 * 1024
+
+
+def identity(
+    *,
+    command: str,
+    options: Mapping[str, Any],
+    recipe: Iterable[Any],
+    files: Mapping[str, Path | bytes],
+) -> Identity:
+    """The identity of a run.
+
+    `options` are those that users know, `recipe` is made of tensors, strings, numbers and bytes,
+    `files` are what lies beside the weights, by name: a file to copy, or content.
+    """
+    walk = _Recipe()
+    for part in recipe:
+        walk.add(part, whole=False)
+    inputs = [
+        [path, *((file_digest(Path(path)), None) if whole else _sampled(Path(path)))]
+        for path, whole in walk.inputs.items()
+    ]
+    return {
+        "streamshard": __version__,
+        "command": command,
+        "options": dict(options),
+        "arithmetic": _arithmetic(),
+        "inputs": inputs,
+        "files": {name: _content_digest(content) for name, content in sorted(files.items())},
+        "recipe": walk.digest.hexdigest(),
+    }
+
+
+def differences(old: Identity, new: Identity) -> list[str]:
+    """What is not the same in two identities, in words; nothing if they are of one run."""
+    found = []
+    if old.get("streamshard") != new["streamshard"]:
+        found.append(f"it was version {old.get('streamshard')}, this is {new['streamshard']}")
+    if old.get("command") != new["command"]:
+        found.append(f"it was {old.get('command')}, this is {new['command']}")
+    found += [
+        f"--{name.replace('_', '-')} was {_shown(before)} and is {_shown(now)}"
+        for name, before, now in _unequal(old.get("options"), new["options"])
+    ]
+    found += _changed_inputs(old.get("inputs") or [], new["inputs"])
+    for name, before, now in _unequal(old.get("files"), new["files"]):
+        how = "is new" if before is None else "is gone" if now is None else "has changed"
+        found.append(f"the file {printable(name)} to be put beside the weights {how}")
+    found += [
+        f"{name} was {printable(str(before))} and is {printable(str(now))}"
+        for name, before, now in _unequal(old.get("arithmetic"), new["arithmetic"])
+    ]
+    if not found and old.get("recipe") != new["recipe"]:
+        found.append("other tensors are to be written, or from other sources")
+    return found
+
+
+def _unequal(old: object, new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    before = old if isinstance(old, dict) else {}
+    for name in [*new, *(name for name in before if name not in new)]:
+        if before.get(name) != new.get(name):
+            yield name, before.get(name), new.get(name)
+
+
+def _shown(value: object) -> str:
+    return "not given" if value in (None, [], False) else printable(str(value))
+
+
+def _changed_inputs(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) -> list[str]:
+    before, now = ({path: digest for path, digest, _ in inputs} for inputs in (old, new))
+    if [digest for _, digest, _ in old] == [digest for _, digest, _ in new]:
+        return [
+            f"the input {printable(path)} was copied or written to since, and is too large to be compared"
+            for (_, _, time), (path, _, now_time) in zip(old, new, strict=True)
+            if time != now_time
+        ]
+    found = []
+    for path, digest in now.items():
+        if path in before and before[path] != digest:
+            found.append(f"the input {printable(path)} has changed")
+        elif digest not in before.values():
+            found.append(f"the input {printable(path)} is another one")
+    found += [
+        f"the input {printable(path)} is no longer one"
+        for path, digest in before.items()
+        if path not in now and digest not in now.values()
+    ]
+    return found or ["the inputs are in another order"]
+
+
+def _arithmetic() -> dict[str, str]:
+    """What the last bits of a product depend on; the compiled kernel is not among it."""
+    from threadpoolctl import threadpool_info
+
+    blas = sorted(
+        " ".join(str(found.get(key)) for key in ("internal_api", "version", "architecture"))
+        for found in threadpool_info()
+        if found.get("user_api") == "blas"
+    )
+    return {
+        "numpy": np.__version__,
+        "BLAS": ", ".join(dict.fromkeys(blas)),
+        "processor": platform.machine(),
+    }
+
+
+class _Recipe:
+    """A digest of expressions, and the files that they read in the order of their first use."""
+
+    def __init__(self) -> None:
+        self.digest = new_digest()
+        self.inputs: dict[str, bool] = {}
+        """Path to whether its whole content counts."""
+        self._numbers: dict[str, int] = {}
+        self._fields: dict[type, tuple[str, ...]] = {}
+
+    def add(self, value: Any, *, whole: bool) -> None:
+        if isinstance(value, Stored):
+            number = self._numbers.setdefault(value.path, len(self._numbers))
+            self.inputs[value.path] = self.inputs.get(value.path, False) or whole
+            self._put(f"Stored {number} {value.offset} {value.shape} {value.dtype}")
+        elif dataclasses.is_dataclass(value):
+            kind = type(value)
+            if kind not in self._fields:
+                self._fields[kind] = tuple(field.name for field in dataclasses.fields(value))
+            self._put(kind.__name__)
+            for name in self._fields[kind]:
+                # Factors are small and decide everything: all of their file is looked at.
+                factors = kind in (LowRank, Magnitude) or (whole and kind is not Computed)
+                self.add(getattr(value, name), whole=factors)
+        elif isinstance(value, np.ndarray):
+            self._put(f"array {value.shape} {value.dtype}")
+            self.digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        elif isinstance(value, (tuple, list)):
+            self._put(f"{len(value)} of")
+            for part in value:
+                self.add(part, whole=whole)
+        elif isinstance(value, bytes):
+            self._put(f"{len(value)} bytes")
+            self.digest.update(value)
+        else:
+            self._put(repr(value))
+
+    def _put(self, text: str) -> None:
+        self.digest.update(text.encode(errors="backslashreplace") + b"\n")
+
+
+def _content_digest(content: Path | bytes) -> str:
+    if isinstance(content, Path):
+        return file_digest(content)
+    digest = new_digest()
+    digest.update(content)
+    return digest.hexdigest()
+
+
+def _sampled(path: Path) -> tuple[str, list[int] | None]:
+    """The digest of size, header and blocks spread over the data, and when the file was changed.
+
+    If that is not more, the digest of everything and no time.
+    """
+    digest, changed = new_digest(), None
+    with InputFile(path) as file:
+        header = 8 + int.from_bytes(file.read(0, 8), "little")
+        if file.nbytes <= header + SAMPLES * SAMPLE_NBYTES:
+            hash_file(path, digest)
+        else:
+            _add_samples(file, header, digest)
+            changed = [file.stamp.mtime_ns, file.stamp.ctime_ns]
+    return digest.hexdigest(), changed
+
+
+def _add_samples(file: InputFile, header: int, digest: Hash) -> None:
+    digest.update(f"{file.nbytes}\n".encode())
+    digest.update(file.read(0, header))
+    last = file.nbytes - SAMPLE_NBYTES
+    for number in range(SAMPLES):
+        offset = header + (last - header) * number // (SAMPLES - 1)
+        digest.update(file.read(offset, SAMPLE_NBYTES))

@@ -1,0 +1,96 @@
+"""What a command wants written, with which options, and what a run would do: values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamshard.checkpoint.header import total_nbytes
+from streamshard.checkpoint.shards import Shard
+from streamshard.engine.report import Report
+from streamshard.tensors.lazy import Lazy, Stored
+
+__all__ = ["Job", "Options", "Plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run would do, known before any weight is read; handed to `on_plan`."""
+
+    output: Path
+    shards: tuple[Shard, ...]
+    nbytes: int
+    free_nbytes: int | None
+    """None where the disk does not tell it."""
+    workers: int
+    memory_nbytes: int
+
+    @property
+    def tensor_nbytes(self) -> int:
+        """Bytes of tensor data to write, headers not counted: what progress adds up to."""
+        return sum(total_nbytes(shard.tensors) for shard in self.shards)
+
+    def as_dict(self) -> Report:
+        """The plan as the report of `--dry-run` shows it."""
+        return {
+            "files": [{"name": shard.name, "bytes": shard.nbytes} for shard in self.shards],
+            "free_bytes": self.free_nbytes,
+            "workers": self.workers,
+            "memory_bytes": self.memory_nbytes,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to write; the same for every writing command.
+
+    `max_shard_size` (bytes or "5GB") re-shards; by default files are those of the source. `dtype`
+    is "keep", "bf16", "fp16" or "fp32". `max_memory` lowers the number of `workers`. `overwrite`
+    replaces an output that exists once the new one is complete, and discards what an interrupted
+    run with other inputs or options left. `sha256` adds the SHA-256 of all files to
+    `streamshard.json`. `dry_run` checks everything and writes nothing. `on_plan` is called once
+    before writing, `progress` with the bytes and the tensor of each finished piece.
+    """
+
+    max_shard_size: int | str | None = None
+    dtype: str = "keep"
+    workers: int | None = None
+    max_memory: int | str | None = None
+    overwrite: bool = False
+    sha256: bool = False
+    dry_run: bool = False
+    on_plan: Callable[[Plan], None] | None = None
+    progress: Callable[[int, str], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to write: tensors, their files, and what lies beside them.
+
+    `side_files` maps names in the output to files that are copied as bytes. L2 is measured from the
+    tensors of `reference`; if `compares_sources`, that of other tensors is from what they are made
+    of. `facts` are further keys of the report.
+    """
+
+    command: str
+    output: Path
+    started: float
+    tensors: Mapping[str, Lazy]
+    shard_of: Mapping[str, str]
+    metadata: Mapping[str, Mapping[str, str]]
+    config: Mapping[str, Any] | None
+    """`config.json` if it must be written anew; None to copy it."""
+    config_name: str = "config.json"
+    weights_name: str = "model.safetensors"
+    """What the file of the weights is called if there is only one."""
+    side_files: Mapping[str, Path]
+    l2_from: str | None
+    reference: Mapping[str, Stored] | None = None
+    compares_sources: bool = False
+    must_change: bool = False
+    """Whether it is an error if everything written equals its source."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the command that the output depends on, named to users if a run cannot be continued."""

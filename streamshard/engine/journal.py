@@ -1,0 +1,170 @@
+"""The journal of a run: what is to be written, and each shard that is finished and on disk.
+
+One line of JSON a record, each after the digest of its text: a line that was cut off or damaged
+is where reading ends. The first record has the plan, and the names of all files that the run may make
+in its folder: nothing else there is ever continued or removed.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from streamshard.checkpoint.digests import new_digest
+from streamshard.disk.files import read_bytes
+from streamshard.disk.folders import exists
+from streamshard.disk.new_files import LogFile
+from streamshard.engine.ours import Ours
+from streamshard.tensors.rounding import Change
+
+__all__ = ["JOURNAL_NAME", "FinishedShard", "Journal"]
+
+
+JOURNAL_NAME = "streamshard.journal"
+MAX_NBYTES = 1 << 30
+_SECTOR = 512  # a disk writes so much at once
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A shard that is complete and on disk.
+
+    `digest` is that of the file; `digests` are those of its tensors (16 bytes each), in the order of
+    their bytes; `squared` are the squared distances, in the same order, and `change` is what
+    updates did in all of them. `sha256` is None unless it was asked for.
+    """
+
+    name: str
+    nbytes: int
+    digest: str
+    digests: bytes = field(repr=False)
+    squared: array[float] = field(repr=False)
+    change: Change
+    sha256: str | None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "shard": self.name,
+            "bytes": self.nbytes,
+            "digest": self.digest,
+            "tensors": self.digests.hex(),
+            "squared": [value or 0 for value in self.squared],
+            "change": list(self.change),
+            "sha256": self.sha256,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> FinishedShard:
+        """What `record` gave."""
+        return cls(
+            record["shard"],
+            record["bytes"],
+            record["digest"],
+            bytes.fromhex(record["tensors"]),
+            array("d", record["squared"]),
+            Change(*record["change"]),
+            record["sha256"],
+        )
+
+
+class Journal:
+    """The journal in a staging folder, read and opened for adding to it.
+
+    `plan` is what the run that began it was to write, or None if there was none; `names` are those
+    of the files that it may make, `finished` are the shards that it has noted, by name.
+    """
+
+    def __init__(self, folder: Path, ours: Ours) -> None:
+        self.path = folder / JOURNAL_NAME
+        self.plan: dict[str, Any] | None = None
+        self.names: frozenset[str] = frozenset()
+        self._ours = ours
+        self._begun = True
+        self.finished: dict[str, FinishedShard] = {}
+        self._good = 0
+        self._log: LogFile | None = None
+        if exists(self.path):
+            ours.check_file(self.path)
+            self._read(read_bytes(self.path, MAX_NBYTES))
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether what could not be read may be the beginning of one, after a kill or a loss of power."""
+        return self._begun
+
+    def _read(self, content: bytes) -> None:
+        self._begun = not content[:_SECTOR].strip(b"\0") or _is_beginning(content)
+        for line in content.splitlines(keepends=True):
+            digest, _, text = line.partition(b" ")
+            if not line.endswith(b"\n") or digest != _digest(text):
+                return
+            record = json.loads(text)
+            try:
+                if self.plan is None:
+                    self.plan, self.names = record["plan"], frozenset(record["names"])
+                else:
+                    shard = FinishedShard.from_record(record)
+                    self.finished[shard.name] = shard
+            except (KeyError, TypeError, ValueError):  # of another version
+                return
+            self._good += len(line)
+
+    def begin(self, plan: Mapping[str, Any], names: Collection[str]) -> None:
+        """Begin a new one, or one that was cut off in its first line."""
+        self.plan, self.names = dict(plan), frozenset(names)
+        self.open()
+        self._add_first()
+
+    def open(self) -> None:
+        """Get ready for adding."""
+        check = partial(self._ours.check, path=self.path) if exists(self.path) else None
+        self._log = LogFile(self.path, self._good, check)
+
+    def restore(self) -> None:
+        """Write all of it again, after the file has been removed."""
+        self.close()
+        self._good = 0
+        self.open()
+        self._add_first()
+        for shard in self.finished.values():
+            self._add(shard.record())
+
+    def _add_first(self) -> None:
+        self._add({"plan": self.plan, "names": sorted(self.names)})
+
+    def add(self, shard: FinishedShard) -> None:
+        """Note a shard, and wait until the disk has that."""
+        self._add(shard.record())
+        self.finished[shard.name] = shard
+
+    def _add(self, record: Mapping[str, Any]) -> None:
+        if self._log is None:
+            raise ValueError("the journal is not open")
+        text = json.dumps(record).encode() + b"\n"
+        self._log.append(_digest(text) + b" " + text)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._log is not None:
+            self._log.close()
+
+
+def _is_beginning(content: bytes) -> bool:
+    start = b'{"plan": '
+    digest, space, text = content.partition(b" ")
+    if digest.strip(b"0123456789abcdef") or len(digest) > len(_digest(b"")):
+        return False
+    whole = len(digest) == len(_digest(b"")) and (text.startswith(start) or start.startswith(text))
+    return whole or not space
+
+
+def _digest(text: bytes) -> bytes:
+    digest = new_digest()
+    digest.update(text)
+    return digest.hexdigest().encode()

@@ -1,0 +1,61 @@
+"""What an earlier run has left in its staging folder, told from what is somebody else's.
+
+Only the journal there tells: its first record, which is on disk before anything else, lists all files
+that the run may make. Where none can be read, a run of ours has left nothing but the beginning of one;
+or it was about to rename the folder, as the lock notes, and all is there that the output's record lists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamshard.checkpoint.file_names import REPORT_NAME
+from streamshard.disk.held import Held
+from streamshard.engine.claims import recorded_names, strangers
+from streamshard.engine.journal import JOURNAL_NAME, Journal
+from streamshard.engine.lock import Moved
+from streamshard.engine.ours import Ours
+from streamshard.errors import InputError, OutputError, listed, printable
+
+__all__ = ["Left", "left_in", "refuse_strangers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a staging folder holds: files of our own by `names`, and `strangers`.
+
+    Of our own `last` must be the last to be removed, as it tells what is.
+    """
+
+    ours: Ours
+    journal: Journal
+    names: Collection[str]
+    last: str
+    strangers: Collection[str]
+
+
+def left_in(folder: Held, ours: Ours, moved: Moved | None) -> Left:
+    """What there is in a staging folder; `moved` is what the lock notes (see `streamshard.locks`)."""
+    path = Path(folder.path)
+    journal = Journal(path, ours)
+    names: Collection[str] = journal.names
+    last = JOURNAL_NAME
+    if journal.plan is None and journal.is_begun:
+        names = {JOURNAL_NAME}
+    if journal.plan is None and moved is not None and moved[1] == folder.inode[1]:
+        # It was complete, and about to get its name.
+        with contextlib.suppress(InputError):
+            names, last = {*recorded_names(path), JOURNAL_NAME}, REPORT_NAME
+    return Left(ours, journal, names, last, strangers(path, names, ours))
+
+
+def refuse_strangers(folder: Path, names: Collection[str]) -> None:
+    """Raise `OutputError` if there are names that are not ours."""
+    if names:
+        raise OutputError(
+            f"{printable(str(folder))}: holds {listed(names)}, which no run of ours is known to have "
+            "made. It was left alone: move or remove it, or choose another output."
+        )

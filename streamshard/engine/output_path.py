@@ -1,0 +1,85 @@
+"""Where an output may go: never into an input, through a link, or over somebody's files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from streamshard.disk.paths import PathLike, output_path
+from streamshard.disk.system import reading, writing
+from streamshard.engine.beside_output import places_beside, tidy
+from streamshard.engine.claims import check_replaceable
+from streamshard.errors import OutputError, printable
+
+__all__ = ["check_places"]
+
+
+def check_places(output: PathLike, inputs: Iterable[Path], *, overwrite: bool) -> Path:
+    """Refuse an output that exists, is an input, or lies inside one (also through links)."""
+    target = output_path(output, "the output")
+    if not target.name and target != Path():
+        raise OutputError(f"{printable(str(target))}: is no folder that can be written.")
+    with writing(target, 0):
+        _check_places(target, inputs, overwrite=overwrite)
+    return target
+
+
+def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+    if target.is_symlink():
+        raise OutputError(
+            f"{printable(str(target))}: is a symbolic link, and links are never written through. "
+            "Give the folder itself."
+        )
+    place = target.resolve()
+    for path in inputs:
+        with reading(path):
+            _check_apart(target, place, path)
+    if target.exists() and not overwrite:
+        tidy(target)
+        raise OutputError(
+            f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
+        )
+    if target.exists():
+        if place in _working_folders():
+            raise OutputError(
+                f"{printable(str(target))}: is the folder in which this command runs, or around it, and "
+                "cannot be replaced. Choose another output, or change to another folder."
+            )
+        check_replaceable(place)
+    if target.is_mount():
+        raise OutputError(
+            f"{printable(str(target))}: is where a disk is mounted, which cannot be replaced. "
+            f"Write to a folder inside it: {printable(str(target / 'merged'))}."
+        )
+
+
+def _check_apart(target: Path, place: Path, path: Path) -> None:
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    # By identity and not only by name: bind mounts and case-insensitive disks have two names.
+    if _is_within(place, folder) and (path.is_dir() or place == folder):
+        raise OutputError(
+            f"{printable(str(target))}: is, or lies inside, the input {printable(str(path))}. "
+            "Inputs are never changed: choose an output outside of it."
+        )
+    if any(_is_within(folder, taken) for taken in (place, *places_beside(place).values())):
+        raise OutputError(
+            f"{printable(str(target))}: contains the input {printable(str(path))}, which "
+            "writing it would delete. Choose another output."
+        )
+
+
+def _working_folders() -> list[Path]:
+    """The current folder and those around it; none if it is gone."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        return []
+    return [here, *here.parents]
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return any(
+        candidate == folder
+        or (candidate.exists() and folder.exists() and candidate.samefile(folder))
+        for candidate in (path, *path.parents)
+    )

@@ -1,0 +1,102 @@
+"""Reports: what every command returns, prints with `--json`, and keeps as `streamshard.json`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from streamshard.checkpoint.header import total_nbytes, total_parameters
+from streamshard.engine.budget import peak_rss_bytes
+from streamshard.engine.journal import FinishedShard
+from streamshard.internvl.detection import layout_of
+from streamshard.tensors.lazy import Lazy
+from streamshard.tensors.rounding import Change
+from streamshard.version import __version__
+
+__all__ = ["Report", "Streamed", "finished", "new_report", "update"]
+
+
+Report: TypeAlias = dict[str, Any]
+
+
+def new_report(command: str, tensors: Mapping[str, Lazy]) -> Report:
+    """Every key that a report has at least; what does not apply to a command is None."""
+    return {
+        "command": command,
+        "version": __version__,
+        "output": None,
+        "layout": layout_of(tensors),
+        "tensors": len(tensors),
+        "parameters": total_parameters(tensors),
+        "bytes": total_nbytes(tensors),
+        "shards": None,
+        "seconds": None,
+        "peak_rss_bytes": None,
+        "merged": None,
+        "l2": None,
+        "missing": [],
+        "unexpected": [],
+        "warnings": [],
+    }
+
+
+class Streamed(dict[str, Any]):
+    """A JSON object that is written without ever being in memory: `pairs` gives its entries anew.
+
+    For what has an entry a tensor; only `json_pieces` and iteration over `items` understand it.
+    """
+
+    def __init__(self, pairs: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+        super().__init__()
+        self._pairs = pairs
+
+    def items(self) -> Any:
+        return self._pairs()
+
+    def __bool__(self) -> bool:
+        return next(self._pairs(), None) is not None
+
+
+def finished(report: Report, started: float) -> Report:
+    """The report with the time since `started` (`time.perf_counter`) and the peak memory."""
+    seconds = round(time.perf_counter() - started, 3)
+    done = {**report, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+    return {key: _plain(value) for key, value in done.items()}
+
+
+def _plain(value: Any) -> Any:
+    r"""`value` as JSON can have it: None for NaN and infinities, and `\udcff` spelled out.
+
+    The latter is how Python has a byte of a path that is not UTF-8. Containers are changed.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode(errors="backslashreplace").decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict) and not isinstance(value, Streamed):
+        if all(_plain(key) == key for key in value):
+            value.update((key, _plain(inner)) for key, inner in value.items())
+        else:
+            return {_plain(key): _plain(inner) for key, inner in value.items()}
+    elif isinstance(value, list):
+        value[:] = map(_plain, value)
+    return value
+
+
+def update(finished: Sequence[FinishedShard]) -> dict[str, float] | None:
+    """Norms of the updates as they should be and as they are after rounding; None without any.
+
+    `unchanged` is the share of elements that an update was added to and that are as before.
+    """
+    change = Change()
+    for shard in finished:
+        change = change.plus(shard.change)
+    if not change.updated:
+        return None
+    return {
+        "intended": math.sqrt(change.intended),
+        "effected": math.sqrt(change.effected),
+        "unchanged": change.unchanged / change.updated,
+    }

@@ -1,0 +1,91 @@
+"""Continuing an interrupted run: what it has finished is read again before it is believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+
+from streamshard.checkpoint.digests import (
+    DIGEST_NBYTES,
+    hash_file,
+    new_sha256,
+    shard_digest,
+    tensor_digest,
+)
+from streamshard.checkpoint.shards import Shard
+from streamshard.disk.files import InputFile
+from streamshard.engine.journal import FinishedShard
+from streamshard.engine.staging import Staging
+from streamshard.engine.workers import Stop, share
+from streamshard.engine.writer import Progress
+from streamshard.errors import InputError, ReadError
+from streamshard.tensors.lazy import Stored
+from streamshard.tensors.workspace import Workspace
+
+__all__ = ["check_finished"]
+
+
+def check_finished(
+    shards: Sequence[Shard],
+    staging: Staging,
+    *,
+    workers: int,
+    progress: Progress | None = None,
+    sha256: bool = False,
+) -> int:
+    """Compare the finished shards with the journal, and have those that differ written anew.
+
+    With `sha256` those that have none get it. Returns how many are right.
+    """
+    planned = {shard.name: shard for shard in shards}
+    noted = [
+        (planned[name], staging.finished[name]) for name in planned if name in staging.finished
+    ]
+    stop, lock = Stop(), threading.Lock()
+    wrong = {shard.name for shard, finished in noted if not _has_header(shard, finished, staging)}
+
+    def tensors() -> Iterator[tuple[Shard, bytes, str, int]]:
+        for shard, finished in noted:
+            for place, (name, begin) in enumerate(shard.header()[1].items()):
+                if shard.name in wrong:
+                    break
+                first = DIGEST_NBYTES * place
+                yield shard, finished.digests[first : first + DIGEST_NBYTES], name, begin
+
+    def compare(item: tuple[Shard, bytes, str, int], work: Workspace) -> None:
+        shard, expected, name, begin = item
+        stop.check()
+        planned = shard.tensors[name]
+        path = str(staging.folder / shard.name)
+        written = Stored(path, begin, planned.shape, planned.dtype, shard.nbytes)
+        try:
+            right = tensor_digest(written, work, check=stop.check) == expected
+        except (InputError, ReadError):
+            right = False
+        with lock:
+            if not right:
+                wrong.add(shard.name)
+            elif progress is not None:
+                progress(written.nbytes, name)
+
+    share(tensors(), compare, workers, stop)
+    for shard, finished in noted:
+        if shard.name in wrong:
+            staging.forget(shard.name)
+        elif sha256 and finished.sha256 is None:
+            digest = new_sha256()
+            hash_file(staging.folder / shard.name, digest)
+            staging.add(dataclasses.replace(finished, sha256=digest.hexdigest()))
+    return len(noted) - len(wrong)
+
+
+def _has_header(shard: Shard, finished: FinishedShard, staging: Staging) -> bool:
+    header, _ = shard.header()
+    if finished.digest != shard_digest(header, finished.digests):
+        return False
+    try:
+        with InputFile(staging.folder / shard.name) as file:
+            return file.nbytes == shard.nbytes and file.read(0, len(header)) == header
+    except (InputError, ReadError):
+        return False

@@ -1,0 +1,322 @@
+"""An output appears complete or not at all: it is built beside its place and renamed there.
+
+For an output NAME there may be, beside it: `.NAME.partial`, where it is built, with the journal of
+what is finished; `.NAME.old`, what it replaces, between two renames; and `.NAME.lock`.
+
+Nothing but our own is continued, replaced or removed: what is in `.NAME.partial` must be listed by the
+journal there (or, right before the end, by the record), `.NAME.old` must be the folder that a run has
+noted in the lock, and a replaced output is what its own record lists. The folder in which a run
+builds is held open: putting something else in its place leads no call elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from streamshard.disk import folders
+from streamshard.disk.folders import exists, held, inode_of, remove_empty, sync_folder
+from streamshard.disk.held import Held, Inode
+from streamshard.disk.system import system, writing
+from streamshard.engine.beside_output import places_beside
+from streamshard.engine.claims import check_replaceable, remove_listed, strangers
+from streamshard.engine.fingerprint import Identity, differences
+from streamshard.engine.journal import JOURNAL_NAME, FinishedShard, Journal
+from streamshard.engine.leftovers import Left, left_in, refuse_strangers
+from streamshard.engine.lock import Lock, locked
+from streamshard.engine.ours import Ours
+from streamshard.engine.swap import discard, recover, swap
+from streamshard.errors import (
+    ChangedError,
+    OutputError,
+    ReadError,
+    StreamshardError,
+    WriteError,
+    listed,
+    printable,
+)
+
+__all__ = ["Staging", "output_folder"]
+
+
+class Staging:
+    """A folder in which an output is built, and what an earlier run has finished of it."""
+
+    def __init__(self, held: Held, journal: Journal) -> None:
+        self.folder = Path(held.path)
+        self._held = held
+        self._journal = journal
+        self._inner = contextlib.ExitStack()
+
+    @property
+    def finished(self) -> Mapping[str, FinishedShard]:
+        """The shards that are finished, by name; their content is for the reader to check."""
+        return self._journal.finished
+
+    def add(self, shard: FinishedShard) -> None:
+        """Note that a shard is finished and on disk."""
+        self.check_place()
+        self._journal.add(shard)
+
+    def forget(self, name: str) -> None:
+        """Remove a shard whose content is not what was noted."""
+        self._journal.finished.pop(name, None)
+        with writing(self.folder / name, 0), contextlib.suppress(FileNotFoundError):
+            system.unlink(self.folder / name)
+
+    def make_folders(self, folder: Path) -> list[Path]:
+        """Make a folder in this one and those around it; returns what was made, innermost first."""
+        made = []
+        for part in reversed([folder, *folder.parents]):
+            if self.folder in part.parents and not exists(part):
+                made += folders.make_folders(part)
+                self._inner.enter_context(held(part))
+        return made[::-1]
+
+    def check_place(self) -> None:
+        """Raise `OutputError` if this folder has lost its name, or something else has it."""
+        if not self.is_at(self.folder):
+            raise OutputError(
+                f"{printable(str(self.folder))}: is no longer the folder in which this run was writing: "
+                "something has moved it or put something else there. Nothing of what is there now was "
+                "touched. Find out what it was, then run again."
+            )
+
+    def check_content(self) -> None:
+        """Raise `OutputError` if something has come into this folder that the run did not make."""
+        refuse_strangers(self.folder, strangers(self.folder, self._journal.names))
+
+    @property
+    def inode(self) -> Inode:
+        """What identifies this folder, whatever it is called."""
+        return self._held.inode
+
+    def is_at(self, path: Path) -> bool:
+        """Whether this folder has such a name."""
+        return inode_of(path) == self.inode
+
+    def clear(self) -> None:
+        """Remove everything but the journal and finished shards."""
+        if not exists(self._journal.path):
+            self._journal.restore()
+            sync_folder(self.folder)
+        keep = {JOURNAL_NAME, *self._journal.finished}
+        self._inner.close()
+        remove_listed(self.folder, self._journal.names, keep=keep)
+
+    def discard(self) -> list[str]:
+        """Remove everything of this run, and the folder; returns what else is in it and stays."""
+        self.close()
+        stays = remove_listed(self.folder, self._journal.names, last=JOURNAL_NAME)
+        if not stays:
+            system.rmdir(self.folder)
+        return stays
+
+    def remove_journal(self) -> None:
+        """Remove the journal, which a complete output does not have."""
+        self._journal.close()
+        sync_folder(self.folder)  # without it, the record must be there to tell what is ours
+        system.unlink(self._journal.path)
+        sync_folder(self.folder)
+
+    def close(self) -> None:
+        """Close the journal and inner folders."""
+        self._inner.close()
+        self._journal.close()
+
+
+@contextlib.contextmanager
+def output_folder(
+    target: Path, plan: Identity, *, names: Collection[str], overwrite: bool
+) -> Iterator[Staging]:
+    """A staging folder that takes the place of `target` when the block succeeds.
+
+    `names` are all files that may be made in it, relative to it. If a run with the same `plan` was
+    interrupted, its staging folder is continued. Whatever happens, `target` is either as it was or
+    complete. What is finished is kept if the block ends by a signal or because a disk failed;
+    otherwise nothing is left. Raises `OutputError` if `target` exists and is not to be overwritten, or
+    is not ours, if another run writes it, if it was begun with another plan, or if something that no
+    run of ours has made is in the way.
+    """
+    target = target.resolve()  # "." has no name
+    beside = places_beside(target)
+    with writing(target, 0):
+        made = folders.make_folders(target.parent)
+    try:
+        for folder in made:
+            sync_folder(folder.parent)
+        with locked(beside["lock"], target) as lock:
+            recover(target, beside, lock)
+            _check_free(target, overwrite=overwrite)
+            with _opened(beside["partial"]) as (kept, ours):
+                left = left_in(kept, ours, lock.moved)
+                staging = _begun(kept, left, target, plan, names, overwrite=overwrite)
+                lock.settle()
+                yield from _built(staging, target, beside["old"], lock, overwrite=overwrite)
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def _check_free(target: Path, *, overwrite: bool) -> None:
+    if not exists(target):
+        return
+    if not overwrite:
+        raise OutputError(
+            f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
+        )
+    check_replaceable(target)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Held, Ours]]:
+    """The folder in which an output is built, held; made if there is none."""
+    ours = Ours(folder.parent)
+    with writing(folder, 0), contextlib.suppress(FileExistsError):
+        system.mkdir(folder)
+    ours.check_folder(folder)
+    with held(folder, lambda found: ours.check(found, folder, folder=True)) as kept:
+        yield kept, ours
+
+
+def _begun(
+    folder: Held,
+    left: Left,
+    target: Path,
+    plan: Identity,
+    names: Collection[str],
+    *,
+    overwrite: bool,
+) -> Staging:
+    """What an earlier run has left, if it can be continued, or a new beginning."""
+    path, journal = Path(folder.path), left.journal
+    plan = json.loads(json.dumps(plan))
+    changed = [] if journal.plan is None else differences(journal.plan, plan)
+    if changed and not overwrite:
+        shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" * (len(changed) > 5))
+        raise OutputError(
+            f"{printable(str(target))}: an interrupted run left {printable(str(path))}, which "
+            f"cannot be continued: {shown}. Run the same command as then to continue it, or remove "
+            "that folder (or pass --overwrite) to begin anew."
+        )
+    refuse_strangers(path, left.strangers)
+    if changed or journal.plan is None:
+        remove_listed(path, left.names, last=left.last)
+        journal = Journal(path, left.ours)
+    staging = Staging(folder, journal)
+    try:
+        if journal.plan is None:
+            journal.begin(plan, {*names, JOURNAL_NAME})
+        else:
+            journal.open()
+        staging.clear()
+        sync_folder(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        _leave(staging, error)
+        staging.close()
+        raise
+    return staging
+
+
+def _built(
+    staging: Staging, target: Path, old: Path, lock: Lock, *, overwrite: bool
+) -> Iterator[Staging]:
+    placed = False
+    try:
+        yield staging
+        with writing(target, 0):
+            staging.check_content()
+            replaced = inode_of(target) if overwrite else None
+            names = set() if replaced is None else check_replaceable(target)
+            lock.note(replaced, staging.inode)
+            sync_folder(target.parent)  # the note must be there if what is moved now is not
+            staging.remove_journal()
+            staging.check_place()
+            swap(staging.folder, staging.inode, target, old, replaced)
+            placed = True
+            sync_folder(target.parent)
+        if replaced is not None:
+            discard(old, replaced, names, target)
+        lock.settle()
+    except BaseException as error:
+        _tell(staging, target, old, lock, error, placed=placed)
+        raise
+    finally:
+        staging.close()
+
+
+def _tell(
+    staging: Staging, target: Path, old: Path, lock: Lock, error: BaseException, *, placed: bool
+) -> None:
+    """Say in an error what there is now, after having kept or removed what is finished."""
+    # A rename may have been done and yet be told as failed, as on NFS.
+    if placed or _is_at(staging, target):
+        _add_to(error, f"{printable(str(target))} is complete.")
+        if not isinstance(error, OutputError) and _is_there(old):
+            _add_to(error, f"What it replaced, {printable(str(old))}, the next run removes.")
+        return
+    left = _leave(staging, error)
+    if lock.moved is not None and lock.moved[0] is not None and _is_there(old) is not False:
+        _add_to(error, f"What was there, {printable(str(old))}, the next run puts back.")
+    elif left:
+        with contextlib.suppress(WriteError):
+            lock.settle()
+
+
+def _is_there(path: Path) -> bool | None:
+    """Whether something has this name; None if the disk does not even tell that."""
+    try:
+        return exists(path)
+    except WriteError:
+        return None
+
+
+def _is_at(staging: Staging, path: Path) -> bool | None:
+    """Whether what was built has this name; None if the disk does not even tell that."""
+    try:
+        return staging.is_at(path)
+    except WriteError:
+        return None
+
+
+def _leave(staging: Staging, error: BaseException) -> bool:
+    """Keep what can be continued, and say so in the error; remove everything else.
+
+    Returns whether that could be done.
+    """
+    where = printable(str(staging.folder))
+    # Not if the same would happen again, nor what is of an input that is no longer there.
+    passing = isinstance(error, (OutputError, ReadError, WriteError, MemoryError))
+    passing = passing and not isinstance(error, ChangedError)
+    keeps = (passing or not isinstance(error, Exception)) and staging.finished
+    if _is_at(staging, staging.folder) is False:
+        _add_to(error, f"What was written was not removed: it is where {where} was moved.")
+        return False
+    stays: list[str] = []
+    done = False
+    with contextlib.suppress(OSError, StreamshardError):
+        if keeps:
+            staging.clear()
+        else:
+            stays = staging.discard()
+        done = True
+    if keeps:
+        text = (
+            f"What is finished ({len(staging.finished)} of the weight files) is kept in {where}: run "
+            "the same command again to continue, or remove that folder."
+        )
+    elif not done:
+        text = f"{where} cannot be removed now; the next run does that."
+    else:
+        text = f"{where} stays: there is {listed(stays)}, which is not ours." if stays else ""
+    _add_to(error, text)
+    return done
+
+
+def _add_to(error: BaseException, text: str) -> None:
+    if not text:
+        return
+    error.args = (" ".join([*(str(part) for part in error.args[:1]), text]), *error.args[1:])

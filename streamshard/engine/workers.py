@@ -1,0 +1,151 @@
+"""Threads that share work, stop at the first error, and do not outlive an interrupt for long."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from streamshard.disk.files import Files
+from streamshard.limits import STACK_NBYTES
+from streamshard.tensors.workspace import Held, Workspace
+
+__all__ = ["Background", "Stop", "Stopped", "share"]
+
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):  # noqa: N818 - no error: another thread has one
+    """The run has ended elsewhere."""
+
+
+class Stop:
+    """Tells the threads of a run to end, and keeps the first error of any of them."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.error: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """End the run because of an error."""
+        if not isinstance(error, Stopped):
+            self.error = self.error or error
+        self._event.set()
+
+    def going(self) -> bool:
+        """Whether the run has not ended."""
+        return not self._event.is_set()
+
+    def check(self) -> None:
+        """Raise `Stopped` if the run has ended."""
+        if self._event.is_set():
+            raise Stopped
+
+
+def share(
+    items: Iterable[T], work: Callable[[T, Workspace], None], workers: int, stop: Stop
+) -> None:
+    """Call `work` for each item, on `workers` threads with a workspace each, in no certain order.
+
+    `work` should call `stop.check` now and then. The first error ends the run and is raised here.
+    """
+    from threadpoolctl import threadpool_limits
+
+    taken, lock = iter(items), threading.Lock()
+
+    held = Held(workers)
+
+    def loop() -> None:
+        workspace = Workspace(files, held)
+        try:
+            while stop.going():
+                with lock:
+                    item = next(taken, _END)
+                if item is _END:
+                    return
+                work(item, workspace)  # type: ignore[arg-type]
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            stop.fail(error)
+
+    with (
+        contextlib.closing(Files()) as files,
+        # One BLAS thread a worker: the bits of a product depend on the number of threads.
+        threadpool_limits(1, user_api="blas"),
+    ):
+        threads = [_thread(loop) for _ in range(workers)]
+        try:
+            for place, thread in enumerate(threads):
+                try:
+                    _start(thread)
+                except RuntimeError:
+                    if not place:
+                        raise
+                    break  # the system allows no more of them, and fewer do the same
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        except BaseException as error:
+            stop.fail(error)
+            raise
+        finally:
+            # Files must not be closed under a thread that reads.
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+    if stop.error is not None:
+        raise stop.error
+
+
+_END = object()
+_starting = threading.Lock()
+
+
+def _start(thread: threading.Thread) -> None:
+    with _starting:  # the size is one for the whole process
+        before = threading.stack_size(STACK_NBYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+
+
+def _thread(work: Callable[[], None]) -> threading.Thread:
+    """A thread in which is active what is here, as the inputs that note what is opened."""
+    return threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
+
+
+class Background:
+    """One thread that does tasks in order. An error of one of them stops the run."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # A daemon: waiting for the disk must not keep an interrupted process alive.
+        self._thread = _thread(self._loop)
+        _start(self._thread)
+
+    def add(self, task: Callable[[], None]) -> None:
+        """Have something done later."""
+        self._tasks.put(task)
+
+    def finish(self) -> None:
+        """Wait until everything is done; raises the error that stopped the run, if there is one."""
+        self._tasks.put(None)
+        self._thread.join()
+        if self._stop.error is not None:
+            raise self._stop.error
+
+    def abandon(self) -> None:
+        """Have the thread end; what it is waiting for is not waited for here."""
+        self._tasks.put(None)
+
+    def _loop(self) -> None:
+        while (task := self._tasks.get()) is not None and self._stop.going():
+            try:
+                task()
+            except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+                self._stop.fail(error)

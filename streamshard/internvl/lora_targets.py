@@ -1,0 +1,151 @@
+"""Where InternVL's trainer puts LoRA, and with which settings.
+
+Which modules get a pair is said by the tables of `families`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from streamshard.errors import InputError, listed
+from streamshard.internvl.families import FAMILIES, VISION_TARGETS
+from streamshard.internvl.model_config import Dims
+from streamshard.internvl.tables import (
+    TITLES,
+    counted,
+    expert_names,
+    find,
+    misplaced,
+    missing_names,
+    table_of,
+)
+from streamshard.tensors.lazy import Lazy
+
+__all__ = [
+    "FLAGS",
+    "PARTS",
+    "UPSTREAM",
+    "UPSTREAM_DROPOUT",
+    "Target",
+    "check_complete",
+    "parameters",
+    "target_ends",
+    "target_modules",
+]
+
+
+UPSTREAM_DROPOUT = 0.05
+
+# The part of the model that each field of the config wraps, with this rank (InternVLChatModel).
+FLAGS = {"use_llm_lora": "language_model.", "use_backbone_lora": "vision_model."}
+# Families that InternVLChatModel.wrap_llm_lora knows.
+UPSTREAM = ("llama", "qwen2", "internlm2", "phi3")
+
+# The parts of a model that are wrapped, in this order, and how their names begin in each layout.
+PARTS = {
+    "vision_model": {"custom": "vision_model.", "hf": "vision_tower."},
+    "language_model": {"custom": "language_model.", "hf": "language_model."},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A module that gets a pair of rank `r`; HF names are in the flat spelling."""
+
+    module: str
+    r: int
+
+
+def check_complete(names: Iterable[str], dims: Dims, layout: str) -> None:
+    """Raise `InputError` if a checkpoint lacks tensors of its family's tables, or has others."""
+    table = table_of(dims.family)
+    found = dict.fromkeys(_unpacked(names, dims))
+    actual = counted(dims, found, table, layout)
+    unknown = []
+    for name in found:
+        match = find(table, layout, name)
+        if match is None or misplaced(table.entries[match[0]], match[2], actual):
+            unknown.append(name)
+    missing = list(itertools.islice(missing_names(found, table, actual, layout), 10))
+    if unknown or missing:
+        what = f"has {listed(unknown, 3)}" if unknown else f"lacks {listed(missing, 3)}"
+        raise InputError(
+            f"the base {what}, by the {TITLES[layout]} layout of {dims.family}. "
+            "Is the checkpoint complete, and is this its config?"
+        )
+
+
+def _unpacked(names: Iterable[str], dims: Dims) -> Iterator[str]:
+    """The names with those of each expert instead of those of packed experts."""
+    packed = table_of(dims.family, packed=True)
+    for name in names:
+        match = find(packed, "hf", name)
+        if match is None:
+            yield name
+        else:
+            yield from expert_names(packed.entries[match[0]], match[2], dims.experts or 0)
+
+
+def target_modules(
+    names: Iterable[str], dims: Dims, layout: str, ranks: Mapping[str, int]
+) -> list[Target]:
+    """The modules that get LoRA, in the order in which PEFT finds them in the model.
+
+    `names` are those of all tensors, HF ones in the flat spelling; `ranks` maps some of `PARTS`
+    to ranks.
+    """
+    table = table_of(dims.family)
+    ends = {part: _rows(dims.family, part) for part in ranks}
+    found = []
+    for name in names:
+        match = find(table, layout, name) if name.endswith(".weight") else None
+        if match is None:
+            continue
+        number, place, holes = match
+        for part in ranks:
+            if number in ends[part]:
+                # Experts come one after the other, behind everything else of their layer.
+                inside = (holes[0], *(holes[1:] or (-1,)), ends[part][number], place)
+                target = Target(name.removesuffix(".weight"), ranks[part])
+                found.append(((list(PARTS).index(part), *inside), target))
+    return [target for _, target in sorted(found, key=lambda item: item[0])]
+
+
+def target_ends(family: str, layout: str, part: str) -> list[str]:
+    """The ends of names by which PEFT is told the modules (`LoraConfig.target_modules`)."""
+    table = table_of(family)
+    found: list[str] = []
+    for number, end in sorted(_rows(family, part).items(), key=lambda item: item[1]):
+        words = _targets(family, part)[end].count(".") + 1
+        modules = (name.removesuffix(".weight") for name in table.entries[number].names(layout))
+        found += [".".join(module.split(".")[-words:]) for module in modules]
+    return list(dict.fromkeys(found))
+
+
+def _targets(family: str, part: str) -> tuple[str, ...]:
+    return VISION_TARGETS if part == "vision_model" else FAMILIES[family].targets
+
+
+def _rows(family: str, part: str) -> dict[int, int]:
+    """Rows of the tables that get LoRA, by number, to the place of their module in its layer."""
+    found = {}
+    for number, entry in enumerate(table_of(family).entries):
+        name = entry.custom[0]
+        for place, end in enumerate(_targets(family, part)):
+            if name.startswith(PARTS[part]["custom"]) and name.endswith(f".{end}.weight"):
+                found[number] = place
+    return found
+
+
+def parameters(base: Mapping[str, Lazy], dims: Dims, layout: str, prefix: str = "") -> int:
+    """Elements of the parameters whose names begin with `prefix`; buffers do not count."""
+    table, total = table_of(dims.family), 0
+    for name, tensor in base.items():
+        if name.startswith(prefix):
+            match = find(table, layout, name)
+            if match is None or table.entries[match[0]].row.op != "drop":
+                total += math.prod(tensor.shape)
+    return total

@@ -1,0 +1,306 @@
+"""`config.json` of either layout, read: which layout, which family, which dimensions, tied or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamshard.errors import InputError, listed, printable
+from streamshard.internvl.families import FAMILIES, Family
+
+__all__ = [
+    "INNER",
+    "OTHER",
+    "Dims",
+    "check_config",
+    "config_layout",
+    "dims_from_config",
+    "is_tied",
+    "llm_architecture",
+    "section_of",
+]
+
+
+# Real models have at most 94 layers and 128 experts; a damaged config must not cost hours.
+MAX_COUNT = 10_000
+
+# The other layout, and where a config of each has that of the language model.
+OTHER = {"custom": "hf", "hf": "custom"}
+
+INNER = {"custom": "llm_config", "hf": "text_config"}
+_MODEL_TYPES = {"internvl_chat": "custom", "internvl": "hf"}
+
+# What the config classes assume for a key that is absent: InternVisionConfig has the values of
+# the 6B encoder with 48 layers (also for the 300M encoder), InternVLVisionConfig those of 300M
+# without biases.
+_VISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "custom": {
+        "num_hidden_layers": 48,
+        "hidden_size": 3200,
+        "qkv_bias": False,
+        "qk_normalization": True,
+        "norm_type": "rms_norm",
+    },
+    "hf": {
+        "num_hidden_layers": 24,
+        "hidden_size": 1024,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "norm_type": "layer_norm",
+    },
+}
+_VISION_SWITCHES = {
+    "custom": ("qkv_bias", "qk_normalization"),
+    "hf": ("attention_bias", "use_qk_norm"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """What the tables need to know of a model; None where nothing says it.
+
+    Counts that are None are taken from the tensors' names, and so are switches: the tensors of
+    one switch are in all layers or in none. `tied` says whether an HF checkpoint without a head
+    means the embedding.
+    """
+
+    family: str
+    blocks: int | None = None
+    """Layers of the vision encoder."""
+    layers: int | None = None
+    """Layers of the language model."""
+    experts: int | None = None
+    vision_hidden: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    qkv_bias: bool | None = None
+    """Biases of the vision encoder's q, k and v."""
+    qk_norm: bool | None = None
+    norm_bias: bool | None = None
+    attention_bias: bool | None = None
+    """Biases of the language model's attention, for families that may have them."""
+    mlp_bias: bool | None = None
+    dense_layers: frozenset[int] | None = None
+    """Layers of a mixture of experts that have none."""
+    tied: bool | None = None
+
+
+def config_layout(config: Mapping[str, Any]) -> str | None:
+    """Answer "custom" or "hf" as a `config.json` has it, or None where it is of neither."""
+    return _MODEL_TYPES.get(str(config.get("model_type")))
+
+
+def llm_architecture(config: Mapping[str, Any], where: str = "config.json") -> str:
+    """The language model's class in a custom config, which selects the names of its tensors.
+
+    Raises `InputError` if there is none, or if its family has no table.
+    """
+    named = section_of(config, "llm_config", where).get("architectures")
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        if any(family.architecture == named[0] for family in FAMILIES.values()):
+            return named[0]
+        known = listed([family.architecture for family in FAMILIES.values()], len(FAMILIES))
+        raise InputError(
+            f"{where}: llm_config.architectures is '{printable(named[0])}'; {known} are supported."
+        )
+    raise InputError(
+        f"{where}: llm_config.architectures is missing. It selects the language model's class: "
+        "take config.json from the original model."
+    )
+
+
+def dims_from_config(
+    config: Mapping[str, Any], *, architecture: str | None = None, where: str = "config.json"
+) -> Dims:
+    """The dimensions that a `config.json` of either layout states.
+
+    HF configs of type llama may be Llama, InternLM2 or InternLM3 in the custom layout; the
+    `architecture` of the other side (see `llm_architecture`) decides. Raises `InputError` for
+    what is missing, contradictory, not supported, or cannot be told; messages begin with `where`.
+    """
+    layout = config_layout(config)
+    if layout is None:
+        raise InputError(
+            f"{where}: model_type is '{printable(str(config.get('model_type')))}'; 'internvl_chat' "
+            "or 'internvl' was expected. Is this the folder of an InternVL model?"
+        )
+    inner = INNER[layout]
+    llm, vision = section_of(config, inner, where), section_of(config, "vision_config", where)
+    family = _family_of(config, llm, layout, architecture, where)
+    heads, kv_heads, head_dim = _head_counts(llm, family, f"{where}: {inner}")
+    seen = {**_VISION_DEFAULTS[layout], **{k: v for k, v in vision.items() if v is not None}}
+    here = f"{where}: vision_config"
+    bias, norm = (_switch(seen, key, here) for key in _VISION_SWITCHES[layout])
+    if seen["norm_type"] not in ("layer_norm", "rms_norm"):
+        raise InputError(
+            f"{here}.norm_type is '{printable(str(seen['norm_type']))}'; layer_norm or rms_norm "
+            "was expected."
+        )
+    here = f"{where}: {inner}"
+    _check_rope(llm, here)
+    layers = _count(llm, "num_hidden_layers", here)
+    key = "num_experts" if llm.get("num_experts") is not None else "num_local_experts"
+    # InternLM2 calls its switch `bias`; InternLM3 has one for q, k, v and one for everything else.
+    attention_bias = [_switch(llm, key, here) for key in ("attention_bias", "qkv_bias", "bias")]
+    mlp_bias = [_switch(llm, key, here) for key in ("mlp_bias", "bias")]
+    return Dims(
+        family=family.name,
+        blocks=_count(seen, "num_hidden_layers", f"{where}: vision_config"),
+        layers=layers,
+        experts=_count(llm, key, here),
+        vision_hidden=_count(seen, "hidden_size", f"{where}: vision_config", limit=10**6),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        qkv_bias=bias,
+        qk_norm=norm,
+        norm_bias=seen["norm_type"] == "layer_norm",
+        attention_bias=next((b for b in attention_bias if b is not None), None),
+        mlp_bias=next((b for b in mlp_bias if b is not None), None),
+        dense_layers=_dense_layers(llm, layers, here) if family.packed else None,
+        tied=layout == "hf" and is_tied(config, llm),
+    )
+
+
+def check_config(config: Mapping[str, Any], where: str = "config.json") -> None:
+    """Raise `InputError` if a custom config describes what the HF classes cannot do.
+
+    `InternVLModel.pixel_shuffle` has one order of pixels, that of `ps_version: v2`; v1 is also
+    what `InternVLChatConfig` assumes where the key is absent.
+    """
+    if config_layout(config) == "custom" and config.get("ps_version", "v1") == "v1":
+        how = "is v1" if "ps_version" in config else "is absent, which means v1"
+        raise InputError(
+            f"{where}: ps_version {how}; the HF layout has only v2, so such a model cannot be "
+            "converted: its weights expect another order of pixels. If the model was trained with "
+            "v2, say so in the config."
+        )
+
+
+def _family_of(
+    config: Mapping[str, Any],
+    llm: Mapping[str, Any],
+    layout: str,
+    architecture: str | None,
+    where: str,
+) -> Family:
+    if layout == "custom":
+        own = llm_architecture(config, where)
+        if architecture not in (None, own):
+            raise InputError(
+                f"{where}: the language model is {own}, but {printable(str(architecture))} was "
+                "expected: these are configs of different models."
+            )
+        return next(f for f in FAMILIES.values() if f.architecture == own)
+    # InternVLConfig takes a text config without a type for Qwen2.
+    kind = str(llm.get("model_type", "qwen2"))
+    fitting = [family for family in FAMILIES.values() if family.hf_type == kind]
+    if not fitting:
+        known = listed(sorted({family.hf_type for family in FAMILIES.values()}), len(FAMILIES))
+        raise InputError(
+            f"{where}: text_config.model_type is '{printable(kind)}'; {known} are supported."
+        )
+    chosen = [f for f in fitting if architecture is None or f.architecture == architecture]
+    if not chosen:
+        raise InputError(
+            f"{where}: text_config.model_type is '{printable(kind)}', which is no "
+            f"{printable(str(architecture))} in the custom layout: these are configs of "
+            "different models."
+        )
+    if len(chosen) > 1:
+        names = listed([family.architecture for family in chosen])
+        raise InputError(
+            f"{where}: text_config.model_type is '{kind}', which may be any of {names} in the "
+            "custom layout. Only the config of the custom model tells: give its folder."
+        )
+    return chosen[0]
+
+
+def _head_counts(
+    llm: Mapping[str, Any], family: Family, where: str
+) -> tuple[int | None, int | None, int | None]:
+    """Heads, key-value heads, and rows of a head."""
+    heads = _count(llm, "num_attention_heads", where)
+    kv_heads = _count(llm, "num_key_value_heads", where)
+    head_dim = _count(llm, "head_dim", where)
+    hidden = _count(llm, "hidden_size", where, limit=10**6)
+    # LlamaConfig and InternLM2Config: no key-value heads means one for each head.
+    kv_heads = heads if kv_heads is None and family.hf_type == "llama" else kv_heads
+    if heads is not None and kv_heads is not None and heads % kv_heads:
+        raise InputError(
+            f"{where}.num_attention_heads is {heads}, which num_key_value_heads, {kv_heads}, does "
+            "not divide. The config is damaged or of another model."
+        )
+    head_dim = family.head_dim if head_dim is None else head_dim
+    if head_dim is None and hidden is not None and heads is not None:
+        if hidden % heads:
+            raise InputError(
+                f"{where}.hidden_size is {hidden}, which num_attention_heads, {heads}, does not "
+                "divide, and there is no head_dim. The config is damaged or of another model."
+            )
+        head_dim = hidden // heads
+    return heads, kv_heads, head_dim
+
+
+def _dense_layers(llm: Mapping[str, Any], layers: int | None, where: str) -> frozenset[int] | None:
+    """Layers without experts, as `Qwen3MoeDecoderLayer` chooses them."""
+    only, step = llm.get("mlp_only_layers"), _count(llm, "decoder_sparse_step", where)
+    only = [] if only is None else only
+    if not isinstance(only, list) or not all(type(layer) is int for layer in only):
+        raise InputError(f"{where}.mlp_only_layers is no list of layers.")
+    if layers is None:
+        return None
+    skipped = {layer for layer in range(layers) if (layer + 1) % (step or 1)}
+    return frozenset(skipped | set(only))
+
+
+def is_tied(config: Mapping[str, Any], llm: Mapping[str, Any]) -> bool:
+    """Whether an HF checkpoint that has no head left it out because it is the embedding.
+
+    transformers 5 decides by the outer flag, true where absent (`InternVLConfig`), 4 by the inner
+    one: only if both say no, no writer can have tied them.
+    """
+    outer, inner = config.get("tie_word_embeddings"), llm.get("tie_word_embeddings")
+    return outer is not False or inner is True
+
+
+def _check_rope(llm: Mapping[str, Any], where: str) -> None:
+    """Raise `InputError` unless the rotary settings are objects whose type is a string."""
+    for key in ("rope_scaling", "rope_parameters"):
+        settings = section_of(llm, key, where)
+        kinds = [settings.get(name, "default") for name in ("rope_type", "type")]
+        if not all(isinstance(kind, str) for kind in kinds):
+            raise InputError(f"{where}.{key} has a type that is no string.")
+
+
+def section_of(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """The object of that name in a config; empty if there is none."""
+    section = config.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise InputError(f"{where}: {key} is no object.")
+    return section
+
+
+def _count(
+    section: Mapping[str, Any], key: str, where: str, *, limit: int = MAX_COUNT
+) -> int | None:
+    value = section.get(key)
+    if value is None:
+        return None
+    if type(value) is not int or not 0 < value <= limit:
+        raise InputError(
+            f"{where}.{key} is {printable(repr(value))}; a whole number from 1 to {limit:,} was "
+            "expected."
+        )
+    return value
+
+
+def _switch(section: Mapping[str, Any], key: str, where: str) -> bool | None:
+    value = section.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{where}.{key} is {printable(repr(value))}; true or false was expected.")
+    return value

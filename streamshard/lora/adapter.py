@@ -1,0 +1,195 @@
+"""An adapter with its keys sorted, where the tensors are that it changes, and what became of a merge."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from streamshard.errors import AdapterError, InputError, listed, printable
+from streamshard.lora.keys import Keys
+from streamshard.lora.name_matching import Place, Wanted
+from streamshard.lora.settings import LoraSettings
+from streamshard.tensor_names import EMBEDDINGS, HEADS
+from streamshard.tensors.dtypes import FLOATS
+from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
+from streamshard.tensors.workspace import Workspace
+
+__all__ = [
+    "Adapter",
+    "AdapterPlan",
+    "Merged",
+    "check_target",
+    "factors_of",
+    "facts_of",
+    "is_of_tokens",
+    "largest",
+    "misfit",
+    "no_sum",
+    "pattern_key",
+    "wanted_tensors",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One adapter: what messages call it, its settings, its tensors, and a factor on its scale.
+
+    `name` chooses among several adapters in one file; `expert_order` is one of
+    `experts.EXPERT_ORDERS`.
+    """
+
+    where: str
+    settings: LoraSettings
+    tensors: Mapping[str, Lazy]
+    weight: float = 1.0
+    name: str | None = None
+    expert_order: str = "peft"
+
+
+@dataclass(slots=True)
+class Merged:
+    """The new mapping, and what became of what.
+
+    `updated` are the names of tensors that get an update, `replaced` of those that get other values
+    in whole or in some rows. `untied` says that embedding and head were one and no longer are;
+    `facts` are one dict an adapter for the report.
+    """
+
+    tensors: dict[str, Lazy]
+    updated: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    untied: bool = False
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class AdapterPlan:
+    """One adapter, its keys sorted, and the places of the tensors that they change."""
+
+    adapter: Adapter
+    keys: Keys
+    parameters: dict[str, str]
+    """Module to the fused parameter that it adapts."""
+    homes: dict[str, list[Place]]
+
+    def weight(self, module: str) -> str:
+        """The tensor that a module's pair updates, as the adapter names it."""
+        plain = re.sub(r"(?:\.base_layer)+$", "", module)
+        return f"{plain}.{self.parameters.get(module, 'weight')}"
+
+
+def wanted_tensors(plan: AdapterPlan, *, turned: bool) -> dict[str, Wanted]:
+    """The tensors that an adapter changes, by its own names."""
+    tensors = plan.adapter.tensors
+    wanted: dict[str, Wanted] = {}
+    for name, module in plan.keys.modules.items():
+        weight = plan.weight(name)
+        if module.tokens:
+            wanted[weight] = Wanted(1, module.tokens)
+            continue
+        A, B = tensors[module.A], tensors[module.B]
+        rows = A.columns if turned or module.is_embedding else B.rows
+        if name in plan.parameters:
+            rows *= max(A.rows // plan.adapter.settings.rank(pattern_key(plan, name)), 1)
+        wanted[weight] = Wanted(rows, module.A)
+    for name, key in plan.keys.whole.items():
+        wanted.setdefault(name, Wanted(tensors[key].rows, key))
+    return wanted
+
+
+def pattern_key(plan: AdapterPlan, module: str) -> str:
+    """What rank_pattern and alpha_pattern are matched against."""
+    return plan.weight(module) if module in plan.parameters else module
+
+
+def factors_of(plan: AdapterPlan, name: str) -> tuple[Lazy, Lazy]:
+    """A as (r, in) and B as (out, r), kernels of convolutions flattened."""
+    module, tensors = plan.keys.modules[name], plan.adapter.tensors
+    return tuple(t.reshape((t.rows, t.columns)) for t in (tensors[module.A], tensors[module.B]))  # type: ignore[return-value]
+
+
+def is_of_tokens(tensor: str) -> bool:
+    """Whether a tensor is the weight of an embedding or head, which PEFT may save unasked."""
+    parts = tensor.split(".")
+    return parts[-1] == "weight" and len(parts) > 1 and parts[-2] in (*EMBEDDINGS, *HEADS)
+
+
+def facts_of(plan: AdapterPlan) -> dict[str, Any]:
+    """What the report says of an adapter."""
+    settings, adapter = plan.adapter.settings, plan.adapter
+    pairs = {name: module for name, module in plan.keys.modules.items() if module.A}
+    shapes = {name: len(adapter.tensors[module.A].shape) for name, module in pairs.items()}
+    kinds = {
+        "lora": bool(pairs),
+        "rslora": settings.use_rslora,
+        "dora": settings.use_dora,
+        "embedding": any(module.is_embedding for module in pairs.values()),
+        "convolution": any(rank > 2 for rank in shapes.values()),
+        "experts": bool(plan.parameters),
+        "lora_bias": settings.lora_bias,
+        "bias": any(name.endswith(".bias") for name in plan.keys.whole),
+        "modules_to_save": bool(settings.modules_to_save),
+        "tokens": bool(settings.token_indices),
+    }
+    scalings = Counter(f"{settings.scaling(pattern_key(plan, name)):g}" for name in pairs)
+    return {
+        "file": adapter.where,
+        "weight": adapter.weight,
+        "r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "use_rslora": settings.use_rslora,
+        "kinds": [kind for kind, has in kinds.items() if has],
+        "scalings": dict(scalings),
+        "inert": plan.keys.inert,
+    }
+
+
+def largest(adapter: Adapter, key: str, work: Workspace) -> float:
+    """The largest magnitude in a factor; raises `AdapterError` for NaN and infinities."""
+    tensor = adapter.tensors[key]
+    largest = 0.0
+    for start, stop, first, last in tensor.windows(READ_NBYTES):
+        block = read_float32(tensor, start, stop, work, (first, last))
+        peak = float(np.abs(block, out=block).max())
+        if not np.isfinite(peak):
+            row = start + int(np.argmin(np.isfinite(block).all(axis=1)))
+            raise AdapterError(
+                f"{adapter.where}: '{printable(key)}' has a NaN or infinite value in row {row:,}. "
+                "The training diverged or the file is damaged: use an earlier checkpoint."
+            )
+        largest = max(largest, peak)
+    return largest
+
+
+def misfit(
+    plan: AdapterPlan, key: str, shape: list[int], target: str, tensor: Lazy
+) -> AdapterError:
+    """The error for an update that has not the shape of its target."""
+    return AdapterError(
+        f"{plan.adapter.where}: '{printable(key)}' and its lora_B make an update of shape {shape}, but "
+        f"base tensor '{printable(target)}' is {list(tensor.shape)}. The adapter belongs to another "
+        "model."
+    )
+
+
+def no_sum(adapter: Adapter, keys: Sequence[str]) -> AdapterError:
+    """The error for a weight on what is no update."""
+    return AdapterError(
+        f"{adapter.where}: {listed(keys, 3)} scale or replace what the base has, and are no update "
+        "that --weight could scale. Merge this adapter with weight 1."
+    )
+
+
+def check_target(name: str, tensor: Lazy) -> None:
+    """Raise `InputError` if nothing can be added to a tensor of this dtype."""
+    if tensor.dtype not in FLOATS:
+        raise InputError(
+            f"base tensor '{printable(name)}' is {tensor.dtype}; an update can only be added "
+            f"to {', '.join(FLOATS)}. Use the unquantized checkpoint."
+        )

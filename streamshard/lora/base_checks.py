@@ -1,0 +1,118 @@
+"""Bases that must not be merged into: quantized, wrapped, or with the update in them already."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from streamshard.errors import AdapterError, InputError, listed
+from streamshard.lora.adapter import Merged
+from streamshard.tensors.computed import SPAN_COLUMNS, Computed
+from streamshard.tensors.lazy import Lazy, read_float32
+from streamshard.tensors.low_rank import TILE_COLUMNS, TILE_ROWS
+from streamshard.tensors.workspace import Float32, Workspace
+
+__all__ = ["check_base", "check_not_merged", "projection"]
+
+
+_QUANTIZED = re.compile(
+    r".*\.(?:qweight|qzeros|scales|g_idx|SCB|absmax|quant_state\..+|weight_scale(?:_inv)?|"
+    r"weight_packed|weight_format|(?:.+_)?(?:blocks|scales))"
+)
+
+# Elements of the base that are looked at, a tile of rows from each tensor, and tensors.
+SAMPLE_ELEMENTS = 32_000_000
+SAMPLE_TENSORS = 512
+
+
+def check_not_merged(result: Merged, work: Workspace) -> None:
+    """Refuse a base that seems to hold the updates of an adapter already.
+
+    A clean base has no more than noise of an update in it; after a merge every tensor has it once.
+    `result` is that of one adapter of weight 1. Raises `AdapterError`.
+    """
+    found, noise, typical = projection(result, work)
+    times = round(found) if math.isfinite(found) else 0
+    if times >= 1 and abs(found - times) < 0.15 and noise < 0.1 and abs(typical - times) < 0.3:
+        raise AdapterError(
+            f"{result.facts[0]['file']}: the base seems to have this update in it already ({found:.2f} "
+            f"times, by the projection of the weights on it, with noise of about {noise:.2g}): merging "
+            "would add it once more. Give the base that the adapter was trained on; if you are sure "
+            "that this is it, pass --allow-merged-base."
+        )
+
+
+def projection(result: Merged, work: Workspace) -> tuple[float, float, float]:
+    """`<W, D> / <D, D>` over a sample of rows, `D` the updates, and its deviation for an unrelated W.
+
+    The deviation is that of independent elements: `|W| / (sqrt(n) |D|)`. The third number is the
+    median over the tensors: a large update of a few must not speak for all.
+    """
+    pieces = [
+        piece
+        for name in result.updated
+        for piece in result.tensors[name].pieces
+        if isinstance(piece, Computed) and piece.terms and piece.magnitude is None
+    ]
+    sizes = [min(TILE_ROWS, piece.rows) * piece.columns for piece in pieces]
+    step = max(-(-sum(sizes) // SAMPLE_ELEMENTS), -(-len(pieces) // SAMPLE_TENSORS), 1)
+    sums = np.zeros(3)
+    each = []
+    count = 0
+    for piece in pieces[::step]:
+        start = piece.rows // TILE_ROWS // 2 * TILE_ROWS
+        stop = min(start + TILE_ROWS, piece.rows)
+        own = np.zeros(3)
+        for W, D in _tiles(piece, start, stop, work):
+            weight, update = W.astype(np.float64).ravel(), D.astype(np.float64).ravel()
+            own += np.dot(weight, update), np.dot(weight, weight), np.dot(update, update)
+            count += W.size
+        if own[2]:
+            each.append(own[0] / own[2])
+        sums += own
+        work.forget()
+    if not each:
+        return 0.0, math.inf, 0.0
+    both, weights, updates = map(float, sums)
+    return both / updates, math.sqrt(weights / updates / count), statistics.median(each)
+
+
+def _tiles(
+    piece: Computed, start: int, stop: int, work: Workspace
+) -> Iterator[tuple[Float32, Float32]]:
+    for first in range(0, piece.columns, SPAN_COLUMNS):
+        span = first, min(first + SPAN_COLUMNS, piece.columns)
+        base = read_float32(piece.source, start, stop, work, span)
+        for column in range(0, base.shape[1], TILE_COLUMNS):
+            W = base[:, column : column + TILE_COLUMNS]
+            height, width = W.shape
+            D = piece.update(start, first + column, height, width, work)
+            if D is not None:
+                yield W, D
+
+
+def check_base(base: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> None:
+    """Raise `InputError` if a checkpoint is quantized or already wrapped by LoRA."""
+    if config is not None and config.get("quantization_config"):
+        raise InputError(
+            "config.json of the base has a quantization_config. An update cannot be added to "
+            "quantized weights without a further loss: use the unquantized checkpoint."
+        )
+    quantized = [name for name in base if _QUANTIZED.fullmatch(name)]
+    if quantized:
+        raise InputError(
+            f"the base is quantized: it has {listed(quantized, 3)}. An update cannot be added to "
+            "quantized weights without a further loss: use the unquantized checkpoint."
+        )
+    wrapped = [name for name in base if ".lora_A." in name or ".lora_B." in name]
+    if wrapped:
+        raise InputError(
+            f"the base is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. Use the "
+            "checkpoint that the training started from, or merge its own pairs: "
+            "merge-lora CHECKPOINT --output O."
+        )

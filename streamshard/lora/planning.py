@@ -1,0 +1,301 @@
+"""Planning an adapter: its config, its tensors and the base must fit each other, or nothing is done."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from streamshard.errors import AdapterError, listed, printable
+from streamshard.lora.adapter import (
+    Adapter,
+    AdapterPlan,
+    Merged,
+    is_of_tokens,
+    no_sum,
+    pattern_key,
+    wanted_tensors,
+)
+from streamshard.lora.experts import parameter_names
+from streamshard.lora.keys import BASE_LAYER, read_keys
+from streamshard.lora.name_matching import Carry, Place, find_homes
+from streamshard.tensors.comparing import equal_bytes
+from streamshard.tensors.dtypes import FLOATS
+from streamshard.tensors.lazy import Lazy
+from streamshard.tensors.workspace import Workspace
+
+__all__ = ["check_depth", "plan_adapter"]
+
+
+def plan_adapter(
+    adapter: Adapter, base: Mapping[str, Lazy], work: Workspace, carry: Carry | None
+) -> AdapterPlan:
+    """Read an adapter's keys and find their places; raises `AdapterError` for what does not fit."""
+    keys = read_keys(adapter.tensors, adapter.where, adapter.name)
+    settings, where = adapter.settings, adapter.where
+    adapted = [name for name, module in keys.modules.items() if module.A]
+    parameters = parameter_names(adapted, settings.target_parameters, where)
+    nested = [name for name in keys.modules if name.endswith(BASE_LAYER) and name not in parameters]
+    if nested:
+        raise AdapterError(
+            f"{where}: '{printable(nested[0])}' is within another adapted layer, as fused parameters "
+            "have it, but the config names no target_parameters there. Config and tensors are not "
+            "of one adapter."
+        )
+    for one, other in keys.twins:
+        if not equal_bytes(adapter.tensors[one], adapter.tensors[other], work):
+            raise AdapterError(
+                f"{where}: '{printable(one)}' and '{printable(other)}' are for the same tensor and "
+                "differ. Save the adapter again, with bias='none' or without that module in "
+                "modules_to_save."
+            )
+    plan = AdapterPlan(adapter, keys, parameters, {})
+    _check_flags(plan)
+    magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
+    if magnitudes and adapter.weight != 1:
+        raise no_sum(adapter, magnitudes)
+    _check_factors(plan)
+    try:
+        plan.homes = find_homes(base, wanted_tensors(plan, turned=False), where, carry)
+    except AdapterError:
+        if not parameters:
+            raise
+        # The factors of fused experts may have in and out the other way round.
+        plan.homes = find_homes(base, wanted_tensors(plan, turned=True), where, carry)
+    _check_biases(plan, base)
+    for name, module in keys.modules.items():
+        if module.bias:
+            plan.homes.setdefault(f"{name}.bias", _bias_homes(plan, name, base))
+    return plan
+
+
+def _bias_homes(plan: AdapterPlan, module: str, base: Mapping[str, Lazy]) -> list[Place]:
+    """Where the bias of a module's lora_B goes: beside the weight that its pair updates."""
+    homes = [
+        replace(place, target=f"{place.target.removesuffix('.weight')}.bias")
+        for place in plan.homes[plan.weight(module)]
+    ]
+    lacking = [place.target for place in homes if place.target not in base]
+    if lacking:
+        raise AdapterError(
+            f"{plan.adapter.where}: lora_bias is true, but the base has no {listed(lacking)} to which "
+            f"'{printable(plan.keys.modules[module].bias)}' could be added, and its model has no place "
+            "for one. PEFT cannot merge this either: train without lora_bias, or only layers that have "
+            "a bias."
+        )
+    return homes
+
+
+def _check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
+    """Refuse trained biases that the file lacks: of adapted layers, or of any if all were trained."""
+    bias, whole = plan.adapter.settings.bias, plan.keys.whole
+    lacking = []
+    if bias == "all" and not any(name.endswith(".bias") for name in whole):
+        lacking = [name for name in base if name.endswith(".bias")]
+    elif bias == "lora_only":
+        adapted = [
+            name for name, m in plan.keys.modules.items() if m.A and f"{name}.bias" not in whole
+        ]
+        targets = {place.target for name in adapted for place in plan.homes[plan.weight(name)]}
+        biases = {f"{target.removesuffix('.weight')}.bias" for target in targets}
+        lacking = sorted(biases & base.keys())
+    if lacking:
+        raise _disagreement(plan, f"bias is '{bias}'", "biases", lacking, lacks=True)
+
+
+def _check_flags(plan: AdapterPlan) -> None:
+    """Raise `AdapterError` where config and tensors say different things."""
+    settings, keys = plan.adapter.settings, plan.keys
+    pairs = {name: module for name, module in keys.modules.items() if module.A}
+    plain = {name: module for name, module in pairs.items() if name not in plan.parameters}
+    tokens = [name for name, module in keys.modules.items() if module.tokens]
+    biases = [name for name in keys.whole if name.endswith(".bias")]
+    saved = {
+        entry: [name for name in keys.whole if _is_within(name, entry)]
+        for entry in settings.modules_to_save
+    }
+    lost = [entry for entry, names in saved.items() if not names]
+    for flag, on, what, having in (
+        ("use_dora", settings.use_dora, "magnitudes", {n for n in plain if plain[n].magnitude}),
+        ("lora_bias", settings.lora_bias, "biases of lora_B", {n for n in plain if plain[n].bias}),
+    ):
+        wrong = [
+            module.A if on else module.magnitude or module.bias
+            for name, module in plain.items()
+            if (name in having) != on
+        ]
+        if wrong:
+            raise _disagreement(plan, f"{flag} is {str(on).lower()}", what, wrong, lacks=on)
+    impossible = ("use_dora", "lora_bias", "fan_in_fan_out")
+    for flag in impossible if plan.parameters else ():
+        if getattr(settings, flag):
+            raise AdapterError(
+                f"{plan.adapter.where}: {flag} is true, which PEFT does not have for fused parameters, "
+                "but the file has pairs for them. Config and tensors are not of one adapter."
+            )
+    _check_nesting(plan)
+    if lost:
+        raise _disagreement(
+            plan, f"modules_to_save has {listed(lost)}", "such tensors", [], lacks=True
+        )
+    if bool(settings.token_indices) != bool(tokens):
+        on = bool(settings.token_indices)
+        state = "has" if on else "has no"
+        raise _disagreement(
+            plan,
+            f"the config {state} trainable_token_indices",
+            "trained token rows",
+            tokens,
+            lacks=on,
+        )
+    if (
+        settings.target_parameters
+        and not plan.parameters
+        and not any(
+            plan.weight(name).endswith(target)
+            for name in pairs
+            for target in settings.target_parameters
+        )
+    ):
+        raise _disagreement(
+            plan,
+            f"target_parameters has {listed(settings.target_parameters)}",
+            "pairs for them",
+            [],
+            lacks=True,
+        )
+    allowed = {name for names in saved.values() for name in names}
+    if settings.bias != "none":
+        allowed |= set(biases)
+    unasked = [k for n, k in keys.whole.items() if n not in allowed and not is_of_tokens(n)]
+    if unasked:
+        raise _disagreement(
+            plan,
+            "neither modules_to_save nor bias of the config asks for them",
+            "whole tensors",
+            unasked,
+            lacks=False,
+        )
+
+
+def _check_nesting(plan: AdapterPlan) -> None:
+    """Refuse saved modules inside saved modules, of which PEFT saves only one copy of two."""
+    entries = plan.adapter.settings.modules_to_save
+    for name, key in plan.keys.whole.items():
+        saved = [module for module in _modules_around(name) if module.endswith(entries)]
+        if len(saved) > 1:
+            raise AdapterError(
+                f"{plan.adapter.where}: '{printable(key)}' is in two modules that modules_to_save of the "
+                f"config means, {listed(saved)}, one inside the other (PEFT compares the ends of names). "
+                "PEFT trains two copies then and saves one: which was used cannot be told. Train with "
+                "names that do not overlap."
+            )
+
+
+def _disagreement(
+    plan: AdapterPlan, config: str, what: str, names: Sequence[str], *, lacks: bool
+) -> AdapterError:
+    shown = f" ({listed(names, 3)})" if names else ""
+    return AdapterError(
+        f"{plan.adapter.where}: {config}, but the file {'lacks' if lacks else 'has'} {what}{shown}. "
+        "Config and tensors are not of one adapter, or the file is incomplete: save the adapter "
+        "again, or correct adapter_config.json if you know what was trained."
+    )
+
+
+def _is_within(tensor: str, entry: str) -> bool:
+    """Whether a tensor is of a module that ends with `entry` (PEFT compares without a dot)."""
+    return any(module.endswith(entry) for module in _modules_around(tensor))
+
+
+def _modules_around(tensor: str) -> Iterator[str]:
+    """The modules that a tensor is in, the outermost first."""
+    return accumulate(tensor.split(".")[:-1], "{}.{}".format)
+
+
+def _check_factors(plan: AdapterPlan) -> None:
+    """Raise `AdapterError` for factors of a wrong dtype, shape or rank."""
+    adapter, tensors = plan.adapter, plan.adapter.tensors
+    used = [
+        k for m in plan.keys.modules.values() for k in (m.A, m.B, m.magnitude, m.bias, m.tokens)
+    ]
+    for key in filter(None, [*used, *plan.keys.whole.values()]):
+        if tensors[key].dtype not in FLOATS:
+            raise AdapterError(
+                f"{adapter.where}: '{printable(key)}' is {tensors[key].dtype}; "
+                f"one of {', '.join(FLOATS)} was expected. Save the adapter as float32."
+            )
+        if not tensors[key].nbytes:
+            raise _partitioned(adapter, key)
+    for name, module in plan.keys.modules.items():
+        if not module.A:
+            continue
+        A, B = tensors[module.A], tensors[module.B]
+        for key, factor in ((module.A, A), (module.B, B)):
+            # Convolutions have a kernel in A, and a kernel of 1 in B.
+            if len(factor.shape) < 2 or len(A.shape) != len(B.shape):
+                raise _partitioned(adapter, key)
+        rank, found = adapter.settings.rank(pattern_key(plan, name)), A.shape[0]
+        fits = found == B.shape[1] and math.prod(B.shape[2:]) == 1
+        fits = fits and (found % rank == 0 if name in plan.parameters else found == rank)
+        if not fits:
+            raise AdapterError(
+                f"{adapter.where}: '{printable(module.A)}' has rank {found} and its lora_B "
+                f"{B.shape[1]}, but adapter_config.json says {rank}. Config and tensors are not of one "
+                "adapter, or it is for a grouped convolution, which PEFT cannot merge either."
+            )
+
+
+def _partitioned(adapter: Adapter, key: str) -> AdapterError:
+    return AdapterError(
+        f"{adapter.where}: '{printable(key)}' has shape {list(adapter.tensors[key].shape)}; a "
+        "matrix was expected. The adapter may have been saved from a partitioned (ZeRO-3, FSDP) "
+        "model: gather its weights and save it again."
+    )
+
+
+def check_depth(plan: AdapterPlan, base: Mapping[str, Lazy], result: Merged) -> None:
+    """Refuse an adapter for a model of fewer layers: it fits, and was trained on another base.
+
+    PEFT adapts the targets of every layer unless the config chooses layers.
+    """
+    settings = plan.adapter.settings
+    if settings.chooses_layers:
+        return
+    weights = (plan.weight(name) for name, module in plan.keys.modules.items() if module.A)
+    targets = {place.target for weight in weights for place in plan.homes[weight]}
+    there, here = _layers(base), _layers(targets)
+    lacking = {
+        name: sorted(there.get(name, set()) - numbers)
+        for name, numbers in here.items()
+        if there.get(name, set()) - numbers
+    }
+    for name, missing in lacking.items():
+        stack = name.partition(".{}.")[0]
+        used = {n for other, numbers in here.items() if other.startswith(stack) for n in numbers}
+        if not used.intersection(missing) and min(missing) > max(used):
+            raise AdapterError(
+                f"{plan.adapter.where}: has updates for the {len(used)} layers 0 to {max(used)} of "
+                f"'{printable(stack)}', but the base has {len(used) + len(missing)} layers, and the "
+                "config does not choose layers: the adapter was trained on another base. Give that "
+                "one as --base."
+            )
+    if lacking:
+        names = [name.replace("{}", str(missing[0])) for name, missing in lacking.items()]
+        result.warnings.append(
+            f"{plan.adapter.where}: other layers have updates for the like of {listed(names, 3)}, "
+            "which have none"
+        )
+
+
+def _layers(names: Iterable[str]) -> dict[str, set[int]]:
+    """Names with their first index taken out, to the indexes that occur."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        index = re.search(r"\.(\d{1,6})\.", name)
+        if index is not None:
+            key = f"{name[: index.start(1)]}{{}}{name[index.end(1) :]}"
+            found.setdefault(key, set()).add(int(index[1]))
+    return found

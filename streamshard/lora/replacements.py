@@ -1,0 +1,160 @@
+"""What takes the place of values of the base: modules saved whole, trained biases, token rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from streamshard.errors import AdapterError, InputError, listed, printable
+from streamshard.lora.adapter import Adapter, AdapterPlan, Merged, is_of_tokens, largest, no_sum
+from streamshard.lora.name_matching import Place
+from streamshard.tensors.comparing import equal_bytes
+from streamshard.tensors.constructors import cast
+from streamshard.tensors.dtypes import FLOATS
+from streamshard.tensors.joined import concat
+from streamshard.tensors.lazy import Lazy
+from streamshard.tensors.workspace import Workspace
+
+__all__ = ["Replacement", "replace_rows", "replacements_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """Rows that take the place of rows of a target."""
+
+    adapter: Adapter
+    target: str
+    start: int
+    rows: Lazy
+    whole: bool = False
+    is_tokens: bool = False
+
+
+def replacements_of(
+    plan: AdapterPlan, base: Mapping[str, Lazy], result: Merged, work: Workspace
+) -> list[Replacement]:
+    """Whole tensors and token rows, in the dtype of what they replace.
+
+    PEFT saves the weight of an embedding or head beside its pair, trained or not: a tensor with the
+    values of the base is inert.
+    """
+    adapter, tensors = plan.adapter, plan.adapter.tensors
+    found: list[Replacement] = []
+    rounded, replacing = [], []
+    for name, key in plan.keys.whole.items():
+        tensor = tensors[key]
+        largest(adapter, key, work)
+        count = len(found)
+        for place in plan.homes[name]:
+            rows = tensor.take(place.source_start, place.source_start + place.rows)
+            target = base[place.target]
+            _check_replacement(adapter, key, rows, target, place)
+            if _is_there(rows, target, place, work):
+                continue
+            if tensor.dtype != target.dtype:
+                rounded.append(place.target)
+            rows = cast(rows, target.dtype)
+            found.append(Replacement(adapter, place.target, place.start, rows, whole=place.whole))
+        if len(found) == count:
+            plan.keys.inert.append(key)
+        else:
+            replacing.append(key)
+    for name, module in plan.keys.modules.items():
+        if module.tokens:
+            largest(adapter, module.tokens, work)
+            replacing.append(module.tokens)
+            (place,) = plan.homes[plan.weight(name)]
+            found += _token_rows(plan, name, tensors[module.tokens], place.target, base)
+            if tensors[module.tokens].dtype != base[place.target].dtype:
+                rounded.append(place.target)
+    if replacing and adapter.weight != 1:
+        raise no_sum(adapter, replacing)
+    if rounded:
+        result.warnings.append(
+            f"{adapter.where}: values for {listed(rounded, 3)} are saved in another dtype than the "
+            "base's and are rounded to it (--dtype keeps more)"
+        )
+    return found
+
+
+def _is_there(rows: Lazy, target: Lazy, place: Place, work: Workspace) -> bool:
+    """Whether a target has the values of `rows` already."""
+    if place.whole and rows.shape != target.shape:
+        return False
+    before = target.take(place.start, place.start + rows.shape[0])
+    if rows.dtype != before.dtype:
+        rows, before = cast(rows, "F32"), cast(before, "F32")
+    return equal_bytes(rows, before, work)
+
+
+def _check_replacement(adapter: Adapter, key: str, rows: Lazy, target: Lazy, place: Place) -> None:
+    grows = place.whole and is_of_tokens(place.target)
+    fits = rows.shape == target.shape if place.whole else rows.shape[1:] == target.shape[1:]
+    if not fits and not (grows and rows.shape[1:] == target.shape[1:]):
+        raise AdapterError(
+            f"{adapter.where}: '{printable(key)}' is {list(rows.shape)}, but base tensor "
+            f"'{printable(place.target)}' is {list(target.shape)}. The adapter belongs to another "
+            "model."
+        )
+    if target.dtype not in FLOATS:
+        raise InputError(
+            f"base tensor '{printable(place.target)}' is {target.dtype}; one of "
+            f"{', '.join(FLOATS)} was expected. Use the unquantized checkpoint."
+        )
+
+
+def _token_rows(
+    plan: AdapterPlan, module: str, rows: Lazy, target: str, base: Mapping[str, Lazy]
+) -> list[Replacement]:
+    """Trained rows, neighbours together (PEFT `TrainableTokensLayer`)."""
+    adapter, stated = plan.adapter, plan.adapter.settings.token_indices
+    named = [i for n, i in stated.items() if n and (module == n or module.endswith(f".{n}"))]
+    indices = named[0] if named else stated.get("")
+    if indices is None or len(indices) != rows.rows or len(named) > 1:
+        raise AdapterError(
+            f"{adapter.where}: '{printable(module)}' has {rows.rows} trained token rows, but the config "
+            f"names {'none' if indices is None else len(indices)} for it. Config and tensors are "
+            "not of one adapter."
+        )
+    W = base[target]
+    if rows.shape[1:] != W.shape[1:] or max(indices) >= W.rows:
+        raise AdapterError(
+            f"{adapter.where}: trained rows of {rows.columns} columns for tokens up to {max(indices):,} "
+            f"do not fit base tensor '{printable(target)}' of {list(W.shape)}. Was the vocabulary "
+            "resized before the training? Give the resized base."
+        )
+    found: list[Replacement] = []
+    first = 0
+    for at in range(1, len(indices) + 1):
+        if at == len(indices) or indices[at] != indices[at - 1] + 1:
+            part = cast(rows.take(first, at), W.dtype)
+            found.append(Replacement(adapter, target, indices[first], part, is_tokens=True))
+            first = at
+    return found
+
+
+def replace_rows(result: Merged, replacements: Sequence[Replacement]) -> None:
+    """Put replacements into the mapping; each row may have one."""
+    by_target: dict[str, list[Replacement]] = {}
+    for replacement in replacements:
+        by_target.setdefault(replacement.target, []).append(replacement)
+    for target, own in by_target.items():
+        own.sort(key=lambda r: r.start)
+        for one, other in pairwise(own):
+            if one.start + one.rows.rows > other.start or one.whole or other.whole:
+                raise AdapterError(
+                    f"{one.adapter.where} and {other.adapter.where}: both bring values of their own for "
+                    f"'{printable(target)}' (modules_to_save, biases or token rows). Only one of them "
+                    "can hold: merge one adapter, or remove these tensors from the other."
+                )
+        if own[0].whole:
+            result.tensors[target] = own[0].rows
+        else:
+            tensor, parts, at = result.tensors[target], [], 0
+            for replacement in own:
+                parts += [tensor.take(at, replacement.start), replacement.rows]
+                at = replacement.start + replacement.rows.rows
+            parts.append(tensor.take(at, tensor.shape[0]))
+            result.tensors[target] = concat([part for part in parts if part.shape[0]])
+    result.replaced = [name for name in result.tensors if name in by_target]

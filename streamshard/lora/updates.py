@@ -1,0 +1,281 @@
+"""What is added to values of the base: pairs on layers, embeddings, convolutions and fused experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from streamshard.errors import AdapterError, listed, printable
+from streamshard.lora.adapter import (
+    Adapter,
+    AdapterPlan,
+    Merged,
+    check_target,
+    factors_of,
+    largest,
+    misfit,
+    pattern_key,
+)
+from streamshard.lora.experts import Stack, expert_updates, stacked_as
+from streamshard.lora.keys import Module
+from streamshard.lora.replacements import Replacement
+from streamshard.tensors.constructors import add_low_rank, with_magnitude
+from streamshard.tensors.joined import concat
+from streamshard.tensors.lazy import Array, Lazy
+from streamshard.tensors.low_rank import LowRank, Transposed
+from streamshard.tensors.workspace import Workspace
+
+__all__ = ["Update", "check_company", "updated", "updates_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A low-rank update of rows of a target, seen as a matrix of `height` rows.
+
+    With `magnitude`, one number for each row of the update or (`by_row` False) for each column of
+    the target, it is DoRA's.
+    """
+
+    start: int
+    term: LowRank
+    height: int
+    adapter: Adapter
+    magnitude: Lazy | None = None
+    by_row: bool = True
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.term.stop - self.term.start
+
+
+def updates_of(plan: AdapterPlan, result: Merged, work: Workspace) -> list[tuple[str, Update]]:
+    """What the pairs of an adapter add, by target; what is exactly zero is left out."""
+    adapter = plan.adapter
+    pairs = {name: module for name, module in plan.keys.modules.items() if module.A}
+    turned = _turned(plan, result.tensors)
+    found: list[tuple[str, Update]] = []
+    idle = []
+    for name, module in pairs.items():
+        scale = adapter.settings.scaling(pattern_key(plan, name)) * adapter.weight
+        # All factors are read in any case: a zero must not hide a NaN.
+        peaks = [largest(adapter, key, work) for key in (module.A, module.B)]
+        for key in filter(None, (module.magnitude, module.bias)):
+            largest(adapter, key, work)
+        if name in plan.parameters:
+            new = _of_experts(plan, name, scale, result.tensors, turned=turned[name])
+        else:
+            new = _of_module(plan, name, module, scale, result.tensors, turned=turned[name])
+        if (not scale or not all(peaks)) and not module.magnitude:
+            idle.append(name)
+            new = []
+        if module.bias and scale:
+            new += _of_bias(plan, name, module, scale, result.tensors)
+        found += new
+    if idle and found:
+        result.warnings.append(
+            f"{adapter.where}: {len(idle)} of {len(pairs)} updates are exactly zero and leave "
+            f"their weights as they are: {listed(idle, 3)}"
+        )
+    return found
+
+
+def _turned(plan: AdapterPlan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:
+    """Whether the update of each module is the transpose of `B @ A`."""
+    stacks = {
+        name: (_stack(plan, name, tensors), *factors_of(plan, name)) for name in plan.parameters
+    }
+    found = stacked_as(stacks, plan.adapter.where)
+    where, settings = plan.adapter.where, plan.adapter.settings
+    open_names = []
+    for name, module in plan.keys.modules.items():
+        if name in found or not module.A:
+            continue
+        found[name] = module.is_embedding
+        if settings.fan_in_fan_out and not module.is_embedding:
+            A, B = factors_of(plan, name)
+            shape = tensors[plan.homes[plan.weight(name)][0].target].shape
+            found[name] = shape == (A.columns, B.rows)
+            if A.columns == B.rows:
+                open_names.append(name)
+    told = {
+        turned
+        for name, turned in found.items()
+        if name not in open_names
+        and name not in stacks
+        and not plan.keys.modules[name].is_embedding
+    }
+    if open_names and len(told) != 1:
+        raise AdapterError(
+            f"{where}: fan_in_fan_out is true, {listed(open_names, 3)} are square, and no other module "
+            "of the adapter tells whether their weights are stored (in, out). Merge it with PEFT."
+        )
+    return found | dict.fromkeys(open_names, next(iter(told), False))
+
+
+def _of_module(
+    plan: AdapterPlan,
+    name: str,
+    module: Module,
+    scale: float,
+    tensors: Mapping[str, Lazy],
+    *,
+    turned: bool,
+) -> list[tuple[str, Update]]:
+    """The update of a linear layer, a convolution or an embedding."""
+    A, B = factors_of(plan, name)
+    if turned:
+        A, B = Transposed(B), Transposed(A)
+    magnitude = plan.adapter.tensors[module.magnitude] if module.magnitude else None
+    if magnitude is not None:
+        magnitude = magnitude.reshape((math.prod(magnitude.shape),))
+        if magnitude.rows != (A.columns if turned else B.rows):
+            raise AdapterError(
+                f"{plan.adapter.where}: '{printable(module.magnitude)}' has {magnitude.rows} "
+                f"numbers; {A.columns if turned else B.rows} were expected, one for each output."
+            )
+    whole = LowRank(A, B, scale, 0, B.rows)
+    places = plan.homes[plan.weight(name)]
+    found = []
+    for place in places:
+        target = tensors[place.target]
+        stack = len(target.shape) == 3 and not place.whole
+        height = target.shape[0] * target.shape[1] if stack else target.rows
+        alone = place.whole and len(places) == 1
+        rows = B.rows if alone else place.rows
+        end = place.start + rows
+        fits = end == height if place.whole else end <= height
+        convolves = len(plan.adapter.tensors[module.A].shape) == len(target.shape)
+        flat = len(target.shape) == 2 or (place.whole and convolves) or stack
+        if A.columns * height != math.prod(target.shape) or not fits or not flat:
+            raise misfit(plan, module.A, [B.rows, A.columns], place.target, target)
+        check_target(place.target, target)
+        term = whole.take(place.source_start, place.source_start + rows)
+        own = magnitude
+        if own is not None and not turned:
+            own = own.take(place.source_start, place.source_start + rows)
+        update = Update(place.start, term, height, plan.adapter, own, by_row=not turned)
+        found.append((place.target, update))
+    return found
+
+
+def _of_bias(
+    plan: AdapterPlan, name: str, module: Module, scale: float, tensors: Mapping[str, Lazy]
+) -> list[tuple[str, Update]]:
+    """The bias of lora_B, which goes to the bias of the layer: `b + s * b_B`."""
+    bias = plan.adapter.tensors[module.bias]
+    one = Array(np.ones(1, np.float32).view(np.uint8), (1, 1), "F32")
+    found = []
+    for place in plan.homes[f"{name}.bias"]:
+        target = tensors[place.target]
+        if len(target.shape) != 1 or place.start + place.rows > target.rows:
+            raise misfit(plan, module.bias, list(bias.shape), place.target, target)
+        check_target(place.target, target)
+        term = LowRank(one, bias.reshape((bias.rows, 1)), scale, 0, bias.rows)
+        term = term.take(place.source_start, place.source_start + place.rows)
+        found.append((place.target, Update(place.start, term, target.rows, plan.adapter)))
+    return found
+
+
+def _of_experts(
+    plan: AdapterPlan,
+    name: str,
+    scale: float,
+    tensors: Mapping[str, Lazy],
+    *,
+    turned: bool,
+) -> list[tuple[str, Update]]:
+    """The updates of the experts of a fused parameter, fused or one by one in the base."""
+    A, B = factors_of(plan, name)
+    stack = _stack(plan, name, tensors)
+    order = plan.adapter.expert_order
+    terms = expert_updates(stack, A, B, scale, turned=turned, order=order)
+    found = []
+    for place in plan.homes[plan.weight(name)]:
+        target = tensors[place.target]
+        check_target(place.target, target)
+        if len(target.shape) == 3 or stack.experts == 1:
+            height = stack.experts * stack.rows
+            found += [
+                (place.target, Update(number * stack.rows, term, height, plan.adapter))
+                for number, term in enumerate(terms)
+            ]
+            continue
+        number, first = divmod(place.source_start, stack.rows)
+        term = terms[number].take(first, first + place.rows)
+        found.append((place.target, Update(place.start, term, target.rows, plan.adapter)))
+    return found
+
+
+def _stack(plan: AdapterPlan, name: str, tensors: Mapping[str, Lazy]) -> Stack:
+    """The shape of a fused parameter, as the base has it or would have it."""
+    A, _ = factors_of(plan, name)
+    places = plan.homes[plan.weight(name)]
+    first = tensors[places[0].target]
+    rank = plan.adapter.settings.rank(pattern_key(plan, name))
+    if len(places) == 1 and len(first.shape) in (2, 3):
+        stack = Stack(first.shape[0] if len(first.shape) == 3 else 1, *first.shape[-2:])
+        if A.rows != stack.experts * rank:
+            raise AdapterError(
+                f"{plan.adapter.where}: '{printable(plan.keys.modules[name].A)}' has {A.rows} rows, but "
+                f"{stack.experts} experts of rank {rank}, as adapter_config.json says, have "
+                f"{stack.experts * rank}. Config and tensors are not of one adapter."
+            )
+        return stack
+    experts = A.rows // rank
+    rows = sum(place.rows for place in places)
+    same = all(len(tensors[p.target].shape) == 2 for p in places) and rows % experts == 0
+    if not same or any(tensors[p.target].columns != first.columns for p in places):
+        raise misfit(plan, plan.keys.modules[name].A, list(A.shape), places[0].target, first)
+    return Stack(experts, rows // experts, first.columns)
+
+
+def check_company(
+    name: str, updates: Sequence[Update], replacements: Sequence[Replacement]
+) -> None:
+    """Refuse what several adapters do to one tensor where their sum means nothing."""
+    for one in updates:
+        others = {
+            other.adapter.where
+            for other in updates
+            if other.adapter is not one.adapter
+            and other.start < one.stop
+            and one.start < other.stop
+        }
+        if one.magnitude is not None and others:
+            raise AdapterError(
+                f"{one.adapter.where}: is DoRA, and {listed(sorted(others))} also changes "
+                f"'{printable(name)}'. DoRA rescales what the other one adds: merge one after the "
+                "other was trained on top of it, or only one of them."
+            )
+        foreign = [r for r in replacements if r.target == name and r.adapter is not one.adapter]
+        if foreign:
+            raise AdapterError(
+                f"{one.adapter.where}: adds an update to '{printable(name)}', for which "
+                f"{foreign[0].adapter.where} has values of its own. What both together mean is not "
+                "defined: merge only one of them."
+            )
+
+
+def updated(tensor: Lazy, updates: Sequence[Update]) -> Lazy:
+    """Apply updates of some rows each; rows without one keep their bytes."""
+    height = updates[0].height
+    matrix = tensor.reshape((height, math.prod(tensor.shape) // max(height, 1)))
+    ends = {at for update in updates for at in (update.start, update.stop)}
+    parts = []
+    for low, high in pairwise(sorted({0, height, *ends})):
+        own = [u for u in updates if u.start <= low and high <= u.stop]
+        part = matrix.take(low, high)
+        if own and own[0].magnitude is not None:
+            term = own[0].term.take(low - own[0].start, high - own[0].start)
+            magnitude = own[0].magnitude
+            if own[0].by_row:
+                magnitude = magnitude.take(low - own[0].start, high - own[0].start)
+            part = with_magnitude(part, term, magnitude, by_row=own[0].by_row)
+        elif own:
+            part = add_low_rank(part, [u.term.take(low - u.start, high - u.start) for u in own])
+        parts.append(part)
+    return concat(parts).reshape(tensor.shape)

@@ -1,0 +1,94 @@
+"""What a worker has at hand while it fills windows of tensors: open files, buffers, sums."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from streamshard.disk.files import Files
+from streamshard.tensors.rounding import Changes
+
+if TYPE_CHECKING:
+    from streamshard.tensors.lazy import Lazy
+
+__all__ = ["Bytes", "Float32", "Held", "Workspace"]
+
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Float32: TypeAlias = npt.NDArray[np.float32]
+
+
+class Held:
+    """All bytes of the last few tensors that were asked for, shared by the workers of a run.
+
+    For the factors of fused experts: each expert needs some of all of their rows.
+    """
+
+    def __init__(self, workers: int = 1) -> None:
+        self._count = self.count_for(workers)
+        self._lock = threading.Lock()
+        self._kept: dict[int, tuple[Lazy, Bytes]] = {}
+
+    @staticmethod
+    def count_for(workers: int) -> int:
+        """How many tensors are held: one a worker, and two if experts of two kinds take turns."""
+        return max(workers, 2)
+
+    def all(self, tensor: Lazy, work: Workspace) -> Bytes:
+        """The bytes of a tensor."""
+        key = id(tensor)  # it is kept with the tensor, so that no other one can have it
+        with self._lock:
+            found = self._kept.pop(key, None)
+            if found is None:
+                if len(self._kept) >= self._count:
+                    self._kept.pop(next(iter(self._kept)))
+                data = np.empty(tensor.nbytes, np.uint8)
+                tensor.fill(0, tensor.rows, data, work)
+                found = (tensor, data)
+            self._kept[key] = found
+            return found[1]
+
+
+class Workspace:
+    """What one worker needs to fill windows: open inputs, reused buffers, and sums.
+
+    `changes` are what updates did to computed elements since they were last set.
+    """
+
+    def __init__(self, files: Files, held: Held | None = None) -> None:
+        self.files = files
+        self.held = held or Held()
+        self.changes = Changes()
+        self._buffers: dict[str, Bytes] = {}
+        self._kept: dict[Hashable, tuple[object, Hashable, Any]] = {}
+
+    def bytes(self, name: str, nbytes: int) -> Bytes:
+        """A buffer that is used again under the same name; its content is left over."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.nbytes < nbytes:
+            self._buffers.pop(name, None)
+            buffer = np.empty(nbytes, np.uint8)
+            self._buffers[name] = buffer
+        return buffer[:nbytes]
+
+    def float32(self, name: str, rows: int, columns: int) -> Float32:
+        """The like as an fp32 matrix."""
+        return self.bytes(name, rows * columns * 4).view(np.float32).reshape(rows, columns)
+
+    def kept(self, node: object, what: Hashable, part: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gave for a part of a node, kept until another part or tensor is begun."""
+        key = (what, id(node))  # it is kept with the node, so that no other one can have it
+        found = self._kept.get(key)
+        if found is None or found[1] != part:
+            del found  # before the next one is made: they are large
+            self._kept.pop(key, None)
+            self._kept[key] = found = (node, part, make())
+        return found[2]
+
+    def forget(self) -> None:
+        """Drop what was kept, but not what is held; called when another tensor begins."""
+        self._kept.clear()

@@ -1,0 +1,123 @@
+"""Runs that were killed, and what a folder holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pairs import Pair
+
+from streamshard.disk.system import system
+
+FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+VARYING = {"seconds", "peak_rss_bytes", "resumed", "record_digest"}
+
+# Ends the process after something has happened; `main` runs the command line after it.
+KILL = "import os, signal, sys\nkill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+MAIN = "\nfrom streamshard.cli import main\nmain()\n"
+AFTER_A_SHARD = """
+from streamshard.engine.journal import Journal
+add = Journal.add
+def last(self, shard):
+    add(self, shard)
+    kill()
+Journal.add = last
+"""
+BETWEEN_THE_RENAMES = """
+from streamshard.disk.system import system
+rename = system.rename
+def last(path, other):
+    if str(path).endswith(".partial"):
+        kill()
+    rename(path, other)
+system.rename = last
+"""
+REMOVING_THE_OLD = """
+from streamshard.disk.system import system
+unlink = system.unlink
+def last(path):
+    if ".merged.old" in str(path):
+        kill()
+    unlink(path)
+system.unlink = last
+"""
+
+
+def killed(code: str, command: list[str]) -> None:
+    """Run a command that kills itself where `code` says."""
+    line = [sys.executable, "-c", KILL + code + MAIN, *command]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "streamshard.json").read_bytes())
+    return report
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Every file of an output, without what a report says of the run itself."""
+    found: dict[str, Any] = {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+    report = report_of(folder)
+    found["streamshard.json"] = {k: v for k, v in report.items() if k not in VARYING | {"output"}}
+    return found
+
+
+def partial(pair: Pair) -> Path:
+    return pair.output.with_name(".merged.partial")
+
+
+def alone(pair: Pair) -> bool:
+    """Whether there is nothing beside the output."""
+    return [p.name for p in pair.output.parent.iterdir()] == ["merged"]
+
+
+def flip(file: Path, where: int) -> None:
+    """Change one bit, and neither size nor time."""
+    times = file.stat()
+    data = bytearray(file.read_bytes())
+    data[where] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def failing(
+    monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException, where: str, after: Path
+) -> None:
+    """Fail the calls of a method on files, open or named, whose names `where` matches."""
+    original, opened = getattr(system, method), system.open
+    names: dict[int, str] = {}
+
+    def noted(path: Any, flags: int) -> int:
+        descriptor = opened(path, flags)
+        names[descriptor] = str(path)
+        return descriptor
+
+    def fail(first: Any, *rest: Any) -> Any:
+        name = names.get(first, "") if isinstance(first, int) else str(first)
+        if re.search(where, name):
+            if SECOND in where:  # the disk must have the first one
+                until(lambda: [*after.glob(f".merged.partial/{FIRST}")])
+            raise error
+        return original(first, *rest)
+
+    monkeypatch.setattr(system, "open", noted)
+    monkeypatch.setattr(system, method, fail)
