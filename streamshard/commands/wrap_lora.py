@@ -85,7 +85,8 @@ def wrap_lora(
     tensors: dict[str, Lazy] = {name: source.tensors[own] for name, own in given.items()}
     dims = dims_of_source(source, layout)
     check_complete(tensors, dims, layout)
-    pairs = initial_pairs(tensors, target_modules(tensors, dims, layout, ranks), seed)
+    targets = target_modules(tensors, dims, layout, ranks)
+    pairs = initial_pairs(tensors, {target.module: target.r for target in targets}, seed)
     wraps = format == "wrapped"
     asked = {
         "llm_r": llm_r,
@@ -118,7 +119,7 @@ def wrap_lora(
     )
     if wraps:
         config = _wrapped_config(source, layout, ranks)
-        named = wrap(tensors, pairs, ranks)
+        named = wrap(tensors, pairs, [PARTS[part]["custom"] for part in ranks])
         job = replace(
             job,
             tensors={name: tensor for name, (tensor, _) in named.items()},

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from streamshard.errors import InputError, printable
-from streamshard.internvl.lora_targets import PARTS, Target
 from streamshard.tensor_names import PREFIX
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
@@ -42,39 +41,39 @@ def initial_pair(
 
 
 def initial_pairs(
-    base: Mapping[str, Lazy], chosen: Sequence[Target], seed: int
+    base: Mapping[str, Lazy], ranks: Mapping[str, int], seed: int
 ) -> dict[str, tuple[Lazy, Lazy]]:
     """lora_A (r, in) and lora_B (out, r) of every module, in the dtype of its weight.
 
-    Raises `InputError` for weights that are no matrices of floats.
+    `ranks` maps modules to r, in the order in which their numbers are drawn. Raises `InputError`
+    for weights that are no matrices of floats.
     """
-    for target in chosen:
-        W = base[f"{target.module}.weight"]
+    for module in ranks:
+        W = base[f"{module}.weight"]
         if len(W.shape) != 2 or W.dtype not in FLOATS or not W.nbytes:
             raise InputError(
-                f"'{printable(target.module)}.weight' is {W.dtype} {list(W.shape)}; a matrix of "
+                f"'{printable(module)}.weight' is {W.dtype} {list(W.shape)}; a matrix of "
                 f"{', '.join(FLOATS)} was expected. Use the unquantized checkpoint."
             )
-    shapes = [base[f"{target.module}.weight"].shape for target in chosen]
-    counts = [draws_of_pair(t.r, W[1], W[0]) for t, W in zip(chosen, shapes, strict=True)]
+    shapes = [base[f"{module}.weight"].shape for module in ranks]
+    counts = [draws_of_pair(r, W[1], W[0]) for r, W in zip(ranks.values(), shapes, strict=True)]
     draws = Draws(seed, sum(counts))
     starts = itertools.accumulate(counts, initial=0)
     pairs: dict[str, tuple[Lazy, Lazy]] = {}
-    for target, first in zip(chosen, starts, strict=False):
-        W = base[f"{target.module}.weight"]
-        pair = initial_pair(draws, first, target.r, W.shape[1], W.shape[0], W.dtype)
-        pairs[target.module] = pair
+    for (module, r), first in zip(ranks.items(), starts, strict=False):
+        W = base[f"{module}.weight"]
+        pairs[module] = initial_pair(draws, first, r, W.shape[1], W.shape[0], W.dtype)
     return pairs
 
 
 def wrap(
-    base: Mapping[str, Lazy], pairs: Mapping[str, tuple[Lazy, Lazy]], parts: Iterable[str]
+    base: Mapping[str, Lazy], pairs: Mapping[str, tuple[Lazy, Lazy]], prefixes: Sequence[str]
 ) -> dict[str, tuple[Lazy, str]]:
-    """The tensors of a wrapped custom checkpoint (peft >= 0.7), each with the base's it is with.
+    """The tensors of a wrapped checkpoint (peft >= 0.7), each with the base's it is with.
 
-    Names as in `unwrap`, the other way round.
+    `prefixes` are those of the parts of the model that peft wraps, each by itself. Names as in
+    `unwrap`, the other way round.
     """
-    prefixes = [PARTS[part]["custom"] for part in parts]
     out: dict[str, tuple[Lazy, str]] = {}
     for name, tensor in base.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
