@@ -1,4 +1,4 @@
-"""Where the weights of an adapter of the other layout are in a base."""
+"""By which names of other spellings and of the other layout an adapter may mean weights of a base."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from streamshard.commands.identify import adapter_architecture
 from streamshard.errors import InputError
 from streamshard.internvl.layouts import pieces
 from streamshard.internvl.model_config import OTHER, Dims, dims_from_config
-from streamshard.internvl.spelling import flat_names
-from streamshard.lora.name_matching import Carry, Place
+from streamshard.internvl.spelling import flat_names, flat_parts
+from streamshard.lora.name_matching import OtherNames, Place
 
-__all__ = ["carry_of"]
+__all__ = ["other_names"]
 
 
-def carry_of(source: Checkpoint, own: str | None) -> Carry | None:
-    """Finds where updates of the other layout's weights go; None if the base is no InternVL."""
+def other_names(source: Checkpoint, own: str | None) -> OtherNames:
+    """How an adapter may call the weights of a base; of no other layout if it is no InternVL."""
     if own is None or source.config is None:
-        return None
+        return OtherNames(_flat)
     config, other = source.config, OTHER[own]
 
     @cache
@@ -45,4 +45,9 @@ def carry_of(source: Checkpoint, own: str | None) -> Carry | None:
             made.append(Place(target, piece.target_start, piece.source_start, piece.rows, whole))
         return made
 
-    return places
+    return OtherNames(_flat, places)
+
+
+def _flat(name: str) -> str:
+    """A name in the flat spelling of transformers' InternVL classes."""
+    return flat_parts(name)[0]

@@ -15,7 +15,7 @@ from streamshard.checkpoint.digests import file_digest
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.commands.carry_over import carry_over
 from streamshard.commands.convert import conversion_job
-from streamshard.commands.cross_layout import carry_of
+from streamshard.commands.cross_layout import other_names
 from streamshard.commands.merged_folder import merged_config, replaced_from, shard_of, with_code
 from streamshard.commands.provenance import check_given_twice, check_record, other_base
 from streamshard.commands.training_checkpoint import open_wrapped
@@ -129,13 +129,13 @@ def merge_lora(
     with contextlib.closing(Files()) as files:
         work = Workspace(files)
         tie = _tie(source, work)
-        carry = carry_of(source, own)
-        result = merge(source.tensors, adapters, work, carry, tie)
+        others = other_names(source, own)
+        result = merge(source.tensors, adapters, work, others, tie)
         for one in adapters if checkpoint is None and not allow_merged_base else ():
             alone = result
             if len(adapters) > 1 or one.weight != 1:
                 full = dataclasses.replace(one, weight=1.0)
-                alone = merge(source.tensors, [full], work, carry, tie)
+                alone = merge(source.tensors, [full], work, others, tie)
             check_not_merged(alone, work)
     for own_folder, described in zip(folders, result.facts, strict=False):
         described["digest"] = file_digest(own_folder.file)

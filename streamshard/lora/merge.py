@@ -16,7 +16,7 @@ import numpy as np
 from streamshard.errors import AdapterError, printable
 from streamshard.lora.adapter import Adapter, AdapterPlan, Merged, facts_of
 from streamshard.lora.keys import Module
-from streamshard.lora.name_matching import Carry
+from streamshard.lora.name_matching import OtherNames
 from streamshard.lora.planning import check_depth, plan_adapter
 from streamshard.lora.replacements import Replacement, replace_rows, replacements_of
 from streamshard.lora.updates import Update, check_company, updated, updates_of
@@ -31,21 +31,21 @@ def merge(
     base: Mapping[str, Lazy],
     adapters: Sequence[Adapter],
     work: Workspace,
-    carry: Carry | None = None,
+    others: OtherNames,
     tie: tuple[str, str] | None = None,
 ) -> Merged:
     """Apply every tensor of every adapter to the weight it was trained on.
 
-    Each tensor of an adapter is used exactly once. `carry` knows the names of another layout, for
-    adapters that were trained there. `tie` are the names of embedding and head where these are one
-    tensor, which the base may have once or twice. Raises `AdapterError` for what has no home, does
-    not fit, is not finite, or changes nothing.
+    Each tensor of an adapter is used exactly once. `others` knows the names of other spellings and
+    of another layout, for adapters that were trained there. `tie` are the names of embedding and
+    head where these are one tensor, which the base may have once or twice. Raises `AdapterError`
+    for what has no home, does not fit, is not finite, or changes nothing.
     """
     whole = dict(base)
     if tie is not None:
         whole.setdefault(tie[1], base[tie[0]])
     result = Merged(whole)
-    plans = [plan_adapter(adapter, whole, work, carry) for adapter in adapters]
+    plans = [plan_adapter(adapter, whole, work, others) for adapter in adapters]
     followed = [plan for plan in plans if tie is not None and _follows(plan, tie, work)]
     replacements = [r for plan in plans for r in replacements_of(plan, whole, result, work)]
     if tie is not None:

@@ -9,10 +9,9 @@ from itertools import pairwise
 from typing import NamedTuple, Protocol, TypeAlias
 
 from streamshard.errors import AdapterError, listed, nearest, printable
-from streamshard.internvl.spelling import flat_parts
 from streamshard.tensors.lazy import Lazy
 
-__all__ = ["Carry", "Place", "Wanted", "find_homes"]
+__all__ = ["OtherNames", "Place", "Wanted", "find_homes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +43,25 @@ class Known(Protocol):
         """The name in the base, or None."""
 
 
-# Finds the places of a tensor of another layout, given its name and its rows; none if unknown.
-Carry: TypeAlias = Callable[[str, int], Sequence[Place]]
+@dataclass(frozen=True, slots=True)
+class OtherNames:
+    """By which other names an adapter may call the weights of a base.
+
+    `spelled` brings a name into the one spelling in which names are compared. `places` finds the
+    places of a tensor of another layout, given its name and its rows (none if unknown); without it
+    there is no other layout.
+    """
+
+    spelled: Callable[[str], str]
+    places: Callable[[str, int], Sequence[Place]] | None = None
+
+
 Homes: TypeAlias = dict[str, list[Place]]
 
 _EXPERTS = re.compile(r"(?P<experts>.+\.experts)\.(?P<name>gate_up_proj|down_proj)")
 _EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d{1,6})\.(?P<part>gate|up|down)_proj\.weight"
 )
-
-
-def _flat(name: str) -> str:
-    """A name in the flat spelling of transformers' InternVL classes."""
-    return flat_parts(name)[0]
 
 
 _REWRITES: tuple[tuple[str, Callable[[str], str]], ...] = (
@@ -69,19 +74,19 @@ _REWRITES: tuple[tuple[str, Callable[[str], str]], ...] = (
 
 
 def find_homes(
-    base: Mapping[str, Lazy], wanted: Mapping[str, Wanted], where: str, carry: Carry | None = None
+    base: Mapping[str, Lazy], wanted: Mapping[str, Wanted], where: str, others: OtherNames
 ) -> Homes:
     """The places of every tensor that an adapter changes.
 
     `wanted` are these tensors by their names in the model that was trained. Names are rewritten all
-    in one way. `carry` knows the names of
-    another layout. Raises `AdapterError` if no rewrite, or more than one, fits them all.
+    in one way. Raises `AdapterError` if no rewrite, or more than one, fits them all.
     """
     same = _Names(base)
-    flat = _flat_names(base, wanted)
+    spelled = others.spelled
+    flat = _spelled_names(base, wanted, spelled)
     candidates: list[tuple[str, Known, Callable[[str], str]]]
     candidates = [(how, same, rewrite) for how, rewrite in _REWRITES]
-    candidates.append(("by the spellings of transformers' InternVL", flat, _flat))
+    candidates.append(("by the spellings of transformers' InternVL", flat, spelled))
     found: dict[str, Homes] = {}
     best: tuple[int, str, list[str]] = (-1, "", [])
     for how, known, rewrite in candidates:
@@ -102,8 +107,8 @@ def find_homes(
         )
     if different:
         return different[0][1]
-    if carry is not None:
-        homes = {name: list(carry(name, own.rows)) for name, own in wanted.items()}
+    if others.places is not None:
+        homes = {name: list(others.places(name, own.rows)) for name, own in wanted.items()}
         homeless = [name for name, places in homes.items() if not places]
         if not homeless:
             _refuse_overlap(homes, where)
@@ -112,7 +117,7 @@ def find_homes(
             best = (len(wanted) - len(homeless), "by the names of the other layout", homeless)
     if not best[2]:  # all have homes, but two have the same
         _refuse_overlap(
-            {n: _places(_flat(n), w.rows, flat, base) for n, w in wanted.items()}, where
+            {n: _places(spelled(n), w.rows, flat, base) for n, w in wanted.items()}, where
         )
     raise _no_home(base, where, wanted, best)
 
@@ -128,13 +133,15 @@ class _Names:
         return name if name in self._base else None
 
 
-def _flat_names(base: Mapping[str, Lazy], wanted: Mapping[str, Wanted]) -> dict[str, str]:
-    """Flat names to those of the base, of what may be wanted: a base may have 40,000."""
-    names = {_flat(name) for name in wanted}
+def _spelled_names(
+    base: Mapping[str, Lazy], wanted: Mapping[str, Wanted], spelled: Callable[[str], str]
+) -> dict[str, str]:
+    """Names in one spelling to those of the base, of what may be wanted: a base may have 40,000."""
+    names = {spelled(name) for name in wanted}
     experts = {name.partition(".experts.")[0] for name in names if ".experts." in name}
     found = {}
     for name in base:
-        flat = _flat(name)
+        flat = spelled(name)
         stem, mark, _ = flat.partition(".experts.")
         if flat in names or (mark and stem in experts):
             found[flat] = name

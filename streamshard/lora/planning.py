@@ -20,7 +20,7 @@ from streamshard.lora.adapter import (
 )
 from streamshard.lora.experts import parameter_names
 from streamshard.lora.keys import BASE_LAYER, read_keys
-from streamshard.lora.name_matching import Carry, Place, find_homes
+from streamshard.lora.name_matching import OtherNames, Place, find_homes
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
@@ -30,7 +30,7 @@ __all__ = ["check_depth", "plan_adapter"]
 
 
 def plan_adapter(
-    adapter: Adapter, base: Mapping[str, Lazy], work: Workspace, carry: Carry | None
+    adapter: Adapter, base: Mapping[str, Lazy], work: Workspace, others: OtherNames
 ) -> AdapterPlan:
     """Read an adapter's keys and find their places; raises `AdapterError` for what does not fit."""
     keys = read_keys(adapter.tensors, adapter.where, adapter.name)
@@ -58,12 +58,12 @@ def plan_adapter(
         raise no_sum(adapter, magnitudes)
     _check_factors(plan)
     try:
-        plan.homes = find_homes(base, wanted_tensors(plan, turned=False), where, carry)
+        plan.homes = find_homes(base, wanted_tensors(plan, turned=False), where, others)
     except AdapterError:
         if not parameters:
             raise
         # The factors of fused experts may have in and out the other way round.
-        plan.homes = find_homes(base, wanted_tensors(plan, turned=True), where, carry)
+        plan.homes = find_homes(base, wanted_tensors(plan, turned=True), where, others)
     _check_biases(plan, base)
     for name, module in keys.modules.items():
         if module.bias:
