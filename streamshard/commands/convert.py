@@ -20,6 +20,7 @@ from streamshard.engine.job import Job, Options
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
+from streamshard.internvl.detection import layout_of
 from streamshard.limits import told
 from streamshard.lora.base_checks import check_base
 
@@ -145,6 +146,7 @@ def conversion_job(
         output=target,
         started=started,
         tensors=converted.tensors,
+        layout=layout_of(converted.tensors),
         shard_of=shard_names(converted.tensors, source),
         metadata={},
         config=config,

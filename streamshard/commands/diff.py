@@ -72,8 +72,7 @@ def diff(
     ]
     different.sort(key=lambda row: (not math.isnan(row["l2"]), -row["l2"]))
     report = {
-        **new_report("diff", ours),
-        "layout": layout_of(theirs),
+        **new_report("diff", ours, layout_of(theirs)),
         "l2": distances.report(),
         "missing": sorted(theirs.keys() - ours.keys()),
         "unexpected": sorted(ours.keys() - theirs.keys()),

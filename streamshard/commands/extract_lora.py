@@ -116,6 +116,7 @@ def extract_lora(
         output=target,
         started=started,
         tensors=tensors,
+        layout=layout_of(tensors),
         shard_of=dict.fromkeys(tensors, WEIGHTS_NAME),
         metadata={},
         config=config,

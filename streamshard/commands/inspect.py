@@ -16,7 +16,7 @@ from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError
-from streamshard.internvl.detection import detect
+from streamshard.internvl.detection import detect, layout_of
 from streamshard.limits import told
 
 __all__ = ["inspect"]
@@ -37,7 +37,7 @@ def inspect(path: PathLike) -> Report:
     if is_adapter:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)
-    report = new_report("inspect", found.tensors)
+    report = new_report("inspect", found.tensors, layout_of(found.tensors))
     files = Counter(dict.fromkeys(found.metadata, 0))
     for name, tensor in found.tensors.items():
         files[found.shard_of(name)] += tensor.nbytes
@@ -70,7 +70,7 @@ def _inspect_adapter(folder: Path, started: float) -> Report:
     adapter = open_adapter(folder)
     keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
     report = {
-        **new_report("inspect", adapter.tensors),
+        **new_report("inspect", adapter.tensors, layout_of(adapter.tensors)),
         "path": str(folder),
         "adapter": {key: adapter.config.get(key) for key in keys},
         "dtypes": dict(Counter(tensor.dtype for tensor in adapter.tensors.values())),

@@ -188,6 +188,7 @@ def merge_lora(
         output=target,
         started=started,
         tensors=result.tensors,
+        layout=layout_of(result.tensors),
         shard_of=shard_of(source, result.tensors, tie),
         metadata=source.metadata,
         config=config if checkpoint or config != source.config or chosen.dtype != "keep" else None,

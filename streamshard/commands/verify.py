@@ -20,6 +20,7 @@ from streamshard.engine.budget import workers_or_default
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import share
 from streamshard.errors import UsageError, VerificationError, printable
+from streamshard.internvl.detection import layout_of
 from streamshard.limits import told
 
 __all__ = ["verify"]
@@ -72,7 +73,7 @@ def verify(
                 f"{printable(str(path))}: nothing could be compared: {reason} (--strict)."
             )
     report = {
-        **new_report("verify", tensors),
+        **new_report("verify", tensors, layout_of(tensors)),
         "path": str(path),
         "shards": len(found.headers),
         "recorded": found.listing.usable,

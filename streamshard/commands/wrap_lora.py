@@ -109,6 +109,7 @@ def wrap_lora(
         output=target,
         started=started,
         tensors={},
+        layout=None,
         shard_of={},
         metadata={},
         config=None,
@@ -123,6 +124,7 @@ def wrap_lora(
         job = replace(
             job,
             tensors={name: tensor for name, (tensor, _) in named.items()},
+            layout=layout_of(named),
             shard_of={name: source.shard_of(given[beside]) for name, (_, beside) in named.items()},
             metadata=source.metadata,
             config=config,
@@ -149,6 +151,7 @@ def wrap_lora(
     job = replace(
         job,
         tensors=adapter,
+        layout=layout_of(adapter),
         shard_of=dict.fromkeys(adapter, WEIGHTS_NAME),
         config=config,
         config_name=CONFIG_NAME,

@@ -78,6 +78,8 @@ class Job:
     output: Path
     started: float
     tensors: Mapping[str, Lazy]
+    layout: str | None
+    """What the report calls the layout of these tensors."""
     shard_of: Mapping[str, str]
     metadata: Mapping[str, Mapping[str, str]]
     config: Mapping[str, Any] | None

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 from streamshard.checkpoint.header import total_nbytes, total_parameters
 from streamshard.engine.budget import peak_rss_bytes
 from streamshard.engine.journal import FinishedShard
-from streamshard.internvl.detection import layout_of
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.rounding import Change
 from streamshard.version import __version__
@@ -21,13 +20,13 @@ __all__ = ["Report", "Streamed", "finished", "new_report", "update"]
 Report: TypeAlias = dict[str, Any]
 
 
-def new_report(command: str, tensors: Mapping[str, Lazy]) -> Report:
+def new_report(command: str, tensors: Mapping[str, Lazy], layout: str | None) -> Report:
     """Every key that a report has at least; what does not apply to a command is None."""
     return {
         "command": command,
         "version": __version__,
         "output": None,
-        "layout": layout_of(tensors),
+        "layout": layout,
         "tensors": len(tensors),
         "parameters": total_parameters(tensors),
         "bytes": total_nbytes(tensors),

@@ -54,7 +54,7 @@ def run(job: Job, options: Options) -> Report:
     if options.on_plan is not None:
         options.on_plan(plan)
     report: Report = {
-        **new_report(job.command, tensors),
+        **new_report(job.command, tensors, job.layout),
         "output": str(job.output),
         "bytes": plan.nbytes,
         "shards": len(shards),
