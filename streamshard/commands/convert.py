@@ -14,6 +14,7 @@ from typing import Any
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.shards import shard_names
 from streamshard.commands.carry_over import Target, carry_over
+from streamshard.commands.written_config import config_bytes
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike
 from streamshard.engine.job import Job, Options
@@ -141,6 +142,9 @@ def conversion_job(
 ) -> Job:
     """What to write of a checkpoint that was carried to another layout."""
     config = converted.config if dtype == "keep" else converted.config or converted.base_config
+    files: dict[str, Path | bytes] = dict(converted.side_files)
+    if config is not None:
+        files["config.json"] = config_bytes(config, dtype)
     return Job(
         command=command,
         output=target,
@@ -149,8 +153,7 @@ def conversion_job(
         layout=layout_of(converted.tensors),
         shard_of=shard_names(converted.tensors, source),
         metadata={},
-        config=config,
-        side_files=converted.side_files,
+        files=files,
         l2_from=l2_from,
         facts=facts,
     )

@@ -17,6 +17,7 @@ from typing import Any
 from streamshard.checkpoint.file_names import CONFIG_NAME, WEIGHTS_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.commands.training_checkpoint import read_wrapped
+from streamshard.commands.written_config import config_bytes
 from streamshard.disk.files import Files
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
@@ -119,10 +120,8 @@ def extract_lora(
         layout=layout_of(tensors),
         shard_of=dict.fromkeys(tensors, WEIGHTS_NAME),
         metadata={},
-        config=config,
-        config_name=CONFIG_NAME,
+        files={CONFIG_NAME: config_bytes(config, chosen.dtype)},
         weights_name=WEIGHTS_NAME,
-        side_files={},
         l2_from=None,
         choices={"alpha": alpha, "adapter_name": adapter_name},
         facts={

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder, open_adapter
@@ -19,6 +20,7 @@ from streamshard.commands.cross_layout import other_names
 from streamshard.commands.merged_folder import merged_config, replaced_from, shard_of, with_code
 from streamshard.commands.provenance import check_given_twice, check_record, other_base
 from streamshard.commands.training_checkpoint import open_wrapped
+from streamshard.commands.written_config import config_bytes
 from streamshard.disk.files import Files
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
@@ -126,8 +128,8 @@ def merge_lora(
     inputs = [source.path, *(f.path for f in folders)]
     inputs += [input_path(reference, "the reference")] if reference is not None else []
     target = check_places(output, inputs, overwrite=chosen.overwrite)
-    with contextlib.closing(Files()) as files:
-        work = Workspace(files)
+    with contextlib.closing(Files()) as opened:
+        work = Workspace(opened)
         tie = _tie(source, work)
         others = other_names(source, own)
         result = merge(source.tensors, adapters, work, others, tie)
@@ -183,6 +185,9 @@ def merge_lora(
     if config is None:
         where = printable(str(source.path))
         facts["warnings"].append(f"{where}: has no config.json; the output has none either")
+    files: dict[str, Path | bytes] = dict(side_files)
+    if config is not None and (checkpoint or config != source.config or chosen.dtype != "keep"):
+        files["config.json"] = config_bytes(config, chosen.dtype)
     job = Job(
         command="merge-lora",
         output=target,
@@ -191,8 +196,7 @@ def merge_lora(
         layout=layout_of(result.tensors),
         shard_of=shard_of(source, result.tensors, tie),
         metadata=source.metadata,
-        config=config if checkpoint or config != source.config or chosen.dtype != "keep" else None,
-        side_files=side_files,
+        files=files,
         l2_from=str(source.path),
         reference=replaced_from(source, result, tie),
         compares_sources=True,

@@ -11,6 +11,7 @@ from typing import Any
 from streamshard.checkpoint.file_names import CONFIG_NAME, WEIGHTS_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.commands.identify import dims_of_source
+from streamshard.commands.written_config import config_bytes
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike
 from streamshard.engine.job import Job, Options
@@ -112,8 +113,7 @@ def wrap_lora(
         layout=None,
         shard_of={},
         metadata={},
-        config=None,
-        side_files={},
+        files={},
         l2_from=None,
         facts=facts,
         choices={"format": format, "seed": seed, "dropout": dropout, **asked},
@@ -127,8 +127,7 @@ def wrap_lora(
             layout=layout_of(named),
             shard_of={name: source.shard_of(given[beside]) for name, (_, beside) in named.items()},
             metadata=source.metadata,
-            config=config,
-            side_files=source.side_files,
+            files={**source.side_files, "config.json": config_bytes(config, chosen.dtype)},
         )
         return run(job, chosen)
     if chosen.max_shard_size is not None:
@@ -153,8 +152,7 @@ def wrap_lora(
         tensors=adapter,
         layout=layout_of(adapter),
         shard_of=dict.fromkeys(adapter, WEIGHTS_NAME),
-        config=config,
-        config_name=CONFIG_NAME,
+        files={CONFIG_NAME: config_bytes(config, chosen.dtype)},
         weights_name=WEIGHTS_NAME,
     )
     return run(job, chosen)

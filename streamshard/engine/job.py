@@ -69,9 +69,9 @@ class Options:
 class Job:
     """What to write: tensors, their files, and what lies beside them.
 
-    `side_files` maps names in the output to files that are copied as bytes. L2 is measured from the
-    tensors of `reference`; if `compares_sources`, that of other tensors is from what they are made
-    of. `facts` are further keys of the report.
+    `files` maps names in the output to files that are copied as bytes, or to their content. L2 is
+    measured from the tensors of `reference`; if `compares_sources`, that of other tensors is from
+    what they are made of. `facts` are further keys of the report.
     """
 
     command: str
@@ -82,12 +82,9 @@ class Job:
     """What the report calls the layout of these tensors."""
     shard_of: Mapping[str, str]
     metadata: Mapping[str, Mapping[str, str]]
-    config: Mapping[str, Any] | None
-    """`config.json` if it must be written anew; None to copy it."""
-    config_name: str = "config.json"
+    files: Mapping[str, Path | bytes]
     weights_name: str = "model.safetensors"
     """What the file of the weights is called if there is only one."""
-    side_files: Mapping[str, Path]
     l2_from: str | None
     reference: Mapping[str, Stored] | None = None
     compares_sources: bool = False

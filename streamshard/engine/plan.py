@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.files import file_nbytes
@@ -47,7 +48,7 @@ def planned(job: Job, shards: Sequence[Shard], options: Options) -> Plan:
     """What writing these shards would take; `WriteError` if the disk has no room for them."""
     nbytes = sum(shard.nbytes for shard in shards)
     free = disk_free(job.output.absolute())
-    side = sum(file_nbytes(file) for file in job.side_files.values())
+    side = sum(file_nbytes(file) for file in job.files.values() if isinstance(file, Path))
     needed = nbytes + side + 64 * 1024 * len(shards)
     # What an interrupted run has left is continued, or makes room.
     if free is not None and needed > free + staged_nbytes(job.output):

@@ -30,9 +30,7 @@ from streamshard.engine.resume import check_finished
 from streamshard.engine.staging import Staging, output_folder
 from streamshard.engine.writer import write_shards
 from streamshard.errors import AdapterError, InputError, printable
-from streamshard.internvl.config_edits import with_dtype
 from streamshard.tensors.comparing import Distances, is_comparable
-from streamshard.tensors.dtypes import DTYPES, TORCH_DTYPES
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = ["run"]
@@ -74,7 +72,9 @@ def run(job: Job, options: Options) -> Report:
 def _check_names(job: Job, shards: Sequence[Shard]) -> None:
     """Refuse files beside the weights that the output cannot have, before anything is written."""
     taken = {shard.name for shard in shards} | {INDEX_NAME, REPORT_NAME, JOURNAL_NAME}
-    for name, file in job.side_files.items():
+    for name, file in job.files.items():
+        if isinstance(file, bytes):
+            continue  # a config, under its own name
         where, problem = printable(str(file)), name_problem(name)
         if problem is not None:
             raise InputError(
@@ -97,20 +97,14 @@ def _write(
     reference = job.reference or {}
     if not all(name in distances.squared for name in reference):
         reference = {n: t for n, t in reference.items() if n in distances.squared}
-    config = job.config
-    if config is not None and options.dtype != "keep":
-        config = with_dtype(config, TORCH_DTYPES[DTYPES[options.dtype]])
-    beside: dict[str, Path | bytes] = dict(job.side_files)
-    if config is not None:
-        beside[job.config_name] = b"".join(json_pieces(config))
     inputs = active()
     if inputs is not None:
         target = plan.output.resolve()
         inputs.leave_out(target, *places_beside(target).values())
     with output_folder(
         plan.output,
-        _identity(job, plan, reference, beside, options),
-        names=_names(plan.shards, beside),
+        _identity(job, plan, reference, options),
+        names=_names(plan.shards, job.files),
         overwrite=options.overwrite,
     ) as staging:
         how: dict[str, Any] = {
@@ -132,8 +126,8 @@ def _write(
             )
         report["l2"] = distances.report()
         report["update"] = update(finished)
-        _write_beside(beside, staging)
-        names = list(beside)
+        _write_beside(job.files, staging)
+        names = list(job.files)
         if len(plan.shards) > 1:
             names.append(INDEX_NAME)
             write_new(staging.folder / names[-1], index_pieces(plan.shards))
@@ -151,7 +145,6 @@ def _identity(
     job: Job,
     plan: Plan,
     reference: Mapping[str, Stored],
-    beside: Mapping[str, Path | bytes],
     options: Options,
 ) -> Identity:
     """What must be the same for another run to continue this one."""
@@ -167,7 +160,7 @@ def _identity(
 
     size = size_option(options.max_shard_size, "--max-shard-size")
     chosen = {"max_shard_size": size, "dtype": options.dtype, **job.choices}
-    return identity(command=job.command, options=chosen, recipe=recipe(), files=beside)
+    return identity(command=job.command, options=chosen, recipe=recipe(), files=job.files)
 
 
 def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
