@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +12,26 @@ import numpy.typing as npt
 from streamshard.disk.files import Files
 from streamshard.tensors.rounding import Changes
 
-if TYPE_CHECKING:
-    from streamshard.tensors.lazy import Lazy
-
 __all__ = ["Bytes", "Float32", "Held", "Workspace"]
 
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Float32: TypeAlias = npt.NDArray[np.float32]
+
+
+class Whole(Protocol):
+    """What can be asked for all of its bytes; tensors are."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many these are."""
+
+    @property
+    def rows(self) -> int:
+        """Into how many rows they fall."""
+
+    def fill(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
+        """Put the bytes of rows `[start, stop)` into `out`."""
 
 
 class Held:
@@ -31,14 +43,14 @@ class Held:
     def __init__(self, workers: int = 1) -> None:
         self._count = self.count_for(workers)
         self._lock = threading.Lock()
-        self._kept: dict[int, tuple[Lazy, Bytes]] = {}
+        self._kept: dict[int, tuple[Whole, Bytes]] = {}
 
     @staticmethod
     def count_for(workers: int) -> int:
         """How many tensors are held: one a worker, and two if experts of two kinds take turns."""
         return max(workers, 2)
 
-    def all(self, tensor: Lazy, work: Workspace) -> Bytes:
+    def all(self, tensor: Whole, work: Workspace) -> Bytes:
         """The bytes of a tensor."""
         key = id(tensor)  # it is kept with the tensor, so that no other one can have it
         with self._lock:
