@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -17,14 +16,19 @@ from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS
 from streamshard.tensors.lazy import (
     Elements,
     Lazy,
-    NotFiniteError,
     Shape,
     Window,
     check_rows,
     read_float32,
 )
-from streamshard.tensors.low_rank import BLOCK_ELEMENTS, TILE_COLUMNS, TILE_ROWS, LowRank
-from streamshard.tensors.rounding import Float64, add_and_round, add_row_squares, narrow, widen
+from streamshard.tensors.low_rank import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    LowRank,
+    cache_blocks,
+)
+from streamshard.tensors.not_finite import why_not_finite, zero_norm
+from streamshard.tensors.rounding import Float64, add_and_round, add_row_squares, widen
 from streamshard.tensors.workspace import Bytes, Float32, Workspace
 
 __all__ = ["SPAN_COLUMNS", "Computed", "Magnitude"]
@@ -191,7 +195,9 @@ class Computed(Lazy):
         """Compute a window that begins at a row and column, all of it in one strip."""
         first_row, first = at
         rows, columns = old.shape
-        for row, column, height, width in self._blocks(rows, columns, first):
+        for row, column, height, width in cache_blocks(
+            rows, columns, first, self.columns if self.terms else None
+        ):
             block = np.s_[row : row + height, column : column + width]
             place = first_row + row, first + column
             update = self.update(place[0], place[1], height, width, work, strip)
@@ -199,23 +205,6 @@ class Computed(Lazy):
             if scale is not None:
                 by = scale[block[0]] if scale.shape == (len(old), 1) else scale[:, block[1]]
             self._round(old[block], new[block], place, update, work, by)
-
-    def _blocks(self, rows: int, columns: int, first: int) -> Iterator[tuple[int, int, int, int]]:
-        """Row, column, height and width of blocks that fit the processor's cache.
-
-        They are counted from the window, whose first column is `first`; none crosses a tile's edge.
-        """
-        if not self.terms:
-            width = min(columns, BLOCK_ELEMENTS)
-            height = BLOCK_ELEMENTS // width
-            edges = [*range(0, columns, width), columns]
-        else:
-            width = min(self.columns, TILE_COLUMNS)
-            height = max(BLOCK_ELEMENTS // width // TILE_ROWS, 1) * TILE_ROWS
-            edges = [0, *range(TILE_COLUMNS - first % TILE_COLUMNS, columns, TILE_COLUMNS), columns]
-        for row in range(0, rows, height):
-            for column, end in pairwise(edges):
-                yield row, column, min(height, rows - row), end - column
 
     def _fill_scaled_rows(self, old: Elements, new: Elements, start: int, work: Workspace) -> None:
         """Rows whose norms are needed before the first of their elements is known."""
@@ -277,10 +266,7 @@ class Computed(Lazy):
         if magnitude is None:
             raise ValueError("no magnitudes")
         if not norms.all():
-            raise NotFiniteError(
-                row + int(np.argmin(norms)),
-                "the norm of this row is zero, so DoRA's scale of it is infinite",
-            )
+            raise zero_norm(row + int(np.argmin(norms)), "this row")
         first = magnitude.start + row
         vector = read_float32(magnitude.vector, first, first + len(norms), work)
         return vector.astype(np.float64) / norms[:, None]
@@ -308,11 +294,7 @@ class Computed(Lazy):
                     at = column + inner - first
                     squares[at : at + width] += np.einsum("ij,ij->j", exact, exact)
             if not squares.all():
-                raise NotFiniteError(
-                    0,
-                    f"the norm of column {first + int(np.argmin(squares)):,} is zero, so DoRA's scale "
-                    "of it is infinite",
-                )
+                raise zero_norm(0, f"column {first + int(np.argmin(squares)):,}")
             values = read_float32(vector, first, last, work).reshape(1, -1)
             return values.astype(np.float64) / np.sqrt(squares)
 
@@ -330,7 +312,7 @@ class Computed(Lazy):
     ) -> None:
         change = add_and_round(old, self.source.dtype, update, new, self.dtype, work.float32, scale)
         if not math.isfinite(change.squared):
-            raise self._not_finite(*at, old.shape, update, work, scale)
+            raise why_not_finite(self.source, self.dtype, *at, old.shape, update, work, scale)
         work.changes.add(change)
 
     def update(
@@ -361,33 +343,3 @@ class Computed(Lazy):
             term.fill(more, row, tile, strip, work)
             np.add(update, more, out=update)
         return update if width == whole else update[:, column - tile : column - tile + width]
-
-    def _not_finite(
-        self,
-        row: int,
-        column: int,
-        shape: Shape,
-        update: Float32 | None,
-        work: Workspace,
-        scale: Float64 | None,
-    ) -> NotFiniteError:
-        """Which row of a block is not finite, and why."""
-        # The block may be overwritten already: its source is read again.
-        across = column, column + shape[1]
-        base = read_float32(self.source, row, row + shape[0], work, across)
-        total = base if update is None else base + update
-        if scale is not None:
-            total = (total * scale).astype(np.float32)
-        rounded = np.empty_like(base)
-        narrow(total, self.dtype, np.empty(shape, FLOATS[self.dtype]), rounded)
-        bad = int(np.argmin(np.isfinite(rounded - base).all(axis=1)))
-        if not np.isfinite(base[bad]).all():
-            detail = "the base weight is not finite (NaN or infinite)"
-        elif np.isfinite(total[bad]).all():
-            detail = (
-                f"a value of magnitude {np.abs(total[bad]).max():g} does not fit in {self.dtype}; "
-                "write --dtype bf16 or fp32 instead"
-            )
-        else:
-            detail = "the merged weight is not finite (NaN or infinite)"
-        return NotFiniteError(row + bad, detail)

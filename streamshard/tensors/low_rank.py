@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ __all__ = [
     "Columns",
     "LowRank",
     "Transposed",
+    "cache_blocks",
 ]
 
 
@@ -218,3 +220,24 @@ class LowRank:
         chunk = rank * rows * (4 + 8 + (8 if exact else 4))
         right = 8 * TILE_COLUMNS * (rank + TILE_ROWS) if exact else 0
         return chunk + right + max(self.A.buffer_nbytes(), self.B.buffer_nbytes())
+
+
+def cache_blocks(
+    rows: int, columns: int, first: int, across: int | None
+) -> Iterator[tuple[int, int, int, int]]:
+    """Row, column, height and width of blocks that fit the processor's cache.
+
+    They are counted from the window, whose first column is `first`. Where there is a grid, over
+    `across` columns, none crosses a tile's edge.
+    """
+    if across is None:
+        width = min(columns, BLOCK_ELEMENTS)
+        height = BLOCK_ELEMENTS // width
+        edges = [*range(0, columns, width), columns]
+    else:
+        width = min(across, TILE_COLUMNS)
+        height = max(BLOCK_ELEMENTS // width // TILE_ROWS, 1) * TILE_ROWS
+        edges = [0, *range(TILE_COLUMNS - first % TILE_COLUMNS, columns, TILE_COLUMNS), columns]
+    for row in range(0, rows, height):
+        for column, end in pairwise(edges):
+            yield row, column, min(height, rows - row), end - column
