@@ -22,9 +22,10 @@ from streamshard.checkpoint.recorded_files import FileRecord, link_problem
 from streamshard.disk.files import InputFile
 from streamshard.engine.workers import Stop
 from streamshard.errors import InputError, ReadError, listed, printable
+from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.lazy import Array, Lazy, Stored
 from streamshard.tensors.rounding import count_not_finite
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["Comparison"]
 

@@ -13,9 +13,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from streamshard.tensors.arrays import Bytes, Float32
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, Shape, Window, read_float32
-from streamshard.tensors.workspace import Bytes, Float32, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = [
     "BLOCK_ELEMENTS",
