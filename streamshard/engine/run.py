@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.digests import ALGORITHM, DIGEST_NBYTES, file_record
-from streamshard.checkpoint.file_names import INDEX_NAME, REPORT_NAME
+from streamshard.checkpoint.file_names import INDEX_NAME, JOURNAL_NAME, REPORT_NAME
 from streamshard.checkpoint.header import total_parameters
 from streamshard.checkpoint.json_files import json_pieces
 from streamshard.checkpoint.record import sealed
@@ -21,7 +21,7 @@ from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, places_beside
 from streamshard.engine.fingerprint import Identity, identity
 from streamshard.engine.job import Job, Options, Plan
-from streamshard.engine.journal import JOURNAL_NAME, FinishedShard
+from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
 from streamshard.engine.plan import cast_all, planned, size_option
 from streamshard.engine.report import Report, Streamed, new_report, update
