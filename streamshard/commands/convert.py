@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.shards import shard_names
 from streamshard.commands.carry_over import Target, carry_over
@@ -146,7 +147,7 @@ def conversion_job(
     config = converted.config if dtype == "keep" else converted.config or converted.base_config
     files: dict[str, Path | bytes] = dict(converted.side_files)
     if config is not None:
-        files["config.json"] = config_bytes(config, dtype)
+        files[MODEL_CONFIG_NAME] = config_bytes(config, dtype)
     return Job(
         command=command,
         output=target,

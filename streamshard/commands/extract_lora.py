@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from streamshard.checkpoint.file_names import CONFIG_NAME, WEIGHTS_NAME
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.commands.training_checkpoint import read_wrapped
 from streamshard.commands.written_config import config_bytes
@@ -118,10 +118,10 @@ def extract_lora(
         started=started,
         tensors=tensors,
         layout=layout_of(tensors),
-        shard_of=dict.fromkeys(tensors, WEIGHTS_NAME),
+        shard_of=dict.fromkeys(tensors, ADAPTER_NAME),
         metadata={},
-        files={CONFIG_NAME: config_bytes(config, chosen.dtype)},
-        weights_name=WEIGHTS_NAME,
+        files={ADAPTER_CONFIG_NAME: config_bytes(config, chosen.dtype)},
+        weights_name=ADAPTER_NAME,
         l2_from=None,
         choices={"alpha": alpha, "adapter_name": adapter_name},
         facts={

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamshard.checkpoint.file_names import CONFIG_NAME, WEIGHTS_NAME
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.commands.identify import dims_of_source
 from streamshard.commands.written_config import config_bytes
@@ -127,7 +127,7 @@ def wrap_lora(
             layout=layout_of(named),
             shard_of={name: source.shard_of(given[beside]) for name, (_, beside) in named.items()},
             metadata=source.metadata,
-            files={**source.side_files, "config.json": config_bytes(config, chosen.dtype)},
+            files={**source.side_files, MODEL_CONFIG_NAME: config_bytes(config, chosen.dtype)},
         )
         return run(job, chosen)
     if chosen.max_shard_size is not None:
@@ -151,9 +151,9 @@ def wrap_lora(
         job,
         tensors=adapter,
         layout=layout_of(adapter),
-        shard_of=dict.fromkeys(adapter, WEIGHTS_NAME),
-        files={CONFIG_NAME: config_bytes(config, chosen.dtype)},
-        weights_name=WEIGHTS_NAME,
+        shard_of=dict.fromkeys(adapter, ADAPTER_NAME),
+        files={ADAPTER_CONFIG_NAME: config_bytes(config, chosen.dtype)},
+        weights_name=ADAPTER_NAME,
     )
     return run(job, chosen)
 

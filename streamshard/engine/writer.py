@@ -30,12 +30,13 @@ from streamshard.engine.long_names import part_name
 from streamshard.engine.staging import Staging
 from streamshard.engine.workers import Background, Progress, Stop, Stopped, share
 from streamshard.errors import AdapterError, WriteError, printable
+from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.comparing import squared_distance
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, Stored
 from streamshard.tensors.low_rank import TILE_ROWS
 from streamshard.tensors.rounding import Change, Changes
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["write_shards"]
 

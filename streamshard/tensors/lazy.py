@@ -17,17 +17,16 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from streamshard.disk.files import ByteRange
+from streamshard.tensors.arrays import Bytes, Float32
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS
 from streamshard.tensors.rounding import widen
-from streamshard.tensors.workspace import Bytes, Float32, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = [
     "READ_NBYTES",
     "Array",
-    "Elements",
     "Input",
     "Lazy",
     "NotFiniteError",
@@ -43,7 +42,6 @@ __all__ = [
 ]
 
 
-Elements: TypeAlias = npt.NDArray[np.generic]
 Shape: TypeAlias = tuple[int, ...]
 # Rows from the first number to the second, of which columns from the third to the fourth.
 Window: TypeAlias = tuple[int, int, int, int]

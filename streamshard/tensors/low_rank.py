@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from streamshard.tensors.arrays import Bytes, Float32
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import (
     READ_NBYTES,
@@ -23,7 +24,7 @@ from streamshard.tensors.lazy import (
     all_counts,
     read_float32,
 )
-from streamshard.tensors.workspace import Bytes, Float32, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = [
     "BLOCK_ELEMENTS",
