@@ -15,6 +15,7 @@ import pytest
 import reference
 import torch
 from folders import OTHER, as_custom, as_hf, carried, config_of, make, put, settings_of
+from marks import PEERS
 from models import custom_model, hf_model, logits_of
 from peft_cases import adapted, assert_close, assert_exact, exact_weights, fill, save_adapter
 from presets import PRESETS, Preset
@@ -23,11 +24,7 @@ from reference import Float64, read
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 FAMILIES = ["tiny", "tiny-internlm2"]

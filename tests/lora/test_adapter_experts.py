@@ -15,6 +15,7 @@ import peft_cases
 import pytest
 import reference
 import torch
+from marks import PEERS
 from peft_cases import (
     Experts,
     adapted,
@@ -34,11 +35,7 @@ from reference import Float64, double, normal, read
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"

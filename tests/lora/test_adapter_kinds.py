@@ -16,6 +16,7 @@ import pytest
 import reference
 import torch
 import transformers
+from marks import PEERS
 from peft.tuners.lora import LoraLayer
 from peft_cases import (
     TOKENS,
@@ -38,11 +39,7 @@ from reference import read
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 LINEAR = ["fc1", "fc2", "head"]

@@ -12,6 +12,7 @@ import peft
 import pytest
 import reference
 import torch
+from marks import PEERS
 from pairs import LAYER, Pair
 from peft_cases import (
     WEIGHTS,
@@ -32,11 +33,7 @@ from reference import load_file, normal
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 Q, K = f"{LAYER}.q_proj", f"{LAYER}.k_proj"

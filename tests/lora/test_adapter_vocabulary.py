@@ -10,6 +10,7 @@ import peft
 import pytest
 import reference
 import torch
+from marks import PEERS
 from peft_cases import (
     adapted,
     assert_close,
@@ -32,11 +33,7 @@ from reference import read
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 # --- vocabularies ---------------------------------------------------------------------------------
