@@ -165,7 +165,7 @@ def trainer() -> Trainer:
 
 
 def test_the_trainer_is_one(trainer):
-    """Names are those of formats.md 6, and the adapters and the projector matter."""
+    """Names are those that the trainer saves, and the adapters and the projector matter."""
     names = trainer.state().keys()
     stem = "language_model.base_model.model.model.layers.0.self_attn.q_proj"
     for name in (

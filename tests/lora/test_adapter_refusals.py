@@ -1,6 +1,7 @@
 """Adapters that cannot be merged exactly: refused by name, before a byte is written.
 
-The rows are those of lora.md 1.2, 1.4, 5.3 and 7. Where peft makes such an adapter it is made by peft.
+Fields of the config, names of tensors, missing or malformed ones. Where peft
+makes such an adapter it is made by peft.
 """
 
 from __future__ import annotations

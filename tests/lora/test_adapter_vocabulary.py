@@ -142,7 +142,7 @@ def test_an_adapter_of_token_rows_alone(dtype, tmp_path):
         assert_close(outputs(loaded(model, tmp_path / "out")), outputs(wrapped))
 
 
-# --- tied embeddings (lora.md 5.4) ------------------------------------------------------------------
+# --- tied embeddings --------------------------------------------------------------------------------
 
 TIED: dict[str, tuple[dict[str, Any], bool]] = {
     "head": ({"target_modules": ["lm_head"]}, False),

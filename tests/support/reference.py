@@ -1,7 +1,7 @@
 """What the tests compare with: files made and read by safetensors, and exact merges in fp64.
 
 Nothing here uses the package. Rounding is done by scaling to whole numbers, which the package,
-working on bits, does not; `test_arithmetic.py` checks it against fractions.
+working on bits, does not; `tests/tensors/test_rounding.py` checks it against fractions.
 """
 
 from __future__ import annotations
