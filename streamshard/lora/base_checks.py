@@ -12,8 +12,8 @@ import numpy as np
 
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.lora.adapter import Merged
-from streamshard.tensors.arrays import Float32
 from streamshard.tensor_names import factors_among
+from streamshard.tensors.arrays import Float32
 from streamshard.tensors.computed import SPAN_COLUMNS, Computed
 from streamshard.tensors.lazy import Lazy, read_float32
 from streamshard.tensors.low_rank import TILE_COLUMNS, TILE_ROWS
