@@ -734,10 +734,10 @@ def test_side_files_of_any_name_are_carried_or_refused(odd, pair, cli, refused):
 
 @pytest.mark.parametrize(
     "name",
-    ["streamshard.journal", "streamshard.json/x", f"{FIRST}/x.txt", f"{INDEX}/x", f"{SECOND}/a/b"],
+    ["streamshard.journal/x", "streamshard.json/x", f"{FIRST}/x.txt", f"{INDEX}/x", f"{SECOND}/a/b"],
 )
 def test_side_files_that_would_take_the_place_of_ours(name, pair, refused):
-    """Folders of these names, and the journal that an output is built with."""
+    """Folders of these names."""
     if name.startswith((FIRST, SECOND, INDEX)):
         whole = load_file(pair.base / FIRST) | load_file(pair.base / SECOND)
         for file in (FIRST, SECOND, INDEX):
@@ -750,6 +750,13 @@ def test_side_files_that_would_take_the_place_of_ours(name, pair, refused):
         more = ["--max-shard-size", "12KB"]
     put(pair.base, name)
     refused(3, name.partition("/")[0], more=more)
+
+
+def test_the_journal_of_a_base_is_not_carried_along(pair):
+    put(pair.base, "streamshard.journal")
+    streamshard.merge_lora(base=pair.base, adapter=pair.adapter, output=pair.output)
+    assert "streamshard.journal" not in files_of(pair.output)
+    streamshard.verify(pair.output, strict=True)
 
 
 def test_weights_of_others_are_left_out_whatever_their_names(pair):
