@@ -14,8 +14,9 @@ from typing import Protocol
 import xxhash
 
 from streamshard.disk.files import ByteRange, InputFile
+from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.lazy import Stored
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = [
     "ALGORITHM",

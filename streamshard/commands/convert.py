@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.shards import shard_names
 from streamshard.commands.carry_over import Target, carry_over
@@ -73,18 +74,20 @@ def _convert(
 ) -> Report:
     chosen = Options(**options)
     # Planned in a function of its own: of 40,000 tensors each mapping that is left behind counts.
-    job = _conversion(
-        command,
-        source_path,
-        reference_path,
-        save_path,
-        layout,
+    return run(
+        _conversion(
+            command,
+            source_path,
+            reference_path,
+            save_path,
+            layout,
+            chosen,
+            tokenizer_from=tokenizer_from,
+            allow_missing=allow_missing,
+            allow_unexpected=allow_unexpected,
+        ),
         chosen,
-        tokenizer_from=tokenizer_from,
-        allow_missing=allow_missing,
-        allow_unexpected=allow_unexpected,
     )
-    return run(job, chosen)
 
 
 def _conversion(
@@ -144,7 +147,7 @@ def conversion_job(
     config = converted.config if dtype == "keep" else converted.config or converted.base_config
     files: dict[str, Path | bytes] = dict(converted.side_files)
     if config is not None:
-        files["config.json"] = config_bytes(config, dtype)
+        files[MODEL_CONFIG_NAME] = config_bytes(config, dtype)
     return Job(
         command=command,
         output=target,

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from streamshard.checkpoint.file_names import CONFIG_NAME, WEIGHTS_NAME
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.commands.training_checkpoint import read_wrapped
 from streamshard.commands.written_config import config_bytes
@@ -28,7 +28,7 @@ from streamshard.engine.report import Report
 from streamshard.engine.run import run
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.internvl.detection import layout_of
-from streamshard.internvl.lora_targets import UPSTREAM_DROPOUT
+from streamshard.internvl.lora_targets import UPSTREAM_DROPOUT, upstream_alpha
 from streamshard.internvl.spelling import flat_name, flat_names, in_model
 from streamshard.limits import told
 from streamshard.lora.saved_adapter import adapter_config, adapter_key, selection
@@ -101,7 +101,9 @@ def extract_lora(
             given_name = found.saved.get(plain[name], found.base[plain[name]])
             tensors[PREFIX + in_model(name, layout)] = source.tensors[given_name]
     weights = [in_model(n, layout).removesuffix(".weight") for n in plain if n.endswith(".weight")]
-    alphas = {m: float(2 * r) if alpha is None else alpha for m, r in live_ranks.items()}
+    alphas = {
+        m: float(upstream_alpha(r)) if alpha is None else alpha for m, r in live_ranks.items()
+    }
     entries = [in_model(f"{module}.weight", layout).removesuffix(".weight") for module in saved]
     config = adapter_config(
         live_ranks,
@@ -118,10 +120,10 @@ def extract_lora(
         started=started,
         tensors=tensors,
         layout=layout_of(tensors),
-        shard_of=dict.fromkeys(tensors, WEIGHTS_NAME),
+        shard_of=dict.fromkeys(tensors, ADAPTER_NAME),
         metadata={},
-        files={CONFIG_NAME: config_bytes(config, chosen.dtype)},
-        weights_name=WEIGHTS_NAME,
+        files={ADAPTER_CONFIG_NAME: config_bytes(config, chosen.dtype)},
+        weights_name=ADAPTER_NAME,
         l2_from=None,
         choices={"alpha": alpha, "adapter_name": adapter_name},
         facts={

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint
 from streamshard.errors import InputError, printable
 from streamshard.internvl.detection import dims_from_names
@@ -67,14 +68,14 @@ def model_dims(source: Checkpoint, reference: Checkpoint, layout: str) -> Dims:
     custom, hf = configs["custom"], configs["hf"]
     architecture = None
     if custom.config is not None:
-        where = printable(str(custom.path / "config.json"))
+        where = printable(str(custom.path / MODEL_CONFIG_NAME))
         _check_layout(custom, "custom", where)
         check_config(custom.config, where)
         architecture = llm_architecture(custom.config, where)
     found = {}
     for side, checkpoint in (("custom", custom), ("hf", hf)):
         if checkpoint.config is not None:
-            where = printable(str(checkpoint.path / "config.json"))
+            where = printable(str(checkpoint.path / MODEL_CONFIG_NAME))
             _check_layout(checkpoint, side, where)
             found[side] = dims_from_config(
                 checkpoint.config, architecture=architecture, where=where
@@ -184,7 +185,7 @@ def dims_of_source(source: Checkpoint, layout: str) -> Dims:
     """The dimensions by the config, or by the names where there is none."""
     if source.config is None:
         return dims_from_names(source.tensors, layout)
-    where = printable(str(source.path / "config.json"))
+    where = printable(str(source.path / MODEL_CONFIG_NAME))
     inner = source.config.get(INNER[layout])
     # What HF calls llama has several custom classes, but the same names in HF.
     llama = layout == "hf" and isinstance(inner, dict) and inner.get("model_type") == "llama"

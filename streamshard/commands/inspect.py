@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.adapter_folder import open_adapter
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.commands.identify import dimensions
@@ -17,7 +18,9 @@ from streamshard.disk.system import reading
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError
 from streamshard.internvl.detection import detect, layout_of
+from streamshard.internvl.lora_targets import FLAGS
 from streamshard.limits import told
+from streamshard.tensor_names import factors_among
 
 __all__ = ["inspect"]
 
@@ -32,8 +35,8 @@ def inspect(path: PathLike) -> Report:
     started = time.perf_counter()
     folder = input_path(path, "a checkpoint or adapter")
     with reading(folder):
-        adapter = folder / "adapter_config.json"
-        is_adapter = adapter.is_file() and not (folder / "config.json").is_file()
+        adapter = folder / ADAPTER_CONFIG_NAME
+        is_adapter = adapter.is_file() and not (folder / MODEL_CONFIG_NAME).is_file()
     if is_adapter:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)
@@ -82,7 +85,7 @@ def _inspect_adapter(folder: Path, started: float) -> Report:
 
 def _lora_state(found: Checkpoint) -> dict[str, Any]:
     """LoRA pairs among the tensors, and the ranks that the config states."""
-    pairs = [name for name in found.tensors if ".lora_A." in name]
+    pairs = factors_among(found.tensors, "A")
     config = found.config or {}
     return {
         "wrapped": bool(pairs),
@@ -90,6 +93,5 @@ def _lora_state(found: Checkpoint) -> dict[str, Any]:
         "ranks": sorted(
             {found.tensors[name].shape[0] for name in pairs if found.tensors[name].shape}
         ),
-        "use_llm_lora": config.get("use_llm_lora"),
-        "use_backbone_lora": config.get("use_backbone_lora"),
+        **{flag: config.get(flag) for flag in FLAGS},
     }

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder, open_adapter
 from streamshard.checkpoint.digests import file_digest
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME, SUFFIX
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.commands.carry_over import carry_over
 from streamshard.commands.convert import conversion_job
@@ -123,7 +124,7 @@ def merge_lora(
     check_base(source.tensors, source.config)
     own = layout_of(source.tensors)
     converts = _converts(layout, own, reference, source)
-    name = source.path.absolute().name.removesuffix(".safetensors")
+    name = source.path.absolute().name.removesuffix(SUFFIX)
     output = f"{name}-merged" if output is None else output
     inputs = [source.path, *(f.path for f in folders)]
     inputs += [input_path(reference, "the reference")] if reference is not None else []
@@ -187,7 +188,7 @@ def merge_lora(
         facts["warnings"].append(f"{where}: has no config.json; the output has none either")
     files: dict[str, Path | bytes] = dict(side_files)
     if config is not None and (checkpoint or config != source.config or chosen.dtype != "keep"):
-        files["config.json"] = config_bytes(config, chosen.dtype)
+        files[MODEL_CONFIG_NAME] = config_bytes(config, chosen.dtype)
     job = Job(
         command="merge-lora",
         output=target,
@@ -255,7 +256,7 @@ def _adapters(
             printable(str(folder.file)),
             read_settings(
                 folder.config,
-                printable(str(folder.path / "adapter_config.json")),
+                printable(str(folder.path / ADAPTER_CONFIG_NAME)),
                 base_is_residual=base_is_residual,
             ),
             folder.tensors,

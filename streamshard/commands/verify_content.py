@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,15 +15,16 @@ from streamshard.checkpoint.digests import (
     shard_digest,
 )
 from streamshard.checkpoint.file_names import REPORT_NAME
-from streamshard.checkpoint.header import header_text
+from streamshard.checkpoint.header import framed, header_text
 from streamshard.checkpoint.open_anything import Opened, is_shard
 from streamshard.checkpoint.recorded_files import FileRecord, link_problem
 from streamshard.disk.files import InputFile
 from streamshard.engine.workers import Stop
 from streamshard.errors import InputError, ReadError, listed, printable
+from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.lazy import Array, Lazy, Stored
 from streamshard.tensors.rounding import count_not_finite
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["Comparison"]
 
@@ -163,9 +163,8 @@ class Comparison:
                 self.uncompared[name] = "it cannot be read"
                 continue
             self.compared.add(name)
-            header = struct.pack("<Q", len(text)) + text
             changed = bool(tensors & {*self.different, *self.unexpected})
-            if not changed and shard_digest(header, bytes(digests)) != record.digest:
+            if not changed and shard_digest(framed(text), bytes(digests)) != record.digest:
                 self.add(name, "its header has changed")
 
 

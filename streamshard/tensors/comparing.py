@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from streamshard.tensors.arrays import Bytes, Float64
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS, NUMPY
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, blocks
 from streamshard.tensors.rounding import squared_distance_bf16, widen
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["Distances", "equal_bytes", "is_comparable", "squared_distance", "tensor_distance"]
 
@@ -101,7 +101,7 @@ def tensor_distance(one: Lazy, other: Lazy, work: Workspace) -> tuple[float, flo
     return total, norm
 
 
-def _float64(block: Bytes, dtype: str) -> npt.NDArray[np.float64]:
+def _float64(block: Bytes, dtype: str) -> Float64:
     if dtype in NUMPY:
         return block.view(NUMPY[dtype]).astype(np.float64)
     values = np.empty(block.nbytes * 8 // DTYPE_BITS[dtype], np.float32)
