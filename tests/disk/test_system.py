@@ -16,7 +16,7 @@ PART_OF_EACH = {"held.py": {"os.lstat"}}
 
 
 def calls(file: Path) -> set[str]:
-    """What is called outside the class `System`, and outside the positioned calls that it chooses from."""
+    """What is called outside of `System` and of the positioned calls that it chooses from."""
     body = ast.parse(file.read_text(encoding="utf-8")).body
     outside = [n for n in body if getattr(n, "name", "") != "System" and not isinstance(n, ast.If)]
     nodes = (node for part in outside for node in ast.walk(part))
