@@ -74,18 +74,20 @@ def _convert(
 ) -> Report:
     chosen = Options(**options)
     # Planned in a function of its own: of 40,000 tensors each mapping that is left behind counts.
-    job = _conversion(
-        command,
-        source_path,
-        reference_path,
-        save_path,
-        layout,
+    return run(
+        _conversion(
+            command,
+            source_path,
+            reference_path,
+            save_path,
+            layout,
+            chosen,
+            tokenizer_from=tokenizer_from,
+            allow_missing=allow_missing,
+            allow_unexpected=allow_unexpected,
+        ),
         chosen,
-        tokenizer_from=tokenizer_from,
-        allow_missing=allow_missing,
-        allow_unexpected=allow_unexpected,
     )
-    return run(job, chosen)
 
 
 def _conversion(

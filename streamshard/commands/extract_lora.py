@@ -28,7 +28,7 @@ from streamshard.engine.report import Report
 from streamshard.engine.run import run
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.internvl.detection import layout_of
-from streamshard.internvl.lora_targets import UPSTREAM_DROPOUT
+from streamshard.internvl.lora_targets import UPSTREAM_DROPOUT, upstream_alpha
 from streamshard.internvl.spelling import flat_name, flat_names, in_model
 from streamshard.limits import told
 from streamshard.lora.saved_adapter import adapter_config, adapter_key, selection
@@ -101,7 +101,9 @@ def extract_lora(
             given_name = found.saved.get(plain[name], found.base[plain[name]])
             tensors[PREFIX + in_model(name, layout)] = source.tensors[given_name]
     weights = [in_model(n, layout).removesuffix(".weight") for n in plain if n.endswith(".weight")]
-    alphas = {m: float(2 * r) if alpha is None else alpha for m, r in live_ranks.items()}
+    alphas = {
+        m: float(upstream_alpha(r)) if alpha is None else alpha for m, r in live_ranks.items()
+    }
     entries = [in_model(f"{module}.weight", layout).removesuffix(".weight") for module in saved]
     config = adapter_config(
         live_ranks,

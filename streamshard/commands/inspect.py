@@ -18,7 +18,9 @@ from streamshard.disk.system import reading
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError
 from streamshard.internvl.detection import detect, layout_of
+from streamshard.internvl.lora_targets import FLAGS
 from streamshard.limits import told
+from streamshard.tensor_names import factors_among
 
 __all__ = ["inspect"]
 
@@ -83,7 +85,7 @@ def _inspect_adapter(folder: Path, started: float) -> Report:
 
 def _lora_state(found: Checkpoint) -> dict[str, Any]:
     """LoRA pairs among the tensors, and the ranks that the config states."""
-    pairs = [name for name in found.tensors if ".lora_A." in name]
+    pairs = factors_among(found.tensors, "A")
     config = found.config or {}
     return {
         "wrapped": bool(pairs),
@@ -91,6 +93,5 @@ def _lora_state(found: Checkpoint) -> dict[str, Any]:
         "ranks": sorted(
             {found.tensors[name].shape[0] for name in pairs if found.tensors[name].shape}
         ),
-        "use_llm_lora": config.get("use_llm_lora"),
-        "use_backbone_lora": config.get("use_backbone_lora"),
+        **{flag: config.get(flag) for flag in FLAGS},
     }

@@ -25,10 +25,13 @@ from streamshard.internvl.lora_targets import (
     PARTS,
     UPSTREAM,
     UPSTREAM_DROPOUT,
+    beginning,
     check_complete,
+    flags_of,
     parameters,
     target_ends,
     target_modules,
+    upstream_alpha,
 )
 from streamshard.internvl.model_config import Dims
 from streamshard.internvl.spelling import flat_names, in_model
@@ -180,7 +183,7 @@ def _ranks(
             raise UsageError(f"--{option}-alpha is {alpha}; a number above 0 was expected.")
         if r is not None:
             ranks[part] = r
-            alphas[part] = 2 * r if alpha is None else alpha
+            alphas[part] = upstream_alpha(r) if alpha is None else alpha
     if not ranks:
         raise UsageError("nothing to wrap: give --llm-r, --backbone-r or both.")
     return ranks, alphas
@@ -201,7 +204,7 @@ def _check_options(
         raise UsageError(f"--dropout is {dropout}; a number from 0 to below 1 was expected.")
     if form == "peft":
         return
-    other = [part for part, alpha in alphas.items() if alpha != 2 * ranks[part]]
+    other = [part for part, alpha in alphas.items() if alpha != upstream_alpha(ranks[part])]
     if other:
         raise UsageError(
             f"alpha of {listed(other)} is not twice the rank: a wrapped checkpoint stores no alpha, "
@@ -230,8 +233,7 @@ def _wrapped_config(source: Checkpoint, layout: str, ranks: Mapping[str, int]) -
         )
     return {
         **source.config,
-        "use_backbone_lora": ranks.get("vision_model", 0),
-        "use_llm_lora": ranks.get("language_model", 0),
+        **flags_of(ranks),
     }
 
 
@@ -245,7 +247,7 @@ def _trainable(
     """Parameters of each part as `PeftModel.get_nb_trainable_parameters` counts them."""
     counts = {}
     for part in parts:
-        prefix = PARTS[part][layout] if part in PARTS else ""
+        prefix = beginning(part, layout)
         new = sum(
             math.prod(factor.shape)
             for module, pair in pairs.items()

@@ -7,15 +7,17 @@ import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from streamshard.disk.files import Files
 from streamshard.limits import STACK_NBYTES
 from streamshard.tensors.workspace import Held, Workspace
 
-__all__ = ["Background", "Stop", "Stopped", "share"]
+__all__ = ["Background", "Progress", "Stop", "Stopped", "share"]
 
 
+Progress: TypeAlias = Callable[[int, str], None]
+"""Is told the bytes and the tensor of each finished piece."""
 T = TypeVar("T")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamshard.errors import InputError
+from streamshard.internvl.lora_targets import FLAGS
 from streamshard.internvl.model_config import INNER, section_of
 
 __all__ = ["config_fixes", "untied", "with_dtype", "with_vocabulary"]
@@ -33,7 +34,7 @@ def config_fixes(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
     fixed[INNER[layout]] = inner
     fixed["tie_word_embeddings"] = inner["tie_word_embeddings"] = False
     if layout == "custom":
-        fixed["use_llm_lora"] = fixed["use_backbone_lora"] = 0
+        fixed |= dict.fromkeys(FLAGS, 0)
     parameters = inner.get("rope_parameters")
     if not isinstance(parameters, dict):
         return fixed

@@ -12,7 +12,7 @@ from streamshard.internvl.families import FAMILIES
 from streamshard.internvl.model_config import OTHER, Dims, config_layout, llm_architecture
 from streamshard.internvl.spelling import SPELLINGS, flat_parts
 from streamshard.internvl.tables import TITLES, opened, table_of
-from streamshard.tensor_names import has_lora, plain_name
+from streamshard.tensor_names import plain_name
 
 __all__ = ["Detected", "check_side", "detect", "dims_from_names", "layout_of"]
 
@@ -32,7 +32,6 @@ class Detected:
     layout: str
     spelling: str | None
     family: str | None
-    lora_wrapped: bool
     packed_experts: bool
     evidence: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -104,7 +103,6 @@ def detect(names: Collection[str], config: Mapping[str, Any] | None = None) -> D
         layout=layout,
         spelling=spelling,
         family=family,
-        lora_wrapped=has_lora(names),
         packed_experts=bool(family)
         and not keys.isdisjoint(table_of(family, packed=True).found["hf"]),
         evidence=tuple(evidence),

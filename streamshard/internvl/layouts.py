@@ -41,7 +41,7 @@ from streamshard.internvl.tables import (
     nearest_names,
     table_of,
 )
-from streamshard.tensor_names import has_lora
+from streamshard.tensor_names import is_wrapped
 from streamshard.tensors.lazy import Lazy
 
 __all__ = ["Converted", "Piece", "convert", "pieces", "to_custom", "to_hf"]
@@ -307,7 +307,7 @@ def _complete(result: Converted[T], dims: Dims, side: str) -> dict[str, T]:
             lines.append("Nothing ties the head to the embedding, and a head is never invented.")
     if not lines:
         return result.tensors
-    if has_lora(result.unexpected):
+    if is_wrapped(result.unexpected):
         lines.append("This is a LoRA-wrapped training checkpoint: merge its pairs first.")
     else:
         lines.append("Is the checkpoint complete, and is this its config?")

@@ -29,19 +29,22 @@ __all__ = [
     "PARTS",
     "UPSTREAM",
     "UPSTREAM_DROPOUT",
+    "UPSTREAM_R",
     "Target",
+    "beginning",
     "check_complete",
+    "flags_of",
     "parameters",
     "target_ends",
     "target_modules",
+    "upstream_alpha",
 ]
 
 
+# What InternVLChatModel.wrap_llm_lora and wrap_backbone_lora do, and store nowhere.
 UPSTREAM_DROPOUT = 0.05
-
-# The part of the model that each field of the config wraps, with this rank (InternVLChatModel).
-FLAGS = {"use_llm_lora": "language_model.", "use_backbone_lora": "vision_model."}
-# Families that InternVLChatModel.wrap_llm_lora knows.
+UPSTREAM_R = 128
+# Families that wrap_llm_lora knows.
 UPSTREAM = ("llama", "qwen2", "internlm2", "phi3")
 
 # The parts of a model that are wrapped, in this order, and how their names begin in each layout.
@@ -49,6 +52,23 @@ PARTS = {
     "vision_model": {"custom": "vision_model.", "hf": "vision_tower."},
     "language_model": {"custom": "language_model.", "hf": "language_model."},
 }
+# The part that each field of the config wraps, with this rank; 0 stands for none.
+FLAGS = {"use_llm_lora": "language_model", "use_backbone_lora": "vision_model"}
+
+
+def upstream_alpha(r: int) -> int:
+    """The alpha that InternVL's trainer has with a rank."""
+    return 2 * r
+
+
+def flags_of(ranks: Mapping[str, int]) -> dict[str, int]:
+    """The fields of the config of a model whose parts are wrapped with these ranks."""
+    return {flag: ranks.get(part, 0) for flag, part in reversed(FLAGS.items())}
+
+
+def beginning(part: str, layout: str) -> str:
+    """How the names of a part begin; those of the whole "model" begin with anything."""
+    return PARTS[part][layout] if part in PARTS else ""
 
 
 @dataclass(frozen=True, slots=True)

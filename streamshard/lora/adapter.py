@@ -14,7 +14,6 @@ from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.lora.keys import Keys
 from streamshard.lora.name_matching import Place, Wanted
 from streamshard.lora.settings import LoraSettings
-from streamshard.tensor_names import EMBEDDINGS, HEADS
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
 from streamshard.tensors.workspace import Workspace
@@ -26,7 +25,6 @@ __all__ = [
     "check_target",
     "factors_of",
     "facts_of",
-    "is_of_tokens",
     "largest",
     "misfit",
     "no_sum",
@@ -112,12 +110,6 @@ def factors_of(plan: AdapterPlan, name: str) -> tuple[Lazy, Lazy]:
     """A as (r, in) and B as (out, r), kernels of convolutions flattened."""
     module, tensors = plan.keys.modules[name], plan.adapter.tensors
     return tuple(t.reshape((t.rows, t.columns)) for t in (tensors[module.A], tensors[module.B]))  # type: ignore[return-value]
-
-
-def is_of_tokens(tensor: str) -> bool:
-    """Whether a tensor is the weight of an embedding or head, which PEFT may save unasked."""
-    parts = tensor.split(".")
-    return parts[-1] == "weight" and len(parts) > 1 and parts[-2] in (*EMBEDDINGS, *HEADS)
 
 
 def facts_of(plan: AdapterPlan) -> dict[str, Any]:

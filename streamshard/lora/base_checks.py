@@ -12,6 +12,7 @@ import numpy as np
 
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.lora.adapter import Merged
+from streamshard.tensor_names import factors_among
 from streamshard.tensors.arrays import Float32
 from streamshard.tensors.computed import SPAN_COLUMNS, Computed
 from streamshard.tensors.lazy import Lazy, read_float32
@@ -110,7 +111,7 @@ def check_base(base: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> No
             f"the base is quantized: it has {listed(quantized, 3)}. An update cannot be added to "
             "quantized weights without a further loss: use the unquantized checkpoint."
         )
-    wrapped = [name for name in base if ".lora_A." in name or ".lora_B." in name]
+    wrapped = factors_among(base)
     if wrapped:
         raise InputError(
             f"the base is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. Use the "

@@ -13,7 +13,6 @@ from streamshard.lora.adapter import (
     Adapter,
     AdapterPlan,
     Merged,
-    is_of_tokens,
     no_sum,
     pattern_key,
     wanted_tensors,
@@ -21,6 +20,7 @@ from streamshard.lora.adapter import (
 from streamshard.lora.experts import parameter_names
 from streamshard.lora.keys import BASE_LAYER, read_keys
 from streamshard.lora.name_matching import OtherNames, Place, find_homes
+from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from streamshard.errors import AdapterError, InputError, listed, printable
-from streamshard.lora.adapter import Adapter, AdapterPlan, Merged, is_of_tokens, largest, no_sum
+from streamshard.lora.adapter import Adapter, AdapterPlan, Merged, largest, no_sum
 from streamshard.lora.name_matching import Place
+from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.constructors import cast
 from streamshard.tensors.dtypes import FLOATS

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -27,11 +27,13 @@ from streamshard.tensors.workspace import Workspace
 __all__ = [
     "READ_NBYTES",
     "Array",
+    "Input",
     "Lazy",
     "NotFiniteError",
     "Shape",
     "Stored",
     "Window",
+    "all_counts",
     "blocks",
     "by_elements",
     "check_elements",
@@ -53,6 +55,22 @@ class NotFiniteError(ArithmeticError):
 
     def __init__(self, row: int, detail: str) -> None:
         super().__init__(f"row {row:,}: {detail}")
+
+
+class Input(NamedTuple):
+    """A tensor of a file that another one is made of.
+
+    `whole` says that what else is in the file counts as well, as of an adapter, which is small and
+    decides everything.
+    """
+
+    tensor: Stored
+    whole: bool
+
+
+def all_counts(inputs: Iterable[Input]) -> Iterator[Input]:
+    """The like of files of which everything counts."""
+    return (found._replace(whole=True) for found in inputs)
 
 
 class Lazy(ABC):
@@ -149,6 +167,10 @@ class Lazy(ABC):
         """What is kept in memory as a whole, for all workers, while windows are filled."""
         return ()
 
+    def inputs(self) -> Iterator[Input]:
+        """What is read from files, in the order of the expression."""
+        return iter(())
+
 
 @dataclass(frozen=True, slots=True)
 class Stored(Lazy):
@@ -162,6 +184,9 @@ class Stored(Lazy):
 
     def ranges(self) -> tuple[ByteRange, ...]:
         return (ByteRange(self.path, self.offset, self.nbytes, self.file_nbytes),)
+
+    def inputs(self) -> Iterator[Input]:
+        yield Input(self, whole=False)
 
     def take(self, start: int, stop: int) -> Stored:
         check_rows(self, start, stop)

@@ -6,7 +6,7 @@ the same tiles are computed whatever part of a tensor is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -15,7 +15,15 @@ import numpy.typing as npt
 
 from streamshard.tensors.arrays import Bytes, Float32
 from streamshard.tensors.dtypes import FLOATS
-from streamshard.tensors.lazy import READ_NBYTES, Lazy, Shape, Window, read_float32
+from streamshard.tensors.lazy import (
+    READ_NBYTES,
+    Input,
+    Lazy,
+    Shape,
+    Window,
+    all_counts,
+    read_float32,
+)
 from streamshard.tensors.workspace import Workspace
 
 __all__ = [
@@ -28,6 +36,7 @@ __all__ = [
     "Columns",
     "LowRank",
     "Transposed",
+    "add_up",
     "cache_blocks",
 ]
 
@@ -84,6 +93,9 @@ class Transposed(Lazy):
     def held(self) -> tuple[Lazy, ...]:
         return self.source.held()
 
+    def inputs(self) -> Iterator[Input]:
+        return self.source.inputs()
+
 
 @dataclass(frozen=True, slots=True)
 class Columns(Lazy):
@@ -132,6 +144,9 @@ class Columns(Lazy):
 
     def held(self) -> tuple[Lazy, ...]:
         return (self.source,) if self.source.nbytes <= HELD_NBYTES else ()
+
+    def inputs(self) -> Iterator[Input]:
+        return self.source.inputs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +222,15 @@ class LowRank:
         kept: npt.NDArray[np.floating] = work.kept(B, ("scaled", self.scale), first, read)
         return kept[tile - first : tile - first + TILE_ROWS]
 
+    def held(self) -> tuple[Lazy, ...]:
+        """What is kept in memory as a whole."""
+        return (*self.A.held(), *self.B.held())
+
+    def inputs(self) -> Iterator[Input]:
+        """What the factors are read from."""
+        yield from all_counts(self.A.inputs())
+        yield from all_counts(self.B.inputs())
+
     def _chunk_rows(self) -> int:
         tiles = CHUNK_ELEMENTS // (self.B.columns * TILE_ROWS)
         return min(max(tiles, 1) * TILE_ROWS, CHUNK_ROWS)
@@ -219,6 +243,22 @@ class LowRank:
         chunk = rank * rows * (4 + 8 + (8 if exact else 4))
         right = 8 * TILE_COLUMNS * (rank + TILE_ROWS) if exact else 0
         return chunk + right + max(self.A.buffer_nbytes(), self.B.buffer_nbytes())
+
+
+def add_up(
+    terms: Sequence[LowRank],
+    out: Float32,
+    row: int,
+    column: int,
+    strip: tuple[int, int],
+    work: Workspace,
+) -> None:
+    """Put the sum of the same part of several updates into `out`; added in their order, in fp32."""
+    terms[0].fill(out, row, column, strip, work)
+    for term in terms[1:]:
+        more = work.float32("more", len(out), out.shape[1])
+        term.fill(more, row, column, strip, work)
+        np.add(out, more, out=out)
 
 
 def cache_blocks(
