@@ -24,6 +24,7 @@ from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = [
+    "MAX_NAME_BYTES",
     "Header",
     "build_header",
     "data_start",

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.header import MAX_NAME_BYTES
 from streamshard.disk.files import InputFile
 from streamshard.errors import InputError, StreamshardError, printable
 from streamshard.limits import Need, check_room
@@ -16,7 +17,6 @@ from streamshard.tensors.lazy import Array, Lazy
 __all__ = ["read_pickled"]
 
 
-MAX_NAME = 1024  # as in headers
 _TORCH = Need(145_000_000, 540_000_000, 215_000_000)
 """Measured: importing torch without CUDA and loading a small file. It may crash with less."""
 
@@ -80,7 +80,11 @@ def _array(file: Path, name: object, tensor: Any) -> Array:
     import torch
 
     names = {getattr(torch, known): name for name, known in TORCH_DTYPES.items()}
-    if not isinstance(name, str) or len(name) > MAX_NAME or not isinstance(tensor, torch.Tensor):
+    if (
+        not isinstance(name, str)
+        or len(name) > MAX_NAME_BYTES
+        or not isinstance(tensor, torch.Tensor)
+    ):
         raise InputError.at(file, f"'{printable(str(name))}' is no named tensor.")
     if tensor.dtype not in names:
         raise InputError.at(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.digests import new_digest
+from streamshard.checkpoint.digests import DIGEST_NBYTES, new_digest
 from streamshard.checkpoint.json_files import json_object
 from streamshard.disk.files import read_bytes
 from streamshard.errors import InputError
@@ -23,7 +23,7 @@ MAX_RECORD_BYTES = 50_000_000  # a few lines for each of 40,000 tensors
 _END = b"\n}\n"
 _KEY = b',\n  "record_digest": "'
 _TAIL = b'"' + _END
-_DIGEST_CHARACTERS = 32
+_DIGEST_CHARACTERS = 2 * DIGEST_NBYTES
 
 
 def sealed(pieces: Iterable[bytes]) -> Iterator[bytes]:
