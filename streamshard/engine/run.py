@@ -18,11 +18,12 @@ from streamshard.checkpoint.shards import Shard, index_pieces, plan_shards
 from streamshard.disk.folders import sync_folder
 from streamshard.disk.inputs import active
 from streamshard.disk.new_files import copy_file, write_new
-from streamshard.engine.beside_output import check_beside, places_beside
+from streamshard.engine.beside_output import check_beside
 from streamshard.engine.fingerprint import Identity, identity
 from streamshard.engine.job import Job, Options, Plan
 from streamshard.engine.journal import JOURNAL_NAME, FinishedShard
 from streamshard.engine.long_names import part_name
+from streamshard.engine.output_path import check_inputs
 from streamshard.engine.plan import cast_all, planned, size_option
 from streamshard.engine.report import Report, Streamed, new_report, update
 from streamshard.engine.report import finished as in_the_end
@@ -49,6 +50,7 @@ def run(job: Job, options: Options) -> Report:
     job = replace(job, tensors={}, shard_of={})  # they are in the shards now
     _check_names(job, shards)
     plan = planned(job, shards, options)
+    check_inputs(job.output)
     if options.on_plan is not None:
         options.on_plan(plan)
     report: Report = {
@@ -98,9 +100,6 @@ def _write(
     if not all(name in distances.squared for name in reference):
         reference = {n: t for n, t in reference.items() if n in distances.squared}
     inputs = active()
-    if inputs is not None:
-        target = plan.output.resolve()
-        inputs.leave_out(target, *places_beside(target).values())
     with output_folder(
         plan.output,
         _identity(job, plan, reference, options),

@@ -24,7 +24,8 @@ from interrupted_runs import (
     killed,
     partial,
 )
-from pairs import Outcome, Pair
+from pairs import Pair
+from places import Cli, lock, make_output, old, state
 
 import streamshard
 from streamshard.disk import held
@@ -35,24 +36,6 @@ from streamshard.engine.journal import Journal
 from streamshard.errors import OutputError
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-
-State = dict[str, Any]
-Cli = Callable[..., Outcome]
-
-
-def state(folder: Path) -> State:
-    """All there is in a folder: kind, mode, inode, owner, number of names, and content."""
-    found: State = {}
-    for path in [folder, *sorted(folder.rglob("*"))]:
-        entry = path.lstat()
-        data: Any = None
-        if stat.S_ISREG(entry.st_mode):
-            data = path.read_bytes()
-        elif stat.S_ISLNK(entry.st_mode):
-            data = path.readlink()
-        kept = (entry.st_mode, entry.st_ino, entry.st_uid, entry.st_nlink, data)
-        found[str(path.relative_to(folder))] = kept
-    return found
 
 
 def left_alone(pair: Pair, cli: Cli, where: Path, *more: str, what: str = "") -> None:
@@ -67,23 +50,10 @@ def left_alone(pair: Pair, cli: Cli, where: Path, *more: str, what: str = "") ->
     assert state(pair.root) == before
 
 
-def lock(pair: Pair) -> Path:
-    return places_beside(pair.output)["lock"]
-
-
-def old(pair: Pair) -> Path:
-    return places_beside(pair.output)["old"]
-
-
 def interrupt(pair: Pair) -> None:
     """Leave what a run leaves that is killed at its first shard; its lock alone would go in any case."""
     killed(AFTER_A_SHARD, [*pair.command, "--workers", "1"])
     lock(pair).unlink()
-
-
-def make_output(pair: Pair) -> dict[str, Any]:
-    streamshard.merge_lora(base=pair.base, adapter=pair.adapter, output=pair.output, weight=[0.5])
-    return content(pair.output)
 
 
 def foreign(path: Path, how: str, pair: Pair) -> str:
