@@ -10,13 +10,13 @@ from typing import Any
 from streamshard.checkpoint.adapter_folder import open_adapter
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
-from streamshard.commands.identify import dimensions
+from streamshard.commands.identify import Model, dimensions
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError
-from streamshard.internvl.detection import detect, layout_of
+from streamshard.internvl.detection import layout_of
 from streamshard.internvl.lora_targets import FLAGS
 from streamshard.limits import told
 from streamshard.tensor_names import factors_among
@@ -39,13 +39,13 @@ def inspect(path: PathLike) -> Report:
     if is_adapter:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)
-    report = new_report("inspect", found.tensors, layout_of(found.tensors))
+    report = new_report("inspect", found.tensors, None)
     files = Counter(dict.fromkeys(found.metadata, 0))
     for name, tensor in found.tensors.items():
         files[found.shard_of(name)] += tensor.nbytes
     facts: dict[str, Any] = dict.fromkeys(("spelling", "family", "packed_experts", "evidence"))
     try:
-        seen = detect(list(found.tensors), found.config)
+        seen = Model(found).detected
         facts = {
             "layout": seen.layout,
             "spelling": seen.spelling,
@@ -59,7 +59,7 @@ def inspect(path: PathLike) -> Report:
     report |= {
         **facts,
         "path": str(found.path),
-        "dimensions": dimensions(found),
+        "dimensions": dimensions(found.config),
         "dtypes": dict(Counter(tensor.dtype for tensor in found.tensors.values())),
         "files": dict(files),
         "shards": len(found.metadata),

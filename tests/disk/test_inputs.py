@@ -26,7 +26,7 @@ from reference import load_file, save_file
 
 import streamshard
 from streamshard.checkpoint import digests, pickled
-from streamshard.commands import inspect, verify_content
+from streamshard.commands import identify, verify_content
 from streamshard.disk import files, inputs
 from streamshard.disk.files import ByteRange, Files, InputFile
 from streamshard.disk.system import system
@@ -526,7 +526,7 @@ def test_inspect(name, full, monkeypatch):
         replaced(full.base / name)
         return detect(*arguments)
 
-    monkeypatch.setattr(inspect, "detect", later)
+    monkeypatch.setattr(identify, "detect", later)
     with pytest.raises(ChangedError, match=name):
         streamshard.inspect(full.base)
 
