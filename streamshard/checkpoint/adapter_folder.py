@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    PICKLED_ADAPTER_NAME,
+)
 from streamshard.checkpoint.folder import has, no_such
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
@@ -44,24 +49,24 @@ def _open_adapter(path: Path) -> AdapterFolder:
         path = path.parent
     if not path.is_dir():
         raise no_such(path, "adapter folder")
-    if not has(path / "adapter_config.json"):
-        inner = sorted(found.parent.name for found in path.glob("*/adapter_config.json"))
+    if not has(path / ADAPTER_CONFIG_NAME):
+        inner = sorted(found.parent.name for found in path.glob(f"*/{ADAPTER_CONFIG_NAME}"))
         hint = (
             f"Adapters lie in its sub-folders {listed(inner)}: give one of these."
             if inner
             else "Give the folder that PEFT's save_pretrained wrote."
         )
-        raise InputError(f"{printable(str(path))}: has no adapter_config.json. {hint}")
-    config = read_json_object(path / "adapter_config.json")
-    file = path / "adapter_model.safetensors"
+        raise InputError(f"{printable(str(path))}: has no {ADAPTER_CONFIG_NAME}. {hint}")
+    config = read_json_object(path / ADAPTER_CONFIG_NAME)
+    file = path / ADAPTER_NAME
     if has(file):
         tensors: Mapping[str, Lazy] = read_header(file).tensors
-    elif has(path / "adapter_model.bin"):
-        file = path / "adapter_model.bin"
+    elif has(path / PICKLED_ADAPTER_NAME):
+        file = path / PICKLED_ADAPTER_NAME
         tensors = _unpickle(file)
     else:
         raise InputError(
-            f"{printable(str(path))}: has neither adapter_model.safetensors nor adapter_model.bin."
+            f"{printable(str(path))}: has neither {ADAPTER_NAME} nor {PICKLED_ADAPTER_NAME}."
             " The folder is incomplete: copy or save the adapter again."
         )
     if not tensors:

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.file_names import (
+    ADAPTER_CONFIG_NAME,
     INDEX_NAME,
+    MODEL_CONFIG_NAME,
     NOT_CARRIED,
     NOT_ENTERED,
     SINGLE_NAME,
+    SUFFIX,
     TOKENIZER,
 )
 from streamshard.checkpoint.header import Header, read_header
@@ -69,9 +72,9 @@ def open_checkpoint(path: PathLike, *, needs_weights: bool = True) -> Checkpoint
     with reading(path):
         if not path.exists():
             raise no_such(path, "file or folder")
-        if path.is_file() and path.suffix != ".safetensors":
+        if path.is_file() and path.suffix != SUFFIX:
             raise InputError(
-                f"{printable(str(path))}: is no .safetensors file. Give the checkpoint's folder."
+                f"{printable(str(path))}: is no {SUFFIX} file. Give the checkpoint's folder."
             )
         if path.is_file():
             header = read_header(path)
@@ -118,7 +121,7 @@ def _find_weights(folder: Path) -> Path:
             f"{printable(str(folder))}: has {len(others)} .safetensors files but no {INDEX_NAME}, "
             "so what belongs together is not known. Add the index, or give one file."
         )
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
         raise InputError(
             f"{printable(str(folder))}: is a PEFT adapter, not a checkpoint. "
             "Pass it as --adapter and the model it was trained on as --base."
@@ -127,14 +130,14 @@ def _find_weights(folder: Path) -> Path:
     hint = (
         f"It has {listed(pickles, 2)}: convert these to safetensors first."
         if pickles
-        else "Give a folder with model.safetensors or an index."
+        else f"Give a folder with {SINGLE_NAME} or an index."
     )
     raise InputError(f"{printable(str(folder))}: has no .safetensors weights. {hint}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
     # Not by `glob`, which takes a folder that may not be read for an empty one.
-    return sorted(path for path in folder.iterdir() if path.name.endswith(".safetensors"))
+    return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
 
 
 def _open_index(index: Path) -> dict[str, Header]:
@@ -268,5 +271,5 @@ def outside(folder: Path, file: Path) -> Path | None:
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
-    file = folder / "config.json"
+    file = folder / MODEL_CONFIG_NAME
     return read_json_object(file) if has(file) else None

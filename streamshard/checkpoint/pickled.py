@@ -10,6 +10,7 @@ from typing import Any
 from streamshard.disk.files import InputFile
 from streamshard.errors import InputError, StreamshardError, printable
 from streamshard.limits import Need, check_room
+from streamshard.tensors.dtypes import TORCH_DTYPES
 from streamshard.tensors.lazy import Array, Lazy
 
 __all__ = ["read_pickled"]
@@ -77,7 +78,7 @@ def _load(file: InputFile) -> Any:
 def _array(where: str, name: object, tensor: Any) -> Array:
     import torch
 
-    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+    names = {getattr(torch, known): name for name, known in TORCH_DTYPES.items()}
     if not isinstance(name, str) or len(name) > MAX_NAME or not isinstance(tensor, torch.Tensor):
         raise InputError(f"{where}: '{printable(str(name))}' is no named tensor.")
     if tensor.dtype not in names:

@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 import click
 
+import streamshard
+
 __all__ = ["CONTEXT", "conversion_options", "output_options", "reading_options"]
 
 
@@ -38,7 +40,7 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--dtype",
-            type=click.Choice(["keep", "bf16", "fp16", "fp32"]),
+            type=click.Choice(["keep", *streamshard.DTYPES]),
             default="keep",
             show_default=True,
             help="Round every float tensor to this dtype, once.",

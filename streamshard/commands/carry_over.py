@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.file_names import TOKENIZER
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, TOKENIZER
 from streamshard.checkpoint.json_files import MAX_TOKENIZER_BYTES, read_json_object
 from streamshard.commands.identify import Model, model_dims
 from streamshard.commands.written_config import config_bytes
@@ -59,7 +59,7 @@ class Target:
     def files(self, dtype: str) -> dict[str, Path | bytes]:
         """What is to lie beside the tensors when they are written as `--dtype` says."""
         config = self.config if dtype == "keep" else self.config or self.base_config
-        own = {} if config is None else {"config.json": config_bytes(config, dtype)}
+        own = {} if config is None else {MODEL_CONFIG_NAME: config_bytes(config, dtype)}
         return {**self.side_files, **own}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint
 from streamshard.errors import InputError, printable
 from streamshard.internvl.detection import Detected, detect, dims_from_names, layout_of
@@ -121,7 +122,7 @@ class Model:
         """The dimensions by the config, or by the names where there is none."""
         if self.config is None:
             return dims_from_names(self.tensors, self.layout or "custom")
-        return dims_of(self.config, where=printable(str(self.path / "config.json")))
+        return dims_of(self.config, where=printable(str(self.path / MODEL_CONFIG_NAME)))
 
 
 def dims_of(config: Mapping[str, Any], name: str = "", where: str = "config.json") -> Dims:
@@ -151,7 +152,7 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
     custom, hf = configs["custom"], configs["hf"]
     architecture = None
     if custom.config is not None:
-        where = printable(str(custom.path / "config.json"))
+        where = printable(str(custom.path / MODEL_CONFIG_NAME))
         _check_layout(custom, "custom", where)
         check_config(custom.config, where)
         architecture = llm_architecture(custom.config, where)
@@ -159,7 +160,7 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
     for side in LAYOUTS:
         config = configs[side].config
         if config is not None:
-            where = printable(str(configs[side].path / "config.json"))
+            where = printable(str(configs[side].path / MODEL_CONFIG_NAME))
             _check_layout(configs[side], side, where)
             found[side] = dims_from_config(config, architecture=architecture, where=where)
     if not found:

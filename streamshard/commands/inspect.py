@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.adapter_folder import open_adapter
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.commands.identify import Model, dimensions
@@ -34,8 +35,8 @@ def inspect(path: PathLike) -> Report:
     started = time.perf_counter()
     folder = input_path(path, "a checkpoint or adapter")
     with reading(folder):
-        adapter = folder / "adapter_config.json"
-        is_adapter = adapter.is_file() and not (folder / "config.json").is_file()
+        adapter = folder / ADAPTER_CONFIG_NAME
+        is_adapter = adapter.is_file() and not (folder / MODEL_CONFIG_NAME).is_file()
     if is_adapter:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)

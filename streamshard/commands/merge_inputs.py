@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder, open_adapter
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.commands.identify import Model
 from streamshard.commands.training_checkpoint import open_wrapped
@@ -116,7 +117,7 @@ def _adapters(folders: Sequence[AdapterFolder], asked: Asked) -> list[Adapter]:
             printable(str(folder.file)),
             read_settings(
                 folder.config,
-                printable(str(folder.path / "adapter_config.json")),
+                printable(str(folder.path / ADAPTER_CONFIG_NAME)),
                 base_is_residual=asked.base_is_residual,
             ),
             folder.tensors,

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder
 from streamshard.checkpoint.digests import file_digest
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, SUFFIX
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.shards import shard_names
 from streamshard.commands.carry_over import Differences, carry_over
@@ -175,7 +176,7 @@ def _goal(asked: Asked, base: Model) -> tuple[Layout, PathLike] | None:
 
 def _output(asked: Asked, inputs: Inputs, chosen: Options) -> Path:
     """Where the result goes, which must be none of the inputs."""
-    name = inputs.base.path.absolute().name.removesuffix(".safetensors")
+    name = inputs.base.path.absolute().name.removesuffix(SUFFIX)
     output = f"{name}-merged" if asked.output is None else asked.output
     read = [inputs.base.path, *(folder.path for folder in inputs.folders)]
     if asked.reference is not None:
@@ -276,7 +277,7 @@ def _kept(asked: Asked, base: Model, folded: _Folded, beside: Beside, dtype: str
     if beside.config is None:
         warnings.append(f"{base.where}: has no config.json; the output has none either")
     elif asked.checkpoint or beside.config != base.config or dtype != "keep":
-        files["config.json"] = config_bytes(beside.config, dtype)
+        files[MODEL_CONFIG_NAME] = config_bytes(beside.config, dtype)
     tensors = folded.merged.tensors
     return _Written(
         tensors=tensors,

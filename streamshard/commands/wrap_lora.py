@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from streamshard.checkpoint.file_names import CONFIG_NAME, WEIGHTS_NAME
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.commands.identify import Model
 from streamshard.commands.written_config import config_bytes
@@ -124,7 +124,7 @@ def wrap_lora(
             metadata=source.checkpoint.metadata,
             files={
                 **source.checkpoint.side_files,
-                "config.json": config_bytes(flagged, chosen.dtype),
+                MODEL_CONFIG_NAME: config_bytes(flagged, chosen.dtype),
             },
             l2_from=None,
             facts=facts,
@@ -154,10 +154,10 @@ def wrap_lora(
         started=started,
         tensors=adapter,
         layout=layout_of(adapter),
-        shard_of=dict.fromkeys(adapter, WEIGHTS_NAME),
+        shard_of=dict.fromkeys(adapter, ADAPTER_NAME),
         metadata={},
-        files={CONFIG_NAME: config_bytes(config, chosen.dtype)},
-        weights_name=WEIGHTS_NAME,
+        files={ADAPTER_CONFIG_NAME: config_bytes(config, chosen.dtype)},
+        weights_name=ADAPTER_NAME,
         l2_from=None,
         facts=facts,
         choices=choices,

@@ -8,32 +8,36 @@ output is finished, and once more when everything is read. Nothing is read twice
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
+from streamshard.disk.system import AnyPath, reading, system
 from streamshard.errors import (
     AdapterError,
     ChangedError,
     InputError,
+    ReadError,
     StreamshardError,
     UsageError,
     VerificationError,
     printable,
 )
 
-__all__ = ["Inputs", "Opened", "Stamp", "active", "changed", "watched", "watching"]
+__all__ = ["Inputs", "Opened", "Stamp", "active", "changed", "named", "watched", "watching"]
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 # Systems keep times in ticks of 1 to 16 ms: two changes within one cannot be told apart.
 TICK_NS = 20_000_000
 MOST_HELD = 256
@@ -75,6 +79,23 @@ class Opened(Protocol):
         """Give the descriptor back."""
 
 
+@dataclass
+class _Seen:
+    """A file that was open elsewhere, as it was then."""
+
+    path: str | Path
+    stamp: Stamp
+
+    def stamp_again(self) -> None:
+        """It is known as it was."""
+
+    def named(self) -> Stamp | None:
+        return named(self.path)
+
+    def release(self) -> None:
+        """It has no descriptor here."""
+
+
 class Inputs:
     """Everything that a run has opened to read from; safe to share between threads.
 
@@ -102,6 +123,12 @@ class Inputs:
         """These, and what lies below them, are the run's own to change."""
         with self._lock:
             self._own += tuple(str(place) for place in places)
+
+    def expect(self, stamps: Mapping[str, Stamp]) -> None:
+        """Take note of files that others have opened, by their paths, as they were then."""
+        with self._lock:
+            for path, stamp in stamps.items():
+                self._noted.setdefault(path, _Seen(path, stamp))
 
     def note(self, file: Opened) -> bool:
         """Take note of a file that was opened; False if it is no input.
@@ -206,6 +233,18 @@ def watched(command: Callable[P, T]) -> Callable[P, T]:
             return command(*args, **kwargs)
 
     return run
+
+
+def named(path: AnyPath) -> Stamp | None:
+    """The stamp of what has this name by now, also through a link; None if nothing has."""
+    try:
+        with reading(path):
+            return Stamp.of(system.stat(path))
+    except (InputError, ReadError) as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _GONE:
+            return None
+        raise
 
 
 def changed(path: str | Path, before: Stamp, now: Stamp | None) -> ChangedError:

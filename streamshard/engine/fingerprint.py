@@ -1,10 +1,11 @@
 """What a run is to write, told by content: whether a later run may continue an earlier one.
 
-An identity is plain JSON: the options and versions that bytes depend on, a digest of each input, and
-a digest of the recipe, which is the headers of all files and the expression of every tensor. Paths
-do not count. Adapters and small files are read whole, and their times do not count either; of the
-large shards of checkpoints it is the size, the header, blocks spread over the data, and when the file
-was last changed, as nobody would wait for all of it to be read once more.
+A fingerprint is what a plan knows: the options that bytes depend on, and a digest of the recipe, which
+is the headers of all files and the expression of every tensor. Nothing is read for it. An identity
+has beside that what is there when the plan is carried out, as plain JSON: the versions, and a digest
+of each input. Paths do not count. Adapters and small files are read whole, and their times do not
+count either; of the large shards of checkpoints it is the size, the header, blocks spread over the
+data, and when the file was last changed, as nobody would wait for all of it to be read once more.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from streamshard.checkpoint.digests import Hash, file_digest, hash_file, new_digest
+from streamshard.checkpoint.header import data_start
 from streamshard.disk.files import InputFile
 from streamshard.errors import printable
-from streamshard.tensors.computed import Computed, Magnitude
-from streamshard.tensors.lazy import Stored
-from streamshard.tensors.low_rank import LowRank
+from streamshard.tensors.lazy import Lazy, Stored
 from streamshard.version import __version__
 
-__all__ = ["Identity", "differences", "identity"]
+__all__ = ["Fingerprint", "Identity", "differences", "fingerprint"]
 
 
 Identity: TypeAlias = dict[str, Any]
@@ -34,34 +35,43 @@ SAMPLES = 16
 SAMPLE_NBYTES = 64 * 1024
 
 
-def identity(
-    *,
-    command: str,
-    options: Mapping[str, Any],
-    recipe: Iterable[Any],
-    files: Mapping[str, Path | bytes],
-) -> Identity:
-    """The identity of a run.
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What must be the same for another run to continue this one, as far as a plan knows it."""
 
-    `options` are those that users know, `recipe` is made of tensors, strings, numbers and bytes,
-    `files` are what lies beside the weights, by name: a file to copy, or content.
-    """
+    command: str
+    options: Mapping[str, Any]
+    """Those that users know."""
+    recipe: str
+    inputs: tuple[tuple[str, bool], ...]
+    """The files that tensors are read from, and whether all that is in them counts."""
+
+    def identity(self, files: Mapping[str, Path | bytes]) -> Identity:
+        """All that must be the same: for this every input is looked at.
+
+        `files` are what lies beside the weights, by name: a file to copy, or content.
+        """
+        inputs = [
+            [path, *((file_digest(Path(path)), None) if whole else _sampled(Path(path)))]
+            for path, whole in self.inputs
+        ]
+        return {
+            "streamshard": __version__,
+            "command": self.command,
+            "options": dict(self.options),
+            "arithmetic": _arithmetic(),
+            "inputs": inputs,
+            "files": {name: _content_digest(content) for name, content in sorted(files.items())},
+            "recipe": self.recipe,
+        }
+
+
+def fingerprint(command: str, options: Mapping[str, Any], recipe: Iterable[Any]) -> Fingerprint:
+    """The fingerprint of a plan whose `recipe` is made of tensors, strings, numbers and bytes."""
     walk = _Recipe()
     for part in recipe:
-        walk.add(part, whole=False)
-    inputs = [
-        [path, *((file_digest(Path(path)), None) if whole else _sampled(Path(path)))]
-        for path, whole in walk.inputs.items()
-    ]
-    return {
-        "streamshard": __version__,
-        "command": command,
-        "options": dict(options),
-        "arithmetic": _arithmetic(),
-        "inputs": inputs,
-        "files": {name: _content_digest(content) for name, content in sorted(files.items())},
-        "recipe": walk.digest.hexdigest(),
-    }
+        walk.add(part)
+    return Fingerprint(command, options, walk.digest.hexdigest(), tuple(walk.inputs.items()))
 
 
 def differences(old: Identity, new: Identity) -> list[str]:
@@ -147,34 +157,40 @@ class _Recipe:
         self._numbers: dict[str, int] = {}
         self._fields: dict[type, tuple[str, ...]] = {}
 
-    def add(self, value: Any, *, whole: bool) -> None:
+    def add(self, value: Any) -> None:
+        """Add a tensor, or what stands beside tensors."""
+        if isinstance(value, Lazy):
+            for found in value.inputs():
+                path = found.tensor.path
+                self._numbers.setdefault(path, len(self._numbers))
+                self.inputs[path] = self.inputs.get(path, False) or found.whole
+        self._put(value)
+
+    def _put(self, value: Any) -> None:
         if isinstance(value, Stored):
-            number = self._numbers.setdefault(value.path, len(self._numbers))
-            self.inputs[value.path] = self.inputs.get(value.path, False) or whole
-            self._put(f"Stored {number} {value.offset} {value.shape} {value.dtype}")
+            number = self._numbers[value.path]
+            self._text(f"Stored {number} {value.offset} {value.shape} {value.dtype}")
         elif dataclasses.is_dataclass(value):
             kind = type(value)
             if kind not in self._fields:
                 self._fields[kind] = tuple(field.name for field in dataclasses.fields(value))
-            self._put(kind.__name__)
+            self._text(kind.__name__)
             for name in self._fields[kind]:
-                # Factors are small and decide everything: all of their file is looked at.
-                factors = kind in (LowRank, Magnitude) or (whole and kind is not Computed)
-                self.add(getattr(value, name), whole=factors)
+                self._put(getattr(value, name))
         elif isinstance(value, np.ndarray):
-            self._put(f"array {value.shape} {value.dtype}")
+            self._text(f"array {value.shape} {value.dtype}")
             self.digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         elif isinstance(value, (tuple, list)):
-            self._put(f"{len(value)} of")
+            self._text(f"{len(value)} of")
             for part in value:
-                self.add(part, whole=whole)
+                self._put(part)
         elif isinstance(value, bytes):
-            self._put(f"{len(value)} bytes")
+            self._text(f"{len(value)} bytes")
             self.digest.update(value)
         else:
-            self._put(repr(value))
+            self._text(repr(value))
 
-    def _put(self, text: str) -> None:
+    def _text(self, text: str) -> None:
         self.digest.update(text.encode(errors="backslashreplace") + b"\n")
 
 
@@ -193,7 +209,7 @@ def _sampled(path: Path) -> tuple[str, list[int] | None]:
     """
     digest, changed = new_digest(), None
     with InputFile(path) as file:
-        header = 8 + int.from_bytes(file.read(0, 8), "little")
+        header = data_start(file)
         if file.nbytes <= header + SAMPLES * SAMPLE_NBYTES:
             hash_file(path, digest)
         else:

@@ -7,20 +7,59 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import SINGLE_NAME
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
+from streamshard.disk.inputs import Stamp
+from streamshard.engine.fingerprint import Fingerprint
 from streamshard.engine.report import Report
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["Job", "Options", "Plan"]
+__all__ = ["Compared", "Job", "Options", "Plan"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What is measured: the L2 distance of every tensor of `names` from that of `reference`.
+
+    Those that have no entry there are computed, and measured from what they are made of.
+    `parameters` counts the elements of all of them; `skipped` are those that cannot be compared.
+    """
+
+    source: str | None
+    """Where the report says that the distances are from."""
+    names: tuple[str, ...]
+    reference: Mapping[str, Stored]
+    parameters: int
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run would do, known before any weight is read; handed to `on_plan`."""
+    """All that a run will do, known before any weight is read; a value that can be kept and sent.
 
+    It is carried out by `execute`, in this process or another one (paths are as they were given:
+    relative ones are from the same folder), and shown by `--dry-run`.
+    """
+
+    command: str
     output: Path
+    layout: str | None
+    """What the report calls the layout of the tensors."""
     shards: tuple[Shard, ...]
+    files: Mapping[str, Path | bytes]
+    """What lies beside the weights, by name in the output: a file to copy, or content."""
+    compared: Compared
+    must_change: bool
+    """Whether it is an error if everything written equals its source."""
+    facts: Mapping[str, Any]
+    """Further keys of the report."""
+    fingerprint: Fingerprint
+    """By which a run can tell whether it may continue another one."""
+    inputs: Mapping[str, Stamp]
+    """Every file that was opened so far, as it was then; it must be the same when it is read."""
+    overwrite: bool
+    sha256: bool
     nbytes: int
     free_nbytes: int | None
     """None where the disk does not tell it."""
@@ -83,7 +122,7 @@ class Job:
     shard_of: Mapping[str, str]
     metadata: Mapping[str, Mapping[str, str]]
     files: Mapping[str, Path | bytes]
-    weights_name: str = "model.safetensors"
+    weights_name: str = SINGLE_NAME
     """What the file of the weights is called if there is only one."""
     l2_from: str | None
     reference: Mapping[str, Stored] | None = None

@@ -1,22 +1,30 @@
-"""From a job to its plan: workers, memory, room on the disk. Reads no weight."""
+"""From a job to its plan: which bytes go where, from what, with how many workers. Reads no weight."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from streamshard.checkpoint.shards import Shard
+from streamshard.checkpoint.file_names import INDEX_NAME, JOURNAL_NAME, REPORT_NAME
+from streamshard.checkpoint.recorded_files import name_problem
+from streamshard.checkpoint.shards import Shard, plan_shards
 from streamshard.disk.files import file_nbytes
 from streamshard.disk.folders import disk_free
+from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import staged_nbytes
 from streamshard.engine.budget import memory_estimate, parse_size, worker_count
-from streamshard.engine.job import Job, Options, Plan
+from streamshard.engine.fingerprint import fingerprint
+from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.errors import InputError, UsageError, WriteError, printable
+from streamshard.tensors.comparing import is_comparable
 from streamshard.tensors.constructors import cast
 from streamshard.tensors.dtypes import DTYPES
-from streamshard.tensors.lazy import Lazy
+from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["cast_all", "planned", "size_option"]
+__all__ = ["cast_all", "plan", "size_option"]
 
 
 def cast_all(tensors: Mapping[str, Lazy], dtype: str) -> Mapping[str, Lazy]:
@@ -44,17 +52,108 @@ def size_option(size: int | str | None, option: str) -> int | None:
         raise UsageError(f"{option}: {error}") from error
 
 
-def planned(job: Job, shards: Sequence[Shard], options: Options) -> Plan:
-    """What writing these shards would take; `WriteError` if the disk has no room for them."""
+def plan(job: Job, options: Options) -> Plan:
+    """What a run of this job will do, all of it. Headers are read, and no weight.
+
+    What the inputs hold is looked at when the plan is carried out, as far as it decides whether an
+    interrupted run can be continued. Raises `WriteError` if the disk has no room for the output.
+    """
+    tensors = cast_all(job.tensors, options.dtype)
+    size = size_option(options.max_shard_size, "--max-shard-size")
+    shards = plan_shards(
+        tensors,
+        shard_of=job.shard_of,
+        metadata=job.metadata,
+        max_shard_size=size,
+        single=job.weights_name,
+    )
+    _check_names(job.files, shards)
     nbytes = sum(shard.nbytes for shard in shards)
+    free = _room(job, shards)
+    count = worker_count(shards, options.workers, size_option(options.max_memory, "--max-memory"))
+    compared = _compared(job, tensors)
+    chosen = {"max_shard_size": size, "dtype": options.dtype, **job.choices}
+    inputs = active()
+    return Plan(
+        command=job.command,
+        output=job.output,
+        layout=job.layout,
+        shards=tuple(shards),
+        files=job.files,
+        compared=compared,
+        must_change=job.must_change,
+        facts=job.facts,
+        fingerprint=fingerprint(job.command, chosen, _recipe(shards, compared.reference)),
+        inputs={} if inputs is None else inputs.stamps,
+        overwrite=options.overwrite,
+        sha256=options.sha256,
+        nbytes=nbytes,
+        free_nbytes=free,
+        workers=count,
+        memory_nbytes=memory_estimate(shards, count),
+    )
+
+
+def _check_names(files: Mapping[str, Path | bytes], shards: Sequence[Shard]) -> None:
+    """Refuse files beside the weights that the output cannot have, before anything is written."""
+    taken = {shard.name for shard in shards} | {INDEX_NAME, REPORT_NAME, JOURNAL_NAME}
+    for name, file in files.items():
+        if isinstance(file, bytes):
+            continue  # a config, under its own name
+        where, problem = printable(str(file)), name_problem(name)
+        if problem is not None:
+            raise InputError(
+                f"{where}: its name {problem}, so {REPORT_NAME} could not list it and the output could "
+                "not be verified. Rename the file, or move it out of the folder."
+            )
+        first = name.partition("/")[0]
+        if first in taken:
+            raise InputError(
+                f"{where}: '{printable(first)}' is what a file of the output is called, and one of the "
+                "two would be lost. Rename it, or move it out of the folder."
+            )
+
+
+def _room(job: Job, shards: Sequence[Shard]) -> int | None:
+    """Bytes that are free, if the disk tells them; `WriteError` if they are not enough."""
     free = disk_free(job.output.absolute())
     side = sum(file_nbytes(file) for file in job.files.values() if isinstance(file, Path))
-    needed = nbytes + side + 64 * 1024 * len(shards)
+    needed = sum(shard.nbytes for shard in shards) + side + 64 * 1024 * len(shards)
     # What an interrupted run has left is continued, or makes room.
     if free is not None and needed > free + staged_nbytes(job.output):
         raise WriteError(
             f"{printable(str(job.output))}: {needed:,} bytes are needed but {free:,} are free. "
             "Free some space, or choose an output on another disk."
         )
-    count = worker_count(shards, options.workers, size_option(options.max_memory, "--max-memory"))
-    return Plan(job.output, tuple(shards), nbytes, free, count, memory_estimate(shards, count))
+    return free
+
+
+def _compared(job: Job, tensors: Mapping[str, Lazy]) -> Compared:
+    """What is compared with what; names in the order in which the command made them."""
+    known = job.reference or {}
+    names = tuple(
+        name
+        for name, tensor in tensors.items()
+        if (is_comparable(tensor, known[name]) if name in known else job.compares_sources)
+    )
+    comparable = frozenset(names)
+    both = itertools.chain(known, tensors) if job.l2_from else ()
+    if not known.keys() <= comparable:
+        known = {name: tensor for name, tensor in known.items() if name in comparable}
+    return Compared(
+        source=job.l2_from,
+        names=names,
+        reference=known,
+        parameters=sum(math.prod(tensors[name].shape) for name in names),
+        skipped=tuple(sorted({name for name in both if name not in comparable})),
+    )
+
+
+def _recipe(shards: Sequence[Shard], reference: Mapping[str, Stored]) -> Iterator[Any]:
+    for shard in shards:
+        yield shard.name
+        yield shard.header()[0]
+        yield from shard.tensors.values()
+    for name in sorted(reference):
+        yield name
+        yield reference[name]

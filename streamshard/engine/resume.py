@@ -17,8 +17,7 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.files import InputFile
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.staging import Staging
-from streamshard.engine.workers import Stop, share
-from streamshard.engine.writer import Progress
+from streamshard.engine.workers import Progress, Stop, share
 from streamshard.errors import InputError, ReadError
 from streamshard.tensors.lazy import Stored
 from streamshard.tensors.workspace import Workspace

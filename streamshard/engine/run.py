@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,154 +13,126 @@ from streamshard.checkpoint.file_names import INDEX_NAME, REPORT_NAME
 from streamshard.checkpoint.header import total_parameters
 from streamshard.checkpoint.json_files import json_pieces
 from streamshard.checkpoint.record import sealed
-from streamshard.checkpoint.recorded_files import name_problem
-from streamshard.checkpoint.shards import Shard, index_pieces, plan_shards
+from streamshard.checkpoint.shards import Shard, index_pieces
 from streamshard.disk.folders import sync_folder
-from streamshard.disk.inputs import active
+from streamshard.disk.inputs import active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, places_beside
-from streamshard.engine.fingerprint import Identity, identity
-from streamshard.engine.job import Job, Options, Plan
-from streamshard.engine.journal import JOURNAL_NAME, FinishedShard
+from streamshard.engine.job import Compared, Job, Options, Plan
+from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
-from streamshard.engine.plan import cast_all, planned, size_option
+from streamshard.engine.output_path import check_inputs
+from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, new_report, update
 from streamshard.engine.report import finished as in_the_end
 from streamshard.engine.resume import check_finished
 from streamshard.engine.staging import Staging, output_folder
+from streamshard.engine.workers import Progress
 from streamshard.engine.writer import write_shards
-from streamshard.errors import AdapterError, InputError, printable
-from streamshard.tensors.comparing import Distances, is_comparable
-from streamshard.tensors.lazy import Lazy, Stored
+from streamshard.errors import AdapterError, printable
+from streamshard.tensors.comparing import Distances
 
-__all__ = ["run"]
+__all__ = ["execute", "run"]
 
 
 def run(job: Job, options: Options) -> Report:
-    """Plan a job, execute it unless it is a dry run, and return the report."""
-    tensors = cast_all(job.tensors, options.dtype)
-    shards = plan_shards(
-        tensors,
-        shard_of=job.shard_of,
-        metadata=job.metadata,
-        max_shard_size=size_option(options.max_shard_size, "--max-shard-size"),
-        single=job.weights_name,
-    )
-    job = replace(job, tensors={}, shard_of={})  # they are in the shards now
-    _check_names(job, shards)
-    plan = planned(job, shards, options)
+    """Plan a job, carry it out unless it is a dry run, and return the report."""
+    started = job.started
+    made = plan(job, options)
+    del job  # its tensors are in the shards now
+    check_inputs(made.output)
     if options.on_plan is not None:
-        options.on_plan(plan)
-    report: Report = {
-        **new_report(job.command, tensors, job.layout),
-        "output": str(job.output),
-        "bytes": plan.nbytes,
-        "shards": len(shards),
-        **job.facts,
+        options.on_plan(made)
+    if options.dry_run:
+        check_beside(made.output)
+        return in_the_end(_report(made, shown=True), started)
+    return execute(made, progress=options.progress, started=started)
+
+
+def execute(
+    made: Plan, *, progress: Progress | None = None, started: float | None = None
+) -> Report:
+    """Do what a plan says, in this process or another one, and return the report.
+
+    `started` (of `time.perf_counter`) is when the seconds of the report begin, by default now. Raises
+    `ChangedError` if an input is no longer what was planned with.
+    """
+    started = time.perf_counter() if started is None else started
+    report = _report(made, shown=False)
+    with contextlib.ExitStack() as stack:
+        inputs = active() or stack.enter_context(watching())
+        inputs.expect(made.inputs)
+        target = made.output.resolve()
+        inputs.leave_out(target, *places_beside(target).values())
+        staging = stack.enter_context(
+            output_folder(
+                made.output,
+                made.fingerprint.identity(made.files),
+                names=_names(made.shards, made.files),
+                overwrite=made.overwrite,
+            )
+        )
+        _fill(made, staging, report, progress, started)
+        inputs.end()
+    return in_the_end(report, started)
+
+
+def _report(made: Plan, *, shown: bool) -> Report:
+    """The report as far as a plan knows it; the plan itself is a part of it where it is `shown`."""
+    return {
+        **new_report(made.command, {}, made.layout),
+        "tensors": sum(len(shard.tensors) for shard in made.shards),
+        "parameters": sum(total_parameters(shard.tensors) for shard in made.shards),
+        "output": str(made.output),
+        "bytes": made.nbytes,
+        "shards": len(made.shards),
+        **made.facts,
         "update": None,
         "resumed": 0,
-        "dry_run": options.dry_run,
-        "plan": plan.as_dict() if options.dry_run else None,
+        "dry_run": shown,
+        "plan": made.as_dict() if shown else None,
     }
-    if options.dry_run:
-        check_beside(job.output)
-    else:
-        _write(job, plan, tensors, options, report)
-    return in_the_end(report, job.started)
 
 
-def _check_names(job: Job, shards: Sequence[Shard]) -> None:
-    """Refuse files beside the weights that the output cannot have, before anything is written."""
-    taken = {shard.name for shard in shards} | {INDEX_NAME, REPORT_NAME, JOURNAL_NAME}
-    for name, file in job.files.items():
-        if isinstance(file, bytes):
-            continue  # a config, under its own name
-        where, problem = printable(str(file)), name_problem(name)
-        if problem is not None:
-            raise InputError(
-                f"{where}: its name {problem}, so {REPORT_NAME} could not list it and the output could "
-                "not be verified. Rename the file, or move it out of the folder."
-            )
-        first = name.partition("/")[0]
-        if first in taken:
-            raise InputError(
-                f"{where}: '{printable(first)}' is what a file of the output is called, and one of the "
-                "two would be lost. Rename it, or move it out of the folder."
-            )
-
-
-def _write(
-    job: Job, plan: Plan, tensors: Mapping[str, Lazy], options: Options, report: Report
+def _fill(
+    made: Plan, staging: Staging, report: Report, progress: Progress | None, started: float
 ) -> None:
-    """Write everything into place and put the distances into the report."""
-    distances = _compared(job, tensors)
-    reference = job.reference or {}
-    if not all(name in distances.squared for name in reference):
-        reference = {n: t for n, t in reference.items() if n in distances.squared}
-    inputs = active()
-    if inputs is not None:
-        target = plan.output.resolve()
-        inputs.leave_out(target, *places_beside(target).values())
-    with output_folder(
-        plan.output,
-        _identity(job, plan, reference, options),
-        names=_names(plan.shards, job.files),
-        overwrite=options.overwrite,
-    ) as staging:
-        how: dict[str, Any] = {
-            "workers": plan.workers,
-            "progress": options.progress,
-            "sha256": options.sha256,
-        }
-        report["resumed"] = check_finished(plan.shards, staging, **how)
-        write_shards(plan.shards, staging, reference=reference, **how)
-        finished = [staging.finished[shard.name] for shard in plan.shards]
-        for shard, found in zip(plan.shards, finished, strict=True):
-            for name, value in zip(shard.tensors, found.squared, strict=True):
-                if value and name in distances.squared:
-                    distances.squared[name] = value
-        if job.must_change and not any(any(found.squared) for found in finished):
-            raise AdapterError(
-                f"{printable(str(job.output))}: the updates change no weight: they cancel each other "
-                "or are lost in rounding. Check --weight and lora_alpha. Nothing was written."
-            )
-        report["l2"] = distances.report()
-        report["update"] = update(finished)
-        _write_beside(job.files, staging)
-        names = list(job.files)
-        if len(plan.shards) > 1:
-            names.append(INDEX_NAME)
-            write_new(staging.folder / names[-1], index_pieces(plan.shards))
-        kept = {
-            **report,
-            "l2_per_tensor": Streamed(distances.norms),
-            "digests": _digests(plan.shards, finished, staging.folder, names, options),
-        }
-        write_new(staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, job.started))))
-        if inputs is not None:
-            inputs.end()
+    """Write everything into the folder where an output is built, and what is measured into the report."""
+    resumed = check_finished(
+        made.shards, staging, workers=made.workers, progress=progress, sha256=made.sha256
+    )
+    write_shards(made, staging, progress=progress)
+    finished = [staging.finished[shard.name] for shard in made.shards]
+    if made.must_change and not any(any(found.squared) for found in finished):
+        raise AdapterError(
+            f"{printable(str(made.output))}: the updates change no weight: they cancel each other "
+            "or are lost in rounding. Check --weight and lora_alpha. Nothing was written."
+        )
+    distances = _distances(made.compared, made.shards, finished)
+    report |= {"resumed": resumed, "l2": distances.report(), "update": update(finished)}
+    _write_beside(made.files, staging)
+    names = list(made.files)
+    if len(made.shards) > 1:
+        names.append(INDEX_NAME)
+        write_new(staging.folder / names[-1], index_pieces(made.shards))
+    kept = {
+        **report,
+        "l2_per_tensor": Streamed(distances.norms),
+        "digests": _digests(made, finished, staging.folder, names),
+    }
+    write_new(staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, started))))
 
 
-def _identity(
-    job: Job,
-    plan: Plan,
-    reference: Mapping[str, Stored],
-    options: Options,
-) -> Identity:
-    """What must be the same for another run to continue this one."""
-
-    def recipe() -> Iterator[Any]:
-        for shard in plan.shards:
-            yield shard.name
-            yield shard.header()[0]
-            yield from shard.tensors.values()
-        for name, tensor in sorted(reference.items()):
-            yield name
-            yield tensor
-
-    size = size_option(options.max_shard_size, "--max-shard-size")
-    chosen = {"max_shard_size": size, "dtype": options.dtype, **job.choices}
-    return identity(command=job.command, options=chosen, recipe=recipe(), files=job.files)
+def _distances(
+    compared: Compared, shards: Sequence[Shard], finished: Sequence[FinishedShard]
+) -> Distances:
+    """The distances of what is compared, as they were measured."""
+    squared = dict.fromkeys(compared.names, 0.0)
+    for shard, found in zip(shards, finished, strict=True):
+        for name, value in zip(shard.tensors, found.squared, strict=True):
+            if value and name in squared:
+                squared[name] = value
+    return Distances(compared.source, squared, compared.parameters, list(compared.skipped))
 
 
 def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
@@ -184,39 +156,21 @@ def _write_beside(files: Mapping[str, Path | bytes], staging: Staging) -> None:
 
 
 def _digests(
-    shards: Sequence[Shard],
-    finished: Sequence[FinishedShard],
-    folder: Path,
-    beside: Iterable[str],
-    options: Options,
+    made: Plan, finished: Sequence[FinishedShard], folder: Path, beside: Iterable[str]
 ) -> dict[str, Any]:
     """The `digests` of `streamshard.json` (see `checkpoint/digests.py`)."""
     files: dict[str, Any] = {}
-    for shard, found in zip(shards, finished, strict=True):
+    for shard, found in zip(made.shards, finished, strict=True):
         files[shard.name] = {"bytes": found.nbytes, "digest": found.digest}
-        if options.sha256:
+        if made.sha256:
             files[shard.name]["sha256"] = found.sha256
 
     def tensors() -> Iterator[tuple[str, str]]:
-        for shard, found in zip(shards, finished, strict=True):
+        for shard, found in zip(made.shards, finished, strict=True):
             for place, name in enumerate(shard.tensors):
                 first = DIGEST_NBYTES * place
                 yield name, found.digests[first : first + DIGEST_NBYTES].hex()
 
     for name in beside:
-        files[name] = file_record(folder / name, sha256=options.sha256)
+        files[name] = file_record(folder / name, sha256=made.sha256)
     return {"algorithm": ALGORITHM, "files": files, "tensors": Streamed(tensors)}
-
-
-def _compared(job: Job, tensors: Mapping[str, Lazy]) -> Distances:
-    """Which tensors are compared, at distance 0 until measured."""
-    known = job.reference or {}
-    comparable = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if (is_comparable(tensor, known[name]) if name in known else job.compares_sources)
-    }
-    both = itertools.chain(known, tensors) if job.l2_from else ()
-    skipped = sorted({name for name in both if name not in comparable})
-    zeros = dict.fromkeys(comparable, 0.0)
-    return Distances(job.l2_from, zeros, total_parameters(comparable), skipped)

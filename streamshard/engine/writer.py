@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 from streamshard.checkpoint.digests import (
     DIGEST_NBYTES,
@@ -21,31 +20,30 @@ from streamshard.checkpoint.digests import (
     shard_digest,
 )
 from streamshard.checkpoint.shards import Shard
-from streamshard.disk.files import ByteRange
+from streamshard.disk.files import BLOCK_NBYTES, ByteRange
 from streamshard.disk.folders import disk_free, rename, sync_folder
 from streamshard.disk.inputs import active
 from streamshard.disk.new_files import OutputFile
+from streamshard.engine.job import Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
 from streamshard.engine.staging import Staging
-from streamshard.engine.workers import Background, Stop, Stopped, share
+from streamshard.engine.workers import Background, Progress, Stop, Stopped, share
 from streamshard.errors import AdapterError, WriteError, printable
+from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.comparing import squared_distance
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, Stored
 from streamshard.tensors.low_rank import TILE_ROWS
 from streamshard.tensors.rounding import Change, Changes
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
-__all__ = ["Progress", "write_shards"]
+__all__ = ["write_shards"]
 
 
-# Measured on ext4: writes of 256 KB were fastest, 2 MB and more three times slower.
-WRITE_BYTES = 256 * 1024
+WRITE_BYTES = BLOCK_NBYTES
 # What the disk is asked to begin with, and the progress is told, at a time.
 NOTED_BYTES = 8 * 1024 * 1024
-
-Progress: TypeAlias = Callable[[int, str], None]
 
 
 class _Open:
@@ -101,7 +99,7 @@ class _Writing:
         self.run, self.work, self.name = run, work, name
         self.tensor, self.begin = opened.shard.tensors[name], opened.begins[name]
         self.output = opened.output
-        self.reference = None if run.reference is None else run.reference.get(name)
+        self.reference = run.reference.get(name)
         self.digest, self.distance = new_digest(), 0.0
         self.done = 0
         """Bytes that are written and measured."""
@@ -196,7 +194,7 @@ class _Run:
     def __init__(
         self,
         staging: Staging,
-        reference: Mapping[str, Stored] | None,
+        reference: Mapping[str, Stored],
         progress: Progress | None,
         *,
         sha256: bool,
@@ -271,25 +269,17 @@ class _Run:
                 opened.output.abandon()
 
 
-def write_shards(
-    shards: Sequence[Shard],
-    staging: Staging,
-    *,
-    workers: int,
-    reference: Mapping[str, Stored] | None = None,
-    progress: Progress | None = None,
-    sha256: bool = False,
-) -> None:
+def write_shards(plan: Plan, staging: Staging, *, progress: Progress | None = None) -> None:
     """Write those files of a plan that are not finished, and wait until the disk has them.
 
-    What is measured goes into the journal of `staging`: distances from the tensors of `reference`
-    (comparable ones, by name), of other computed tensors from their sources. `progress` is told the
-    bytes and the tensor of each finished piece. With `sha256` a file is read again when it is complete.
+    What is measured goes into the journal of `staging`: distances from the tensors of the reference,
+    of other computed tensors from their sources. `progress` is told the bytes and the tensor of each
+    finished piece. For SHA-256 a file is read again when it is complete.
     """
-    run = _Run(staging, reference, progress, sha256=sha256)
-    left = [shard for shard in shards if shard.name not in staging.finished]
+    run = _Run(staging, plan.compared.reference, progress, sha256=plan.sha256)
+    left = [shard for shard in plan.shards if shard.name not in staging.finished]
     try:
-        share(run.tensors(left), run.write, workers, run.stop)
+        share(run.tensors(left), run.write, plan.workers, run.stop)
         run.background.finish()
     finally:
         run.end()

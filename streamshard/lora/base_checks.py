@@ -12,10 +12,11 @@ import numpy as np
 
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensor_names import factors_among
+from streamshard.tensors.arrays import Float32
 from streamshard.tensors.computed import SPAN_COLUMNS, Computed
 from streamshard.tensors.lazy import Lazy, read_float32
 from streamshard.tensors.low_rank import TILE_COLUMNS, TILE_ROWS
-from streamshard.tensors.workspace import Float32, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["check_base", "check_not_merged", "projection"]
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from streamshard.tensors.arrays import Bytes, Elements, Float32, Float64
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS
 from streamshard.tensors.lazy import (
-    Elements,
+    Input,
     Lazy,
     Shape,
     Window,
+    all_counts,
     check_rows,
     read_float32,
 )
@@ -25,11 +27,12 @@ from streamshard.tensors.low_rank import (
     TILE_COLUMNS,
     TILE_ROWS,
     LowRank,
+    add_up,
     cache_blocks,
 )
 from streamshard.tensors.not_finite import why_not_finite, zero_norm
-from streamshard.tensors.rounding import Float64, add_and_round, add_row_squares, widen
-from streamshard.tensors.workspace import Bytes, Float32, Workspace
+from streamshard.tensors.rounding import add_and_round, add_row_squares, widen
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["SPAN_COLUMNS", "Computed", "Magnitude"]
 
@@ -56,6 +59,12 @@ class Magnitude:
     def take(self, start: int) -> Magnitude:
         """The magnitudes of the rows from `start` on."""
         return self if self.whole is not None else replace(self, start=self.start + start)
+
+    def inputs(self) -> Iterator[Input]:
+        """What it is read from."""
+        yield from all_counts(self.vector.inputs())
+        if self.whole is not None:
+            yield from self.whole.inputs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +133,14 @@ class Computed(Lazy):
         return width * self._column_nbytes(whole=width == self.columns) + norms + more
 
     def held(self) -> tuple[Lazy, ...]:
-        return tuple(
-            node for term in self.terms for part in (term.A, term.B) for node in part.held()
-        )
+        return tuple(node for term in self.terms for node in term.held())
+
+    def inputs(self) -> Iterator[Input]:
+        yield from self.source.inputs()
+        for term in self.terms:
+            yield from term.inputs()
+        if self.magnitude is not None:
+            yield from self.magnitude.inputs()
 
     def _strip_columns(self) -> int:
         """How wide a strip is: everything if that is not too much, or as many tiles as are not."""
@@ -138,9 +152,7 @@ class Computed(Lazy):
     def _column_nbytes(self, *, whole: bool) -> int:
         """Bytes of memory that each column of a strip takes, or of `whole` rows."""
         height = min(self.rows, TILE_ROWS)
-        bits = DTYPE_BITS[self.dtype]
-        if self.source.dtype != self.dtype:
-            bits += DTYPE_BITS[self.source.dtype]
+        bits = sum(DTYPE_BITS[dtype] for dtype in {self.dtype, self.source.dtype})
         nbytes = height * bits // 8 + sum(4 * term.A.rows for term in self.terms)
         if self.magnitude is not None and self.magnitude.whole is not None:
             nbytes += 3 * 8
@@ -234,23 +246,20 @@ class Computed(Lazy):
         def add_up() -> Float64:
             squares = np.zeros(self.rows)
             for strip in self.strips():
-                for row, column, base in self._spans(strip, work):
-                    own = squares[row : row + len(base)]
-                    for inner in range(0, base.shape[1], TILE_COLUMNS):
-                        part = base[:, inner : inner + TILE_COLUMNS]
-                        height, width = part.shape
-                        update = self.update(row, column + inner, height, width, work, strip)
-                        if update is not None:
-                            add_row_squares(part, dtype, update, own, work.float32)
+                for row, column, base in self._tiles(strip, work):
+                    update = self.update(row, column, len(base), base.shape[1], work, strip)
+                    if update is not None:
+                        own = squares[row : row + len(base)]
+                        add_row_squares(base, dtype, update, own, work.float32)
             return squares
 
         kept: Float64 = work.kept(self, "squares", None, add_up)
         return kept
 
-    def _spans(
+    def _tiles(
         self, strip: tuple[int, int], work: Workspace
     ) -> Iterator[tuple[int, int, Elements]]:
-        """The source of a strip, a tile of rows and some columns at a time: row, column, elements."""
+        """The source of a strip, tile by tile: row, column, elements. It is read some tiles at a time."""
         kind = FLOATS[self.source.dtype]
         for row in range(0, self.rows, TILE_ROWS):
             end = min(row + TILE_ROWS, self.rows)
@@ -259,7 +268,9 @@ class Computed(Lazy):
                 shape = (end - row, last - column)
                 raw = work.bytes("span", math.prod(shape) * np.dtype(kind).itemsize)
                 self.source.window(row, end, column, last, raw, work)
-                yield row, column, raw.view(kind).reshape(shape)
+                span = raw.view(kind).reshape(shape)
+                for inner in range(0, shape[1], TILE_COLUMNS):
+                    yield row, column + inner, span[:, inner : inner + TILE_COLUMNS]
 
     def _row_scale(self, row: int, norms: Float64, work: Workspace) -> Float64:
         magnitude = self.magnitude
@@ -281,18 +292,16 @@ class Computed(Lazy):
 
         def scale() -> Float64:
             squares = np.zeros(last - first)
-            for row, column, base in whole._spans(strip, work):  # noqa: SLF001 - of its own kind
-                for inner in range(0, base.shape[1], TILE_COLUMNS):
-                    part = base[:, inner : inner + TILE_COLUMNS]
-                    height, width = part.shape
-                    total = work.float32("total", height, width)
-                    widen(part, whole.source.dtype, total)
-                    update = whole.update(row, column + inner, height, width, work, strip)
-                    if update is not None:
-                        np.add(total, update, out=total)
-                    exact = total.astype(np.float64)
-                    at = column + inner - first
-                    squares[at : at + width] += np.einsum("ij,ij->j", exact, exact)
+            for row, column, base in whole._tiles(strip, work):  # noqa: SLF001 - of its own kind
+                height, width = base.shape
+                total = work.float32("total", height, width)
+                widen(base, whole.source.dtype, total)
+                update = whole.update(row, column, height, width, work, strip)
+                if update is not None:
+                    np.add(total, update, out=total)
+                exact = total.astype(np.float64)
+                own = squares[column - first : column - first + width]
+                own += np.einsum("ij,ij->j", exact, exact)
             if not squares.all():
                 raise zero_norm(0, f"column {first + int(np.argmin(squares)):,}")
             values = read_float32(vector, first, last, work).reshape(1, -1)
@@ -337,9 +346,5 @@ class Computed(Lazy):
         tile = column - column % TILE_COLUMNS
         whole = min(TILE_COLUMNS, self.columns - tile)
         update = work.float32("update", height, whole)
-        self.terms[0].fill(update, row, tile, strip, work)
-        for term in self.terms[1:]:
-            more = work.float32("more", height, whole)
-            term.fill(more, row, tile, strip, work)
-            np.add(update, more, out=update)
+        add_up(self.terms, update, row, tile, strip, work)
         return update if width == whole else update[:, column - tile : column - tile + width]

@@ -12,27 +12,28 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from streamshard.disk.files import ByteRange
+from streamshard.disk.files import BLOCK_NBYTES, ByteRange
+from streamshard.tensors.arrays import Bytes, Float32
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS
 from streamshard.tensors.rounding import widen
-from streamshard.tensors.workspace import Bytes, Float32, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = [
     "READ_NBYTES",
     "Array",
-    "Elements",
+    "Input",
     "Lazy",
     "NotFiniteError",
     "Shape",
     "Stored",
     "Window",
+    "all_counts",
     "blocks",
     "by_elements",
     "check_elements",
@@ -41,7 +42,6 @@ __all__ = [
 ]
 
 
-Elements: TypeAlias = npt.NDArray[np.generic]
 Shape: TypeAlias = tuple[int, ...]
 # Rows from the first number to the second, of which columns from the third to the fourth.
 Window: TypeAlias = tuple[int, int, int, int]
@@ -55,6 +55,22 @@ class NotFiniteError(ArithmeticError):
 
     def __init__(self, row: int, detail: str) -> None:
         super().__init__(f"row {row:,}: {detail}")
+
+
+class Input(NamedTuple):
+    """A tensor of a file that another one is made of.
+
+    `whole` says that what else is in the file counts as well, as of an adapter, which is small and
+    decides everything.
+    """
+
+    tensor: Stored
+    whole: bool
+
+
+def all_counts(inputs: Iterable[Input]) -> Iterator[Input]:
+    """The like of files of which everything counts."""
+    return (found._replace(whole=True) for found in inputs)
 
 
 class Lazy(ABC):
@@ -151,6 +167,10 @@ class Lazy(ABC):
         """What is kept in memory as a whole, for all workers, while windows are filled."""
         return ()
 
+    def inputs(self) -> Iterator[Input]:
+        """What is read from files, in the order of the expression."""
+        return iter(())
+
 
 @dataclass(frozen=True, slots=True)
 class Stored(Lazy):
@@ -164,6 +184,9 @@ class Stored(Lazy):
 
     def ranges(self) -> tuple[ByteRange, ...]:
         return (ByteRange(self.path, self.offset, self.nbytes, self.file_nbytes),)
+
+    def inputs(self) -> Iterator[Input]:
+        yield Input(self, whole=False)
 
     def take(self, start: int, stop: int) -> Stored:
         check_rows(self, start, stop)
@@ -251,19 +274,20 @@ def read_float32(
     return out
 
 
-def blocks(one: Lazy, other: Lazy, nbytes: int, work: Workspace) -> Iterator[tuple[Bytes, Bytes]]:
-    """The bytes of two tensors of one shape side by side; valid until the next ones."""
-    bits = [DTYPE_BITS[tensor.dtype] for tensor in (one, other)]
-    total, step = math.prod(one.shape), max(nbytes // max(bits), 1) * 8
+def blocks(
+    work: Workspace, *tensors: Lazy, nbytes: int = BLOCK_NBYTES
+) -> Iterator[tuple[Bytes, ...]]:
+    """All bytes of tensors of one shape, side by side; each block is valid until the next one."""
+    bits = [DTYPE_BITS[tensor.dtype] for tensor in tensors]
+    total, step = math.prod(tensors[0].shape), max(nbytes // max(bits), 1) * 8
     for start in range(0, total, step):
         stop = min(start + step, total)
-        left, right = (
-            work.bytes(name, (stop - start) * width // 8)
-            for name, width in zip(("left", "right"), bits, strict=True)
-        )
-        one.elements(start, stop, left, work)
-        other.elements(start, stop, right, work)
-        yield left, right
+        found = []
+        for place, tensor in enumerate(tensors):
+            block = work.bytes(f"block {place}", (stop - start) * bits[place] // 8)
+            tensor.elements(start, stop, block, work)
+            found.append(block)
+        yield tuple(found)
 
 
 def check_rows(tensor: Lazy, start: int, stop: int) -> None:

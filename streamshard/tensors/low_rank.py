@@ -6,16 +6,25 @@ the same tiles are computed whatever part of a tensor is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from streamshard.tensors.arrays import Bytes, Float32
 from streamshard.tensors.dtypes import FLOATS
-from streamshard.tensors.lazy import READ_NBYTES, Lazy, Shape, Window, read_float32
-from streamshard.tensors.workspace import Bytes, Float32, Workspace
+from streamshard.tensors.lazy import (
+    READ_NBYTES,
+    Input,
+    Lazy,
+    Shape,
+    Window,
+    all_counts,
+    read_float32,
+)
+from streamshard.tensors.workspace import Workspace
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -27,6 +36,7 @@ __all__ = [
     "Columns",
     "LowRank",
     "Transposed",
+    "add_up",
     "cache_blocks",
 ]
 
@@ -71,19 +81,20 @@ class Transposed(Lazy):
         self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace
     ) -> None:
         place = out.view(FLOATS[self.dtype]).reshape(stop - start, last - first)
-        row_nbytes = (stop - start) * place.itemsize
-        step = max(READ_NBYTES // max(row_nbytes, 1), 1)
-        for row in range(first, last, step):
-            end = min(row + step, last)
-            part = work.bytes("transposed", (end - row) * row_nbytes)
-            self.source.window(row, end, start, stop, part, work)
-            place[:, row - first : end - first] = part.view(place.dtype).reshape(end - row, -1).T
+        for row, end, left, right in self.source.cut((first, last, start, stop), READ_NBYTES):
+            part = work.bytes("transposed", (end - row) * (right - left) * place.itemsize)
+            self.source.window(row, end, left, right, part, work)
+            columns = part.view(place.dtype).reshape(end - row, right - left)
+            place[left - start : right - start, row - first : end - first] = columns.T
 
     def buffer_nbytes(self) -> int:
         return min(READ_NBYTES, self.source.nbytes) + self.source.buffer_nbytes()
 
     def held(self) -> tuple[Lazy, ...]:
         return self.source.held()
+
+    def inputs(self) -> Iterator[Input]:
+        return self.source.inputs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +144,9 @@ class Columns(Lazy):
 
     def held(self) -> tuple[Lazy, ...]:
         return (self.source,) if self.source.nbytes <= HELD_NBYTES else ()
+
+    def inputs(self) -> Iterator[Input]:
+        return self.source.inputs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +222,15 @@ class LowRank:
         kept: npt.NDArray[np.floating] = work.kept(B, ("scaled", self.scale), first, read)
         return kept[tile - first : tile - first + TILE_ROWS]
 
+    def held(self) -> tuple[Lazy, ...]:
+        """What is kept in memory as a whole."""
+        return (*self.A.held(), *self.B.held())
+
+    def inputs(self) -> Iterator[Input]:
+        """What the factors are read from."""
+        yield from all_counts(self.A.inputs())
+        yield from all_counts(self.B.inputs())
+
     def _chunk_rows(self) -> int:
         tiles = CHUNK_ELEMENTS // (self.B.columns * TILE_ROWS)
         return min(max(tiles, 1) * TILE_ROWS, CHUNK_ROWS)
@@ -220,6 +243,22 @@ class LowRank:
         chunk = rank * rows * (4 + 8 + (8 if exact else 4))
         right = 8 * TILE_COLUMNS * (rank + TILE_ROWS) if exact else 0
         return chunk + right + max(self.A.buffer_nbytes(), self.B.buffer_nbytes())
+
+
+def add_up(
+    terms: Sequence[LowRank],
+    out: Float32,
+    row: int,
+    column: int,
+    strip: tuple[int, int],
+    work: Workspace,
+) -> None:
+    """Put the sum of the same part of several updates into `out`; added in their order, in fp32."""
+    terms[0].fill(out, row, column, strip, work)
+    for term in terms[1:]:
+        more = work.float32("more", len(out), out.shape[1])
+        term.fill(more, row, column, strip, work)
+        np.add(out, more, out=out)
 
 
 def cache_blocks(

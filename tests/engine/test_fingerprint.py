@@ -101,7 +101,7 @@ def test_another_kernel_continues(interrupted, cli, monkeypatch):
 
 def identity_of(folder: Path) -> Any:
     tensor = folder_module.open_checkpoint(folder).tensors["a"]
-    found = fingerprint.identity(command="", options={}, recipe=[tensor], files={})
+    found = fingerprint.fingerprint("", {}, [tensor]).identity({})
     return json.loads(json.dumps(found))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from marks import PEERS
 from torch import nn
 
 from streamshard.errors import AdapterError, InputError
@@ -14,10 +15,7 @@ from streamshard.tensor_names import is_wrapped
 
 peft = pytest.importorskip("peft")
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),  # peft's, of wrapping twice
-]
+pytestmark = PEERS
 
 
 BACKBONE = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]

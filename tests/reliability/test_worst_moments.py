@@ -154,11 +154,11 @@ def test_the_samples_reach_from_the_first_byte_to_the_last(tmp_path):
     import torch
 
     from streamshard.checkpoint.folder import open_checkpoint
-    from streamshard.engine.fingerprint import SAMPLE_NBYTES, SAMPLES, identity
+    from streamshard.engine.fingerprint import SAMPLE_NBYTES, SAMPLES, fingerprint
 
     def content() -> Any:
         tensor = open_checkpoint(folder).tensors["a"]
-        inputs = identity(command="", options={}, recipe=[tensor], files={})["inputs"]
+        inputs = fingerprint("", {}, [tensor]).identity({})["inputs"]
         return [digest for _, digest, _ in inputs]
 
     folder = reference.save_checkpoint(tmp_path / "base", {"a": torch.zeros(1024, 1024)})
@@ -182,10 +182,10 @@ def test_the_place_of_a_tensor_is_part_of_the_plan(pair):
     from dataclasses import replace
 
     from streamshard.checkpoint.folder import open_checkpoint
-    from streamshard.engine.fingerprint import differences, identity
+    from streamshard.engine.fingerprint import differences, fingerprint
 
     def plan(tensor: Any) -> Any:
-        return identity(command="", options={}, recipe=[tensor], files={})
+        return fingerprint("", {}, [tensor]).identity({})
 
     for tensor in open_checkpoint(pair.base).tensors.values():
         one, other = plan(tensor), plan(replace(tensor, offset=tensor.offset - 2))
