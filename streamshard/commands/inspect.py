@@ -7,14 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.adapter_folder import open_adapter
-from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME
+from streamshard.checkpoint.adapter_folder import is_adapter, open_adapter
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.commands.identify import Model, dimensions
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
-from streamshard.disk.system import reading
+from streamshard.disk.system import reading, system
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError
 from streamshard.internvl.detection import layout_of
@@ -35,9 +34,8 @@ def inspect(path: PathLike) -> Report:
     started = time.perf_counter()
     folder = input_path(path, "a checkpoint or adapter")
     with reading(folder):
-        adapter = folder / ADAPTER_CONFIG_NAME
-        is_adapter = adapter.is_file() and not (folder / MODEL_CONFIG_NAME).is_file()
-    if is_adapter:
+        adapter = folder.is_dir() and is_adapter(folder, system.listdir(folder))
+    if adapter:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)
     report = new_report("inspect", found.tensors, None)
