@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 from streamshard.checkpoint.file_names import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
+    MODEL_CONFIG_NAME,
     PICKLED_ADAPTER_NAME,
+    SUFFIX,
 )
 from streamshard.checkpoint.folder import has, no_such
 from streamshard.checkpoint.header import read_header
@@ -20,7 +22,7 @@ from streamshard.disk.system import reading
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensors.lazy import Lazy
 
-__all__ = ["AdapterFolder", "open_adapter"]
+__all__ = ["AdapterFolder", "is_adapter", "open_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,18 @@ class AdapterFolder:
     file: Path
     config: dict[str, Any]
     tensors: Mapping[str, Lazy]
+
+
+def is_adapter(folder: Path, names: Collection[str]) -> bool:
+    """Whether a folder with files of these names is an adapter's, and no checkpoint's.
+
+    A config of a model tells; else weights of an adapter do, or its config where no others are.
+    """
+    if MODEL_CONFIG_NAME in names:
+        return False
+    return any((folder / name).is_file() for name in (ADAPTER_NAME, PICKLED_ADAPTER_NAME)) or (
+        ADAPTER_CONFIG_NAME in names and not any(name.endswith(SUFFIX) for name in names)
+    )
 
 
 def open_adapter(path: PathLike) -> AdapterFolder:

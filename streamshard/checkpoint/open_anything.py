@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamshard.checkpoint.adapter_folder import open_adapter
+from streamshard.checkpoint.adapter_folder import is_adapter, open_adapter
 from streamshard.checkpoint.file_names import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
@@ -95,7 +95,7 @@ def _open_folder(path: Path) -> Opened:
                 read_json_object(path / name)
             except (InputError, ReadError) as error:
                 found.add(str(error))
-    if MODEL_CONFIG_NAME not in names and _is_adapter(path, names):
+    if is_adapter(path, names):
         _open_adapter(found, names)
     else:
         _open_checkpoint(found, names)
@@ -103,12 +103,6 @@ def _open_folder(path: Path) -> Opened:
         if is_shard(name) and name in names:
             found.header(name)
     return found
-
-
-def _is_adapter(path: Path, names: list[str]) -> bool:
-    return any((path / name).is_file() for name in (ADAPTER_NAME, PICKLED_ADAPTER_NAME)) or (
-        ADAPTER_CONFIG_NAME in names and not any(name.endswith(SUFFIX) for name in names)
-    )
 
 
 def _open_adapter(found: Opened, names: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.commands.identify import Model
 from streamshard.commands.training_checkpoint import read_wrapped
 from streamshard.commands.written_config import config_bytes
 from streamshard.disk.inputs import watched
@@ -26,6 +27,7 @@ from streamshard.engine.run import run
 from streamshard.engine.workers import collect
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.internvl.detection import layout_of
+from streamshard.internvl.families import Layout
 from streamshard.internvl.lora_targets import UPSTREAM_DROPOUT, upstream_alpha
 from streamshard.internvl.spelling import flat_name, flat_names, in_model
 from streamshard.limits import told
@@ -70,18 +72,18 @@ def extract_lora(
     inputs = [source.path, *([] if base is None else [input_path(base, "the base")])]
     target = check_places(output, inputs, overwrite=chosen.overwrite)
     _check_shapes(source, found)
-    layout = layout_of(source.tensors) or "custom"
+    layout: Layout = layout_of(source.tensors) or "custom"
     plain = flat_names(found.base, layout)
     trained = {flat_name(n) if layout == "hf" else n for n in found.saved}
     if base is None:
         warnings += _left_out(plain, trained, found.depths, where)
     else:
-        own = open_checkpoint(base)
-        theirs = flat_names(own.tensors, layout)
+        own = Model(open_checkpoint(base))
+        theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
         workers = workers_or_default(chosen.workers)
-        trained |= _differing(mine, given, (where, printable(str(own.path))), workers)
+        trained |= _differing(mine, given, (where, own.where), workers)
     modules = {
         flat_name(f"{m}.weight").removesuffix(".weight") if layout == "hf" else m: m for m in ranks
     }

@@ -7,17 +7,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.adapter_folder import open_adapter
-from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME
+from streamshard.checkpoint.adapter_folder import is_adapter, open_adapter
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
-from streamshard.commands.identify import dimensions
+from streamshard.commands.identify import Model, dimensions
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
-from streamshard.disk.system import reading
+from streamshard.disk.system import reading, system
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError
-from streamshard.internvl.detection import detect, layout_of
+from streamshard.internvl.detection import layout_of
 from streamshard.internvl.lora_targets import FLAGS
 from streamshard.limits import told
 from streamshard.tensor_names import factors_among
@@ -35,18 +34,17 @@ def inspect(path: PathLike) -> Report:
     started = time.perf_counter()
     folder = input_path(path, "a checkpoint or adapter")
     with reading(folder):
-        adapter = folder / ADAPTER_CONFIG_NAME
-        is_adapter = adapter.is_file() and not (folder / MODEL_CONFIG_NAME).is_file()
-    if is_adapter:
+        adapter = folder.is_dir() and is_adapter(folder, system.listdir(folder))
+    if adapter:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)
-    report = new_report("inspect", found.tensors, layout_of(found.tensors))
+    report = new_report("inspect", found.tensors, None)
     files = Counter(dict.fromkeys(found.metadata, 0))
     for name, tensor in found.tensors.items():
         files[found.shard_of(name)] += tensor.nbytes
     facts: dict[str, Any] = dict.fromkeys(("spelling", "family", "packed_experts", "evidence"))
     try:
-        seen = detect(list(found.tensors), found.config)
+        seen = Model(found).detected
         facts = {
             "layout": seen.layout,
             "spelling": seen.spelling,
@@ -60,7 +58,7 @@ def inspect(path: PathLike) -> Report:
     report |= {
         **facts,
         "path": str(found.path),
-        "dimensions": dimensions(found),
+        "dimensions": dimensions(found.config),
         "dtypes": dict(Counter(tensor.dtype for tensor in found.tensors.values())),
         "files": dict(files),
         "shards": len(found.metadata),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamshard.errors import InputError
+from streamshard.internvl.families import Layout
 from streamshard.internvl.lora_targets import FLAGS
 from streamshard.internvl.model_config import INNER, section_of
 
@@ -21,7 +22,7 @@ _ROPE_FIELDS = {
 }
 
 
-def config_fixes(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
+def config_fixes(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """The config as it must be written beside converted weights of `layout`.
 
     Embedding and head are both stored, so both tie flags become false (transformers 4 reads the

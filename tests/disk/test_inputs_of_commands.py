@@ -22,7 +22,7 @@ from reference import load_file, save_file
 
 import streamshard
 from streamshard.checkpoint import digests
-from streamshard.commands import inspect, verify_content
+from streamshard.commands import identify, verify_content
 from streamshard.errors import ChangedError
 from streamshard.internvl import detection
 
@@ -167,6 +167,6 @@ def test_inspect(name, full, monkeypatch):
         replaced(full.base / name)
         return detect(*arguments)
 
-    monkeypatch.setattr(inspect, "detect", later)
+    monkeypatch.setattr(identify, "detect", later)
     with pytest.raises(ChangedError, match=name):
         streamshard.inspect(full.base)
