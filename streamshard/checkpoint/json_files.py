@@ -22,9 +22,9 @@ from streamshard.errors import InputError, printable
 __all__ = [
     "MAX_DEPTH",
     "MAX_JSON_BYTES",
-    "MAX_RECORD_BYTES",
     "MAX_TOKENIZER_BYTES",
     "MAX_VALUES",
+    "json_object",
     "json_pieces",
     "parse_index",
     "parse_json",
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 MAX_JSON_BYTES = 10_000_000  # the index of the largest InternVL has 4 MB
-MAX_RECORD_BYTES = 50_000_000  # our own report has a few lines for each of 40,000 tensors
 MAX_TOKENIZER_BYTES = 50_000_000  # the largest tokenizer.json have 28 MB
 
 MAX_DEPTH = (
@@ -249,8 +248,13 @@ _DECODER = json.JSONDecoder(
 
 def read_json_object(file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in an untrusted file; raises `InputError` if it is none."""
+    return json_object(read_bytes(file, max_bytes), file, max_bytes)
+
+
+def json_object(text: bytes, file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object that is the content of an untrusted file, which may have so many bytes."""
     # Text of real files has more bytes a value.
-    content = parse_json(read_bytes(file, max_bytes), printable(str(file)), max_bytes // 20)
+    content = parse_json(text, printable(str(file)), max_bytes // 20)
     if not isinstance(content, dict):
         raise InputError(f"{printable(str(file))}: is not a JSON object.")
     return content

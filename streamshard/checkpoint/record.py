@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.digests import new_digest
-from streamshard.checkpoint.json_files import parse_json
+from streamshard.checkpoint.json_files import json_object
 from streamshard.disk.files import read_bytes
 from streamshard.errors import InputError, printable
 
@@ -52,7 +52,4 @@ def read_record(file: Path) -> dict[str, Any]:
             f"{printable(str(file))}: is not as streamshard wrote it: it was changed, cut off, or "
             "comes from something else."
         )
-    record = parse_json(content, printable(str(file)), MAX_RECORD_BYTES // 20)
-    if not isinstance(record, dict):
-        raise InputError(f"{printable(str(file))}: is not a JSON object.")
-    return record
+    return json_object(content, file, MAX_RECORD_BYTES)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_parameters
 from streamshard.commands.identify import dims_of_hf, model_dims
-from streamshard.disk.files import Files
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike
 from streamshard.engine.budget import workers_or_default
 from streamshard.engine.report import Report, finished, new_report
+from streamshard.engine.workers import collect
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.layouts import convert
 from streamshard.internvl.model_config import Dims
@@ -127,31 +125,16 @@ def _measure(
     progress: Callable[[int, str], None] | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Squared distances of pairs of tensors, and the squared norms of the second ones that differ."""
-    from threadpoolctl import threadpool_limits
+    lock = threading.Lock()
 
-    lock, local = threading.Lock(), threading.local()
-    squared: dict[str, float] = {}
-    norms: dict[str, float] = {}
-    with (
-        threadpool_limits(1, user_api="blas"),
-        contextlib.closing(Files()) as files,
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    def measured(pair: tuple[str, Lazy, Lazy], work: Workspace) -> tuple[str, float, float]:
+        name, left, right = pair
+        distance, size = tensor_distance(left, right, work)
+        if progress is not None:
+            with lock:
+                progress(left.nbytes, name)
+        return name, distance, size
 
-        def measured(pair: tuple[str, Lazy, Lazy]) -> tuple[str, float, float]:
-            if not hasattr(local, "work"):
-                local.work = Workspace(files)
-            name, left, right = pair
-            distance, size = tensor_distance(left, right, local.work)
-            if progress is not None:
-                with lock:
-                    progress(left.nbytes, name)
-            return name, distance, size
-
-        # The pool remembers all that it is given, more than a kilobyte each.
-        while batch := list(itertools.islice(pairs, 64 * workers)):
-            for name, distance, size in pool.map(measured, batch):
-                squared[name] = distance
-                if distance:
-                    norms[name] = size
-    return squared, norms
+    found = collect(pairs, measured, workers)
+    squared = {name: distance for name, distance, _ in found}
+    return squared, {name: size for name, distance, size in found if distance}

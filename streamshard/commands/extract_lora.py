@@ -7,18 +7,15 @@ computed.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.commands.training_checkpoint import read_wrapped
 from streamshard.commands.written_config import config_bytes
-from streamshard.disk.files import Files
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.engine.budget import workers_or_default
@@ -26,6 +23,7 @@ from streamshard.engine.job import Job, Options
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
+from streamshard.engine.workers import collect
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.lora_targets import UPSTREAM_DROPOUT, upstream_alpha
@@ -37,7 +35,6 @@ from streamshard.tensor_names import PREFIX
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
-from streamshard.tensors.workspace import Workspace
 
 __all__ = ["extract_lora"]
 
@@ -201,9 +198,8 @@ def _differing(
                 f"{other.dtype} {list(other.shape)} in {where[1]}. Give the model that the training "
                 "started from, in the dtype of the training; an adapter cannot change a shape."
             )
-    with contextlib.closing(Files()) as files, ThreadPoolExecutor(workers) as pool:
-        equal = pool.map(lambda n: equal_bytes(mine[n], theirs[n], Workspace(files)), mine)
-        return {name for name, same in zip(mine, equal, strict=True) if not same}
+    equal = collect(mine, lambda name, work: equal_bytes(mine[name], theirs[name], work), workers)
+    return {name for name, same in zip(mine, equal, strict=True) if not same}
 
 
 def _saved_modules(

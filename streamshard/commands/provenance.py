@@ -9,7 +9,8 @@ from typing import Any
 
 from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.folder import Checkpoint
-from streamshard.checkpoint.json_files import MAX_RECORD_BYTES, read_json_object
+from streamshard.checkpoint.json_files import read_json_object
+from streamshard.checkpoint.record import MAX_RECORD_BYTES
 from streamshard.disk.system import reading
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 

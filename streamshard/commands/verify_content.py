@@ -8,7 +8,6 @@ from functools import partial
 
 from streamshard.checkpoint.digests import (
     DIGEST_NBYTES,
-    blocks_of,
     hash_file,
     new_digest,
     new_sha256,
@@ -21,8 +20,7 @@ from streamshard.checkpoint.recorded_files import FileRecord, link_problem
 from streamshard.disk.files import InputFile
 from streamshard.engine.workers import Stop
 from streamshard.errors import InputError, ReadError, listed, printable
-from streamshard.tensors.arrays import Bytes
-from streamshard.tensors.lazy import Array, Lazy, Stored
+from streamshard.tensors.lazy import Lazy, blocks
 from streamshard.tensors.rounding import count_not_finite
 from streamshard.tensors.workspace import Workspace
 
@@ -83,7 +81,7 @@ class Comparison:
         """Compare a tensor with its digest, and count what is not finite."""
         digest, count = new_digest(), 0
         try:
-            for block in _blocks(tensor, work):
+            for (block,) in blocks(work, tensor):
                 self.stop.check()
                 digest.update(block.data)
                 count += count_not_finite(block, tensor.dtype)
@@ -166,10 +164,3 @@ class Comparison:
             changed = bool(tensors & {*self.different, *self.unexpected})
             if not changed and shard_digest(framed(text), bytes(digests)) != record.digest:
                 self.add(name, "its header has changed")
-
-
-def _blocks(tensor: Lazy, work: Workspace) -> Iterator[Bytes]:
-    if isinstance(tensor, Stored):
-        yield from blocks_of(tensor, work)
-    elif isinstance(tensor, Array):  # of an adapter that was pickled
-        yield tensor.data

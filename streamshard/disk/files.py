@@ -25,9 +25,10 @@ from streamshard.errors import InputError, ReadError, printable
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["ByteRange", "Files", "InputFile", "file_nbytes", "read_bytes"]
+__all__ = ["BLOCK_NBYTES", "ByteRange", "Files", "InputFile", "file_nbytes", "read_bytes"]
 
-"""Beside the flags of the system: a new file is for its owner alone."""
+BLOCK_NBYTES = 256 * 1024
+"""What is read, compared and written at a time: on ext4, writes of 2 MB took three times as long."""
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe with a weight's name must not hang us
 
 

@@ -8,14 +8,13 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from streamshard.disk.files import InputFile
+from streamshard.disk.files import BLOCK_NBYTES, InputFile
 from streamshard.disk.system import NO_LINK, reading, system, writing
 from streamshard.errors import OutputError, ReadError, WriteError, printable
 
 __all__ = ["LogFile", "OutputFile", "copy_file", "put", "write_new"]
 
 
-COPY_NBYTES = 256 * 1024
 _OLD = os.O_RDWR | NO_LINK | getattr(os, "O_NONBLOCK", 0)
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK
 
@@ -142,8 +141,8 @@ def _write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> No
 def copy_file(source: Path, copy: Path) -> None:
     """Copy the bytes of a file to a new one and wait until the disk has them."""
     with InputFile(source) as file, OutputFile(copy, file.nbytes) as out:
-        for offset in range(0, file.nbytes, COPY_NBYTES):
-            block = file.read(offset, min(COPY_NBYTES, file.nbytes - offset))
+        for offset in range(0, file.nbytes, BLOCK_NBYTES):
+            block = file.read(offset, min(BLOCK_NBYTES, file.nbytes - offset))
             out.write(memoryview(block), offset)
         file.check()
         out.sync()

@@ -30,6 +30,7 @@ __all__ = ["NO_LINK", "PRIVATE", "AnyPath", "System", "reading", "system", "writ
 AnyPath: TypeAlias = "str | Path"
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 PRIVATE = 1 << 30
+"""Beside the flags of the system: a new file is for its owner alone."""
 _ALWAYS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FAR = 1 << 30
 

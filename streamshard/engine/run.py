@@ -21,6 +21,7 @@ from streamshard.engine.beside_output import check_beside, places_beside
 from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
+from streamshard.engine.output_path import check_inputs
 from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, new_report, update
 from streamshard.engine.report import finished as in_the_end
@@ -39,6 +40,7 @@ def run(job: Job, options: Options) -> Report:
     started = job.started
     made = plan(job, options)
     del job  # its tensors are in the shards now
+    check_inputs(made.output)
     if options.on_plan is not None:
         options.on_plan(made)
     if options.dry_run:
