@@ -598,7 +598,7 @@ MUTANTS = (
     ),
     Mutant(
         "nothing-changed-is-success",
-        "        if job.must_change and not any(any(found.squared) for found in finished):",
+        "        if made.must_change and not any(any(found.squared) for found in finished):",
         "        if False:",
         "updates that are lost in rounding are a success",
         ("test_updates_that_cancel_are_an_error",),
