@@ -6,6 +6,7 @@ are in belong to it. Of an output the list is what its sealed `streamshard.json`
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Collection, Iterator
 from os import stat_result as Entry  # noqa: N812 - what it is here
@@ -145,4 +146,34 @@ def check_replaceable(target: Path) -> set[str]:
                 f"{where}: holds {listed(more)}, which {REPORT_NAME} there does not record and "
                 "--overwrite would remove. Move that away, or choose another output."
             )
+        _check_removable(target, folders_of(names))
         return names
+
+
+def _check_removable(target: Path, folders: set[str]) -> None:
+    """Raise `OutputError` unless we may rename a folder that is held, and remove all that is in it."""
+    if not system.may_change(target.parent):
+        return  # so that nothing can be written there either, which is told when that is tried
+    inside = [
+        target / name for name, entry in _walk(target, folders) if stat.S_ISDIR(entry.st_mode)
+    ]
+    entries = {folder: [folder / name for name in _listed(folder)] for folder in (target, *inside)}
+    for folder, paths in {target.parent: [target], **entries}.items():
+        if paths and not _may_remove(folder, paths):
+            raise OutputError(
+                f"{printable(str(target))}: cannot be replaced: this user may not remove or rename what "
+                f"is in {printable(str(folder))}. Nothing was touched: choose another output, or have "
+                "its owner remove it."
+            )
+
+
+def _may_remove(folder: Path, paths: Collection[Path]) -> bool:
+    """Whether we may remove these from a folder: a sticky one, or each of them, has to be ours."""
+    with writing(folder, 0):
+        found = system.lstat(folder)
+        if not system.may_change(folder):
+            return False
+        if os.name == "nt" or not found.st_mode & stat.S_ISVTX:
+            return True
+        user = os.geteuid()
+        return user in (0, found.st_uid) or all(system.lstat(path).st_uid == user for path in paths)

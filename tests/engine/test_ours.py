@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from interrupted_runs import (
     killed,
     partial,
 )
-from pairs import Pair
+from pairs import Pair, new_pair
 from places import Cli, lock, make_output, old, state
 
 import streamshard
@@ -300,6 +302,60 @@ def test_an_output_with_an_edited_record_or_file(pair, cli):
     record = pair.output / "streamshard.json"
     record.write_bytes(record.read_bytes().replace(b"xxh3", b"xxh4"))
     left_alone(pair, cli, pair.output, "--overwrite", what="streamshard.json")
+
+
+@pytest.fixture
+def shared():
+    """A base and an adapter where every user can be, and not below what pytest keeps for one."""
+    root = Path(tempfile.mkdtemp(prefix="streamshard-shared-"))
+    root.chmod(0o755)
+    pair = new_pair(root)
+    for file in root.rglob("*.*"):
+        file.chmod(0o644)
+    yield pair
+    shutil.rmtree(root)
+
+
+@contextlib.contextmanager
+def as_user(number: int):
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(number)
+    os.seteuid(number)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
+@needs_root
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    "where", ["output", "inner folder", "sticky output", "sticky parent", "nowhere"]
+)
+def test_an_output_of_another_user_in_a_shared_folder(where, dry, shared, cli):
+    """It could be moved away and then not be emptied, and no later run could do anything."""
+    pair = shared
+    (pair.base / "inner").mkdir()
+    (pair.base / "inner" / "x.txt").write_text("x")
+    make_output(pair)
+    inner = pair.output / "inner"
+    pair.output.parent.chmod(0o1777 if where == "sticky parent" else 0o777)
+    for folder in (pair.output, inner):
+        folder.chmod(0o777)
+    if where in {"output", "inner folder"}:
+        (pair.output if where == "output" else inner).chmod(0o755)
+    elif where == "sticky output":
+        pair.output.chmod(0o1777)
+    with as_user(65533):
+        if where == "nowhere":
+            assert cli(*pair.command, "--overwrite", *dry).code == 0
+            return
+        refused_at = {"inner folder": inner, "sticky parent": pair.output.parent}
+        said = f"is in {refused_at.get(where, pair.output)}. Nothing"
+        left_alone(pair, cli, pair.output, "--overwrite", *dry, what=said)
 
 
 def test_an_empty_folder_and_an_output_that_lost_a_file_are_replaced(pair, cli):
