@@ -35,6 +35,7 @@ from streamshard.disk.system import system
 from streamshard.engine import claims, long_names, ours
 from streamshard.engine.beside_output import places_beside
 from streamshard.engine.journal import Journal
+from streamshard.engine.lock import Lock
 from streamshard.errors import OutputError
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
@@ -455,6 +456,94 @@ def test_the_output_is_swapped_before_the_first_rename(pair, cli, monkeypatch):
     assert outcome.code == 5
     assert state(pair.output) == before
     assert not old(pair).exists()
+
+
+def test_the_output_is_held_until_it_is_moved(pair, cli, monkeypatch):
+    """So that its inode number cannot become that of a folder that somebody else puts there."""
+    make_output(pair)
+    rename, seen = system.rename, []
+
+    def looking(path: Any, other: Any) -> None:
+        if Path(other) == old(pair):
+            kept = held.holder(str(pair.output), itself=True)
+            assert os.path.samestat(os.fstat(kept.descriptor), pair.output.stat())
+            seen.append(kept)
+        rename(path, other)
+
+    monkeypatch.setattr(system, "rename", looking)
+    assert cli(*pair.command, "--overwrite").code == 0
+    assert len(seen) == 1
+    assert held._held == {}
+
+
+def test_what_comes_into_the_output_right_before_it_is_moved(pair, cli, monkeypatch):
+    make_output(pair)
+    mine = pair.output / "mine"
+    note = Lock.note
+
+    def late(*arguments: Any) -> None:
+        note(*arguments)
+        mine.write_text("mine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lock, "note", late)
+        outcome = cli(*pair.command, "--overwrite")
+    assert outcome.code == 5
+    assert "'mine'" in outcome.err
+    assert "is complete" not in outcome.err
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert cli(*pair.command, "--overwrite").code == 0
+    assert alone(pair)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("how", ["folder", "link"])
+def test_the_staging_folder_is_swapped_before_the_last_rename(how, exists, pair, cli, monkeypatch):
+    """What was renamed in its place gets its own name back, and so does the old output."""
+    if exists:
+        make_output(pair)
+    rename = system.rename
+    theirs = pair.root / "theirs"
+    if how == "folder":
+        shutil.copytree(pair.base, theirs)
+    else:
+        theirs.symlink_to(pair.base)
+    before = state(theirs)
+    there = state(pair.output) if exists else None
+
+    def swapping(path: Any, other: Any) -> None:
+        if Path(path) == partial(pair):
+            rename(partial(pair), pair.root / "away")
+            rename(theirs, partial(pair))
+        rename(path, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "rename", swapping)
+        outcome = cli(*pair.command, "--overwrite")
+    assert outcome.code == 5
+    assert "puts back" not in outcome.err
+    assert state(partial(pair)) == before
+    assert pair.output.exists() == exists
+    assert there is None or state(pair.output) == there
+    assert not old(pair).exists()
+
+
+def test_nothing_is_said_of_an_old_output_that_is_not_what_was_moved(pair, cli, monkeypatch):
+    make_output(pair)
+    note = Lock.note
+
+    def late(*arguments: Any) -> None:
+        note(*arguments)
+        old(pair).mkdir()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lock, "note", late)
+        outcome = cli(*pair.command, "--overwrite")
+    assert outcome.code == 5
+    assert str(old(pair)) in outcome.err
+    assert "puts back" not in outcome.err
+    assert pair.output.exists()
 
 
 def test_what_comes_into_the_staging_folder_meanwhile(pair, cli, monkeypatch):
