@@ -635,6 +635,16 @@ def test_any_umask(umask, pair):
     assert alone(pair)
 
 
+@pytest.mark.parametrize("umask", [0o002, 0o000])
+def test_a_stricter_umask_than_at_the_beginning(umask, pair, cli):
+    """What others could write to meanwhile is not continued, and what to do is said."""
+    killed(f"import os\nos.umask({umask})\n" + AFTER_A_SHARD, [*pair.command, "--workers", "1"])
+    lock(pair).unlink(missing_ok=True)
+    said = f"mode is {0o777 & ~umask:04o}), more than the umask (0022)"
+    left_alone(pair, cli, partial(pair), what=said)
+    left_alone(pair, cli, partial(pair), what="run again under that one, or remove the folder")
+
+
 @pytest.mark.parametrize("mode", [0o1777, 0o2775, 0o777])
 def test_any_mode_of_the_folder_around(mode, pair, cli):
     pair.output.parent.chmod(mode)
