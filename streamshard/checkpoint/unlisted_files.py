@@ -22,7 +22,7 @@ _CODE = re.compile(
 _WEIGHTS = re.compile(
     r".*\.(?:safetensors|bin|pth?|ckpt|gguf|ggml|h5|hdf5|keras|msgpack|onnx|npy|npz|pkl|pickle|joblib"
     r"|torch|tflite|pb|mlmodel|nemo|engine|plan|dduf|distcp)"
-    r"|.*\.index\.json",
+    r"|.*\.index(?:\.[^/]*)?\.json",
     re.DOTALL,
 )
 _CONFIG = re.compile(
