@@ -18,7 +18,7 @@ from streamshard.checkpoint.shards import Shard, index_pieces, plan_shards
 from streamshard.disk.folders import sync_folder
 from streamshard.disk.inputs import active
 from streamshard.disk.new_files import copy_file, write_new
-from streamshard.engine.beside_output import check_beside
+from streamshard.engine.beside_output import check_beside, check_writable
 from streamshard.engine.fingerprint import Identity, identity
 from streamshard.engine.job import Job, Options, Plan
 from streamshard.engine.journal import JOURNAL_NAME, FinishedShard
@@ -66,6 +66,7 @@ def run(job: Job, options: Options) -> Report:
     }
     if options.dry_run:
         check_beside(job.output)
+        check_writable(job.output)
     else:
         _write(job, plan, tensors, options, report)
     return in_the_end(report, job.started)
