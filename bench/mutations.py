@@ -176,7 +176,7 @@ MUTANTS = (
     ),
     Mutant(
         "moved-is-not-looked-at",
-        "            _check_is(replaced, old, target)\n",
+        "            _check_is(replaced.inode, old, target)\n",
         "",
         "another folder than the old output is moved away and removed",
         ("test_the_output_is_swapped_before_the_first_rename",),
