@@ -176,7 +176,7 @@ MUTANTS = (
     ),
     Mutant(
         "moved-is-not-looked-at",
-        "            _check_is(replaced, old, target)\n",
+        "            _check_is(replaced.inode, old, target)\n",
         "",
         "another folder than the old output is moved away and removed",
         ("test_the_output_is_swapped_before_the_first_rename",),
@@ -598,7 +598,7 @@ MUTANTS = (
     ),
     Mutant(
         "nothing-changed-is-success",
-        "        if job.must_change and not any(any(found.squared) for found in finished):",
+        "        if made.must_change and not any(any(found.squared) for found in finished):",
         "        if False:",
         "updates that are lost in rounding are a success",
         ("test_updates_that_cancel_are_an_error",),

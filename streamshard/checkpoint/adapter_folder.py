@@ -19,7 +19,7 @@ from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
-from streamshard.errors import AdapterError, InputError, listed, printable
+from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensors.lazy import Lazy
 
 __all__ = ["AdapterFolder", "is_adapter", "open_adapter"]
@@ -70,7 +70,7 @@ def _open_adapter(path: Path) -> AdapterFolder:
             if inner
             else "Give the folder that PEFT's save_pretrained wrote."
         )
-        raise InputError(f"{printable(str(path))}: has no {ADAPTER_CONFIG_NAME}. {hint}")
+        raise InputError.at(path, f"has no {ADAPTER_CONFIG_NAME}. {hint}")
     config = read_json_object(path / ADAPTER_CONFIG_NAME)
     file = path / ADAPTER_NAME
     if has(file):
@@ -79,12 +79,13 @@ def _open_adapter(path: Path) -> AdapterFolder:
         file = path / PICKLED_ADAPTER_NAME
         tensors = _unpickle(file)
     else:
-        raise InputError(
-            f"{printable(str(path))}: has neither {ADAPTER_NAME} nor {PICKLED_ADAPTER_NAME}."
-            " The folder is incomplete: copy or save the adapter again."
+        raise InputError.at(
+            path,
+            f"has neither {ADAPTER_NAME} nor {PICKLED_ADAPTER_NAME}."
+            " The folder is incomplete: copy or save the adapter again.",
         )
     if not tensors:
-        raise AdapterError(f"{printable(str(file))}: has no tensors; there is nothing to merge.")
+        raise AdapterError.at(file, "has no tensors; there is nothing to merge.")
     return AdapterFolder(path, file, config, tensors)
 
 

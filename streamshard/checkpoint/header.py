@@ -24,6 +24,7 @@ from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = [
+    "MAX_NAME_BYTES",
     "Header",
     "build_header",
     "data_start",
@@ -286,9 +287,10 @@ def _ask_official_parser(path: Path) -> None:
 
 def _broken(path: Path, problem: str, name: str | None = None) -> InputError:
     tensor = "" if name is None else f"tensor '{printable(name)}' "
-    return InputError(
-        f"{printable(str(path))}: {tensor}{problem}. "
-        "The file is damaged or not a safetensors file: fetch or save it again."
+    return InputError.at(
+        path,
+        f"{tensor}{problem}. "
+        "The file is damaged or not a safetensors file: fetch or save it again.",
     )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from streamshard.disk.inputs import Inputs, Stamp, active, changed, named
 from streamshard.disk.system import AnyPath, reading, system
-from streamshard.errors import InputError, ReadError, printable
+from streamshard.errors import InputError, ReadError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -128,9 +128,10 @@ class InputFile:
             done += count
         if done < len(out) and offset + done < self.nbytes:
             self.check()
-            raise ReadError(
-                f"{printable(str(self.path))}: the file ended at byte {offset + done:,}, "
-                f"{self.nbytes - offset - done:,} bytes too early. It is truncated or being changed."
+            raise ReadError.at(
+                self.path,
+                f"the file ended at byte {offset + done:,}, "
+                f"{self.nbytes - offset - done:,} bytes too early. It is truncated or being changed.",
             )
         return done
 
@@ -151,7 +152,7 @@ class InputFile:
 def _check_regular(path: AnyPath, mode: int) -> None:
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise InputError(f"{printable(str(path))}: is {what}, a file was expected.")
+        raise InputError.at(path, f"is {what}, a file was expected.")
 
 
 class _Raw(io.RawIOBase):
@@ -238,7 +239,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     with InputFile(path) as file:
         data = file.read(0, file.nbytes + 1) if file.nbytes <= limit else b""
         if max(file.nbytes, len(data)) > limit:
-            raise InputError(f"{printable(str(path))}: larger than {limit:,} bytes; not read.")
+            raise InputError.at(path, f"larger than {limit:,} bytes; not read.")
     return data
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from streamshard.disk.files import BLOCK_NBYTES, InputFile
 from streamshard.disk.system import NO_LINK, reading, system, writing
-from streamshard.errors import OutputError, ReadError, WriteError, printable
+from streamshard.errors import OutputError, ReadError, WriteError
 
 __all__ = ["LogFile", "OutputFile", "copy_file", "put", "write_new"]
 
@@ -28,9 +28,10 @@ class OutputFile:
             try:
                 self._descriptor = system.open(path, _NEW)
             except FileExistsError as error:
-                raise OutputError(
-                    f"{printable(str(path))}: is there already, and no run of ours has put it there. It "
-                    "was left alone: move or remove it, then run again."
+                raise OutputError.at(
+                    path,
+                    "is there already, and no run of ours has put it there. It "
+                    "was left alone: move or remove it, then run again.",
                 ) from error
             try:
                 _allocate(self._descriptor, nbytes)
@@ -58,9 +59,10 @@ class OutputFile:
             with reading(self.path):
                 count = system.pread(self._descriptor, out[done:], offset + done)
             if not count:
-                raise ReadError(
-                    f"{printable(str(self.path))}: the file ended at byte {offset + done:,} while it was "
-                    "being written. Something else changes it: wait for that to end, then run again."
+                raise ReadError.at(
+                    self.path,
+                    f"the file ended at byte {offset + done:,} while it was "
+                    "being written. Something else changes it: wait for that to end, then run again.",
                 )
             done += count
 

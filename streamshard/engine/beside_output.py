@@ -6,6 +6,7 @@ And what a killed run may have left there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import stat
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from streamshard.engine.ours import Ours
 from streamshard.engine.swap import recover, refuse_old
 from streamshard.errors import InputError, StreamshardError, WriteError
 
-__all__ = ["check_beside", "places_beside", "staged_nbytes", "tidy"]
+__all__ = ["check_beside", "check_writable", "places_beside", "resolved", "staged_nbytes", "tidy"]
 
 
 def places_beside(target: Path) -> dict[str, Path]:
@@ -29,9 +30,15 @@ def places_beside(target: Path) -> dict[str, Path]:
     }
 
 
+def resolved(target: Path) -> Path:
+    """Where an output is in truth; "." has no name, and what it is called counts here."""
+    with writing(target, 0):
+        return target.resolve()
+
+
 def staged_nbytes(target: Path) -> int:
     """Bytes that an earlier run has left where `target` is built."""
-    folder = places_beside(target.resolve())["partial"]
+    folder = places_beside(resolved(target))["partial"]
     nbytes = 0
     with writing(folder, 0), contextlib.suppress(FileNotFoundError):  # a run may be at it just now
         if stat.S_ISDIR(system.lstat(folder).st_mode):
@@ -42,8 +49,8 @@ def staged_nbytes(target: Path) -> int:
 
 def tidy(target: Path) -> None:
     """Remove what a run that was killed at its very end has left beside a complete output."""
-    beside = places_beside(target.resolve())
     with contextlib.suppress(StreamshardError):
+        beside = places_beside(resolved(target))
         if exists(beside["lock"]):
             with locked(beside["lock"], target) as lock:
                 recover(target, beside, lock)
@@ -51,17 +58,29 @@ def tidy(target: Path) -> None:
 
 def check_beside(target: Path) -> None:
     """Raise `OutputError` if something that is not ours is in the way of a run; changes nothing."""
-    beside = places_beside(target.resolve())
+    beside = places_beside(resolved(target))
     try:
         moved = look(beside["lock"])
         there = inode_of(beside["old"])
         if there is not None and (moved is None or there[1] != moved[0]):
             refuse_old(beside["old"])
         if exists(beside["partial"]):
-            ours = Ours(target.resolve().parent)
+            ours = Ours(resolved(target).parent)
             ours.check_folder(beside["partial"])
             with held(beside["partial"]) as kept:
                 refuse_strangers(beside["partial"], left_in(kept, ours, moved).strangers)
     except (InputError, WriteError) as error:
         if not isinstance(error.__cause__, FileNotFoundError):  # of a run that is at it just now
             raise
+
+
+def check_writable(target: Path) -> None:
+    """Raise `WriteError` if nothing can be made where an output is to be; makes nothing itself."""
+    folder = resolved(target).parent
+    while not exists(folder) and folder != folder.parent:
+        folder = folder.parent
+    with writing(folder, 0):
+        if not stat.S_ISDIR(system.stat(folder).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(folder))
+        if not system.may_change(folder):
+            raise PermissionError(errno.EACCES, "nothing can be made in this folder", str(folder))
