@@ -544,7 +544,7 @@ MUTANTS = (
     ),
     Mutant(
         "groups-in-order",
-        'groups = dims.kv_heads or 1 if row.op == "grouped" else 1',
+        'groups = dims.kv_heads or 1 if rule.op == "grouped" else 1',
         "groups = 1",
         "InternLM2's wqkv is taken apart as if it were joined",
         ("test_grouped_rows_of_a_small_model",),

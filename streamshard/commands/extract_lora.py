@@ -28,7 +28,7 @@ from streamshard.engine.workers import collect
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
-from streamshard.internvl.lora_targets import UPSTREAM_DROPOUT, upstream_alpha
+from streamshard.internvl.lora_targets import TASK_TYPES, UPSTREAM_DROPOUT, upstream_alpha
 from streamshard.internvl.spelling import flat_name, flat_names, in_model
 from streamshard.limits import told
 from streamshard.lora.saved_adapter import adapter_config, adapter_key, selection
@@ -108,7 +108,7 @@ def extract_lora(
         live_ranks,
         {m: int(value) if value == int(value) else value for m, value in alphas.items()},
         targets=selection(live_ranks, weights),
-        layout=layout,
+        task_type=TASK_TYPES[layout],
         base=None if base is None else str(base),
         dropout=UPSTREAM_DROPOUT,
         saved=entries,

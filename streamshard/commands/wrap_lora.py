@@ -22,6 +22,7 @@ from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import FAMILIES, Layout
 from streamshard.internvl.lora_targets import (
     PARTS,
+    TASK_TYPES,
     UPSTREAM,
     UPSTREAM_DROPOUT,
     beginning,
@@ -144,7 +145,7 @@ def wrap_lora(
         {live[module]: ranks[part] for module, part in part_of.items()},
         {live[module]: alphas[part] for module, part in part_of.items()},
         targets=[end for part in ranks for end in target_ends(dims.family, layout, part)],
-        layout=layout,
+        task_type=TASK_TYPES[layout],
         base=str(base),
         dropout=UPSTREAM_DROPOUT if dropout is None else dropout,
     )

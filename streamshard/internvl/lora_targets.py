@@ -27,6 +27,7 @@ from streamshard.tensors.lazy import Lazy
 __all__ = [
     "FLAGS",
     "PARTS",
+    "TASK_TYPES",
     "UPSTREAM",
     "UPSTREAM_DROPOUT",
     "UPSTREAM_R",
@@ -52,6 +53,8 @@ PARTS: dict[str, dict[Layout, str]] = {
     "vision_model": {"custom": "vision_model.", "hf": "vision_tower."},
     "language_model": {"custom": "language_model.", "hf": "language_model."},
 }
+# What PEFT takes a model for: InternVLChatModel lacks a method that its class for CAUSAL_LM needs.
+TASK_TYPES: dict[Layout, str | None] = {"custom": None, "hf": "CAUSAL_LM"}
 # The part that each field of the config wraps, with this rank; 0 stands for none.
 FLAGS = {"use_llm_lora": "language_model", "use_backbone_lora": "vision_model"}
 

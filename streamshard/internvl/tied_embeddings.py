@@ -19,7 +19,8 @@ def embedding_and_head(tensors: Collection[str]) -> tuple[str | None, str | None
     found: list[str | None] = []
     for modules in (EMBEDDINGS, HEADS):
         ends = tuple(f".{module}.weight" for module in modules)
-        names = [n for n in tensors if n.endswith(ends) or n in {e.lstrip(".") for e in ends}]
+        whole = {end.removeprefix(".") for end in ends}
+        names = [name for name in tensors if name.endswith(ends) or name in whole]
         # A projection deep in a layer may be called output too.
         found.append(min(names, key=lambda name: name.count("."), default=None))
     return found[0], found[1]

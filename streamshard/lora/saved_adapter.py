@@ -25,7 +25,7 @@ def adapter_config(
     alphas: Mapping[str, float],
     *,
     targets: Sequence[str],
-    layout: str,
+    task_type: str | None,
     base: str | None,
     dropout: float,
     saved: Sequence[str] = (),
@@ -55,8 +55,7 @@ def adapter_config(
         "rank_pattern": rank_pattern,
         "revision": None,
         "target_modules": list(targets),
-        # InternVLChatModel lacks a method that PEFT's class for CAUSAL_LM asks every model for.
-        "task_type": "CAUSAL_LM" if layout == "hf" else None,
+        "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
     }

@@ -262,9 +262,7 @@ def test_patterns_that_would_catch_too_much_are_written_in_full():
         "language_model.model.layers.1.mlp.experts.0.up_proj": 2,
         "language_model.model.layers.1.mlp.experts.1.up_proj": 8,
     }
-    config = adapter_config(
-        ranks, ranks, targets=["up_proj"], layout="custom", base=None, dropout=0
-    )
+    config = adapter_config(ranks, ranks, targets=["up_proj"], task_type=None, base=None, dropout=0)
     assert config["rank_pattern"] == {"model.layers.1.mlp.experts.0.up_proj": 2}
     settings = read_settings(config, "x")
     assert {module: settings.rank(module) for module in ranks} == ranks
@@ -278,7 +276,9 @@ def test_patterns_give_every_module_its_own(data):
     ]
     ranks = {m: data.draw(st.integers(1, 3)) for m in modules}
     alphas = {m: data.draw(st.integers(1, 2)) for m in modules}
-    config = adapter_config(ranks, alphas, targets=["q"], layout="hf", base=None, dropout=0)
+    config = adapter_config(
+        ranks, alphas, targets=["q"], task_type="CAUSAL_LM", base=None, dropout=0
+    )
     settings = read_settings(config, "x")
     assert {m: settings.rank(m) for m in modules} == ranks
     assert {m: settings.alpha(m) for m in modules} == alphas
