@@ -254,8 +254,8 @@ MUTANTS = (
     ),
     Mutant(
         "inputs-checked-too-late",
-        "        if inputs is not None:\n            inputs.end()\n",
-        "",
+        "        _fill(made, staging, report, progress, started)\n        inputs.end()\n",
+        "        _fill(made, staging, report, progress, started)\n",
         "an output of changed inputs has its name before that is found",
         ("test_whenever_it_happens", "test_a_side_file_that_grows_while_it_is_copied"),
     ),
@@ -332,8 +332,8 @@ MUTANTS = (
     ),
     Mutant(
         "recipe-without-places",
-        'self._put(f"Stored {number} {value.offset} {value.shape} {value.dtype}")',
-        'self._put(f"Stored {number} {value.shape} {value.dtype}")',
+        'self._text(f"Stored {number} {value.offset} {value.shape} {value.dtype}")',
+        'self._text(f"Stored {number} {value.shape} {value.dtype}")',
         "a run continues though tensors come from other places of the same file",
         ("test_the_place_of_a_tensor_is_part_of_the_plan",),
     ),
@@ -598,8 +598,8 @@ MUTANTS = (
     ),
     Mutant(
         "nothing-changed-is-success",
-        "        if made.must_change and not any(any(found.squared) for found in finished):",
-        "        if False:",
+        "    if made.must_change and not any(any(found.squared) for found in finished):",
+        "    if False:",
         "updates that are lost in rounding are a success",
         ("test_updates_that_cancel_are_an_error",),
     ),

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import trainer_models
-from marks import PEERS
+from marks import PEERS, slow_but
 from models import TINY, hf_model
 from reference import read, same_tensor, save_file
 from safetensors.torch import load_file
@@ -53,7 +53,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("preset", RUNS)
+@pytest.mark.parametrize("preset", slow_but(RUNS, "tiny"))
 @pytest.mark.parametrize(
     "ranks", [{"backbone": 0}, {"llm": 0}, {"llm": 4, "backbone": 3}], ids=["llm", "vit", "both"]
 )
@@ -79,7 +79,7 @@ def test_the_whole_cycle(preset, ranks, tmp_path):
     assert close(logits(merged), expected)
 
 
-@pytest.mark.parametrize("preset", RUNS)
+@pytest.mark.parametrize("preset", slow_but(RUNS, "tiny"))
 def test_the_whole_cycle_to_a_merged_model(preset, tmp_path):
     """Merged as it is, and as the adapter taken out of it: the trained model, without peft."""
     model, base, checkpoint = trained(tmp_path, preset)

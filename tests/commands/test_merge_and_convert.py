@@ -20,6 +20,7 @@ from folders import (
     make,
     without_weights,
 )
+from marks import slow, slow_but
 from presets import PRESETS, Preset
 from reference import read, same_tensor
 from safetensors.torch import load_file
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.mark.parametrize("size", ["5GB", "40KB"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", slow_but(["bf16", "fp32"], "bf16"))
 @pytest.mark.parametrize("trained", ["custom", "hf"])
 @pytest.mark.parametrize("layout", ["custom", "hf"])
 def test_merging_and_converting_commute(layout, trained, dtype, size, tmp_path):
@@ -43,6 +44,7 @@ def test_merging_and_converting_commute(layout, trained, dtype, size, tmp_path):
     commutes(base, ref, adapter, layout, tmp_path, preset)
 
 
+@slow
 @pytest.mark.parametrize("r", [8, 80])
 @pytest.mark.parametrize("trained", ["custom", "hf"])
 @pytest.mark.parametrize("layout", ["custom", "hf"])

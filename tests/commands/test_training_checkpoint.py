@@ -20,7 +20,7 @@ import pytest
 import reference
 import torch
 from folders import as_hf, config_of, edit, make, put, settings_of
-from marks import PEERS
+from marks import PEERS, slow_but
 from models import custom_model, load_custom
 from peft_cases import (
     assert_close,
@@ -186,7 +186,7 @@ def test_the_trainer_is_one(trainer):
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("children", CHILDREN)
-@pytest.mark.parametrize("preset", [name for name in LLM if "vit" not in name])
+@pytest.mark.parametrize("preset", slow_but((name for name in LLM if "vit" not in name), "tiny"))
 def test_the_merged_model_is_the_trained_model(preset, children, spelling, tmp_path):
     made = Trainer(preset, children)
     state = SPELLINGS[spelling](made.state())

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from folders import OTHER, convert, sparse
+from marks import slow
 from models import MODELS, TINY
 from presets import PRESETS, tensor_shapes
 from reference import bits
+
+pytestmark = slow
 
 
 @cache

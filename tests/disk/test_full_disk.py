@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import reference
+from marks import slow
 from shards_of_pair import FIRST, SECOND, merge
 
 from streamshard import merge_lora
 from streamshard.errors import ReadError
+
+pytestmark = slow
 
 
 def test_too_little_space_is_found_before_writing(pair, refused, monkeypatch):

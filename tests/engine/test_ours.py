@@ -27,6 +27,7 @@ from interrupted_runs import (
     killed,
     partial,
 )
+from marks import slow_but
 
 import streamshard
 from streamshard.disk.system import system
@@ -68,7 +69,10 @@ def test_a_lock_of_another_program(text, pair, cli):
     left_alone(pair, cli, lock(pair), "--dry-run")
 
 
-@pytest.mark.parametrize("how", ["finished shard", "part", "side file", "record", "inner folder"])
+AMONG = ["finished shard", "part", "side file", "record", "inner folder"]
+
+
+@pytest.mark.parametrize("how", slow_but(AMONG, "finished shard", "record"))
 @pytest.mark.parametrize("kind", ["link", "hard link", pytest.param("owner", marks=needs_root)])
 def test_what_is_foreign_among_what_a_run_has_left(how, kind, pair, cli):
     (pair.base / "inner").mkdir()

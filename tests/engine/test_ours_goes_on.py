@@ -24,6 +24,7 @@ from interrupted_runs import (
     content,
     killed,
 )
+from marks import slow
 from pairs import Pair
 
 import streamshard
@@ -106,6 +107,7 @@ STEPS = [
 ]
 
 
+@slow
 @pytest.mark.parametrize("again", [[], ["--overwrite"], ["--overwrite", "--weight", "0.25"]])
 @pytest.mark.parametrize("step", range(len(STEPS)))
 def test_an_overwrite_that_was_killed_is_finished_or_undone(step, again, pair, cli):

@@ -18,6 +18,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import slow_but
 from models import (
     GROUPED,
     MODELS,
@@ -198,7 +199,7 @@ def load_hf(folder: Any, tensors: dict[str, torch.Tensor], settings: dict[str, A
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, *KINDS[:1]))
 def test_logits_are_equal_after_conversion(kind, tmp_path):
     preset = preset_of(kind)
     settings = {

@@ -10,7 +10,7 @@ import peft
 import pytest
 import reference
 import torch
-from marks import PEERS
+from marks import PEERS, slow_but
 from peft_cases import (
     adapted,
     assert_close,
@@ -169,7 +169,7 @@ TIED: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("both_stored", [False, True])
+@pytest.mark.parametrize("both_stored", slow_but([False, True], False))
 @pytest.mark.parametrize("case", TIED)
 def test_tied_embeddings(case, both_stored, tmp_path):
     """The truth is what the adapted model computed; both sides are written once they differ."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from marks import PEERS
+from marks import PEERS, slow
 from reference import INDEX
 
 from streamshard import merge_lora
@@ -176,7 +176,10 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [pytest.param(kind, config, id=f"{kind}-{name}") for kind, name, config in CASES],
+    [
+        pytest.param(kind, config, id=f"{kind}-{name}", marks=[slow] if "llama" in kind else [])
+        for kind, name, config in CASES
+    ],
 )
 def test_merged_model_is_the_adapted_model(kind, config, tmp_path):
     """In fp32: outputs as of the unmerged model, weights as of `merge_and_unload`."""

@@ -11,11 +11,14 @@ import faults
 import pytest
 import scenarios as runs
 from faults import KINDS, Faults, Kind, check, sweep
+from marks import slow
 
 import streamshard
 from streamshard.disk import files, new_files
 from streamshard.disk.system import system
 from streamshard.errors import ReadError
+
+pytestmark = slow
 
 NAMES = ["merge-lora", "merge-lora --overwrite", "merge-lora, resumed", "hf2custom"]
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import flips
 import pytest
 import reference
+from marks import slow
 from pairs import Pair
 from verify_helpers import (
     files_of,
     output_with_code,
 )
+
+pytestmark = slow
 
 
 @pytest.fixture

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import reference
+from marks import linux, slow
 from pairs import LAYER, Pair
 
 from streamshard import merge_lora
+
+pytestmark = slow
 
 LIMIT = 170_000_000  # of all private memory: interpreter, numpy and the stacks of threads included
 
@@ -51,9 +54,7 @@ def large_base(folder: Path) -> int:
     return end
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="RLIMIT_DATA counts private memory on Linux only"
-)
+@linux  # RLIMIT_DATA counts private memory there only
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_model_larger_than_the_memory_that_is_allowed(workers, pair, tmp_path):
     nbytes = large_base(tmp_path / "large")
@@ -106,7 +107,7 @@ SIZES = {
 }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
+@linux
 @pytest.mark.parametrize("kind", SIZES)
 def test_every_limit_of_memory_ends_with_an_exit_code(kind, pair):
     merge_lora(base=pair.base, adapter=pair.adapter, output=pair.root / "wanted")
@@ -126,7 +127,7 @@ def test_every_limit_of_memory_ends_with_an_exit_code(kind, pair):
     assert {codes[0], codes[-1]} == {0, 6}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
+@linux
 @pytest.mark.parametrize("size", [16, 64, 100, 128, 200, 400])
 @pytest.mark.parametrize("threads", ["1", "4"])
 def test_from_python_it_is_an_exception(threads, size, pair):
@@ -148,7 +149,7 @@ except OutOfMemoryError as error:
     assert done.returncode == (6 if size < 100 else 0 if size > 300 else done.returncode)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
+@linux
 @pytest.mark.parametrize("command", ["inspect", "verify", "diff"])
 @pytest.mark.parametrize("size", [32, 64, 96, 104, 128])
 def test_reading_ends_with_an_exit_code_too(command, size, pair):
@@ -156,7 +157,7 @@ def test_reading_ends_with_an_exit_code_too(command, size, pair):
     ended(["-m", "streamshard", command, *paths], "RLIMIT_DATA", size * 10**6)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
+@linux
 @pytest.mark.parametrize("size", [128, 200, 600])
 def test_a_pickled_adapter_needs_room_for_torch(size, pair):
     file = pair.adapter / "adapter_model.safetensors"

@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 from folders import sparse
 from make_checkpoint import write_checkpoint
+from marks import slow
 from presets import PRESETS, tensor_shapes
 
 from streamshard.checkpoint.json_files import json_pieces
 from streamshard.commands import diff
 from streamshard.engine.budget import peak_rss_bytes
 from streamshard.tensors.comparing import PART_ELEMENTS, squared_distance
+
+pytestmark = slow
 
 MOE = PRESETS["InternVL3_5-30B-A3B"]
 # All 19,213 names, each of a few bytes.

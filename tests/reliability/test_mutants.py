@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import mutants
 import pytest
+from marks import slow
 from mutants import NotApplicableError, apply, find_source, find_tests, outcome
 from mutations import MUTANTS, Mutant
 
@@ -31,6 +32,7 @@ def test_names_are_there_once():
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
 
 
+@slow
 def test_what_survives_is_told(tmp_path):
     good, text = outcome(HARMLESS, tmp_path, 120)
     assert not good
@@ -38,6 +40,7 @@ def test_what_survives_is_told(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+@slow
 def test_what_is_noticed_and_what_has_a_reason(tmp_path):
     (mutant,) = (mutant for mutant in MUTANTS if mutant.name == "verify-finite")
     good, text = outcome(mutant, tmp_path, 120)

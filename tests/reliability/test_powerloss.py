@@ -6,11 +6,14 @@ import powerloss
 import pytest
 import scenarios as runs
 from forgetful_disk import Disk, Inode, Step, written
+from marks import slow
 from powerloss import examine, record, shown, states
 
 from streamshard.disk import folders, new_files
 from streamshard.disk.system import system
 from streamshard.engine import staging
+
+pytestmark = slow
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import reference
+from marks import slow
 from pairs import Pair
 
 import streamshard
@@ -24,6 +25,8 @@ from streamshard.engine import lock as lock_module
 from streamshard.engine.beside_output import places_beside
 from streamshard.engine.staging import output_folder
 from streamshard.errors import ChangedError, InputError, OutputError
+
+pytestmark = slow
 
 SECOND = "model-00002-of-00002.safetensors"
 PLAN = {

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import linux, slow
 
 from streamshard import merge_lora
 from streamshard.checkpoint.shards import Shard
@@ -40,10 +41,6 @@ WEIGHT = f"{LAYER}.down_proj.weight"
 NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 MOST = 160_000_000
 LITTLE = 1  # a strip of one tile
-
-linux = pytest.mark.skipif(
-    sys.platform != "linux", reason="elsewhere the peak is not known exactly"
-)
 
 
 def numbers(shape: tuple[int, ...], size: float, seed: int, dtype: str = "F32") -> np.ndarray:
@@ -145,6 +142,7 @@ def merge(folder: Path, *more: str, verified: bool = False) -> dict[str, Any]:
     return report
 
 
+@slow
 @linux
 @pytest.mark.parametrize(
     ("rows", "columns"),
@@ -160,6 +158,7 @@ def test_merges_of_long_rows(rows, columns, tmp_path):
     merge(tmp_path, verified=True)
 
 
+@slow
 @linux
 @pytest.mark.parametrize("shape", [(128, 300_000), (1, 40_000_000), (40_000_000,)], ids=str)
 def test_casts_of_long_rows(shape, tmp_path):
@@ -168,6 +167,7 @@ def test_casts_of_long_rows(shape, tmp_path):
     merge(tmp_path, "--dtype", "fp32", verified=True)
 
 
+@slow
 @linux
 @pytest.mark.parametrize("turned", [False, True], ids=["by row", "by column"])
 def test_dora_of_long_rows(turned, tmp_path):
@@ -180,6 +180,7 @@ def test_dora_of_long_rows(turned, tmp_path):
     merge(tmp_path, verified=True)
 
 
+@slow
 @linux
 def test_what_an_adapter_replaces_may_have_long_rows(tmp_path):
     shape = (3, 4_000_000)
@@ -197,6 +198,7 @@ LARGE = {
 }
 
 
+@slow
 @linux
 @pytest.mark.parametrize("r", LARGE)
 def test_high_ranks(r, tmp_path):
@@ -209,6 +211,7 @@ def test_high_ranks(r, tmp_path):
     merge(tmp_path, "--workers", "2", "--max-memory", "200MB")
 
 
+@slow
 @linux
 @pytest.mark.parametrize("r", [16, 128])
 def test_fused_experts(r, tmp_path):
@@ -328,6 +331,7 @@ def filled(node: Lazy, work: Workspace, nbytes: int) -> tuple[bytes, Change]:
     return whole.tobytes(), work.changes.total()
 
 
+@slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=6, deadline=None)
 @given(
@@ -404,6 +408,7 @@ def lasting(folder: Path) -> tuple[dict[str, bytes], Any]:
     return weights, {key: value for key, value in record.items() if key not in VARYING}
 
 
+@slow
 @pytest.mark.parametrize("adapter", ["adapter", "dora"])
 @pytest.mark.parametrize("dtype", ["keep", "fp32"])
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -520,6 +525,7 @@ def long_rows(tmp_path):
     return made
 
 
+@slow
 def test_comparing_and_reading_long_rows(long_rows):
     one, other = long_rows
     files = Counted()
