@@ -19,6 +19,7 @@ __all__ = [
     "OutputError",
     "ReadError",
     "StreamshardError",
+    "UnreadError",
     "UsageError",
     "VerificationError",
     "WriteError",
@@ -101,6 +102,12 @@ class VerificationError(StreamshardError):
     def __init__(self, message: str, report: dict[str, Any]) -> None:
         super().__init__(message)
         self.report = report
+
+
+class UnreadError(VerificationError, ReadError):
+    """What could be read of a checkpoint is right, but not all of it could be; `report` lists what."""
+
+    exit_code = 7
 
 
 def printable(text: str, limit: int = 200) -> str:

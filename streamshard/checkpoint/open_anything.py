@@ -18,7 +18,7 @@ from streamshard.checkpoint.folder import open_checkpoint, open_weights
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.checkpoint.recorded_files import Listing, read_listing
-from streamshard.disk.system import reading, system
+from streamshard.disk.system import is_unread, reading, system
 from streamshard.errors import AdapterError, InputError, ReadError, printable
 from streamshard.tensors.lazy import Lazy
 
@@ -33,7 +33,9 @@ class Opened:
     """What is there, and what is recorded of it.
 
     `headers` maps the name of each weight file to its tensors, in the order of their bytes;
-    `unread` maps names of files that could not be opened to why.
+    `unread` maps names of files that could not be opened to why. Of the `problems` those in
+    `unreadable` are of the system, which did not read a file; `incomplete` says that one of these has
+    weights, so that it is not known which there are.
     """
 
     folder: Path
@@ -42,6 +44,8 @@ class Opened:
     headers: dict[str, Mapping[str, Lazy]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unreadable: set[str] = field(default_factory=set)
+    incomplete: bool = False
 
     @property
     def tensors(self) -> dict[str, Lazy]:
@@ -51,10 +55,12 @@ class Opened:
             found |= tensors
         return found
 
-    def add(self, problem: str) -> None:
+    def add(self, problem: str | Exception) -> None:
         """Take note of a problem; two ways to the same one are one."""
-        if problem not in self.problems:
-            self.problems.append(problem)
+        if isinstance(problem, Exception) and is_unread(problem):
+            self.unreadable.add(str(problem))
+        if str(problem) not in self.problems:
+            self.problems.append(str(problem))
 
     def header(self, name: str) -> None:
         """Read the header of one weight file."""
@@ -64,7 +70,8 @@ class Opened:
             self.headers[name] = read_header(self.folder / name).tensors
         except (InputError, ReadError) as error:
             self.unread[name] = "its header cannot be read"
-            self.add(str(error))
+            self.incomplete |= is_unread(error)
+            self.add(error)
 
 
 def is_shard(name: str) -> bool:
@@ -89,12 +96,14 @@ def _open_folder(path: Path) -> Opened:
         names = sorted(system.listdir(path))
     found = Opened(path, read_listing(path))
     found.problems += found.listing.problems
+    if found.listing.record == "unread":
+        found.unreadable |= set(found.problems)
     for name in (MODEL_CONFIG_NAME, ADAPTER_CONFIG_NAME):
         if name in names:
             try:
                 read_json_object(path / name)
             except (InputError, ReadError) as error:
-                found.add(str(error))
+                found.add(error)
     if is_adapter(path, names):
         _open_adapter(found, names)
     else:
@@ -116,7 +125,7 @@ def _open_adapter(found: Opened, names: list[str]) -> None:
             found.unread[PICKLED_ADAPTER_NAME] = "it cannot be loaded"
         elif found.listing.record == "missing":
             raise
-        found.add(str(error))
+        found.add(error)
     else:
         found.headers[opened.file.name] = opened.tensors
 
@@ -130,7 +139,7 @@ def _open_checkpoint(found: Opened, names: list[str]) -> None:
         there = [name for name in names if name.endswith(SUFFIX)]
         if not there and found.listing.record == "missing":
             raise
-        found.add(str(error))
+        found.add(error)
         # Whatever is healthy is looked at all the same.
         for name in there:
             found.header(name)

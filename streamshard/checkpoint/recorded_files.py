@@ -19,6 +19,7 @@ from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.folder import outside
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.checkpoint.record import MAX_RECORD_BYTES, read_record
+from streamshard.disk.system import is_unread
 from streamshard.errors import InputError, ReadError, listed, printable
 
 __all__ = ["FileRecord", "Listing", "link_problem", "name_problem", "read_listing"]
@@ -41,8 +42,8 @@ class FileRecord:
 class Listing:
     """The files and tensors of an output by its record.
 
-    `record` is "whole", "changed" or "missing"; `usable` says whether there are digests. A tensor
-    whose digest is broken has None.
+    `record` is "whole", "changed", "unread" or "missing"; `usable` says whether there are digests. A
+    tensor whose digest is broken has None.
     """
 
     record: str
@@ -60,6 +61,8 @@ def read_listing(folder: Path) -> Listing:
     try:
         found, record = Listing("whole"), read_record(file)
     except (InputError, ReadError) as error:
+        if is_unread(error):
+            return Listing("unread", problems=[str(error)])
         found = Listing("changed", problems=[str(error)])
         try:
             record = read_json_object(file, MAX_RECORD_BYTES)

@@ -73,7 +73,8 @@ def verify(
     Checks headers, index, and infinite or NaN values; and, where streamshard wrote a
     streamshard.json: that record itself, every file and tensor with its digest, and whether code,
     weights or configs were added. Says what was compared, what could not be, and what is extra.
-    Exits with 8 and lists what differs if anything is wrong.
+    Exits with 8 and lists what differs if anything is wrong, and with 7 if all that is wrong is
+    that files cannot be read.
 
     \b
     Examples:

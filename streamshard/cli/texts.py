@@ -228,6 +228,8 @@ def _shortened(names: list[str], limit: int = 12) -> str:
 
 def _conclusion(report: dict[str, Any]) -> str:
     count, extra = len(report["problems"]), len(report["extra"])
+    if count and count == len(report["unreadable"]):
+        return f" could not be read as a whole; no other problem in what was read; {count} found"
     if count:
         known = report["recorded"] or report["record"] == "changed"
         what = "damaged or not what was written" if known else "damaged, or cannot be confirmed"

@@ -19,7 +19,7 @@ from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import share
-from streamshard.errors import UsageError, VerificationError, printable
+from streamshard.errors import UnreadError, UsageError, VerificationError, printable
 from streamshard.internvl.detection import layout_of
 from streamshard.limits import told
 
@@ -48,7 +48,8 @@ def verify(
     Every file of a folder is in one of three lists of the report: `checked_files`, `not_checked` (each
     with the reason) and `extra` (what the record does not list). Raises `VerificationError`, whose
     `report` lists what is wrong under `problems`, `missing`, `unexpected`, `different` and
-    `nonfinite`; `InputError` if there is no checkpoint at all.
+    `nonfinite`; the like is `UnreadError` if all that is wrong is that the system did not read
+    files, as `unreadable` lists; `InputError` if there is no checkpoint at all.
     """
     started = time.perf_counter()
     given = input_path(path, "what to verify")
@@ -89,10 +90,15 @@ def verify(
         "unexpected": check.unexpected,
         "different": sorted(check.different),
         "nonfinite": dict(sorted(check.nonfinite.items())),
+        "unreadable": sorted(found.unreadable | check.unreadable),
         "problems": [*found.problems, *sorted(check.problems), *coverage["problems"]],
         "warnings": warnings,
     }
     report = finished(report, started)
+    if report["problems"] and set(report["problems"]) <= set(report["unreadable"]):
+        raise UnreadError(
+            f"{printable(str(path))}: could not be read as a whole: {report['problems'][0]}", report
+        )
     if report["problems"]:
         count = len(report["problems"])
         raise VerificationError(
@@ -136,7 +142,8 @@ def _why_not(found: Opened, check: Comparison, name: str) -> str:
     if name in check.uncompared:
         return check.uncompared[name]
     if name == REPORT_NAME:
-        return "it is not as it was written"
+        unread = found.listing.record == "unread"
+        return "it cannot be read" if unread else "it is not as it was written"
     if name in found.headers:
         return "its values were read, but no digest of it is recorded"
     if name.endswith(SUFFIX):

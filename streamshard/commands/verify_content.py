@@ -18,6 +18,7 @@ from streamshard.checkpoint.header import framed, header_text
 from streamshard.checkpoint.open_anything import Opened, is_shard
 from streamshard.checkpoint.recorded_files import FileRecord, link_problem
 from streamshard.disk.files import InputFile
+from streamshard.disk.system import is_unread
 from streamshard.engine.workers import Stop
 from streamshard.errors import InputError, ReadError, listed, printable
 from streamshard.tensors.lazy import Lazy, blocks
@@ -47,21 +48,27 @@ class Comparison:
         self.unread: set[str] = set()
         self.nonfinite: dict[str, int] = {}
         self.problems: list[str] = []
+        self.unreadable: set[str] = set()
         self.seen = {
             name: bytearray(DIGEST_NBYTES * len(tensors)) for name, tensors in found.headers.items()
         }
 
-    def add(self, where: str, problem: str) -> None:
+    def add(self, where: str, problem: str | Exception) -> None:
         """Take note of a problem."""
+        text = f"{printable(where)}: {problem}"
         with self.lock:
-            self.problems.append(f"{printable(where)}: {problem}")
+            self.problems.append(text)
+            if isinstance(problem, Exception) and is_unread(problem):
+                self.unreadable.add(text)
 
     def names(self) -> None:
         """Compare the names of tensors with those recorded, without reading them."""
         if not self.found.listing.usable:
             return
         there, recorded = set(self.found.tensors), set(self.found.listing.tensors)
-        self.missing, self.unexpected = sorted(recorded - there), sorted(there - recorded)
+        self.unexpected = sorted(there - recorded)
+        # What a file has that the system did not read is not known; other files tell themselves.
+        self.missing = [] if self.found.incomplete else sorted(recorded - there)
         if self.missing:
             self.add(REPORT_NAME, f"records {listed(self.missing)}, which no file holds")
         if self.unexpected:
@@ -86,7 +93,7 @@ class Comparison:
                 digest.update(block.data)
                 count += count_not_finite(block, tensor.dtype)
         except (InputError, ReadError) as error:
-            self.add(name, str(error))
+            self.add(name, error)
             with self.lock:
                 self.unread.add(name)
             return
@@ -124,7 +131,7 @@ class Comparison:
             if nbytes == record.nbytes and hashes:
                 hash_file(path, *hashes, going=self.stop.going)
         except (InputError, ReadError) as error:
-            self.add(name, str(error))
+            self.add(name, error)
             with self.lock:
                 self.uncompared[name] = "it cannot be read"
             return
@@ -157,7 +164,7 @@ class Comparison:
             try:
                 text, _ = header_text(self.found.folder / name)
             except (InputError, ReadError) as error:
-                self.add(name, str(error))
+                self.add(name, error)
                 self.uncompared[name] = "it cannot be read"
                 continue
             self.compared.add(name)

@@ -17,14 +17,20 @@ from pathlib import Path
 from typing import TypeAlias
 
 from streamshard.disk.held import holder
-from streamshard.errors import InputError, OutOfMemoryError, ReadError, WriteError
+from streamshard.errors import (
+    ChangedError,
+    InputError,
+    OutOfMemoryError,
+    ReadError,
+    WriteError,
+)
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
-__all__ = ["NO_LINK", "PRIVATE", "AnyPath", "System", "reading", "system", "writing"]
+__all__ = ["NO_LINK", "PRIVATE", "AnyPath", "System", "is_unread", "reading", "system", "writing"]
 
 
 AnyPath: TypeAlias = "str | Path"
@@ -182,6 +188,15 @@ def reading(path: AnyPath) -> Iterator[None]:
             ) from error
         advice = _ADVICE.get(error.errno, "Check its permissions and the disk.")
         raise ReadError.at(found, f"cannot be read: {error.strerror}. {advice}") from error
+
+
+def is_unread(error: Exception) -> bool:
+    """Whether an error says nothing of what is in a file, but that the system did not read it."""
+    return (
+        isinstance(error, ReadError)
+        and not isinstance(error, ChangedError)
+        and isinstance(error.__cause__, OSError)
+    )
 
 
 @contextmanager

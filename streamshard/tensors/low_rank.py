@@ -216,7 +216,9 @@ class LowRank:
             kind = np.float64 if B.columns > MAX_RANK_FLOAT32 else np.float32
             rows = np.zeros((-(-count // TILE_ROWS) * TILE_ROWS, B.columns), kind)
             # The scale is applied in fp64, so that it costs one rounding and not two.
-            rows[:count] = read_float32(B, first, first + count, work) * np.float64(self.scale)
+            part = read_float32(B, first, first + count, work)
+            # Said so, as numpy 1 takes a number by itself for one of the array's dtype.
+            rows[:count] = np.multiply(part, self.scale, dtype=np.float64)
             return rows
 
         kept: npt.NDArray[np.floating] = work.kept(B, ("scaled", self.scale), first, read)

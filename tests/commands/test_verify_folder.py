@@ -33,6 +33,7 @@ from streamshard.checkpoint.digests import file_record
 from streamshard.checkpoint.json_files import json_pieces
 from streamshard.checkpoint.record import read_record, sealed
 from streamshard.disk.system import system
+from streamshard.errors import UnreadError
 
 Q = f"{LAYER}.q_proj.weight"
 
@@ -548,6 +549,64 @@ def test_a_folder_of_somebody_else(pair, cli):
     assert report["extra"] == []
     assert named(report, pair.base) >= files_of(pair.base)
     assert cli("verify", pair.base).code == 0
+
+
+NAMES = [FIRST, SECOND, RECORD, INDEX, "config.json", "modeling_own.py"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO], ids=os.strerror)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_cannot_be_read_is_not_called_damaged(name, number, merged, cli, monkeypatch):
+    """Exit code 7, as everywhere; 8 says that the content is wrong."""
+    opened = system.open
+
+    def refuse(path: Any, *more: Any) -> Any:
+        if Path(path).name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *more)
+
+    monkeypatch.setattr(system, "open", refuse)
+    with pytest.raises(UnreadError) as raised:
+        streamshard.verify(merged)
+    report = raised.value.report
+    assert set(report["problems"]) == set(report["unreadable"])
+    assert said(report, name, "cannot be read")
+    assert report["missing"] == report["unexpected"] == report["different"] == []
+    assert name in {one["name"] for one in report["not_checked"]}
+    outcome = cli("verify", merged)
+    assert outcome.code == 7
+    assert name in outcome.err
+    assert "could not be read as a whole" in outcome.out
+    assert "damaged" not in outcome.out
+    if name != RECORD:
+        flip(merged / ("modeling_own.py" if name == "config.json" else "config.json"), 0)
+        assert name in {one["name"] for one in problems(merged)["not_checked"]}
+
+
+def test_a_disk_that_fails_amid_a_shard(merged, cli, monkeypatch):
+    pread, names = system.pread, {}
+    opened = system.open
+
+    def noted(path: Any, *more: Any) -> int:
+        descriptor = opened(path, *more)
+        names[descriptor] = Path(path).name
+        return descriptor
+
+    def broken(descriptor: int, out: memoryview, offset: int) -> int:
+        if names.get(descriptor) == SECOND and offset > 2000:
+            raise OSError(errno.EIO, "broken")
+        return pread(descriptor, out, offset)
+
+    monkeypatch.setattr(system, "open", noted)
+    monkeypatch.setattr(system, "pread", broken)
+    outcome = cli("verify", merged)
+    assert outcome.code == 7
+    assert SECOND in outcome.err
+
+
+def test_what_is_cut_off_is_damaged_and_not_unread(merged):
+    os.truncate(merged / SECOND, 2000)
+    problems(merged)
 
 
 def test_a_shard_that_may_not_be_read(merged, monkeypatch):
