@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamshard.engine.shard_task import parts_of
 from streamshard.errors import UsageError, printable
 from streamshard.limits import fitting
 from streamshard.tensors.workspace import Held
@@ -94,18 +95,22 @@ def memory_estimate(shards: Sequence[Shard], workers: int) -> int:
 def _needed(shards: Sequence[Shard]) -> Callable[[int], int]:
     """The like for any number of workers."""
     held: dict[int, int] = {}
-    buffers = []
+    tensors = 0
+    buffers: list[int] = []
     for shard in shards:
+        tensors += len(shard.tensors)
         for tensor in shard.tensors.values():
-            buffers.append(tensor.buffer_nbytes())
+            nbytes = tensor.buffer_nbytes()
+            if nbytes:
+                buffers += [nbytes] * min(parts_of(tensor), MAX_WORKERS)
             for node in tensor.held():
                 held[id(node)] = node.nbytes
-    process = _PROCESS_NBYTES + len(buffers) * _TENSOR_NBYTES
+    process = _PROCESS_NBYTES + tensors * _TENSOR_NBYTES
     shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
     own = heapq.nlargest(MAX_WORKERS, buffers)
 
     def needed(workers: int) -> int:
-        # A tensor is the work of one worker: there may be fewer large ones than workers.
+        # There may be fewer parts of large ones than workers.
         nbytes = sum(shared[: Held.count_for(workers)]) + sum(own[:workers])
         return process + nbytes + workers * _WORKER_NBYTES
 

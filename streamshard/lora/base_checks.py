@@ -12,9 +12,9 @@ import numpy as np
 
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.lora.adapter import Merged
-from streamshard.tensors.computed import SPAN_COLUMNS, Computed
+from streamshard.tensors.computed import Computed
 from streamshard.tensors.lazy import Lazy, read_float32
-from streamshard.tensors.low_rank import TILE_COLUMNS, TILE_ROWS
+from streamshard.tensors.low_rank import SPAN_COLUMNS, TILE_COLUMNS, TILE_ROWS
 from streamshard.tensors.workspace import Float32, Workspace
 
 __all__ = ["check_base", "check_not_merged", "projection"]
