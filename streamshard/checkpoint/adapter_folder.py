@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from streamshard.checkpoint.folder import has, no_such
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
+from streamshard.disk.existence import is_file, is_folder, is_there, names_in
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.errors import AdapterError, InputError, listed, printable
@@ -40,12 +42,12 @@ def open_adapter(path: PathLike) -> AdapterFolder:
 
 
 def _open_adapter(path: Path) -> AdapterFolder:
-    if path.is_file() and path.name.startswith("adapter_model."):
+    if is_file(path) and path.name.startswith("adapter_model."):
         path = path.parent
-    if not path.is_dir():
+    if not is_folder(path):
         raise no_such(path, "adapter folder")
     if not has(path / "adapter_config.json"):
-        inner = sorted(found.parent.name for found in path.glob("*/adapter_config.json"))
+        inner = list(_folders_of_adapters(path))
         hint = (
             f"Adapters lie in its sub-folders {listed(inner)}: give one of these."
             if inner
@@ -67,6 +69,15 @@ def _open_adapter(path: Path) -> AdapterFolder:
     if not tensors:
         raise AdapterError(f"{printable(str(file))}: has no tensors; there is nothing to merge.")
     return AdapterFolder(path, file, config, tensors)
+
+
+def _folders_of_adapters(path: Path) -> Iterator[str]:
+    """Folders in a folder that hold adapters, as far as they can be looked at."""
+    with contextlib.suppress(PermissionError):
+        for name in names_in(path):
+            with contextlib.suppress(PermissionError):
+                if is_there(path / name / "adapter_config.json"):
+                    yield name
 
 
 def _unpickle(file: Path) -> dict[str, Lazy]:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import xxhash
 
-from streamshard.disk.files import ByteRange, InputFile
+from streamshard.disk.files import ByteRange, open_source
 from streamshard.tensors.lazy import Stored
 from streamshard.tensors.workspace import Bytes, Workspace
 
@@ -98,7 +98,7 @@ def hash_file(path: Path, *hashes: Hash, going: Callable[[], bool] = lambda: Tru
     """
     done = 0
     buffer = memoryview(bytearray(BLOCK_NBYTES))
-    with InputFile(path) as file:
+    with open_source(path) as file:
         while going() and (count := file.read_into(buffer, done)):
             for one in hashes:
                 one.update(buffer[:count])

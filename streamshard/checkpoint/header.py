@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.json_files import parse_prefix, parse_small
-from streamshard.disk.files import InputFile
+from streamshard.disk.files import open_source
+from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, printable
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, Stored
@@ -114,7 +115,7 @@ def build_header(
 
 def header_text(path: Path) -> tuple[bytes, int]:
     """The JSON of a file's header, not yet looked at, and the size of the file."""
-    with InputFile(path) as file:
+    with open_source(path) as file:
         file_nbytes = file.nbytes
         prefix = file.read(0, 8)
         if len(prefix) < 8:
@@ -265,12 +266,14 @@ def _ask_official_parser(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np"):
+        # It needs a file of this machine.
+        with (
+            reading(path),
+            system.by_library(path, lambda file: safe_open(file, framework="np")),
+        ):
             pass
     except SafetensorError as error:
         raise _broken(path, f"is refused by safetensors: {printable(str(error))}") from error
-    except OSError as error:
-        raise _broken(path, f"cannot be opened: {error}") from error
 
 
 def _broken(path: Path, problem: str, name: str | None = None) -> InputError:

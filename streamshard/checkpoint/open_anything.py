@@ -11,6 +11,7 @@ from streamshard.checkpoint.folder import open_checkpoint, open_weights
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.checkpoint.recorded_files import Listing, read_listing
+from streamshard.disk.existence import is_file, is_folder
 from streamshard.disk.system import reading, system
 from streamshard.errors import AdapterError, InputError, ReadError, printable
 from streamshard.tensors.lazy import Lazy
@@ -71,10 +72,10 @@ def is_shard(name: str) -> bool:
 
 def open_anything(path: Path) -> Opened:
     """Open a folder or a weight file; raises `InputError` only if there is no checkpoint at all."""
-    if path.is_dir():
+    if is_folder(path):
         return _open_folder(path)
     found = Opened(path.parent, Listing("missing"), bare=True)
-    if path.is_file() and path.suffix == WEIGHTS:
+    if is_file(path) and path.suffix == WEIGHTS:
         found.header(path.name)
     else:
         open_checkpoint(path)  # which says what is wrong with it
@@ -103,13 +104,13 @@ def _open_folder(path: Path) -> Opened:
 
 
 def _is_adapter(path: Path, names: list[str]) -> bool:
-    return any((path / name).is_file() for name in (_ADAPTER, _PICKLED)) or (
+    return any(is_file(path / name) for name in (_ADAPTER, _PICKLED)) or (
         _ADAPTER_CONFIG in names and not any(name.endswith(WEIGHTS) for name in names)
     )
 
 
 def _open_adapter(found: Opened, names: list[str]) -> None:
-    if (found.folder / _ADAPTER).is_file():
+    if is_file(found.folder / _ADAPTER):
         found.header(_ADAPTER)
         return
     try:

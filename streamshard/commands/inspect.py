@@ -11,6 +11,7 @@ from streamshard.checkpoint.adapter_folder import open_adapter
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.commands.identify import dimensions
+from streamshard.disk.existence import is_file
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
@@ -33,7 +34,7 @@ def inspect(path: PathLike) -> Report:
     folder = input_path(path, "a checkpoint or adapter")
     with reading(folder):
         adapter = folder / "adapter_config.json"
-        is_adapter = adapter.is_file() and not (folder / "config.json").is_file()
+        is_adapter = is_file(adapter) and not is_file(folder / "config.json")
     if is_adapter:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)

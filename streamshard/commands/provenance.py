@@ -10,6 +10,7 @@ from typing import Any
 from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.folder import Checkpoint
 from streamshard.checkpoint.json_files import MAX_RECORD_BYTES, read_json_object
+from streamshard.disk.existence import is_file
 from streamshard.disk.system import reading
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 
@@ -48,7 +49,7 @@ def check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> None
     """Refuse a base which streamshard itself has merged one of these adapters into."""
     record = source.path / REPORT_NAME
     with reading(record):
-        if not record.is_file():
+        if not is_file(record):
             return
     try:
         earlier = read_json_object(record, MAX_RECORD_BYTES).get("adapters")

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from streamshard.disk.files import InputFile
+from streamshard.disk.files import open_source
 from streamshard.disk.system import NO_LINK, reading, system, writing
 from streamshard.errors import OutputError, ReadError, WriteError, printable
 
@@ -162,7 +162,7 @@ def _write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> No
 
 def copy_file(source: Path, copy: Path) -> None:
     """Copy the bytes of a file to a new one and wait until the disk has them."""
-    with InputFile(source) as file, OutputFile(copy, file.nbytes) as out:
+    with open_source(source) as file, OutputFile(copy, file.nbytes) as out:
         for offset in range(0, file.nbytes, COPY_NBYTES):
             block = file.read(offset, min(COPY_NBYTES, file.nbytes - offset))
             out.write(memoryview(block), offset)

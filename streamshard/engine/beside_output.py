@@ -9,7 +9,7 @@ import contextlib
 import stat
 from pathlib import Path
 
-from streamshard.disk.folders import exists, held, inode_of
+from streamshard.disk.folders import exists, held, inode_of, resolved
 from streamshard.disk.system import system, writing
 from streamshard.engine import long_names
 from streamshard.engine.leftovers import left_in, refuse_strangers
@@ -31,7 +31,7 @@ def places_beside(target: Path) -> dict[str, Path]:
 
 def staged_nbytes(target: Path) -> int:
     """Bytes that an earlier run has left where `target` is built."""
-    folder = places_beside(target.resolve())["partial"]
+    folder = places_beside(resolved(target))["partial"]
     nbytes = 0
     with writing(folder, 0), contextlib.suppress(FileNotFoundError):  # a run may be at it just now
         if stat.S_ISDIR(system.lstat(folder).st_mode):
@@ -42,7 +42,7 @@ def staged_nbytes(target: Path) -> int:
 
 def tidy(target: Path) -> None:
     """Remove what a run that was killed at its very end has left beside a complete output."""
-    beside = places_beside(target.resolve())
+    beside = places_beside(resolved(target))
     with contextlib.suppress(StreamshardError):
         if exists(beside["lock"]):
             with locked(beside["lock"], target) as lock:
@@ -51,14 +51,14 @@ def tidy(target: Path) -> None:
 
 def check_beside(target: Path) -> None:
     """Raise `OutputError` if something that is not ours is in the way of a run; changes nothing."""
-    beside = places_beside(target.resolve())
+    beside = places_beside(resolved(target))
     try:
         moved = look(beside["lock"])
         there = inode_of(beside["old"])
         if there is not None and (moved is None or there[1] != moved[0]):
             refuse_old(beside["old"])
         if exists(beside["partial"]):
-            ours = Ours(target.resolve().parent)
+            ours = Ours(resolved(target).parent)
             ours.check_folder(beside["partial"])
             with held(beside["partial"]) as kept:
                 refuse_strangers(beside["partial"], left_in(kept, ours, moved).strangers)

@@ -8,9 +8,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamshard.disk.system import system
 from streamshard.engine.shard_task import parts_of
 from streamshard.errors import UsageError, printable
 from streamshard.limits import fitting
@@ -132,7 +132,7 @@ def peak_rss_bytes() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     with contextlib.suppress(OSError):
         # Where there is one: a process that was started by a large one inherits its `ru_maxrss`.
-        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        peak = re.search(r"VmHWM:\s*(\d+) kB", system.read_text("/proc/self/status"))
         if peak is not None:
             return int(peak[1]) * 1024
     import resource

@@ -14,7 +14,7 @@ from streamshard.checkpoint.digests import (
     tensor_digest,
 )
 from streamshard.checkpoint.shards import Shard
-from streamshard.disk.files import InputFile
+from streamshard.disk.files import open_source
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.staging import Staging
 from streamshard.engine.workers import Progress, Stop, share
@@ -81,7 +81,7 @@ def _has_header(shard: Shard, finished: FinishedShard, staging: Staging) -> bool
     if finished.digest != shard_digest(header, finished.digests):
         return False
     try:
-        with InputFile(staging.folder / shard.name) as file:
+        with open_source(staging.folder / shard.name) as file:
             return file.nbytes == shard.nbytes and file.read(0, len(header)) == header
     except (InputError, ReadError):
         return False

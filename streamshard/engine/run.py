@@ -14,7 +14,7 @@ from streamshard.checkpoint.header import total_parameters
 from streamshard.checkpoint.json_files import json_pieces
 from streamshard.checkpoint.record import sealed
 from streamshard.checkpoint.shards import Shard, index_pieces
-from streamshard.disk.folders import sync_folder
+from streamshard.disk.folders import resolved, sync_folder
 from streamshard.disk.inputs import active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, places_beside
@@ -60,7 +60,7 @@ def execute(
     with contextlib.ExitStack() as stack:
         inputs = active() or stack.enter_context(watching())
         inputs.expect(made.inputs)
-        target = made.output.resolve()
+        target = resolved(made.output)
         inputs.leave_out(target, *places_beside(target).values())
         staging = stack.enter_context(
             output_folder(

@@ -140,7 +140,7 @@ def output_folder(
     is not ours, if another run writes it, if it was begun with another plan, or if something that no
     run of ours has made is in the way.
     """
-    target = target.resolve()  # "." has no name
+    target = folders.resolved(target)  # "." has no name
     beside = places_beside(target)
     with writing(target, 0):
         made = folders.make_folders(target.parent)
