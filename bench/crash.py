@@ -26,8 +26,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from scenarios import CALLS, ROOT, content  # loads all that a run needs, before any child is made
 
 from streamshard import cli

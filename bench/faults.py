@@ -32,8 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from scenarios import CALLS, Content, Scenario, content, replaced, run, scenarios
 
 from streamshard.disk.system import system

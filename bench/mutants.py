@@ -30,14 +30,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from mutations import MUTANTS, Mutant
 
 __all__ = ["NotApplicableError", "apply", "find_tests", "main"]
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("streamshard", "tests", "tools", "bench", "pyproject.toml", "README.md", "CHANGELOG.md")
+COPIED = (
+    *("streamshard", "tests", "tools", "bench", "pyproject.toml"),
+    *("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "LICENSE"),
+)
 SECONDS = 300.0
 PASSED, FAILED = 0, 1  # exit codes of pytest; others mean that it could not run
 

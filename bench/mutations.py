@@ -404,8 +404,8 @@ MUTANTS = (
     ),
     Mutant(
         "verify-finite",
-        '"F8_E4M3": (np.uint8, 0x7F, 0x7F),',
-        '"F8_E4M3": (np.uint8, 0x7F, 0x7E),',
+        '"F8_E4M3": _Dtype(8, None, ("uint8", 0x7F, 0x7F)),',
+        '"F8_E4M3": _Dtype(8, None, ("uint8", 0x7F, 0x7E)),',
         "NaNs in 8 bits are not seen",
         ("test_the_count_is_that_of_torch",),
     ),

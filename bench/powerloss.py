@@ -26,8 +26,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from forgetful_disk import Disk, Step, Tree
 from scenarios import Scenario, content, digests, replaced, run, scenarios
 

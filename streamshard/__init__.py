@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from streamshard.version import __version__
 
 __all__ = [
+    "DTYPES",
     "StreamshardError",
     "__version__",
     "compute_l2_distance",
@@ -42,8 +43,12 @@ if TYPE_CHECKING:
     from streamshard.commands.verify import verify
     from streamshard.commands.wrap_lora import wrap_lora
     from streamshard.errors import StreamshardError
+    from streamshard.tensors.dtypes import DTYPES
 
+_LIGHT = {"errors", "tensors.dtypes"}
+"""What needs no numpy."""
 _HOMES = {
+    "DTYPES": "tensors.dtypes",
     "StreamshardError": "errors",
     "compute_l2_distance": "commands.state_dicts",
     "convert_keys_back": "commands.state_dicts",
@@ -66,7 +71,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'streamshard' has no attribute {name!r}")
     from importlib import import_module
 
-    if _HOMES[name] != "errors":
+    if _HOMES[name] not in _LIGHT:
         from streamshard import limits
 
         limits.import_numpy()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+from typing_extensions import Self
 
 __all__ = [
     "AdapterError",
@@ -27,10 +29,22 @@ __all__ = [
 ]
 
 
+E = TypeVar("E", bound="StreamshardError")
+
+
 class StreamshardError(Exception):
     """Base of all errors that streamshard raises on purpose."""
 
     exit_code = 1
+
+    @classmethod
+    def at(cls, path: object, problem: str) -> Self:
+        r"""The error of what is wrong with a file or folder, whose path the message begins with.
+
+        >>> print(InputError.at("a\nb", "is empty."))
+        a\nb: is empty.
+        """
+        return cls(f"{printable(str(path))}: {problem}")
 
 
 class UsageError(StreamshardError):

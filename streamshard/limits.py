@@ -4,6 +4,9 @@ BLAS, for one, ends the process, or crashes, when it cannot have its buffers, an
 when a container has taken all that it may. So before numpy or torch is imported, and before threads
 start, the kernel is asked whether there is room for what they are known to take. Where there is no
 limit the answer is yes, and costs microseconds.
+
+That is why it stands outside of the rooms: the package's face and the command line ask here before any
+room is imported, and it may import none.
 """
 
 from __future__ import annotations

@@ -12,9 +12,12 @@ __all__ = [
     "EMBEDDINGS",
     "HEADS",
     "PREFIX",
-    "has_lora",
+    "factors_among",
+    "is_of_tokens",
     "is_wrapped",
+    "peft_prefix",
     "plain_name",
+    "split_key",
     "without_wrappers",
 ]
 
@@ -23,15 +26,21 @@ __all__ = [
 EMBEDDINGS = ("embed_tokens", "tok_embeddings", "wte", "word_embeddings")
 HEADS = ("lm_head", "output")
 
-_WRAPPERS = re.compile(
-    r"^(?:(?:_orig_mod|module)\.)+"
-    r"|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
-_PEFT = re.compile(r"^(?:base_model\.model\.)+|(?<=^language_model\.)(?:base_model\.model\.)+"
-                   r"|(?<=^vision_model\.)(?:base_model\.model\.)+")  # fmt: skip
-
 # What PEFT puts before the names of everything inside the model that it wrapped.
 PREFIX = "base_model.model."
+
+# What torch.compile, DDP and Megatron put before all names; FSDP and the like put theirs inside, too.
+_BEFORE = r"_orig_mod|module"
+_INSIDE = r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_PREFIXES = rf"(?:{re.escape(PREFIX)})+"
+
+_WRAPPERS = re.compile(rf"^(?:(?:{_BEFORE})\.)+|{_INSIDE}")
+_WRAPPERS_INSIDE = re.compile(_INSIDE)
+_PEFT = re.compile(
+    rf"^{_PREFIXES}|(?<=^language_model\.){_PREFIXES}|(?<=^vision_model\.){_PREFIXES}"
+)
+_PEFT_ANYWHERE = re.compile(rf"(?:^|(?<=\.)){_PREFIXES}")
+_BEGINNING = re.compile(rf"(?:module\.|{re.escape(PREFIX)})*")
 
 
 def without_wrappers(name: str) -> str:
@@ -47,16 +56,48 @@ def plain_name(name: str) -> str:
     return _PEFT.sub("", plain).replace(".base_layer.", ".") if "base_" in plain else plain
 
 
-def has_lora(names: Iterable[str]) -> bool:
-    """Whether any of the names is of a LoRA-wrapped model."""
-    return any(".lora_" in name or ".base_layer." in name for name in names)
+def split_key(key: str) -> tuple[str, str]:
+    """A key of an adapter as what training and PEFT put before it, and the rest without wrappers.
+
+    >>> split_key("module.base_model.model.lm_head._fsdp_wrapped_module.weight")
+    ('module.base_model.model.', 'lm_head.weight')
+    """
+    plain = _WRAPPERS_INSIDE.sub("", key)
+    match = _BEGINNING.match(plain)
+    beginning = match[0] if match else ""
+    return beginning, plain.removeprefix(beginning)
+
+
+def peft_prefix(name: str) -> re.Match[str] | None:
+    """Where PEFT's prefix is in a name, perhaps several times in a row; None if it is nowhere."""
+    return _PEFT_ANYWHERE.search(name)
+
+
+def is_of_tokens(name: str) -> bool:
+    """Whether a tensor is the weight of an embedding or head, by its name.
+
+    >>> is_of_tokens("language_model.lm_head.weight"), is_of_tokens("lm_head.bias")
+    (True, False)
+    """
+    words = name.split(".")
+    return words[-1] == "weight" and len(words) > 1 and words[-2] in (*EMBEDDINGS, *HEADS)
 
 
 def is_wrapped(names: Iterable[str]) -> bool:
-    """Whether any of the names is of a LoRA-wrapped model.
+    """Whether any of the names is of a model that PEFT wrapped, with or without its pairs.
 
     >>> is_wrapped(["language_model.base_model.model.lm_head.weight"]), is_wrapped(["mlp1.0.weight"])
     (True, False)
     """
     marks = (PREFIX, ".lora_", ".base_layer.", ".modules_to_save.")
     return any(mark in name for name in names for mark in marks)
+
+
+def factors_among(names: Iterable[str], sides: str = "AB") -> list[str]:
+    """The names of LoRA factors: what a wrapped model's pairs are called.
+
+    >>> factors_among(["q_proj.lora_A.default.weight", "q_proj.base_layer.weight"])
+    ['q_proj.lora_A.default.weight']
+    """
+    marks = [f".lora_{side}." for side in sides]
+    return [name for name in names if any(mark in name for mark in marks)]

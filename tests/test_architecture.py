@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,57 @@ def test_only_the_command_line_prints(file):
         made = calls(file)
         assert not {call for call in made if call in {"print", "click.echo"} or "stdout" in call}
         assert "click" not in imports(file)
+
+
+# --- tests ----------------------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+TEST_FILES = sorted(path.relative_to(TESTS) for path in TESTS.glob("**/*.py"))
+
+
+@pytest.mark.parametrize("file", TEST_FILES, ids=str)
+def test_no_test_file_imports_another(file):
+    """What several need is in `support`, and is no test itself."""
+    found = {name.partition(".")[0] for name in imports(TESTS / file)}
+    assert not {name for name in found if name.startswith(("test_", "tests", "conftest"))}
+    if file.parts[0] == "support":
+        tree = tree_of(TESTS / file)
+        assert not [n for n in ast.walk(tree) if getattr(n, "name", "").startswith("test_")]
+
+
+def test_tests_are_in_the_rooms_they_test():
+    folders = {file.parts[0] for file in TEST_FILES if len(file.parts) > 1}
+    assert folders == {*MAY, "reliability", "support"}
+    names = [file.name for file in TEST_FILES if file.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+PAGE = (TESTS.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_files_that_are_there():
+    """In backquotes; those of the package by their paths inside it."""
+    named = set(re.findall(r"`([\w./-]+(?:/|\.(?:py|c|pyi|md)))`", PAGE))
+    assert len(named) > 30
+    places = (TESTS.parent, PACKAGE)
+    assert not {name for name in named if not any((place / name).exists() for place in places)}
+
+
+def test_the_page_shows_the_rules():
+    """Its table has the rooms that may be imported, in the order of the house."""
+    told: dict[str, set[str]] = {}
+    for room, allowed in re.findall(r"^\| `(\w+)` \| .*? \| (.+?) \|$", PAGE, re.MULTILINE):
+        told[room] = {*told} if allowed == "all above" else set(re.findall(r"`(\w+)`", allowed))
+    assert told == MAY | {"cli": set()}
+    assert [*told] == [*MAY]
+
+
+def test_the_page_is_short():
+    lines = PAGE.splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 105
 
 
 # --- what is loaded in the end --------------------------------------------------------------------

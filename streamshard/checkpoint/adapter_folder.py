@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    MODEL_CONFIG_NAME,
+    PICKLED_ADAPTER_NAME,
+    SUFFIX,
+)
 from streamshard.checkpoint.folder import has, no_such
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.disk.existence import is_file, is_folder, is_there, names_in
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
-from streamshard.errors import AdapterError, InputError, listed, printable
+from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensors.lazy import Lazy
 
-__all__ = ["AdapterFolder", "open_adapter"]
+__all__ = ["AdapterFolder", "is_adapter", "open_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,18 @@ class AdapterFolder:
     file: Path
     config: dict[str, Any]
     tensors: Mapping[str, Lazy]
+
+
+def is_adapter(folder: Path, names: Collection[str]) -> bool:
+    """Whether a folder with files of these names is an adapter's, and no checkpoint's.
+
+    A config of a model tells; else weights of an adapter do, or its config where no others are.
+    """
+    if MODEL_CONFIG_NAME in names:
+        return False
+    return any(is_file(folder / name) for name in (ADAPTER_NAME, PICKLED_ADAPTER_NAME)) or (
+        ADAPTER_CONFIG_NAME in names and not any(name.endswith(SUFFIX) for name in names)
+    )
 
 
 def open_adapter(path: PathLike) -> AdapterFolder:
@@ -46,28 +65,29 @@ def _open_adapter(path: Path) -> AdapterFolder:
         path = path.parent
     if not is_folder(path):
         raise no_such(path, "adapter folder")
-    if not has(path / "adapter_config.json"):
+    if not has(path / ADAPTER_CONFIG_NAME):
         inner = list(_folders_of_adapters(path))
         hint = (
             f"Adapters lie in its sub-folders {listed(inner)}: give one of these."
             if inner
             else "Give the folder that PEFT's save_pretrained wrote."
         )
-        raise InputError(f"{printable(str(path))}: has no adapter_config.json. {hint}")
-    config = read_json_object(path / "adapter_config.json")
-    file = path / "adapter_model.safetensors"
+        raise InputError.at(path, f"has no {ADAPTER_CONFIG_NAME}. {hint}")
+    config = read_json_object(path / ADAPTER_CONFIG_NAME)
+    file = path / ADAPTER_NAME
     if has(file):
         tensors: Mapping[str, Lazy] = read_header(file).tensors
-    elif has(path / "adapter_model.bin"):
-        file = path / "adapter_model.bin"
+    elif has(path / PICKLED_ADAPTER_NAME):
+        file = path / PICKLED_ADAPTER_NAME
         tensors = _unpickle(file)
     else:
-        raise InputError(
-            f"{printable(str(path))}: has neither adapter_model.safetensors nor adapter_model.bin."
-            " The folder is incomplete: copy or save the adapter again."
+        raise InputError.at(
+            path,
+            f"has neither {ADAPTER_NAME} nor {PICKLED_ADAPTER_NAME}."
+            " The folder is incomplete: copy or save the adapter again.",
         )
     if not tensors:
-        raise AdapterError(f"{printable(str(file))}: has no tensors; there is nothing to merge.")
+        raise AdapterError.at(file, "has no tensors; there is nothing to merge.")
     return AdapterFolder(path, file, config, tensors)
 
 
@@ -76,7 +96,7 @@ def _folders_of_adapters(path: Path) -> Iterator[str]:
     with contextlib.suppress(PermissionError):
         for name in names_in(path):
             with contextlib.suppress(PermissionError):
-                if is_there(path / name / "adapter_config.json"):
+                if is_there(path / name / ADAPTER_CONFIG_NAME):
                     yield name
 
 

@@ -7,21 +7,20 @@ of their bytes: so tensors may be written in any order. Other files: the digest 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import xxhash
 
-from streamshard.disk.files import ByteRange, open_source
-from streamshard.tensors.lazy import Stored
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.disk.files import BLOCK_NBYTES, open_source
+from streamshard.tensors.lazy import Lazy, blocks
+from streamshard.tensors.workspace import Workspace
 
 __all__ = [
     "ALGORITHM",
     "DIGEST_NBYTES",
     "Hash",
-    "blocks_of",
     "file_digest",
     "file_record",
     "hash_file",
@@ -34,7 +33,6 @@ __all__ = [
 
 ALGORITHM = "xxh3-128"
 DIGEST_NBYTES = 16
-BLOCK_NBYTES = 256 * 1024
 
 
 class Hash(Protocol):
@@ -70,22 +68,12 @@ def shard_digest(header: bytes, digests: bytes) -> str:
     return digest.hexdigest()
 
 
-def blocks_of(tensor: Stored, work: Workspace) -> Iterator[Bytes]:
-    """The bytes of a stored tensor; each block is valid until the next one."""
-    nbytes = tensor.nbytes
-    for start in range(0, nbytes, BLOCK_NBYTES):
-        block = work.bytes("block", min(BLOCK_NBYTES, nbytes - start))
-        span = ByteRange(tensor.path, tensor.offset + start, block.nbytes, tensor.file_nbytes)
-        work.files.read_into(span, block.data)
-        yield block
-
-
 def tensor_digest(
-    tensor: Stored, work: Workspace, *, check: Callable[[], None] = lambda: None
+    tensor: Lazy, work: Workspace, *, check: Callable[[], None] = lambda: None
 ) -> bytes:
-    """The digest of a stored tensor; `check` may end it by raising."""
+    """The digest of a tensor; `check` may end it by raising."""
     digest = new_digest()
-    for block in blocks_of(tensor, work):
+    for (block,) in blocks(work, tensor):
         check()
         digest.update(block.data)
     return digest.digest()

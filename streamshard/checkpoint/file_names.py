@@ -1,38 +1,91 @@
-"""Names of files in checkpoints, adapters and outputs; which are a tokenizer's, which are not carried."""
+"""Names of files in checkpoints, adapters and outputs, and what a name says of a file.
+
+Which are a tokenizer's, which are not carried into an output, and which do harm where they are put
+beside a checkpoint.
+"""
 
 from __future__ import annotations
 
 import re
 
 __all__ = [
-    "CONFIG_NAME",
+    "ADAPTER_CONFIG_NAME",
+    "ADAPTER_NAME",
+    "CODE",
+    "CONFIGS",
     "INDEX_NAME",
+    "JOURNAL_NAME",
+    "MODEL_CONFIG_NAME",
     "NOT_CARRIED",
     "NOT_ENTERED",
+    "PICKLED_ADAPTER_NAME",
     "REPORT_NAME",
     "SINGLE_NAME",
+    "SUFFIX",
     "TOKENIZER",
-    "WEIGHTS_NAME",
+    "WEIGHTS",
+    "numbered",
 ]
 
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+SUFFIX = ".safetensors"
+
+# A checkpoint.
+MODEL_CONFIG_NAME = "config.json"
+SINGLE_NAME = f"model{SUFFIX}"
+INDEX_NAME = f"{SINGLE_NAME}.index.json"
+
+# A PEFT adapter.
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_NAME = f"adapter_model{SUFFIX}"
+PICKLED_ADAPTER_NAME = "adapter_model.bin"
+
+# Ours: what an output is recorded in, and what a run that is not finished is.
+REPORT_NAME = "streamshard.json"
+JOURNAL_NAME = "streamshard.journal"
+
+
+def numbered(number: int, count: int) -> str:
+    """The name of one of `count` weight files, counted from 1.
+
+    >>> numbered(1, 4)
+    'model-00001-of-00004.safetensors'
+    """
+    return f"model-{number:05d}-of-{count:05d}{SUFFIX}"
+
+
+# Names may have line ends too, which only DOTALL passes over.
+_KNOWN_WEIGHTS = "safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx"
 
 # What a training run or another tool leaves beside the weights and a loadable folder must not have.
 NOT_CARRIED = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx)|.*\.index\.json|adapter_config\.json"
-    r"|trainer_state\.json|zero_to_fp32\.py|latest|streamshard\.(json|journal)",
+    rf".*\.({_KNOWN_WEIGHTS})|.*\.index\.json|{re.escape(ADAPTER_CONFIG_NAME)}"
+    r"|trainer_state\.json|zero_to_fp32\.py|latest"
+    rf"|{re.escape(REPORT_NAME)}|{re.escape(JOURNAL_NAME)}",
     re.IGNORECASE | re.DOTALL,
 )
+NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb", re.DOTALL)
 TOKENIZER = re.compile(
     r"tokenizer.*|vocab\.(?:json|txt)|merges\.txt|added_tokens\.json|special_tokens_map\.json"
     r"|tokenization_.*\.py|spiece\.model|sentencepiece.*",
     re.DOTALL,
 )
-NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb", re.DOTALL)
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-
-REPORT_NAME = "streamshard.json"
+# What loaders choose by name, in lower case: code, weights, and whatever else changes what is loaded.
+CODE = re.compile(
+    r".*\.(?:py[cdowxi]?|so(?:\.[\d.]+)?|dll|dylib|exe|sh|bash|zsh|bat|cmd|ps1|jar|egg|whl|pyz)",
+    re.DOTALL,
+)
+WEIGHTS = re.compile(
+    rf".*\.(?:{_KNOWN_WEIGHTS}|ggml|hdf5|keras|npy|npz|pkl|pickle|joblib"
+    r"|torch|tflite|pb|mlmodel|nemo|engine|plan|dduf|distcp)"
+    r"|.*\.index\.json",
+    re.DOTALL,
+)
+CONFIGS = re.compile(
+    r".*config.*\.(?:json|ya?ml)|model_index\.json|modules\.json|params\.json"
+    r"|(?:.*processor|feature_extractor|tokenizer|vocab|merges|added_tokens|special_tokens|spiece"
+    r"|sentencepiece|chat_template|adapter_).*\.(?:json|txt|model|ya?ml|vocab|bpe)"
+    r"|.*\.(?:jinja2?|tiktoken|model|spm)|modelfile",
+    re.DOTALL,
+)

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.file_names import (
+    ADAPTER_CONFIG_NAME,
     INDEX_NAME,
+    MODEL_CONFIG_NAME,
     NOT_CARRIED,
     NOT_ENTERED,
     SINGLE_NAME,
+    SUFFIX,
     TOKENIZER,
 )
 from streamshard.checkpoint.header import Header, read_header
@@ -70,15 +73,13 @@ def open_checkpoint(path: PathLike, *, needs_weights: bool = True) -> Checkpoint
     with reading(path):
         if not is_there(path):
             raise no_such(path, "file or folder")
-        if is_file(path) and path.suffix != ".safetensors":
-            raise InputError(
-                f"{printable(str(path))}: is no .safetensors file. Give the checkpoint's folder."
-            )
+        if is_file(path) and path.suffix != SUFFIX:
+            raise InputError.at(path, f"is no {SUFFIX} file. Give the checkpoint's folder.")
         if is_file(path):
             header = read_header(path)
             return _checkpoint(path, {path.name: header}, None, {})
         if not is_folder(path):
-            raise InputError(f"{printable(str(path))}: is neither a file nor a folder.")
+            raise InputError.at(path, "is neither a file nor a folder.")
         config = _read_config(path)
         if not needs_weights and not _weight_files(path):
             return Checkpoint(path, {}, {}, config, _side_files(path))
@@ -98,15 +99,16 @@ def no_such(path: Path, what: str) -> InputError:
     hint = "Check the path."
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(path)):
         hint = "Hub ids are not supported yet: download it (hf download) and give the folder."
-    return InputError(f"{printable(str(path))}: no such {what}. {hint}")
+    return InputError.at(path, f"no such {what}. {hint}")
 
 
 def _find_weights(folder: Path) -> Path:
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if has(index) and has(single):
-        raise InputError(
-            f"{printable(str(folder))}: has both {INDEX_NAME} and {SINGLE_NAME}, and loaders "
-            "disagree on which counts. Remove the stale one."
+        raise InputError.at(
+            folder,
+            f"has both {INDEX_NAME} and {SINGLE_NAME}, and loaders "
+            "disagree on which counts. Remove the stale one.",
         )
     for found in (index, single):
         if has(found):
@@ -115,68 +117,73 @@ def _find_weights(folder: Path) -> Path:
     if len(others) == 1:
         return others[0]
     if others:
-        raise InputError(
-            f"{printable(str(folder))}: has {len(others)} .safetensors files but no {INDEX_NAME}, "
-            "so what belongs together is not known. Add the index, or give one file."
+        raise InputError.at(
+            folder,
+            f"has {len(others)} .safetensors files but no {INDEX_NAME}, "
+            "so what belongs together is not known. Add the index, or give one file.",
         )
-    if is_file(folder / "adapter_config.json"):
-        raise InputError(
-            f"{printable(str(folder))}: is a PEFT adapter, not a checkpoint. "
-            "Pass it as --adapter and the model it was trained on as --base."
+    if is_file(folder / ADAPTER_CONFIG_NAME):
+        raise InputError.at(
+            folder,
+            "is a PEFT adapter, not a checkpoint. "
+            "Pass it as --adapter and the model it was trained on as --base.",
         )
     pickles = [name for name in names_in(folder) if fnmatchcase(name, "pytorch_model*.bin")]
     hint = (
         f"It has {listed(pickles, 2)}: convert these to safetensors first."
         if pickles
-        else "Give a folder with model.safetensors or an index."
+        else f"Give a folder with {SINGLE_NAME} or an index."
     )
-    raise InputError(f"{printable(str(folder))}: has no .safetensors weights. {hint}")
+    raise InputError.at(folder, f"has no .safetensors weights. {hint}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
     # Not by `glob`, which takes a folder that may not be read for an empty one.
-    return [folder / name for name in names_in(folder) if name.endswith(".safetensors")]
+    return [folder / name for name in names_in(folder) if name.endswith(SUFFIX)]
 
 
 def _open_index(index: Path) -> dict[str, Header]:
-    where = printable(str(index))
-    weight_map = parse_index(read_bytes(index, MAX_JSON_BYTES), where).get("weight_map")
+    weight_map = parse_index(read_bytes(index, MAX_JSON_BYTES), index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError(f"{where}: has no weight_map from tensor names to file names.")
+        raise InputError.at(index, "has no weight_map from tensor names to file names.")
     if not weight_map:
-        raise InputError(f"{where}: lists no tensors.")
+        raise InputError.at(index, "lists no tensors.")
     headers = {}
     for name in sorted(set(weight_map.values())):
-        _check_file_name(where, name)
+        _check_file_name(index, name)
         file = index.parent / name
         if not has(file):
-            raise InputError(
-                f"{where}: names '{printable(name)}', which is not in the folder. "
-                "The checkpoint is incomplete: fetch or copy that file."
+            raise InputError.at(
+                index,
+                f"names '{printable(name)}', which is not in the folder. "
+                "The checkpoint is incomplete: fetch or copy that file.",
             )
         headers[name] = read_header(file)
         # The index shrinks as the headers come: what is left is missing, and never are all names
         # in memory twice.
         stray = [t for t in headers[name].tensors if weight_map.pop(t, None) != name]
         if stray:
-            raise InputError(
-                f"{where}: '{printable(name)}' holds {listed(stray)}, which the index does not "
-                "list there. Files and index are not of one checkpoint."
+            raise InputError.at(
+                index,
+                f"'{printable(name)}' holds {listed(stray)}, which the index does not "
+                "list there. Files and index are not of one checkpoint.",
             )
     if weight_map:
-        raise InputError(
-            f"{where}: lists {listed(weight_map)}, which the files do not hold. "
-            "Files and index are not of one checkpoint."
+        raise InputError.at(
+            index,
+            f"lists {listed(weight_map)}, which the files do not hold. "
+            "Files and index are not of one checkpoint.",
         )
     return headers
 
 
-def _check_file_name(where: str, name: str) -> None:
+def _check_file_name(index: Path, name: str) -> None:
     # Plain names only: no folder, drive or parent can be expressed, on any platform.
     if not re.fullmatch(r"[^/\\:\x00-\x1f]{1,200}\.safetensors", name):
-        raise InputError(
-            f"{where}: names the file '{printable(name)}'; only .safetensors files of the same "
-            "folder are allowed. The index is damaged or hostile."
+        raise InputError.at(
+            index,
+            f"names the file '{printable(name)}'; only .safetensors files of the same "
+            "folder are allowed. The index is damaged or hostile.",
         )
 
 
@@ -190,7 +197,7 @@ def _checkpoint(
     for header in headers.values():
         tensors |= header.tensors
     if not tensors:
-        raise InputError(f"{printable(str(path))}: holds no tensors.")
+        raise InputError.at(path, "holds no tensors.")
     metadata = {file: header.metadata for file, header in headers.items()}
     return Checkpoint(path, tensors, metadata, config, side_files)
 
@@ -202,10 +209,11 @@ def _side_files(folder: Path) -> dict[str, Path]:
         folders[:] = sorted(name for name in folders if not NOT_ENTERED.fullmatch(name))
         linked = [name for name in folders if is_link(parent / name)]
         if linked:
-            raise InputError(
-                f"{printable(str(parent))}: {listed(linked)}: a link to a folder is not followed, and "
+            raise InputError.at(
+                parent,
+                f"{listed(linked)}: a link to a folder is not followed, and "
                 "leaving it out would make the output incomplete. Put the folder in its place, or "
-                "remove the link."
+                "remove the link.",
             )
         for name in sorted(names):
             file = parent / name
@@ -235,12 +243,10 @@ def has(file: Path) -> bool:
     if is_file(file):
         return True
     if is_link(file) and not is_there(file):
-        raise InputError(
-            f"{printable(str(file))}: is a link to nothing. Fetch the file or remove the link."
-        )
+        raise InputError.at(file, "is a link to nothing. Fetch the file or remove the link.")
     if is_there(file):
         kind = "a folder" if is_folder(file) else "a pipe, socket or device"
-        raise InputError(f"{printable(str(file))}: is {kind}; a file was expected. Remove it.")
+        raise InputError.at(file, f"is {kind}; a file was expected. Remove it.")
     return False
 
 
@@ -249,10 +255,11 @@ def _check_link(folder: Path, file: Path) -> None:
     target = outside(folder, file) if is_link(file) else None
     if target is None:
         return
-    raise InputError(
-        f"{printable(str(file))}: is a link to {printable(str(target))}, outside of the folder and "
+    raise InputError.at(
+        file,
+        f"is a link to {printable(str(target))}, outside of the folder and "
         "of the hub's cache, and would be copied into the output. If that is meant, put the file "
-        "itself there (cp -L)."
+        "itself there (cp -L).",
     )
 
 
@@ -267,5 +274,5 @@ def outside(folder: Path, file: Path) -> Path | None:
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
-    file = folder / "config.json"
+    file = folder / MODEL_CONFIG_NAME
     return read_json_object(file) if has(file) else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,14 +19,18 @@ from typing import Any
 
 from streamshard.checkpoint.json_files import parse_prefix, parse_small
 from streamshard.disk.files import open_source
+from streamshard.disk.sources import Source
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, printable
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = [
+    "MAX_NAME_BYTES",
     "Header",
     "build_header",
+    "data_start",
+    "framed",
     "header_text",
     "parse_header",
     "read_header",
@@ -46,6 +49,7 @@ MAX_NAME_BYTES = 1024
 MAX_TENSORS = 100_000
 MAX_METADATA_BYTES = 1_000_000
 
+_PREFIX_NBYTES = 8  # the length of the JSON, before it
 _FIELDS = {"dtype", "shape", "data_offsets"}
 # Repetitions are bounded, so that a match that fails has not cost more than the limits above.
 _NAME = re.compile(
@@ -109,23 +113,32 @@ def build_header(
             f"reader takes more than {MAX_WRITTEN_HEADER_BYTES:,} bytes, or {MAX_TENSORS:,} tensors. "
             "Choose a smaller --max-shard-size."
         )
-    first = 8 + len(text)
-    return struct.pack("<Q", len(text)) + text, {n: first + at for n, at in begins.items()}
+    header = framed(text)
+    return header, {name: len(header) + at for name, at in begins.items()}
+
+
+def framed(text: bytes) -> bytes:
+    """The JSON of a header as a file begins with it: its length, and then itself."""
+    return len(text).to_bytes(_PREFIX_NBYTES, "little") + text
+
+
+def data_start(file: Source) -> int:
+    """Where the tensors' bytes begin in a file, as its first bytes say, which nobody has checked."""
+    return _PREFIX_NBYTES + int.from_bytes(file.read(0, _PREFIX_NBYTES), "little")
 
 
 def header_text(path: Path) -> tuple[bytes, int]:
     """The JSON of a file's header, not yet looked at, and the size of the file."""
     with open_source(path) as file:
         file_nbytes = file.nbytes
-        prefix = file.read(0, 8)
-        if len(prefix) < 8:
+        if file_nbytes < _PREFIX_NBYTES:
             raise _broken(path, f"has only {file_nbytes} bytes; a header needs at least 8")
-        (length,) = struct.unpack("<Q", prefix)
+        length = data_start(file) - _PREFIX_NBYTES
         if length > MAX_HEADER_BYTES:
             raise _broken(path, f"claims a header of {length:,} bytes; 100,000,000 is the limit")
-        if length > file_nbytes - 8:
+        if length > file_nbytes - _PREFIX_NBYTES:
             raise _broken(path, f"claims a header of {length:,} bytes in {file_nbytes:,}")
-        text = file.read(8, length)
+        text = file.read(_PREFIX_NBYTES, length)
     if len(text) != length:
         raise _broken(path, "ends inside its header")
     return text, file_nbytes
@@ -137,7 +150,7 @@ def parse_header(path: Path, text: bytes, file_nbytes: int) -> Header:
     Entry by entry, so that neither time nor memory depends on what a hostile header nests or
     repeats; each entry is small, and what the first wrong one costs is all that is spent.
     """
-    data_start = 8 + len(text)
+    start = _PREFIX_NBYTES + len(text)
     metadata: dict[str, str] | None = None
     parsed: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
     for name, value in _entries(path, text):
@@ -162,11 +175,11 @@ def parse_header(path: Path, text: bytes, file_nbytes: int) -> Header:
         kept = shapes.setdefault(shape, shape)
         # Most names are in source and reference alike: interned, they are in memory once.
         place = sys.intern(name)
-        tensors[place] = Stored(where, data_start + begin, kept, dtype, file_nbytes)
-    if data_start + reached != file_nbytes:
+        tensors[place] = Stored(where, start + begin, kept, dtype, file_nbytes)
+    if start + reached != file_nbytes:
         raise _broken(
             path,
-            f"has {file_nbytes:,} bytes but its header describes {data_start + reached:,}; "
+            f"has {file_nbytes:,} bytes but its header describes {start + reached:,}; "
             "it is truncated or has something appended",
         )
     return Header(tensors, metadata or {})
@@ -278,16 +291,17 @@ def _ask_official_parser(path: Path) -> None:
 
 def _broken(path: Path, problem: str, name: str | None = None) -> InputError:
     tensor = "" if name is None else f"tensor '{printable(name)}' "
-    return InputError(
-        f"{printable(str(path))}: {tensor}{problem}. "
-        "The file is damaged or not a safetensors file: fetch or save it again."
+    return InputError.at(
+        path,
+        f"{tensor}{problem}. "
+        "The file is damaged or not a safetensors file: fetch or save it again.",
     )
 
 
 def _not_json(path: Path, at: int, problem: str) -> InputError:
     return _broken(
         path,
-        f"has a header that is not JSON as the format has it, near byte {8 + at:,}: "
+        f"has a header that is not JSON as the format has it, near byte {_PREFIX_NBYTES + at:,}: "
         f"{printable(problem)}",
     )
 

@@ -22,9 +22,9 @@ from streamshard.errors import InputError, printable
 __all__ = [
     "MAX_DEPTH",
     "MAX_JSON_BYTES",
-    "MAX_RECORD_BYTES",
     "MAX_TOKENIZER_BYTES",
     "MAX_VALUES",
+    "json_object",
     "json_pieces",
     "parse_index",
     "parse_json",
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 MAX_JSON_BYTES = 10_000_000  # the index of the largest InternVL has 4 MB
-MAX_RECORD_BYTES = 50_000_000  # our own report has a few lines for each of 40,000 tensors
 MAX_TOKENIZER_BYTES = 50_000_000  # the largest tokenizer.json have 28 MB
 
 MAX_DEPTH = (
@@ -43,13 +42,13 @@ MAX_DEPTH = (
 MAX_VALUES = 500_000  # the index of the largest InternVL has 40,000
 
 
-def parse_json(text: bytes, where: str, max_values: int = MAX_VALUES) -> Any:
+def parse_json(text: bytes, file: object, max_values: int = MAX_VALUES) -> Any:
     """JSON of an untrusted file; raises `InputError` for what is no strict, plain JSON.
 
     Duplicate keys, NaN, numbers that no double holds, lone surrogates, more than `MAX_DEPTH` levels
-    and more than `max_values` values are refused; `where` begins the message.
+    and more than `max_values` values are refused; the message begins with `file`.
     """
-    with _told(where):
+    with _told(file):
         decoded = _decoded(text, max_values)
         del text
         content = _DECODER.decode(decoded)
@@ -58,7 +57,7 @@ def parse_json(text: bytes, where: str, max_values: int = MAX_VALUES) -> Any:
     return content
 
 
-def parse_index(text: bytes, where: str) -> dict[str, Any]:
+def parse_index(text: bytes, file: object) -> dict[str, Any]:
     """An index: the like of `parse_json`, for an object whose `weight_map` has many names.
 
     Names are interned, and made one after the other: the headers of the files have them too, and
@@ -70,7 +69,7 @@ def parse_index(text: bytes, where: str) -> dict[str, Any]:
             return _object(decoded, at, _interned)
         return _DECODER.raw_decode(decoded, at)
 
-    with _told(where):
+    with _told(file):
         decoded = _decoded(text, MAX_VALUES)
         del text
         content, end = _object(decoded, 0, member)
@@ -95,18 +94,18 @@ class _TooManyError(Exception):
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
-    """Turn what can be wrong with JSON into an `InputError` that begins with `where`."""
+def _told(file: object) -> Iterator[None]:
+    """Turn what can be wrong with JSON into an `InputError` that begins with `file`."""
     try:
         yield
     except _TooManyError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError.at(file, f"{error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: is not UTF-8 (byte {error.start:,}).") from error
+        raise InputError.at(file, f"is not UTF-8 (byte {error.start:,}).") from error
     except RecursionError as error:
-        raise InputError(f"{where}: is nested too deeply.") from error
+        raise InputError.at(file, "is nested too deeply.") from error
     except ValueError as error:
-        raise InputError(f"{where}: is not valid JSON: {printable(str(error))}.") from error
+        raise InputError.at(file, f"is not valid JSON: {printable(str(error))}.") from error
 
 
 def _interned(_name: str, text: str, at: int) -> tuple[Any, int]:
@@ -249,10 +248,15 @@ _DECODER = json.JSONDecoder(
 
 def read_json_object(file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in an untrusted file; raises `InputError` if it is none."""
+    return json_object(read_bytes(file, max_bytes), file, max_bytes)
+
+
+def json_object(text: bytes, file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object that is the content of an untrusted file, which may have so many bytes."""
     # Text of real files has more bytes a value.
-    content = parse_json(read_bytes(file, max_bytes), printable(str(file)), max_bytes // 20)
+    content = parse_json(text, file, max_bytes // 20)
     if not isinstance(content, dict):
-        raise InputError(f"{printable(str(file))}: is not a JSON object.")
+        raise InputError.at(file, "is not a JSON object.")
     return content
 
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamshard.checkpoint.adapter_folder import open_adapter
+from streamshard.checkpoint.adapter_folder import is_adapter, open_adapter
+from streamshard.checkpoint.file_names import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    MODEL_CONFIG_NAME,
+    PICKLED_ADAPTER_NAME,
+    SUFFIX,
+)
 from streamshard.checkpoint.folder import open_checkpoint, open_weights
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
@@ -16,12 +23,8 @@ from streamshard.disk.system import reading, system
 from streamshard.errors import AdapterError, InputError, ReadError, printable
 from streamshard.tensors.lazy import Lazy
 
-__all__ = ["WEIGHTS", "Opened", "is_shard", "open_anything"]
+__all__ = ["Opened", "is_shard", "open_anything"]
 
-
-WEIGHTS = ".safetensors"
-_ADAPTER, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
-_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 _Errors = (InputError, ReadError, AdapterError)
 
@@ -67,7 +70,7 @@ class Opened:
 
 def is_shard(name: str) -> bool:
     """Whether a recorded file has the digest of a weight file: in sub-folders all have that of bytes."""
-    return name.endswith(WEIGHTS) and "/" not in name
+    return name.endswith(SUFFIX) and "/" not in name
 
 
 def open_anything(path: Path) -> Opened:
@@ -75,7 +78,7 @@ def open_anything(path: Path) -> Opened:
     if is_folder(path):
         return _open_folder(path)
     found = Opened(path.parent, Listing("missing"), bare=True)
-    if is_file(path) and path.suffix == WEIGHTS:
+    if is_file(path) and path.suffix == SUFFIX:
         found.header(path.name)
     else:
         open_checkpoint(path)  # which says what is wrong with it
@@ -87,13 +90,13 @@ def _open_folder(path: Path) -> Opened:
         names = sorted(system.listdir(path))
     found = Opened(path, read_listing(path))
     found.problems += found.listing.problems
-    for name in (_CONFIG, _ADAPTER_CONFIG):
+    for name in (MODEL_CONFIG_NAME, ADAPTER_CONFIG_NAME):
         if name in names:
             try:
                 read_json_object(path / name)
             except (InputError, ReadError) as error:
                 found.add(str(error))
-    if _CONFIG not in names and _is_adapter(path, names):
+    if is_adapter(path, names):
         _open_adapter(found, names)
     else:
         _open_checkpoint(found, names)
@@ -103,21 +106,15 @@ def _open_folder(path: Path) -> Opened:
     return found
 
 
-def _is_adapter(path: Path, names: list[str]) -> bool:
-    return any(is_file(path / name) for name in (_ADAPTER, _PICKLED)) or (
-        _ADAPTER_CONFIG in names and not any(name.endswith(WEIGHTS) for name in names)
-    )
-
-
 def _open_adapter(found: Opened, names: list[str]) -> None:
-    if is_file(found.folder / _ADAPTER):
-        found.header(_ADAPTER)
+    if is_file(found.folder / ADAPTER_NAME):
+        found.header(ADAPTER_NAME)
         return
     try:
         opened = open_adapter(found.folder)
     except _Errors as error:
-        if _PICKLED in names:
-            found.unread[_PICKLED] = "it cannot be loaded"
+        if PICKLED_ADAPTER_NAME in names:
+            found.unread[PICKLED_ADAPTER_NAME] = "it cannot be loaded"
         elif found.listing.record == "missing":
             raise
         found.add(str(error))
@@ -131,7 +128,7 @@ def _open_checkpoint(found: Opened, names: list[str]) -> None:
             name: header.tensors for name, header in open_weights(found.folder).items()
         }
     except (InputError, ReadError) as error:
-        there = [name for name in names if name.endswith(WEIGHTS)]
+        there = [name for name in names if name.endswith(SUFFIX)]
         if not there and found.listing.record == "missing":
             raise
         found.add(str(error))

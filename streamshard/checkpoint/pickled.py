@@ -7,16 +7,17 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.header import MAX_NAME_BYTES
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.errors import InputError, StreamshardError, printable
 from streamshard.limits import Need, check_room
+from streamshard.tensors.dtypes import TORCH_DTYPES
 from streamshard.tensors.lazy import Array, Lazy
 
 __all__ = ["read_pickled"]
 
 
-MAX_NAME = 1024  # as in headers
 _TORCH = Need(145_000_000, 540_000_000, 215_000_000)
 """Measured: importing torch without CUDA and loading a small file. It may crash with less."""
 
@@ -27,7 +28,6 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
     Raises `InputError` if it holds anything but a flat mapping of names to tensors, or if it would
     take more memory than the file has bytes.
     """
-    where = printable(str(file))
     try:
         with open_source(file) as opened:
             nbytes = opened.nbytes
@@ -36,22 +36,24 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
     except (StreamshardError, MemoryError):  # the latter says nothing about the file
         raise
     except Exception as error:  # torch raises whatever its unpickler meets
-        raise InputError(
-            f"{where}: cannot be loaded as plain tensors: {printable(str(error))} "
-            "Save the adapter as safetensors and try again."
+        raise InputError.at(
+            file,
+            f"cannot be loaded as plain tensors: {printable(str(error))} "
+            "Save the adapter as safetensors and try again.",
         ) from error
     if not isinstance(content, dict):
-        raise InputError(f"{where}: is not a mapping of names to tensors.")
+        raise InputError.at(file, "is not a mapping of names to tensors.")
     tensors: dict[str, Lazy] = {}
     copied = 0
     for name, tensor in content.items():
-        array = _array(where, name, tensor)
+        array = _array(file, name, tensor)
         if not tensor.is_contiguous():  # the copies of views add up: each may be of the same bytes
             copied += array.nbytes
             if copied > nbytes:
-                raise InputError(
-                    f"{where}: its tensors are views of the same bytes and would take far more memory "
-                    "than the file. Save the adapter as safetensors and try again."
+                raise InputError.at(
+                    file,
+                    "its tensors are views of the same bytes and would take far more memory "
+                    "than the file. Save the adapter as safetensors and try again.",
                 )
         tensors[name] = array
     return tensors
@@ -75,16 +77,21 @@ def _load(file: Source) -> Any:
     return torch.load(file.stream(), map_location="cpu", weights_only=True)
 
 
-def _array(where: str, name: object, tensor: Any) -> Array:
+def _array(file: Path, name: object, tensor: Any) -> Array:
     import torch
 
-    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-    if not isinstance(name, str) or len(name) > MAX_NAME or not isinstance(tensor, torch.Tensor):
-        raise InputError(f"{where}: '{printable(str(name))}' is no named tensor.")
+    names = {getattr(torch, known): name for name, known in TORCH_DTYPES.items()}
+    if (
+        not isinstance(name, str)
+        or len(name) > MAX_NAME_BYTES
+        or not isinstance(tensor, torch.Tensor)
+    ):
+        raise InputError.at(file, f"'{printable(str(name))}' is no named tensor.")
     if tensor.dtype not in names:
-        raise InputError(
-            f"{where}: '{printable(name)}' is {tensor.dtype}; "
-            "only bfloat16, float16 and float32 adapters can be merged."
+        raise InputError.at(
+            file,
+            f"'{printable(name)}' is {tensor.dtype}; "
+            "only bfloat16, float16 and float32 adapters can be merged.",
         )
     # What the unpickler lets through may still be no plain array: sparse, nested, without data, or
     # of a stride of 0, which needs more memory than there are bytes.
@@ -95,9 +102,10 @@ def _array(where: str, name: object, tensor: Any) -> Array:
         and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     )
     if not plain:
-        raise InputError(
-            f"{where}: '{printable(name)}' is no plain tensor. "
-            "Save the adapter as safetensors and try again."
+        raise InputError.at(
+            file,
+            f"'{printable(name)}' is no plain tensor. "
+            "Save the adapter as safetensors and try again.",
         )
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return Array(flat, tuple(tensor.shape), names[tensor.dtype])

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.digests import new_digest
-from streamshard.checkpoint.json_files import parse_json
+from streamshard.checkpoint.digests import DIGEST_NBYTES, new_digest
+from streamshard.checkpoint.json_files import json_object
 from streamshard.disk.files import read_bytes
-from streamshard.errors import InputError, printable
+from streamshard.errors import InputError
 
 __all__ = ["MAX_RECORD_BYTES", "read_record", "sealed"]
 
@@ -23,7 +23,7 @@ MAX_RECORD_BYTES = 50_000_000  # a few lines for each of 40,000 tensors
 _END = b"\n}\n"
 _KEY = b',\n  "record_digest": "'
 _TAIL = b'"' + _END
-_DIGEST_CHARACTERS = 32
+_DIGEST_CHARACTERS = 2 * DIGEST_NBYTES
 
 
 def sealed(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -48,11 +48,9 @@ def read_record(file: Path) -> dict[str, Any]:
     digest.update(memoryview(content)[: max(start, 0)])
     whole = content[max(start - len(_KEY), 0) :]
     if whole != _KEY + digest.hexdigest().encode() + _TAIL:
-        raise InputError(
-            f"{printable(str(file))}: is not as streamshard wrote it: it was changed, cut off, or "
-            "comes from something else."
+        raise InputError.at(
+            file,
+            "is not as streamshard wrote it: it was changed, cut off, or "
+            "comes from something else.",
         )
-    record = parse_json(content, printable(str(file)), MAX_RECORD_BYTES // 20)
-    if not isinstance(record, dict):
-        raise InputError(f"{printable(str(file))}: is not a JSON object.")
-    return record
+    return json_object(content, file, MAX_RECORD_BYTES)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamshard.checkpoint.digests import ALGORITHM
+from streamshard.checkpoint.digests import ALGORITHM, DIGEST_NBYTES
 from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.folder import outside
 from streamshard.checkpoint.json_files import read_json_object
@@ -25,7 +25,7 @@ from streamshard.errors import InputError, ReadError, listed, printable
 __all__ = ["FileRecord", "Listing", "link_problem", "name_problem", "read_listing"]
 
 
-_DIGEST = re.compile(r"[0-9a-f]{32}")
+_DIGEST = re.compile(rf"[0-9a-f]{{{2 * DIGEST_NBYTES}}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

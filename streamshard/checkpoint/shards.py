@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import SINGLE_NAME, SUFFIX, numbered
 from streamshard.checkpoint.folder import Checkpoint
 from streamshard.checkpoint.header import build_header, total_nbytes, total_parameters
 from streamshard.checkpoint.json_files import json_pieces
@@ -33,7 +34,7 @@ def numbered_anew(names: Mapping[str, str], count: int) -> dict[str, str]:
     if len(used) == count:
         return dict(names)
     total = len(used)
-    new = {old: f"model-{i:05d}-of-{total:05d}.safetensors" for i, old in enumerate(used, 1)}
+    new = {old: numbered(i, total) for i, old in enumerate(used, 1)}
     return {name: new[file] for name, file in names.items()}
 
 
@@ -71,7 +72,7 @@ def plan_shards(
     shard_of: Mapping[str, str],
     metadata: Mapping[str, Mapping[str, str]],
     max_shard_size: int | None = None,
-    single: str = "model.safetensors",
+    single: str = SINGLE_NAME,
 ) -> list[Shard]:
     """Decide which tensor goes into which file.
 
@@ -93,7 +94,7 @@ def plan_shards(
         split = split_state_dict_into_shards_factory(
             dict(tensors),
             get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern="model{suffix}.safetensors",
+            filename_pattern=f"model{{suffix}}{SUFFIX}",
             max_shard_size=max_shard_size,
         )
         files = {

@@ -7,38 +7,21 @@ if they are put beside a checkpoint; a README or a picture does none.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamshard.checkpoint.file_names import CODE, CONFIGS, WEIGHTS
 from streamshard.disk.existence import is_there
 from streamshard.disk.system import system
 
 __all__ = ["Entry", "contents", "harm"]
 
 
-_CODE = re.compile(
-    r".*\.(?:py[cdowxi]?|so(?:\.[\d.]+)?|dll|dylib|exe|sh|bash|zsh|bat|cmd|ps1|jar|egg|whl|pyz)",
-    re.DOTALL,  # a name may have line ends too
-)
-_WEIGHTS = re.compile(
-    r".*\.(?:safetensors|bin|pth?|ckpt|gguf|ggml|h5|hdf5|keras|msgpack|onnx|npy|npz|pkl|pickle|joblib"
-    r"|torch|tflite|pb|mlmodel|nemo|engine|plan|dduf|distcp)"
-    r"|.*\.index\.json",
-    re.DOTALL,
-)
-_CONFIG = re.compile(
-    r".*config.*\.(?:json|ya?ml)|model_index\.json|modules\.json|params\.json"
-    r"|(?:.*processor|feature_extractor|tokenizer|vocab|merges|added_tokens|special_tokens|spiece"
-    r"|sentencepiece|chat_template|adapter_).*\.(?:json|txt|model|ya?ml|vocab|bpe)"
-    r"|.*\.(?:jinja2?|tiktoken|model|spm)|modelfile",
-    re.DOTALL,
-)
 _KINDS = (
-    (_CODE, "code that could be run"),
-    (_WEIGHTS, "weights that could be loaded"),
-    (_CONFIG, "a file that loaders read"),
+    (CODE, "code that could be run"),
+    (WEIGHTS, "weights that could be loaded"),
+    (CONFIGS, "a file that loaders read"),
 )
 
 

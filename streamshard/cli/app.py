@@ -246,6 +246,3 @@ def extract_lora(**options: Any) -> None:
       streamshard extract-lora ./work_dirs/my-lora-run --base ./InternVL3-8B --output ./adapter
     """
     write("extract_lora", texts.extract_text, **options)
-
-
-"""The signal that ends this process, once there is one."""

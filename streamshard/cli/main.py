@@ -24,6 +24,7 @@ __all__ = ["main"]
 
 
 _signalled: list[int] = []
+"""The signal that ends this process, once there is one."""
 
 
 _COMPLETION = "_STREAMSHARD_COMPLETE"  # set where a shell asks click to complete a line

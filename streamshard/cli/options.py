@@ -7,7 +7,9 @@ from typing import TypeAlias
 
 import click
 
-__all__ = ["CONTEXT", "conversion_options", "output_options", "reading_options"]
+import streamshard
+
+__all__ = ["CONTEXT", "conversion_options", "output_options", "reading_options", "workers_option"]
 
 
 CONTEXT = {
@@ -17,6 +19,13 @@ CONTEXT = {
     "token_normalize_func": lambda token: token.replace("_", "-"),
 }
 
+
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    help="Threads.  [default: one a processor, at most 8]",
+)
+"""Also of the commands that read all bytes."""
 
 _Option: TypeAlias = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -38,16 +47,12 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--dtype",
-            type=click.Choice(["keep", "bf16", "fp16", "fp32"]),
+            type=click.Choice(["keep", *streamshard.DTYPES]),
             default="keep",
             show_default=True,
             help="Round every float tensor to this dtype, once.",
         ),
-        click.option(
-            "--workers",
-            type=click.IntRange(1, 64),
-            help="Threads.  [default: one a processor, at most 8]",
-        ),
+        workers_option,
         click.option(
             "--max-memory", metavar="SIZE", help="Use fewer threads to stay below this, like 512MB."
         ),

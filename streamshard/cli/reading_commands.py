@@ -10,7 +10,7 @@ import click
 import streamshard
 from streamshard.cli import texts
 from streamshard.cli.app import cli
-from streamshard.cli.options import reading_options
+from streamshard.cli.options import reading_options, workers_option
 from streamshard.cli.screen import begin
 from streamshard.errors import VerificationError
 
@@ -18,9 +18,7 @@ from streamshard.errors import VerificationError
 @cli.command("diff", short_help="Compare two checkpoints.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option(
-    "--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor, at most 8]"
-)
+@workers_option
 @reading_options
 def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
     """Compare two checkpoints: names, shapes, dtypes and L2 distances, layouts reconciled.
@@ -65,9 +63,7 @@ def inspect(path: str, **output: Any) -> None:
     is_flag=True,
     help="Exit with 8 also if there are no digests to compare with.",
 )
-@click.option(
-    "--workers", type=click.IntRange(1, 64), help="Threads.  [default: one a processor, at most 8]"
-)
+@workers_option
 @reading_options
 def verify(
     path: str, sample: str | None, workers: int | None, *, strict: bool, **output: Any

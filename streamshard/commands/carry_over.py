@@ -6,31 +6,37 @@ What the two disagree on is an error, as it would be a wrong model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.file_names import TOKENIZER
-from streamshard.checkpoint.folder import Checkpoint
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, TOKENIZER
 from streamshard.checkpoint.json_files import MAX_TOKENIZER_BYTES, read_json_object
-from streamshard.commands.identify import model_dims
+from streamshard.commands.identify import Model, model_dims
+from streamshard.commands.written_config import config_bytes
 from streamshard.errors import InputError, UsageError, listed, printable
 from streamshard.internvl.config_edits import config_fixes, with_dtype
+from streamshard.internvl.detection import check_side
+from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import Converted, convert
-from streamshard.internvl.model_config import INNER, Dims
+from streamshard.internvl.model_config import INNER, OTHER, Dims
+from streamshard.internvl.spelling import flat_names
 from streamshard.internvl.tables import counterparts, table_of
+from streamshard.internvl.tied_embeddings import embedding_and_head
 from streamshard.tensors.dtypes import TORCH_DTYPES
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["Target", "carry_over"]
+__all__ = ["Differences", "Target", "carry_over"]
 
 
-_EMBEDDINGS = (
-    "language_model.model.embed_tokens.weight",
-    "language_model.model.tok_embeddings.weight",
-)
-_HEADS = ("language_model.lm_head.weight", "language_model.output.weight")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Differences:
+    """What to do where source and reference differ: whose tokenizer counts, what may be absent."""
+
+    tokenizer_from: str | None = None
+    allow_missing: bool = False
+    allow_unexpected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,35 +53,41 @@ class Target:
     missing: list[str]
     unexpected: list[str]
     warnings: list[str]
+    layout: Layout
+    dims: Dims
+
+    def files(self, dtype: str) -> dict[str, Path | bytes]:
+        """What is to lie beside the tensors when they are written as `--dtype` says."""
+        config = self.config if dtype == "keep" else self.config or self.base_config
+        own = {} if config is None else {MODEL_CONFIG_NAME: config_bytes(config, dtype)}
+        return {**self.side_files, **own}
 
 
 def carry_over(
     tensors: Mapping[str, Lazy],
-    source: Checkpoint,
-    reference: Checkpoint,
-    layout: str,
-    *,
-    tokenizer_from: str | None,
-    allow_missing: bool = False,
-    allow_unexpected: bool = False,
+    source: Model,
+    reference: Model,
+    layout: Layout,
+    allowed: Differences,
 ) -> Target:
     """Bring `tensors` (those of `source`, perhaps merged) to `layout`, with what lies beside them.
 
     Raises `InputError` for missing or unexpected tensors that are not allowed, shapes other than the
-    reference's, and vocabularies that differ while `tokenizer_from` does not say whose
-    tokenizer belongs to the weights.
+    reference's, and vocabularies that differ while it is not said whose tokenizer belongs to the
+    weights.
     """
     if reference.config is None:
         raise InputError(
-            f"{printable(str(reference.path))}: has no config.json. The reference folder gives config "
+            f"{reference.where}: has no config.json. The reference folder gives config "
             "and tokenizer of the layout to write: give the original model of that layout."
         )
+    tokenizer_from = allowed.tokenizer_from
     if tokenizer_from not in (None, "source", "reference"):
         raise UsageError(
             f"--tokenizer-from is {tokenizer_from!r}; source or reference was expected."
         )
     dims = model_dims(source, reference, layout)
-    result = convert(tensors, dims, layout)
+    result = convert(tensors, dims, layout, given=_given(tensors, source, OTHER[layout]))
     known = _named_alike(reference, dims, layout) if reference.tensors else None
     missing, unexpected = list(result.missing), list(result.unexpected)
     if known is not None:
@@ -87,30 +99,32 @@ def carry_over(
             if reported.isdisjoint(counterparts(table, layout, name))
         ]
         unexpected += sorted(result.tensors.keys() - known.keys() - set(unexpected))
-    _refuse(missing, "missing", "--allow-missing", allow_missing, result, source)
-    _refuse(unexpected, "unexpected", "--allow-unexpected", allow_unexpected, result, source)
+    _refuse(missing, "missing", "--allow-missing", allowed.allow_missing, result, source)
+    may = allowed.allow_unexpected
+    _refuse(unexpected, "unexpected", "--allow-unexpected", may, result, source)
     config = config_fixes(reference.config, layout)
     if config.get("quantization_config"):
         raise InputError(
-            f"{printable(str(reference.path))}: its config.json has a quantization_config, but the "
+            f"{reference.where}: its config.json has a quantization_config, but the "
             "weights to write are not quantized. Give the unquantized original model."
         )
-    rows = _vocabulary(result.tensors)
-    head = next((t.shape[0] for n, t in result.tensors.items() if n.endswith(_HEADS)), rows)
+    embedding, head_name = embedding_and_head(result.tensors)
+    rows = None if embedding is None else result.tensors[embedding].shape[0]
+    head = rows if head_name is None else result.tensors[head_name].shape[0]
     if rows != head:
         raise InputError(
-            f"{printable(str(source.path))}: the embedding has {rows} rows, but the head has {head}. "
+            f"{source.where}: the embedding has {rows} rows, but the head has {head}. "
             "No model can load that: the checkpoint is damaged or was put together wrongly."
         )
     own = _vocabulary(known or {}) or config[INNER[layout]].get("vocab_size")
     if isinstance(own, int) and rows not in (None, own) and tokenizer_from is None:
         raise InputError(
-            f"the embedding of {printable(str(source.path))} has {rows:,} rows, that of the reference "
-            f"{printable(str(reference.path))} {own:,}: the vocabularies differ. Say whose tokenizer "
+            f"the embedding of {source.where} has {rows:,} rows, that of the reference "
+            f"{reference.where} {own:,}: the vocabularies differ. Say whose tokenizer "
             "belongs to the weights: --tokenizer-from source (usual after adding tokens) or reference."
         )
-    _check_shapes(result.tensors, known or {}, reference.path)
-    side_files = dict(reference.side_files)
+    _check_shapes(result.tensors, known or {}, (embedding, head_name), reference)
+    side_files = dict(reference.checkpoint.side_files)
     if tokenizer_from == "source":
         _take_tokenizer(source, side_files, config, layout)
     if rows is not None:
@@ -119,13 +133,23 @@ def carry_over(
     return Target(
         tensors=result.tensors,
         config=None if config == reference.config else config,
-        base_config=reference.config,
+        base_config=dict(reference.config),
         side_files=side_files,
         reference=known,
         missing=missing,
         unexpected=unexpected,
         warnings=_rope_warnings(source, reference),
+        layout=layout,
+        dims=dims,
     )
+
+
+def _given(tensors: Mapping[str, Lazy], source: Model, side: Layout) -> Mapping[str, str]:
+    """The names of tensors by their flat names: those of `source`, perhaps with a head more."""
+    if source.layout != side:
+        check_side(tensors, side)
+    given = source.given(side)
+    return given if len(given) == len(tensors) else flat_names(tensors, side)
 
 
 def _true_dtype(config: dict[str, Any], tensors: Mapping[str, Lazy]) -> dict[str, Any]:
@@ -135,9 +159,10 @@ def _true_dtype(config: dict[str, Any], tensors: Mapping[str, Lazy]) -> dict[str
     return with_dtype(config, names.pop()) if len(found) == len(names) == 1 else config
 
 
-def _named_alike(reference: Checkpoint, dims: Dims, layout: str) -> dict[str, Stored]:
+def _named_alike(reference: Model, dims: Dims, layout: Layout) -> dict[str, Stored]:
     """The reference's tensors under the names that are written here, whatever its spelling."""
-    found = convert(reference.tensors, dims, layout, side=layout).tensors
+    given = _given(reference.tensors, reference, layout)
+    found = convert(reference.tensors, dims, layout, side=layout, given=given).tensors
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Stored)}
 
 
@@ -147,12 +172,12 @@ def _refuse(
     option: str,
     allowed: bool,
     result: Converted[Lazy],
-    source: Checkpoint,
+    source: Model,
 ) -> None:
     if names and not allowed:
         reasons = [result.unexpected[name] for name in names[:1] if name in result.unexpected]
         raise InputError(
-            f"{printable(str(source.path))}: {len(names)} tensors are {what}: {listed(names)}"
+            f"{source.where}: {len(names)} tensors are {what}: {listed(names)}"
             f"{'; ' + reasons[0] if reasons else ''}. The output would not be the whole model. "
             f"Check that source and reference are of one model; {option} writes it nevertheless and "
             "reports the names."
@@ -160,30 +185,35 @@ def _refuse(
 
 
 def _vocabulary(tensors: Mapping[str, Lazy]) -> int | None:
-    return next((tensors[name].shape[0] for name in _EMBEDDINGS if name in tensors), None)
+    embedding, _ = embedding_and_head(tensors)
+    return None if embedding is None else tensors[embedding].shape[0]
 
 
-def _check_shapes(tensors: Mapping[str, Lazy], known: Mapping[str, Lazy], path: Path) -> None:
+def _check_shapes(
+    tensors: Mapping[str, Lazy],
+    known: Mapping[str, Lazy],
+    of_tokens: Collection[str | None],
+    reference: Model,
+) -> None:
     for name, tensor in tensors.items():
         other = known.get(name)
-        vocabulary = name in _EMBEDDINGS or name.endswith(_HEADS)
-        skip = 1 if vocabulary else 0
+        skip = 1 if name in of_tokens else 0
         if other is not None and tensor.shape[skip:] != other.shape[skip:]:
             raise InputError(
-                f"{printable(str(path))}: is of another model: '{printable(name)}' is "
+                f"{reference.where}: is of another model: '{printable(name)}' is "
                 f"{list(other.shape)} there, but {list(tensor.shape)} in the source. Give the reference "
                 "of the same model."
             )
 
 
 def _take_tokenizer(
-    source: Checkpoint, side_files: dict[str, Path], config: dict[str, Any], layout: str
+    source: Model, side_files: dict[str, Path], config: dict[str, Any], layout: Layout
 ) -> None:
     """Replace the reference's tokenizer by the source's, and the id that depends on it."""
-    own = {n: f for n, f in source.side_files.items() if TOKENIZER.fullmatch(n)}
+    own = {n: f for n, f in source.checkpoint.side_files.items() if TOKENIZER.fullmatch(n)}
     if not own:
         raise InputError(
-            f"{printable(str(source.path))}: has no tokenizer files, so --tokenizer-from source cannot "
+            f"{source.where}: has no tokenizer files, so --tokenizer-from source cannot "
             "be done. Give the folder with the tokenizer, or --tokenizer-from reference."
         )
     for name in [name for name in side_files if TOKENIZER.fullmatch(name)]:
@@ -193,9 +223,9 @@ def _take_tokenizer(
         config["image_token_id"] = _image_token_id(source)
 
 
-def _image_token_id(source: Checkpoint) -> int:
+def _image_token_id(source: Model) -> int:
     token = "<IMG_CONTEXT>"  # noqa: S105 - the token of text that stands for a part of an image
-    files = source.side_files
+    files = source.checkpoint.side_files
     found: Any = None
     if "added_tokens.json" in files:
         found = read_json_object(files["added_tokens.json"]).get(token)
@@ -211,13 +241,13 @@ def _image_token_id(source: Checkpoint) -> int:
                 found = entry.get("id")
     if not isinstance(found, int) or isinstance(found, bool):
         raise InputError(
-            f"{printable(str(source.path))}: its tokenizer files do not say which id {token} has, and "
+            f"{source.where}: its tokenizer files do not say which id {token} has, and "
             "the HF config needs it as image_token_id. Use --tokenizer-from reference."
         )
     return found
 
 
-def _rope_warnings(source: Checkpoint, reference: Checkpoint) -> list[str]:
+def _rope_warnings(source: Model, reference: Model) -> list[str]:
     """A hint where source and reference scale rotary positions in different ways."""
     if source.config is None or reference.config is None:
         return []

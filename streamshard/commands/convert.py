@@ -5,16 +5,14 @@ They return the report as a dict; its keys are those of the command line's `--js
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.shards import shard_names
-from streamshard.commands.carry_over import Target, carry_over
-from streamshard.commands.written_config import config_bytes
+from streamshard.commands.carry_over import Differences, carry_over
+from streamshard.commands.identify import Model
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike
 from streamshard.engine.job import Job, Options
@@ -22,10 +20,11 @@ from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
 from streamshard.internvl.detection import layout_of
+from streamshard.internvl.families import Layout
 from streamshard.limits import told
 from streamshard.lora.base_checks import check_base
 
-__all__ = ["conversion_job", "custom_to_hf", "hf_to_custom"]
+__all__ = ["custom_to_hf", "hf_to_custom"]
 
 
 @told
@@ -43,7 +42,7 @@ def hf_to_custom(
 
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
-    return _convert("hf2custom", hf_path, custom_path, save_path, "custom", **options)
+    return _convert(_Asked("hf2custom", hf_path, custom_path, save_path, "custom"), **options)
 
 
 @told
@@ -56,15 +55,22 @@ def custom_to_hf(
     The inverse of `hf_to_custom`, with the same keywords; config, tokenizer and processor come
     from `hf_path`.
     """
-    return _convert("custom2hf", custom_path, hf_path, save_path, "hf", **options)
+    return _convert(_Asked("custom2hf", custom_path, hf_path, save_path, "hf"), **options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What to convert: a source, beside which reference, where to, and to which layout."""
+
+    command: str
+    source: PathLike
+    reference: PathLike
+    output: PathLike
+    layout: Layout
 
 
 def _convert(
-    command: str,
-    source_path: PathLike,
-    reference_path: PathLike,
-    save_path: PathLike,
-    layout: str,
+    asked: _Asked,
     *,
     tokenizer_from: str | None = None,
     allow_missing: bool = False,
@@ -72,90 +78,39 @@ def _convert(
     **options: Any,
 ) -> Report:
     chosen = Options(**options)
-    # Planned in a function of its own: of 40,000 tensors each mapping that is left behind counts.
-    return run(
-        _conversion(
-            command,
-            source_path,
-            reference_path,
-            save_path,
-            layout,
-            chosen,
-            tokenizer_from=tokenizer_from,
-            allow_missing=allow_missing,
-            allow_unexpected=allow_unexpected,
-        ),
-        chosen,
-    )
-
-
-def _conversion(
-    command: str,
-    source_path: PathLike,
-    reference_path: PathLike,
-    save_path: PathLike,
-    layout: str,
-    chosen: Options,
-    *,
-    tokenizer_from: str | None,
-    allow_missing: bool,
-    allow_unexpected: bool,
-) -> Job:
-    started = time.perf_counter()
-    source = open_checkpoint(source_path)
-    check_base(source.tensors, source.config)
-    reference = open_checkpoint(reference_path, needs_weights=False)
-    inputs = [source.path, reference.path]
-    target = check_places(save_path, inputs, overwrite=chosen.overwrite)
-    converted = carry_over(
-        source.tensors,
-        source,
-        reference,
-        layout,
+    allowed = Differences(
         tokenizer_from=tokenizer_from,
         allow_missing=allow_missing,
         allow_unexpected=allow_unexpected,
     )
-    facts = {
-        "source": str(source.path),
-        "missing": converted.missing,
-        "unexpected": converted.unexpected,
-        "warnings": converted.warnings,
-    }
-    compared = None if converted.reference is None else str(reference.path)
-    job = conversion_job(command, target, started, source, converted, compared, facts, chosen.dtype)
-    choices = {
-        "tokenizer_from": tokenizer_from,
-        "allow_missing": allow_missing,
-        "allow_unexpected": allow_unexpected,
-    }
-    return dataclasses.replace(job, reference=converted.reference, choices=choices)
+    # Planned in a function of its own: of 40,000 tensors each mapping that is left behind counts.
+    return run(_conversion(asked, allowed, chosen), chosen)
 
 
-def conversion_job(
-    command: str,
-    target: Path,
-    started: float,
-    source: Checkpoint,
-    converted: Target,
-    l2_from: str | None,
-    facts: Mapping[str, Any],
-    dtype: str,
-) -> Job:
-    """What to write of a checkpoint that was carried to another layout."""
-    config = converted.config if dtype == "keep" else converted.config or converted.base_config
-    files: dict[str, Path | bytes] = dict(converted.side_files)
-    if config is not None:
-        files["config.json"] = config_bytes(config, dtype)
+def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
+    started = time.perf_counter()
+    source = Model(open_checkpoint(asked.source))
+    check_base(source.tensors, source.config)
+    reference = Model(open_checkpoint(asked.reference, needs_weights=False))
+    inputs = [source.path, reference.path]
+    output = check_places(asked.output, inputs, overwrite=chosen.overwrite)
+    converted = carry_over(source.tensors, source, reference, asked.layout, allowed)
     return Job(
-        command=command,
-        output=target,
+        command=asked.command,
+        output=output,
         started=started,
         tensors=converted.tensors,
         layout=layout_of(converted.tensors),
-        shard_of=shard_names(converted.tensors, source),
+        shard_of=shard_names(converted.tensors, source.checkpoint),
         metadata={},
-        files=files,
-        l2_from=l2_from,
-        facts=facts,
+        files=converted.files(chosen.dtype),
+        l2_from=None if converted.reference is None else str(reference.path),
+        reference=converted.reference,
+        facts={
+            "source": str(source.path),
+            "missing": converted.missing,
+            "unexpected": converted.unexpected,
+            "warnings": converted.warnings,
+        },
+        choices=asdict(allowed),
     )

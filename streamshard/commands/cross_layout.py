@@ -4,43 +4,38 @@ from __future__ import annotations
 
 from functools import cache
 
-from streamshard.checkpoint.folder import Checkpoint
-from streamshard.commands.identify import adapter_architecture
+from streamshard.commands.identify import Model, architecture_of
 from streamshard.errors import InputError
 from streamshard.internvl.layouts import pieces
 from streamshard.internvl.model_config import OTHER, Dims, dims_from_config
-from streamshard.internvl.spelling import flat_names, flat_parts
+from streamshard.internvl.spelling import flat_parts
 from streamshard.lora.name_matching import OtherNames, Place
 
 __all__ = ["other_names"]
 
 
-def other_names(source: Checkpoint, own: str | None) -> OtherNames:
+def other_names(base: Model) -> OtherNames:
     """How an adapter may call the weights of a base; of no other layout if it is no InternVL."""
-    if own is None or source.config is None:
+    if base.layout is None or base.config is None:
         return OtherNames(_flat)
-    config, other = source.config, OTHER[own]
+    config, own, other = base.config, base.layout, OTHER[base.layout]
 
     @cache
-    def spelled() -> dict[str, str]:
-        return flat_names(source.tensors, own)
-
-    @cache
-    def dims_of(architecture: str | None) -> Dims:
+    def dims_by(architecture: str | None) -> Dims:
         return dims_from_config(config, architecture=architecture)
 
     def places(name: str, rows: int) -> list[Place]:
         try:
-            dims = dims_of(adapter_architecture(config, name))
+            dims = dims_by(architecture_of(config, name))
             found = pieces(name, rows, dims, own)
         except InputError:
             return []
         made = []
         for piece in found:
-            target = spelled().get(piece.target)
+            target = base.given(own).get(piece.target)
             if target is None:
                 return []
-            back = pieces(piece.target, source.tensors[target].rows, dims, other)
+            back = pieces(piece.target, base.tensors[target].rows, dims, other)
             whole = len(back) == 1 and sum(p.target == piece.target for p in found) == 1
             made.append(Place(target, piece.target_start, piece.source_start, piece.rows, whole))
         return made

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.header import total_parameters
-from streamshard.commands.identify import dims_of_hf, model_dims
-from streamshard.disk.files import Files
+from streamshard.commands.identify import Model, dims_of, model_dims
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike
 from streamshard.engine.budget import workers_or_default
 from streamshard.engine.report import Report, finished, new_report
-from streamshard.internvl.detection import layout_of
+from streamshard.engine.workers import collect
+from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import convert
 from streamshard.internvl.model_config import Dims
-from streamshard.internvl.spelling import flat_names
 from streamshard.limits import told
 from streamshard.tensors.comparing import Distances, is_comparable, tensor_distance
 from streamshard.tensors.lazy import Lazy
@@ -48,7 +45,7 @@ def diff(
     the bytes and the name of each finished tensor.
     """
     started = time.perf_counter()
-    one, other = open_checkpoint(a), open_checkpoint(b)
+    one, other = Model(open_checkpoint(a)), Model(open_checkpoint(b))
     ours, theirs = _reconciled(one, other)
     compared = [n for n in theirs if n in ours and is_comparable(ours[n], theirs[n])]
     if on_total is not None:
@@ -72,7 +69,7 @@ def diff(
     ]
     different.sort(key=lambda row: (not math.isnan(row["l2"]), -row["l2"]))
     report = {
-        **new_report("diff", ours, layout_of(theirs)),
+        **new_report("diff", ours, other.layout),
         "l2": distances.report(),
         "missing": sorted(theirs.keys() - ours.keys()),
         "unexpected": sorted(ours.keys() - theirs.keys()),
@@ -86,28 +83,26 @@ def diff(
     return finished(report, started)
 
 
-def _reconciled(
-    one: Checkpoint, other: Checkpoint
-) -> tuple[Mapping[str, Lazy], Mapping[str, Lazy]]:
+def _reconciled(one: Model, other: Model) -> tuple[Mapping[str, Lazy], Mapping[str, Lazy]]:
     """Both checkpoints under the names of the second one's layout."""
-    mine, theirs = layout_of(one.tensors), layout_of(other.tensors)
+    mine, theirs = one.layout, other.layout
     if mine is None or theirs is None or mine == theirs == "custom":
         return one.tensors, other.tensors
     if mine == theirs:
-        pair = [dims_of_hf(found, one.config or other.config) for found in (one, other)]
-        if None in pair:
+        config, its_config = one.config or other.config, other.config or one.config
+        if config is None or its_config is None:
             return one.tensors, other.tensors
-        left, right = (dims for dims in pair if dims is not None)
+        left, right = dims_of(config), dims_of(its_config)
     else:
         left = right = model_dims(one, other, theirs)
-    return _renamed(one.tensors, left, mine, theirs), _renamed(other.tensors, right, theirs, theirs)
+    return _renamed(one, left, mine, theirs), _renamed(other, right, theirs, theirs)
 
 
-def _renamed(tensors: Mapping[str, Lazy], dims: Dims, mine: str, theirs: str) -> dict[str, Lazy]:
+def _renamed(model: Model, dims: Dims, mine: Layout, theirs: Layout) -> dict[str, Lazy]:
     """All tensors under the names of a layout; what cannot be carried keeps its own."""
-    found = convert(tensors, dims, theirs, side=mine)
-    given = flat_names(tensors, mine)
-    left = {name: tensors[given[name]] for name in found.left if name in given}
+    given = model.given(mine)
+    found = convert(model.tensors, dims, theirs, side=mine, given=given)
+    left = {name: model.tensors[given[name]] for name in found.left if name in given}
     return {**left, **found.tensors}
 
 
@@ -127,31 +122,16 @@ def _measure(
     progress: Callable[[int, str], None] | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Squared distances of pairs of tensors, and the squared norms of the second ones that differ."""
-    from threadpoolctl import threadpool_limits
+    lock = threading.Lock()
 
-    lock, local = threading.Lock(), threading.local()
-    squared: dict[str, float] = {}
-    norms: dict[str, float] = {}
-    with (
-        threadpool_limits(1, user_api="blas"),
-        contextlib.closing(Files()) as files,
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    def measured(pair: tuple[str, Lazy, Lazy], work: Workspace) -> tuple[str, float, float]:
+        name, left, right = pair
+        distance, size = tensor_distance(left, right, work)
+        if progress is not None:
+            with lock:
+                progress(left.nbytes, name)
+        return name, distance, size
 
-        def measured(pair: tuple[str, Lazy, Lazy]) -> tuple[str, float, float]:
-            if not hasattr(local, "work"):
-                local.work = Workspace(files)
-            name, left, right = pair
-            distance, size = tensor_distance(left, right, local.work)
-            if progress is not None:
-                with lock:
-                    progress(left.nbytes, name)
-            return name, distance, size
-
-        # The pool remembers all that it is given, more than a kilobyte each.
-        while batch := list(itertools.islice(pairs, 64 * workers)):
-            for name, distance, size in pool.map(measured, batch):
-                squared[name] = distance
-                if distance:
-                    norms[name] = size
-    return squared, norms
+    found = collect(pairs, measured, workers)
+    squared = {name: distance for name, distance, _ in found}
+    return squared, {name: size for name, distance, size in found if distance}

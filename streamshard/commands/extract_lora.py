@@ -7,18 +7,16 @@ computed.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from streamshard.checkpoint.file_names import CONFIG_NAME, WEIGHTS_NAME
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.commands.identify import Model
 from streamshard.commands.training_checkpoint import read_wrapped
 from streamshard.commands.written_config import config_bytes
-from streamshard.disk.files import Files
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.engine.budget import workers_or_default
@@ -26,9 +24,11 @@ from streamshard.engine.job import Job, Options
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
+from streamshard.engine.workers import collect
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.internvl.detection import layout_of
-from streamshard.internvl.lora_targets import UPSTREAM_DROPOUT
+from streamshard.internvl.families import Layout
+from streamshard.internvl.lora_targets import UPSTREAM_DROPOUT, upstream_alpha
 from streamshard.internvl.spelling import flat_name, flat_names, in_model
 from streamshard.limits import told
 from streamshard.lora.saved_adapter import adapter_config, adapter_key, selection
@@ -37,7 +37,6 @@ from streamshard.tensor_names import PREFIX
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
-from streamshard.tensors.workspace import Workspace
 
 __all__ = ["extract_lora"]
 
@@ -73,18 +72,18 @@ def extract_lora(
     inputs = [source.path, *([] if base is None else [input_path(base, "the base")])]
     target = check_places(output, inputs, overwrite=chosen.overwrite)
     _check_shapes(source, found)
-    layout = layout_of(source.tensors) or "custom"
+    layout: Layout = layout_of(source.tensors) or "custom"
     plain = flat_names(found.base, layout)
     trained = {flat_name(n) if layout == "hf" else n for n in found.saved}
     if base is None:
         warnings += _left_out(plain, trained, found.depths, where)
     else:
-        own = open_checkpoint(base)
-        theirs = flat_names(own.tensors, layout)
+        own = Model(open_checkpoint(base))
+        theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
         workers = workers_or_default(chosen.workers)
-        trained |= _differing(mine, given, (where, printable(str(own.path))), workers)
+        trained |= _differing(mine, given, (where, own.where), workers)
     modules = {
         flat_name(f"{m}.weight").removesuffix(".weight") if layout == "hf" else m: m for m in ranks
     }
@@ -101,7 +100,9 @@ def extract_lora(
             given_name = found.saved.get(plain[name], found.base[plain[name]])
             tensors[PREFIX + in_model(name, layout)] = source.tensors[given_name]
     weights = [in_model(n, layout).removesuffix(".weight") for n in plain if n.endswith(".weight")]
-    alphas = {m: float(2 * r) if alpha is None else alpha for m, r in live_ranks.items()}
+    alphas = {
+        m: float(upstream_alpha(r)) if alpha is None else alpha for m, r in live_ranks.items()
+    }
     entries = [in_model(f"{module}.weight", layout).removesuffix(".weight") for module in saved]
     config = adapter_config(
         live_ranks,
@@ -118,10 +119,10 @@ def extract_lora(
         started=started,
         tensors=tensors,
         layout=layout_of(tensors),
-        shard_of=dict.fromkeys(tensors, WEIGHTS_NAME),
+        shard_of=dict.fromkeys(tensors, ADAPTER_NAME),
         metadata={},
-        files={CONFIG_NAME: config_bytes(config, chosen.dtype)},
-        weights_name=WEIGHTS_NAME,
+        files={ADAPTER_CONFIG_NAME: config_bytes(config, chosen.dtype)},
+        weights_name=ADAPTER_NAME,
         l2_from=None,
         choices={"alpha": alpha, "adapter_name": adapter_name},
         facts={
@@ -199,9 +200,8 @@ def _differing(
                 f"{other.dtype} {list(other.shape)} in {where[1]}. Give the model that the training "
                 "started from, in the dtype of the training; an adapter cannot change a shape."
             )
-    with contextlib.closing(Files()) as files, ThreadPoolExecutor(workers) as pool:
-        equal = pool.map(lambda n: equal_bytes(mine[n], theirs[n], Workspace(files)), mine)
-        return {name for name, same in zip(mine, equal, strict=True) if not same}
+    equal = collect(mine, lambda name, work: equal_bytes(mine[name], theirs[name], work), workers)
+    return {name for name, same in zip(mine, equal, strict=True) if not same}
 
 
 def _saved_modules(

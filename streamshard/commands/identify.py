@@ -1,16 +1,20 @@
-"""What a checkpoint is: its dimensions, by config and names, and whether two folders are one model."""
+"""What a checkpoint is, asked once: layout, names, dimensions, tie; and whether two are one model."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint
 from streamshard.errors import InputError, printable
-from streamshard.internvl.detection import dims_from_names
+from streamshard.internvl.detection import Detected, detect, dims_from_names, layout_of
+from streamshard.internvl.families import LAYOUTS, Layout
 from streamshard.internvl.model_config import (
     INNER,
     OTHER,
@@ -20,8 +24,16 @@ from streamshard.internvl.model_config import (
     dims_from_config,
     llm_architecture,
 )
+from streamshard.internvl.spelling import flat_names
+from streamshard.internvl.tied_embeddings import embedding_and_head, tied_names
+from streamshard.tensors.lazy import Stored
 
-__all__ = ["adapter_architecture", "dimensions", "dims_of_hf", "dims_of_source", "model_dims"]
+__all__ = ["Model", "architecture_of", "dimensions", "dims_of", "model_dims"]
+
+# How the tensors of InternLM2 are called, and no others of what HF has as llama.
+_INTERNLM2 = re.compile(
+    r"\.(?:attention\.w|feed_forward\.w|tok_embeddings\.)|language_model\.output\."
+)
 
 # What must be equal in both configs, by the names of the custom and of the HF config. The order of
 # the weights says nothing of these, and a wrong one is a model that talks nonsense.
@@ -45,19 +57,92 @@ _VISION_KEYS = (
 )
 
 
-def adapter_architecture(config: Mapping[str, Any], name: str) -> str | None:
-    """The custom class that an adapter's name is of, where the base is HF and of type llama."""
-    inner = config.get("text_config")
-    if isinstance(inner, dict) and inner.get("model_type") == "llama":
-        # Such a base does not say which custom class it came from; the adapter's names do.
-        internlm2 = re.search(
-            r"\.(?:attention\.w|feed_forward\.w|tok_embeddings\.)|language_model\.output\.", name
-        )
-        return "InternLM2ForCausalLM" if internlm2 else "LlamaForCausalLM"
-    return None
+@dataclass(frozen=True)
+class Model:
+    """What a checkpoint is, told once: made where it is opened, and passed on.
+
+    Every answer takes a pass over all names, of which there may be 40,000: it is found when somebody
+    first asks, and is the same for all who ask later.
+    """
+
+    checkpoint: Checkpoint
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return printable(str(self.path))
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        return self.checkpoint.tensors
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        return self.checkpoint.config
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """The layout of the names; None where they do not tell."""
+        return layout_of(self.tensors)
+
+    @cached_property
+    def detected(self) -> Detected:
+        """Spelling, family and evidence; raises `InputError` if this is no InternVL."""
+        return detect(self.tensors, self.config)
+
+    def given(self, layout: Layout) -> Mapping[str, str]:
+        """The names of `layout` in the flat spelling, to those of the tensors.
+
+        Raises `InputError` if two of them are the same tensor.
+        """
+        if layout not in self._given:
+            self._given[layout] = MappingProxyType(flat_names(self.tensors, layout))
+        return self._given[layout]
+
+    @cached_property
+    def _given(self) -> dict[Layout, Mapping[str, str]]:
+        return {}
+
+    @cached_property
+    def embedding_and_head(self) -> tuple[str | None, str | None]:
+        """The names of both, as far as they are there."""
+        return embedding_and_head(self.tensors)
+
+    @cached_property
+    def tie(self) -> tuple[str, str] | None:
+        """Embedding and head if the config has them as one; the bytes may differ all the same."""
+        return tied_names(*self.embedding_and_head, self.config, lambda: self.detected)
+
+    @cached_property
+    def dims(self) -> Dims:
+        """The dimensions by the config, or by the names where there is none."""
+        if self.config is None:
+            return dims_from_names(self.tensors, self.layout or "custom")
+        return dims_of(self.config, where=printable(str(self.path / MODEL_CONFIG_NAME)))
 
 
-def model_dims(source: Checkpoint, reference: Checkpoint, layout: str) -> Dims:
+def dims_of(config: Mapping[str, Any], name: str = "", where: str = "config.json") -> Dims:
+    """The dimensions by one config alone.
+
+    What HF calls llama has several custom classes: the same names in HF, the same dimensions. Which
+    one is meant, the `name` of a tensor of an adapter may tell.
+    """
+    return dims_from_config(config, architecture=architecture_of(config, name), where=where)
+
+
+def architecture_of(config: Mapping[str, Any], name: str = "") -> str | None:
+    """The custom class to take where an HF config does not say it; None where it does."""
+    inner = config.get(INNER["hf"])
+    if not isinstance(inner, dict) or inner.get("model_type") != "llama":
+        return None
+    return "InternLM2ForCausalLM" if _INTERNLM2.search(name) else "LlamaForCausalLM"
+
+
+def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
     """The dimensions of a model that goes to `layout`; both configs must agree on them.
 
     What one of them leaves out, as transformers does with defaults, the other one says. Raises
@@ -67,21 +152,20 @@ def model_dims(source: Checkpoint, reference: Checkpoint, layout: str) -> Dims:
     custom, hf = configs["custom"], configs["hf"]
     architecture = None
     if custom.config is not None:
-        where = printable(str(custom.path / "config.json"))
+        where = printable(str(custom.path / MODEL_CONFIG_NAME))
         _check_layout(custom, "custom", where)
         check_config(custom.config, where)
         architecture = llm_architecture(custom.config, where)
     found = {}
-    for side, checkpoint in (("custom", custom), ("hf", hf)):
-        if checkpoint.config is not None:
-            where = printable(str(checkpoint.path / "config.json"))
-            _check_layout(checkpoint, side, where)
-            found[side] = dims_from_config(
-                checkpoint.config, architecture=architecture, where=where
-            )
+    for side in LAYOUTS:
+        config = configs[side].config
+        if config is not None:
+            where = printable(str(configs[side].path / MODEL_CONFIG_NAME))
+            _check_layout(configs[side], side, where)
+            found[side] = dims_from_config(config, architecture=architecture, where=where)
     if not found:
         raise InputError(
-            f"{printable(str(source.path))}: has no config.json, so the heads of its attention are not "
+            f"{source.where}: has no config.json, so the heads of its attention are not "
             "known. Give the whole folder."
         )
     if len(found) < 2:
@@ -96,8 +180,8 @@ def model_dims(source: Checkpoint, reference: Checkpoint, layout: str) -> Dims:
     return replace(found["hf"], **said)
 
 
-def _check_layout(checkpoint: Checkpoint, side: str, where: str) -> None:
-    found = config_layout(checkpoint.config or {})
+def _check_layout(model: Model, side: Layout, where: str) -> None:
+    found = config_layout(model.config or {})
     if found != side:
         kind = "neither layout" if found is None else f"the {found} layout"
         raise InputError(
@@ -119,7 +203,7 @@ def _compare_dims(custom: Dims, hf: Dims, path: Path) -> None:
             )
 
 
-def _compare_configs(custom: Checkpoint, hf: Checkpoint, path: Path) -> None:
+def _compare_configs(custom: Model, hf: Model, path: Path) -> None:
     one, other = custom.config or {}, hf.config or {}
     pairs = [(key, one.get(key), other.get(name)) for key, name in _TOP_KEYS]
     for inner, twin, keys in (
@@ -147,18 +231,14 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def dimensions(found: Checkpoint) -> dict[str, Any] | None:
+def dimensions(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The dimensions in `config.json`, as far as they can be told without another folder."""
-    if found.config is None:
+    if config is None:
         return None
     try:
-        dims = dims_from_config(found.config)
+        dims = dims_of(config)
     except InputError:
-        try:
-            # What HF calls llama has several custom classes; the dimensions are the same.
-            dims = dims_from_config(found.config, architecture="LlamaForCausalLM")
-        except InputError:
-            return None
+        return None
     return {
         "vision_layers": dims.blocks,
         "vision_hidden": dims.vision_hidden,
@@ -168,25 +248,3 @@ def dimensions(found: Checkpoint) -> dict[str, Any] | None:
         "head_dim": dims.head_dim,
         "experts": dims.experts,
     }
-
-
-def dims_of_hf(found: Checkpoint, config: Mapping[str, Any] | None) -> Dims | None:
-    """The dimensions of an HF checkpoint; None if it has no config, and cannot get one."""
-    config = found.config or config
-    if config is None:
-        return None
-    inner = config.get("text_config")
-    llama = isinstance(inner, dict) and inner.get("model_type") == "llama"
-    return dims_from_config(config, architecture="LlamaForCausalLM" if llama else None)
-
-
-def dims_of_source(source: Checkpoint, layout: str) -> Dims:
-    """The dimensions by the config, or by the names where there is none."""
-    if source.config is None:
-        return dims_from_names(source.tensors, layout)
-    where = printable(str(source.path / "config.json"))
-    inner = source.config.get(INNER[layout])
-    # What HF calls llama has several custom classes, but the same names in HF.
-    llama = layout == "hf" and isinstance(inner, dict) and inner.get("model_type") == "llama"
-    architecture = "LlamaForCausalLM" if llama else None
-    return dims_from_config(source.config, architecture=architecture, where=where)

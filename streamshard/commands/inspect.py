@@ -7,18 +7,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.adapter_folder import open_adapter
+from streamshard.checkpoint.adapter_folder import is_adapter, open_adapter
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
-from streamshard.commands.identify import dimensions
-from streamshard.disk.existence import is_file
+from streamshard.commands.identify import Model, dimensions
+from streamshard.disk.existence import is_folder
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
-from streamshard.disk.system import reading
+from streamshard.disk.system import reading, system
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError
-from streamshard.internvl.detection import detect, layout_of
+from streamshard.internvl.detection import layout_of
+from streamshard.internvl.lora_targets import FLAGS
 from streamshard.limits import told
+from streamshard.tensor_names import factors_among
 
 __all__ = ["inspect"]
 
@@ -33,18 +35,17 @@ def inspect(path: PathLike) -> Report:
     started = time.perf_counter()
     folder = input_path(path, "a checkpoint or adapter")
     with reading(folder):
-        adapter = folder / "adapter_config.json"
-        is_adapter = is_file(adapter) and not is_file(folder / "config.json")
-    if is_adapter:
+        adapter = is_folder(folder) and is_adapter(folder, system.listdir(folder))
+    if adapter:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)
-    report = new_report("inspect", found.tensors, layout_of(found.tensors))
+    report = new_report("inspect", found.tensors, None)
     files = Counter(dict.fromkeys(found.metadata, 0))
     for name, tensor in found.tensors.items():
         files[found.shard_of(name)] += tensor.nbytes
     facts: dict[str, Any] = dict.fromkeys(("spelling", "family", "packed_experts", "evidence"))
     try:
-        seen = detect(list(found.tensors), found.config)
+        seen = Model(found).detected
         facts = {
             "layout": seen.layout,
             "spelling": seen.spelling,
@@ -58,7 +59,7 @@ def inspect(path: PathLike) -> Report:
     report |= {
         **facts,
         "path": str(found.path),
-        "dimensions": dimensions(found),
+        "dimensions": dimensions(found.config),
         "dtypes": dict(Counter(tensor.dtype for tensor in found.tensors.values())),
         "files": dict(files),
         "shards": len(found.metadata),
@@ -83,7 +84,7 @@ def _inspect_adapter(folder: Path, started: float) -> Report:
 
 def _lora_state(found: Checkpoint) -> dict[str, Any]:
     """LoRA pairs among the tensors, and the ranks that the config states."""
-    pairs = [name for name in found.tensors if ".lora_A." in name]
+    pairs = factors_among(found.tensors, "A")
     config = found.config or {}
     return {
         "wrapped": bool(pairs),
@@ -91,6 +92,5 @@ def _lora_state(found: Checkpoint) -> dict[str, Any]:
         "ranks": sorted(
             {found.tensors[name].shape[0] for name in pairs if found.tensors[name].shape}
         ),
-        "use_llm_lora": config.get("use_llm_lora"),
-        "use_backbone_lora": config.get("use_backbone_lora"),
+        **{flag: config.get(flag) for flag in FLAGS},
     }

@@ -9,13 +9,23 @@ from typing import Any
 
 from streamshard.errors import InputError, UsageError, listed, printable
 from streamshard.internvl.families import FAMILIES, Family
-from streamshard.internvl.lora_targets import target_ends
+from streamshard.internvl.lora_targets import (
+    UPSTREAM_DROPOUT,
+    UPSTREAM_R,
+    target_ends,
+    upstream_alpha,
+)
 
 __all__ = ["wrap_backbone_lora", "wrap_llm_lora"]
 
+_ALPHA = upstream_alpha(UPSTREAM_R)
+
 
 def wrap_llm_lora(
-    model: Any, r: int = 128, lora_alpha: float = 256, lora_dropout: float = 0.05
+    model: Any,
+    r: int = UPSTREAM_R,
+    lora_alpha: float = _ALPHA,
+    lora_dropout: float = UPSTREAM_DROPOUT,
 ) -> None:
     """Wrap `model.language_model` by peft, in place, and print its trainable parameters.
 
@@ -38,7 +48,10 @@ def wrap_llm_lora(
 
 
 def wrap_backbone_lora(
-    model: Any, r: int = 128, lora_alpha: float = 256, lora_dropout: float = 0.05
+    model: Any,
+    r: int = UPSTREAM_R,
+    lora_alpha: float = _ALPHA,
+    lora_dropout: float = UPSTREAM_DROPOUT,
 ) -> None:
     """Wrap `model.vision_model` by peft, in place, and print its trainable parameters.
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
-import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from streamshard.checkpoint.adapter_folder import AdapterFolder, open_adapter
+from streamshard.checkpoint.adapter_folder import AdapterFolder
 from streamshard.checkpoint.digests import file_digest
-from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
-from streamshard.commands.carry_over import carry_over
-from streamshard.commands.convert import conversion_job
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, SUFFIX
+from streamshard.checkpoint.folder import open_checkpoint
+from streamshard.checkpoint.shards import shard_names
+from streamshard.commands.carry_over import Differences, carry_over
 from streamshard.commands.cross_layout import other_names
-from streamshard.commands.merged_folder import merged_config, replaced_from, shard_of, with_code
+from streamshard.commands.identify import Model
+from streamshard.commands.merge_inputs import Asked, Inputs, open_inputs
+from streamshard.commands.merged_folder import (
+    Beside,
+    beside_merged,
+    replaced_from,
+    shard_of,
+    with_code,
+)
 from streamshard.commands.provenance import check_given_twice, check_record, other_base
-from streamshard.commands.training_checkpoint import open_wrapped
 from streamshard.commands.written_config import config_bytes
 from streamshard.disk.files import Files
 from streamshard.disk.inputs import watched
@@ -28,20 +34,20 @@ from streamshard.engine.job import Job, Options
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
-from streamshard.errors import InputError, UsageError, printable
+from streamshard.errors import InputError, UsageError
 from streamshard.internvl.detection import layout_of
+from streamshard.internvl.families import Layout
 from streamshard.internvl.model_config import OTHER
-from streamshard.internvl.tied_embeddings import tied_names
 from streamshard.limits import told
-from streamshard.lora.adapter import Adapter
-from streamshard.lora.base_checks import check_base, check_not_merged
-from streamshard.lora.experts import EXPERT_ORDERS
-from streamshard.lora.merge import merge
-from streamshard.lora.settings import read_settings
+from streamshard.lora.base_checks import check_not_merged
+from streamshard.lora.merge import Merged, alone, changes_of, merge
 from streamshard.tensors.comparing import equal_bytes
+from streamshard.tensors.lazy import Lazy, Stored
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["merge_lora"]
+
+NAMED = "base_model_name_or_path"
 
 
 @told
@@ -84,193 +90,201 @@ def merge_lora(
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
     started, chosen = time.perf_counter(), Options(**options)
-    if layout not in ("keep", *OTHER):
-        raise UsageError(f"--layout is {layout!r}; keep, custom or hf can be chosen.")
-    if expert_order not in EXPERT_ORDERS:
-        raise UsageError(f"--expert-order is {expert_order!r}; {' or '.join(EXPERT_ORDERS)} it is.")
-    folders: list[AdapterFolder] = []
-    warnings: list[str] = []
-    if checkpoint is not None:
-        if base is not None or adapter is not None or weight:
-            raise UsageError(
-                "a training checkpoint has its base and its pairs inside: give either CHECKPOINT, or "
-                "--adapter and --base."
-            )
-        source, adapters, warnings = open_wrapped(
-            checkpoint, alpha=alpha, adapter_name=adapter_name
-        )
-    else:
-        if base is None or adapter is None:
-            raise UsageError("give --adapter and --base, or a LoRA-wrapped training CHECKPOINT.")
-        if alpha is not None:
-            raise UsageError(
-                "--alpha is for training checkpoints; an adapter's config has its own."
-            )
-        if layout == "keep" and (reference is not None or tokenizer_from is not None):
-            raise UsageError(
-                "--reference and --tokenizer-from would change nothing here: they belong to --layout "
-                "custom or hf. Give that too, or leave them out."
-            )
-        source = open_checkpoint(base)
-        folders = _open_adapters(adapter)
-        adapters = _adapters(
-            folders,
-            weight,
-            adapter_name=adapter_name,
-            base_is_residual=base_is_residual,
-            expert_order=expert_order,
-        )
-    check_base(source.tensors, source.config)
-    own = layout_of(source.tensors)
-    converts = _converts(layout, own, reference, source)
-    name = source.path.absolute().name.removesuffix(".safetensors")
-    output = f"{name}-merged" if output is None else output
-    inputs = [source.path, *(f.path for f in folders)]
-    inputs += [input_path(reference, "the reference")] if reference is not None else []
-    target = check_places(output, inputs, overwrite=chosen.overwrite)
-    with contextlib.closing(Files()) as opened:
-        work = Workspace(opened)
-        tie = _tie(source, work)
-        others = other_names(source, own)
-        result = merge(source.tensors, adapters, work, others, tie)
-        for one in adapters if checkpoint is None and not allow_merged_base else ():
-            alone = result
-            if len(adapters) > 1 or one.weight != 1:
-                full = dataclasses.replace(one, weight=1.0)
-                alone = merge(source.tensors, [full], work, others, tie)
-            check_not_merged(alone, work)
-    for own_folder, described in zip(folders, result.facts, strict=False):
-        described["digest"] = file_digest(own_folder.file)
-        described["base_model_name_or_path"] = own_folder.config.get("base_model_name_or_path")
-        result.warnings += other_base(described["base_model_name_or_path"], source)
-    check_given_twice(result.facts)
+    asked = Asked(
+        base=base,
+        adapter=adapter,
+        checkpoint=checkpoint,
+        output=output,
+        weight=weight,
+        layout=layout,
+        reference=reference,
+        tokenizer_from=tokenizer_from,
+        alpha=alpha,
+        adapter_name=adapter_name,
+        base_is_residual=base_is_residual,
+        expert_order=expert_order,
+        allow_merged_base=allow_merged_base,
+    )
+    # 1. Open the base and the adapters.
+    inputs = open_inputs(asked)
+    # 2. Identify: is the base to be converted, too, and where does the result go?
+    goal = _goal(asked, inputs.base)
+    output_path = _output(asked, inputs, chosen)
+    # 3. Match every tensor of the adapters with a weight, and 4. check that it is not in there yet.
+    folded = _fold(asked, inputs)
+    adapters = _described(folded, inputs.folders)
+    check_given_twice(adapters)
     if not allow_merged_base:
-        check_record(source, result.facts)
-    facts: dict[str, Any] = {
-        "merged": len({*result.updated, *result.replaced}),
-        "base": str(source.path),
-        "adapters": result.facts,
-        "warnings": [*warnings, *result.warnings],
-    }
-    choices = {
-        "weight": list(weight or []),
-        "layout": layout,
-        "tokenizer_from": tokenizer_from,
-        "alpha": alpha,
-        "adapter_name": adapter_name,
-        "expert_order": expert_order,
-    }
-    config, side_files = merged_config(source, result, folders)
-    if converts is not None:
-        folder = open_checkpoint(converts, needs_weights=False)
-        converted = carry_over(
-            result.tensors, source, folder, layout, tokenizer_from=tokenizer_from
-        )
-        facts["warnings"] += converted.warnings
-        job = conversion_job(
-            "merge-lora", target, started, source, converted, str(source.path), facts, chosen.dtype
-        )
-        return run(
-            dataclasses.replace(
-                job,
-                reference=replaced_from(source, result, tie, folder, layout),
-                compares_sources=True,
-                must_change=True,
-                choices=choices,
-            ),
-            chosen,
-        )
-    if checkpoint is not None:
-        config, side_files = with_code(config, side_files, reference, facts["warnings"])
-    if config is None:
-        where = printable(str(source.path))
-        facts["warnings"].append(f"{where}: has no config.json; the output has none either")
-    files: dict[str, Path | bytes] = dict(side_files)
-    if config is not None and (checkpoint or config != source.config or chosen.dtype != "keep"):
-        files["config.json"] = config_bytes(config, chosen.dtype)
+        check_record(inputs.base, adapters)
+    # 5. Plan what is written: tensors, their files, and what lies beside them.
+    beside = beside_merged(inputs.base, folded.merged, inputs.folders)
+    if goal is None:
+        written = _kept(asked, inputs.base, folded, beside, chosen.dtype)
+    else:
+        written = _converted(asked, inputs.base, folded, goal, chosen.dtype)
+    # A note in beside.warnings (a resized vocabulary) has never been reported.
+    strangers = [w for facts in adapters for w in other_base(facts.get(NAMED), inputs.base)]
+    warnings = [*inputs.warnings, *folded.warnings, *strangers, *written.warnings]
     job = Job(
         command="merge-lora",
-        output=target,
+        output=output_path,
         started=started,
-        tensors=result.tensors,
-        layout=layout_of(result.tensors),
-        shard_of=shard_of(source, result.tensors, tie),
-        metadata=source.metadata,
-        files=files,
-        l2_from=str(source.path),
-        reference=replaced_from(source, result, tie),
+        tensors=written.tensors,
+        layout=written.layout,
+        shard_of=written.shard_of,
+        metadata=written.metadata,
+        files=written.files,
+        l2_from=str(inputs.base.path),
+        reference=written.reference,
         compares_sources=True,
         must_change=True,
-        facts=facts,
-        choices=choices,
+        facts={
+            "merged": len({*folded.merged.updated, *folded.merged.replaced}),
+            "base": str(inputs.base.path),
+            "adapters": adapters,
+            "warnings": warnings,
+        },
+        choices={
+            "weight": list(weight or []),
+            "layout": layout,
+            "tokenizer_from": tokenizer_from,
+            "alpha": alpha,
+            "adapter_name": adapter_name,
+            "expert_order": expert_order,
+        },
     )
+    # 6. Run.
     return run(job, chosen)
 
 
-def _converts(
-    layout: str, own: str | None, reference: PathLike | None, source: Checkpoint
-) -> PathLike | None:
-    """The reference folder if a merge is to convert too; raises `UsageError` if it lacks one."""
-    if layout in ("keep", own):
+def _goal(asked: Asked, base: Model) -> tuple[Layout, PathLike] | None:
+    """The layout to convert to and its reference folder, if a merge is to convert too."""
+    if asked.layout in ("keep", base.layout):
         return None
-    if own is None:
+    if base.layout is None:
         raise InputError(
-            f"{printable(str(source.path))}: is neither of the custom nor of the HF layout, so it "
+            f"{base.where}: is neither of the custom nor of the HF layout, so it "
             "cannot be converted: it has no tensors of an InternVL vision encoder or projector."
         )
-    if reference is None:
+    if asked.reference is None:
         raise UsageError(
-            f"--layout {layout} needs --reference: a folder of that layout, which gives config, "
+            f"--layout {asked.layout} needs --reference: a folder of that layout, which gives config, "
             "tokenizer and code (the original model; weights are not needed)."
         )
-    return reference
+    return OTHER[base.layout], asked.reference
 
 
-def _open_adapters(adapter: PathLike | Sequence[PathLike]) -> list[AdapterFolder]:
-    one = isinstance(adapter, (str, bytes, os.PathLike)) or not isinstance(adapter, Iterable)
-    paths = [cast("PathLike", adapter)] if one else list(cast("Iterable[PathLike]", adapter))
-    if not paths:
-        raise UsageError("no adapter given: pass --adapter.")
-    return [open_adapter(path) for path in paths]
+def _output(asked: Asked, inputs: Inputs, chosen: Options) -> Path:
+    """Where the result goes, which must be none of the inputs."""
+    name = inputs.base.path.absolute().name.removesuffix(SUFFIX)
+    output = f"{name}-merged" if asked.output is None else asked.output
+    read = [inputs.base.path, *(folder.path for folder in inputs.folders)]
+    if asked.reference is not None:
+        read.append(input_path(asked.reference, "the reference"))
+    return check_places(output, read, overwrite=chosen.overwrite)
 
 
-def _adapters(
-    folders: Sequence[AdapterFolder],
-    weight: Sequence[float] | None,
-    *,
-    adapter_name: str | None,
-    base_is_residual: bool,
-    expert_order: str,
-) -> list[Adapter]:
-    weights = [1.0] * len(folders) if not weight else list(weight)
-    if len(weights) != len(folders):
-        raise UsageError(
-            f"{len(folders)} adapters but {len(weights)} weights: give --weight once per --adapter, "
-            "or not at all."
-        )
-    if not all(math.isfinite(value) for value in weights):
-        raise UsageError("--weight must be a finite number.")
+@dataclass(frozen=True, slots=True)
+class _Folded:
+    """A base with adapters folded in; embedding and head if these were one; the adapters' facts."""
+
+    merged: Merged
+    tie: tuple[str, str] | None
+    facts: Sequence[Mapping[str, Any]]
+    warnings: Sequence[str]
+
+
+def _fold(asked: Asked, inputs: Inputs) -> _Folded:
+    """Fold the adapters in, unless the base seems to have one of them already."""
+    base, adapters = inputs.base, inputs.adapters
+    with contextlib.closing(Files()) as opened:
+        work = Workspace(opened)
+        tie = _tie(base, work)
+        changes = changes_of(base.tensors, adapters, work, other_names(base), tie)
+        merged = merge(changes, work)
+        unchecked = asked.checkpoint is not None or asked.allow_merged_base
+        for number, adapter in enumerate(() if unchecked else adapters):
+            if len(adapters) == adapter.weight == 1:
+                tensors = [merged.tensors[name] for name in merged.updated]
+            else:
+                tensors = alone(changes, number)
+            check_not_merged(adapter.where, tensors, work)
+    return _Folded(merged, tie, changes.facts, changes.warnings)
+
+
+def _tie(base: Model, work: Workspace) -> tuple[str, str] | None:
+    """Embedding and head of a base where these are one tensor, stored once or twice."""
+    tie = base.tie
+    if tie is None or tie[1] not in base.tensors:
+        return tie
+    embedding, head = (base.tensors[name] for name in tie)
+    return tie if equal_bytes(embedding, head, work) else None
+
+
+def _described(folded: _Folded, folders: Sequence[AdapterFolder]) -> list[dict[str, Any]]:
+    """What the report says of each adapter, and of the folder that it is from."""
+    if not folders:
+        return [dict(facts) for facts in folded.facts]
     return [
-        Adapter(
-            printable(str(folder.file)),
-            read_settings(
-                folder.config,
-                printable(str(folder.path / "adapter_config.json")),
-                base_is_residual=base_is_residual,
-            ),
-            folder.tensors,
-            factor,
-            adapter_name,
-            expert_order,
-        )
-        for folder, factor in zip(folders, weights, strict=True)
+        {
+            **facts,
+            "digest": file_digest(folder.file),
+            NAMED: folder.config.get(NAMED),
+        }
+        for facts, folder in zip(folded.facts, folders, strict=True)
     ]
 
 
-def _tie(source: Checkpoint, work: Workspace) -> tuple[str, str] | None:
-    """Embedding and head of a base where these are one tensor, stored once or twice."""
-    tie = tied_names(source.tensors, source.config)
-    if tie is None or tie[1] not in source.tensors:
-        return tie
-    embedding, head = (source.tensors[name] for name in tie)
-    return tie if equal_bytes(embedding, head, work) else None
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What is written of a merge, in the base's layout or in another one."""
+
+    tensors: Mapping[str, Lazy]
+    layout: str | None
+    shard_of: Mapping[str, str]
+    metadata: Mapping[str, Mapping[str, str]]
+    files: Mapping[str, Path | bytes]
+    reference: Mapping[str, Stored]
+    """What the base had where values were replaced."""
+    warnings: Sequence[str]
+
+
+def _converted(
+    asked: Asked, base: Model, folded: _Folded, goal: tuple[Layout, PathLike], dtype: str
+) -> _Written:
+    """The result in the other layout, beside the files of the reference."""
+    reference = Model(open_checkpoint(goal[1], needs_weights=False))
+    allowed = Differences(tokenizer_from=asked.tokenizer_from)
+    carried = carry_over(folded.merged.tensors, base, reference, goal[0], allowed)
+    return _Written(
+        tensors=carried.tensors,
+        layout=layout_of(carried.tensors),
+        shard_of=shard_names(carried.tensors, base.checkpoint),
+        metadata={},
+        files=carried.files(dtype),
+        reference=replaced_from(base, folded.merged, folded.tie, carried),
+        warnings=carried.warnings,
+    )
+
+
+def _kept(asked: Asked, base: Model, folded: _Folded, beside: Beside, dtype: str) -> _Written:
+    """The result in the layout and the files of the base."""
+    warnings: list[str] = []
+    if asked.checkpoint is not None:
+        beside = with_code(beside, asked.reference)
+        warnings += beside.warnings
+    files: dict[str, Path | bytes] = dict(beside.side_files)
+    if beside.config is None:
+        warnings.append(f"{base.where}: has no config.json; the output has none either")
+    elif asked.checkpoint or beside.config != base.config or dtype != "keep":
+        files[MODEL_CONFIG_NAME] = config_bytes(beside.config, dtype)
+    tensors = folded.merged.tensors
+    return _Written(
+        tensors=tensors,
+        layout=base.layout,
+        shard_of=shard_of(base.checkpoint, tensors, folded.tie),
+        metadata=base.checkpoint.metadata,
+        files=files,
+        reference=replaced_from(base, folded.merged, folded.tie),
+        warnings=warnings,
+    )

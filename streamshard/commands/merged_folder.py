@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,51 @@ from streamshard.checkpoint.adapter_folder import AdapterFolder
 from streamshard.checkpoint.file_names import TOKENIZER
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint, tokenizer_files
 from streamshard.checkpoint.shards import numbered_anew
-from streamshard.commands.identify import model_dims
+from streamshard.commands.carry_over import Target
+from streamshard.commands.identify import Model
 from streamshard.disk.paths import PathLike
 from streamshard.errors import AdapterError, listed
 from streamshard.internvl.config_edits import untied, with_vocabulary
 from streamshard.internvl.layouts import convert
 from streamshard.internvl.model_config import config_layout
-from streamshard.internvl.tied_embeddings import embedding_and_head, is_stated_tied
-from streamshard.lora.adapter import Merged
+from streamshard.internvl.tied_embeddings import is_stated_tied
+from streamshard.lora.merge import Merged
 from streamshard.tensors.lazy import Stored
 
-__all__ = ["merged_config", "replaced_from", "shard_of", "with_code"]
+__all__ = ["Beside", "beside_merged", "replaced_from", "shard_of", "with_code"]
 
 
-def with_code(
-    config: dict[str, Any] | None,
-    side_files: dict[str, Path],
-    reference: PathLike | None,
-    warnings: list[str],
-) -> tuple[dict[str, Any] | None, dict[str, Path]]:
-    """What a trainer did not save beside its checkpoint, remote code and `auto_map`, by a reference."""
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The config and the files that go beside merged weights, and warnings."""
+
+    config: Mapping[str, Any] | None
+    side_files: Mapping[str, Path]
+    warnings: tuple[str, ...] = ()
+
+
+def with_code(beside: Beside, reference: PathLike | None) -> Beside:
+    """With what a trainer did not save beside its checkpoint, remote code and `auto_map`."""
+    config, side_files = beside.config, beside.side_files
     if reference is not None:
         donor = open_checkpoint(reference, needs_weights=False)
-        side_files = {**donor.side_files, **side_files}
         code = (donor.config or {}).get("auto_map")
         if config is not None and code is not None:
             config = {**config, "auto_map": config.get("auto_map", code)}
-    elif not any(n.endswith(".py") for n in side_files) and config_layout(config or {}) != "hf":
-        warnings.append(
-            "the checkpoint's folder has no remote code (*.py), so the output cannot be loaded with "
-            "trust_remote_code; --reference ORIGINAL takes what is missing from the original model"
-        )
-    return config, side_files
+        return Beside(config, {**donor.side_files, **side_files})
+    if any(n.endswith(".py") for n in side_files) or config_layout(config or {}) == "hf":
+        return Beside(config, side_files)
+    warning = (
+        "the checkpoint's folder has no remote code (*.py), so the output cannot be loaded with "
+        "trust_remote_code; --reference ORIGINAL takes what is missing from the original model"
+    )
+    return Beside(config, side_files, (warning,))
 
 
-def merged_config(
-    source: Checkpoint, result: Merged, folders: Sequence[AdapterFolder]
-) -> tuple[dict[str, Any] | None, dict[str, Path]]:
+def beside_merged(base: Model, result: Merged, folders: Sequence[AdapterFolder]) -> Beside:
     """Config and side files of a merged base: tie flags, and what goes with a resized vocabulary."""
-    config, side_files = source.config, dict(source.side_files)
-    names = embedding_and_head(result.tensors)
+    config, side_files = base.config, base.checkpoint.side_files
+    names = _embedding_and_head(base, result)
     sizes = {result.tensors[name].shape[0] for name in names if name is not None}
     if len(sizes) > 1:
         both = listed([name for name in names if name])
@@ -61,14 +67,13 @@ def merged_config(
     touched = {*result.updated, *result.replaced}
     if config is not None and (
         result.untied
-        or (is_stated_tied(config) and names[1] in source.tensors and touched & set(names))
+        or (is_stated_tied(config) and names[1] in base.tensors and touched & set(names))
     ):
         config = untied(config)
-    old = None if names[0] is None else source.tensors.get(names[0])
+    old = None if names[0] is None else base.tensors.get(names[0])
     if old is None or sizes == {old.shape[0]} or config is None:
-        return config, side_files
+        return Beside(config, side_files)
     rows = sizes.pop()
-    config = with_vocabulary(config, rows)
     tokenizers = [tokenizer_files(folder.path) for folder in folders]
     own = next((found for found in reversed(tokenizers) if found), None)
     note = f"the vocabulary has {rows:,} rows now, {old.shape[0]:,} before"
@@ -77,28 +82,31 @@ def merged_config(
     else:
         side_files = {n: f for n, f in side_files.items() if not TOKENIZER.fullmatch(n)} | own
         note += "; the tokenizer is that of the adapter folder"
-    result.warnings.append(note)
-    return config, side_files
+    return Beside(with_vocabulary(config, rows), side_files, (note,))
+
+
+def _embedding_and_head(base: Model, result: Merged) -> tuple[str | None, str | None]:
+    """The names of both in a merged base: a head that was none before is one more."""
+    embedding, head = base.embedding_and_head
+    if head is None and base.tie is not None and base.tie[1] in result.tensors:
+        head = base.tie[1]
+    return embedding, head
 
 
 def replaced_from(
-    source: Checkpoint,
-    result: Merged,
-    tie: tuple[str, str] | None,
-    folder: Checkpoint | None = None,
-    layout: str = "keep",
+    base: Model, result: Merged, tie: tuple[str, str] | None, carried: Target | None = None
 ) -> dict[str, Stored]:
     """What the base had where values were replaced, by the names of the output.
 
-    `folder` is the reference of a conversion to `layout`. Parts of fused tensors are left out.
+    `carried` is what the result became in another layout. Parts of fused tensors are left out.
     """
-    before = {name: source.tensors[name] for name in result.replaced if name in source.tensors}
+    before = {name: base.tensors[name] for name in result.replaced if name in base.tensors}
     if result.untied and tie is not None:
-        before[tie[1]] = source.tensors.get(tie[1], source.tensors[tie[0]])
-    if folder is None or not before:
+        before[tie[1]] = base.tensors.get(tie[1], base.tensors[tie[0]])
+    if carried is None or not before:
         return before
-    carried = convert(before, model_dims(source, folder, layout), layout).tensors
-    return {name: tensor for name, tensor in carried.items() if isinstance(tensor, Stored)}
+    found = convert(before, carried.dims, carried.layout).tensors
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Stored)}
 
 
 def shard_of(

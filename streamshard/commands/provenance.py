@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.file_names import REPORT_NAME
-from streamshard.checkpoint.folder import Checkpoint
-from streamshard.checkpoint.json_files import MAX_RECORD_BYTES, read_json_object
+from streamshard.checkpoint.json_files import read_json_object
+from streamshard.checkpoint.record import MAX_RECORD_BYTES
+from streamshard.commands.identify import Model
 from streamshard.disk.existence import is_file
 from streamshard.disk.system import reading
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
@@ -17,20 +18,20 @@ from streamshard.errors import AdapterError, InputError, UsageError, listed, pri
 __all__ = ["check_given_twice", "check_record", "other_base"]
 
 
-def other_base(stated: object, source: Checkpoint) -> list[str]:
+def other_base(stated: object, base: Model) -> list[str]:
     """A warning if adapter and base are of InternVL models of different names.
 
     Fine-tunes have any name, and shapes of several models are the same: nothing is certain here.
     """
     mine, theirs = (
         re.sub(r"[-_](?:hf|merged|custom)$|[^a-z0-9]", "", Path(str(name)).name.lower())
-        for name in (source.path.absolute(), stated)
+        for name in (base.path.absolute(), stated)
     )
     if mine == theirs or not all(name.startswith("internvl") for name in (mine, theirs)):
         return []
     return [
         f"the adapter was trained on {printable(str(stated))}, by its config, and this base is "
-        f"{printable(str(source.path))}: the shapes fit, but make sure that it is the right base"
+        f"{base.where}: the shapes fit, but make sure that it is the right base"
     ]
 
 
@@ -45,9 +46,9 @@ def check_given_twice(facts: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> None:
+def check_record(base: Model, facts: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a base which streamshard itself has merged one of these adapters into."""
-    record = source.path / REPORT_NAME
+    record = base.path / REPORT_NAME
     with reading(record):
         if not is_file(record):
             return
@@ -63,7 +64,7 @@ def check_record(source: Checkpoint, facts: Sequence[Mapping[str, Any]]) -> None
     twice = [f["file"] for f in facts if f.get("digest") is not None and f["digest"] in known]
     if twice:
         raise AdapterError(
-            f"{printable(str(source.path))}: {listed(twice)} is in this base already, by its "
+            f"{base.where}: {listed(twice)} is in this base already, by its "
             f"{REPORT_NAME}: merging would add it once more. Give the base that the adapter was trained "
             "on; if this is meant, pass --allow-merged-base."
         )

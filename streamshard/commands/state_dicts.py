@@ -11,6 +11,7 @@ from typing import Any
 
 from streamshard.errors import InputError
 from streamshard.internvl.detection import dims_from_names
+from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import to_custom, to_hf
 from streamshard.internvl.model_config import dims_from_config
 from streamshard.internvl.row_parts import Ops, in_memory
@@ -69,7 +70,7 @@ def compute_l2_distance(a: Any, b: Any) -> float:
 
 def _dims(
     tensors: Mapping[str, Any],
-    layout: str,
+    layout: Layout,
     config: Mapping[str, Any] | None,
     architecture: str | None,
 ) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.disk.paths import PathLike
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
-from streamshard.internvl.lora_targets import FLAGS
+from streamshard.internvl.lora_targets import FLAGS, PARTS, upstream_alpha
 from streamshard.lora.adapter import Adapter
 from streamshard.lora.settings import LoraSettings
 from streamshard.lora.wrapped_names import Unwrapped, unwrap
@@ -36,7 +36,8 @@ class WrappedSettings(LoraSettings):
         return self.ranks[module]
 
     def alpha(self, module: str) -> float:
-        return 2.0 * self.ranks[module] if self.given_alpha is None else self.given_alpha
+        own = float(upstream_alpha(self.ranks[module]))
+        return own if self.given_alpha is None else self.given_alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def open_wrapped(
     )
     settings = WrappedSettings(
         r=max(ranks.values()),
-        lora_alpha=2.0 * max(ranks.values()) if alpha is None else alpha,
+        lora_alpha=float(upstream_alpha(max(ranks.values()))) if alpha is None else alpha,
         modules_to_save=tuple(name.rpartition(".")[0] for name in inside.saved),
         use_dora=any("lora_magnitude_vector" in key for key in inside.tensors),
         ranks=ranks,
@@ -152,7 +153,8 @@ def check_flags(
     is given.
     """
     warnings = []
-    for flag, start in FLAGS.items():
+    starts = {flag: PARTS[part]["custom"] for flag, part in FLAGS.items()}
+    for flag, start in starts.items():
         stated = (found.config or {}).get(flag) or 0
         own = sorted({rank for module, rank in ranks.items() if module.startswith(start)})
         if stated and not own:
@@ -177,7 +179,7 @@ def check_flags(
                     else f"alpha {alpha:g}"
                 )
             )
-    outside = [m for m in ranks if not m.startswith(tuple(FLAGS.values()))]
+    outside = [m for m in ranks if not m.startswith(tuple(starts.values()))]
     if outside and alpha is None:
         raise AdapterError(
             f"{where}: {listed(outside, 3)} are in neither language_model nor vision_model, where "

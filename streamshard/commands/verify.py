@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from streamshard.checkpoint.file_names import REPORT_NAME
-from streamshard.checkpoint.open_anything import WEIGHTS, Opened, open_anything
+from streamshard.checkpoint.file_names import REPORT_NAME, SUFFIX
+from streamshard.checkpoint.open_anything import Opened, open_anything
 from streamshard.checkpoint.unlisted_files import Entry, contents, harm
 from streamshard.commands.verify_content import Comparison
 from streamshard.disk.inputs import watched
@@ -139,7 +139,7 @@ def _why_not(found: Opened, check: Comparison, name: str) -> str:
         return "it is not as it was written"
     if name in found.headers:
         return "its values were read, but no digest of it is recorded"
-    if name.endswith(WEIGHTS):
+    if name.endswith(SUFFIX):
         return "it is no part of this checkpoint, and no digest of it is recorded"
     return "no digest of it is recorded"
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from streamshard.checkpoint.digests import (
     DIGEST_NBYTES,
-    blocks_of,
     hash_file,
     new_digest,
     new_sha256,
     shard_digest,
 )
 from streamshard.checkpoint.file_names import REPORT_NAME
-from streamshard.checkpoint.header import header_text
+from streamshard.checkpoint.header import framed, header_text
 from streamshard.checkpoint.open_anything import Opened, is_shard
 from streamshard.checkpoint.recorded_files import FileRecord, link_problem
 from streamshard.disk.files import open_source
 from streamshard.engine.workers import Stop
 from streamshard.errors import InputError, ReadError, listed, printable
-from streamshard.tensors.lazy import Array, Lazy, Stored
+from streamshard.tensors.lazy import Lazy, blocks
 from streamshard.tensors.rounding import count_not_finite
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["Comparison"]
 
@@ -83,7 +81,7 @@ class Comparison:
         """Compare a tensor with its digest, and count what is not finite."""
         digest, count = new_digest(), 0
         try:
-            for block in _blocks(tensor, work):
+            for (block,) in blocks(work, tensor):
                 self.stop.check()
                 digest.update(block.data)
                 count += count_not_finite(block, tensor.dtype)
@@ -163,14 +161,6 @@ class Comparison:
                 self.uncompared[name] = "it cannot be read"
                 continue
             self.compared.add(name)
-            header = struct.pack("<Q", len(text)) + text
             changed = bool(tensors & {*self.different, *self.unexpected})
-            if not changed and shard_digest(header, bytes(digests)) != record.digest:
+            if not changed and shard_digest(framed(text), bytes(digests)) != record.digest:
                 self.add(name, "its header has changed")
-
-
-def _blocks(tensor: Lazy, work: Workspace) -> Iterator[Bytes]:
-    if isinstance(tensor, Stored):
-        yield from blocks_of(tensor, work)
-    elif isinstance(tensor, Array):  # of an adapter that was pickled
-        yield tensor.data

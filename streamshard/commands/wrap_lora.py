@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
-from streamshard.checkpoint.file_names import CONFIG_NAME, WEIGHTS_NAME
-from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
-from streamshard.commands.identify import dims_of_source
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MODEL_CONFIG_NAME
+from streamshard.checkpoint.folder import open_checkpoint
+from streamshard.commands.identify import Model
 from streamshard.commands.written_config import config_bytes
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike
@@ -18,20 +17,23 @@ from streamshard.engine.job import Job, Options
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
-from streamshard.errors import InputError, UsageError, listed, printable
+from streamshard.errors import InputError, UsageError, listed
 from streamshard.internvl.detection import layout_of
-from streamshard.internvl.families import FAMILIES
+from streamshard.internvl.families import FAMILIES, Layout
 from streamshard.internvl.lora_targets import (
     PARTS,
     UPSTREAM,
     UPSTREAM_DROPOUT,
+    beginning,
     check_complete,
+    flags_of,
     parameters,
     target_ends,
     target_modules,
+    upstream_alpha,
 )
 from streamshard.internvl.model_config import Dims
-from streamshard.internvl.spelling import flat_names, in_model
+from streamshard.internvl.spelling import in_model
 from streamshard.limits import told
 from streamshard.lora.base_checks import check_base
 from streamshard.lora.new_pairs import initial_pairs, wrap
@@ -73,28 +75,22 @@ def wrap_lora(
     started, chosen = time.perf_counter(), Options(**options)
     ranks, alphas = _ranks(llm_r, llm_alpha, backbone_r, backbone_alpha)
     _check_options(format, ranks, alphas, dropout, seed)
-    source = open_checkpoint(base)
+    source = Model(open_checkpoint(base))
     check_base(source.tensors, source.config)
     target = check_places(output, [source.path], overwrite=chosen.overwrite)
-    layout = layout_of(source.tensors)
+    layout = source.layout
     if layout is None:
         raise InputError(
-            f"{printable(str(source.path))}: is of neither the custom nor the HF layout: it has no "
+            f"{source.where}: is of neither the custom nor the HF layout: it has no "
             "tensors of an InternVL vision encoder or projector."
         )
-    given = flat_names(source.tensors, layout)
+    given = source.given(layout)
     tensors: dict[str, Lazy] = {name: source.tensors[own] for name, own in given.items()}
-    dims = dims_of_source(source, layout)
+    dims = source.dims
     check_complete(tensors, dims, layout)
     targets = target_modules(tensors, dims, layout, ranks)
     pairs = initial_pairs(tensors, {target.module: target.r for target in targets}, seed)
     wraps = format == "wrapped"
-    asked = {
-        "llm_r": llm_r,
-        "llm_alpha": llm_alpha,
-        "backbone_r": backbone_r,
-        "backbone_alpha": backbone_alpha,
-    }
     facts = {
         "base": str(source.path),
         "format": format,
@@ -105,29 +101,34 @@ def wrap_lora(
         "trainable": _trainable(tensors, pairs, dims, layout, ranks if wraps else ["model"]),
         "warnings": _warnings(tensors, dims, ranks, wraps=wraps),
     }
-    job = Job(
-        command="wrap-lora",
-        output=target,
-        started=started,
-        tensors={},
-        layout=None,
-        shard_of={},
-        metadata={},
-        files={},
-        l2_from=None,
-        facts=facts,
-        choices={"format": format, "seed": seed, "dropout": dropout, **asked},
-    )
+    choices = {
+        "format": format,
+        "seed": seed,
+        "dropout": dropout,
+        "llm_r": llm_r,
+        "llm_alpha": llm_alpha,
+        "backbone_r": backbone_r,
+        "backbone_alpha": backbone_alpha,
+    }
     if wraps:
-        config = _wrapped_config(source, layout, ranks)
+        flagged = _wrapped_config(source, layout, ranks)
         named = wrap(tensors, pairs, [PARTS[part]["custom"] for part in ranks])
-        job = replace(
-            job,
+        files_of = source.checkpoint.shard_of
+        job = Job(
+            command="wrap-lora",
+            output=target,
+            started=started,
             tensors={name: tensor for name, (tensor, _) in named.items()},
-            layout=layout_of(named),
-            shard_of={name: source.shard_of(given[beside]) for name, (_, beside) in named.items()},
-            metadata=source.metadata,
-            files={**source.side_files, "config.json": config_bytes(config, chosen.dtype)},
+            layout=layout,
+            shard_of={name: files_of(given[beside]) for name, (_, beside) in named.items()},
+            metadata=source.checkpoint.metadata,
+            files={
+                **source.checkpoint.side_files,
+                MODEL_CONFIG_NAME: config_bytes(flagged, chosen.dtype),
+            },
+            l2_from=None,
+            facts=facts,
+            choices=choices,
         )
         return run(job, chosen)
     if chosen.max_shard_size is not None:
@@ -147,13 +148,19 @@ def wrap_lora(
         base=str(base),
         dropout=UPSTREAM_DROPOUT if dropout is None else dropout,
     )
-    job = replace(
-        job,
+    job = Job(
+        command="wrap-lora",
+        output=target,
+        started=started,
         tensors=adapter,
         layout=layout_of(adapter),
-        shard_of=dict.fromkeys(adapter, WEIGHTS_NAME),
-        files={CONFIG_NAME: config_bytes(config, chosen.dtype)},
-        weights_name=WEIGHTS_NAME,
+        shard_of=dict.fromkeys(adapter, ADAPTER_NAME),
+        metadata={},
+        files={ADAPTER_CONFIG_NAME: config_bytes(config, chosen.dtype)},
+        weights_name=ADAPTER_NAME,
+        l2_from=None,
+        facts=facts,
+        choices=choices,
     )
     return run(job, chosen)
 
@@ -180,7 +187,7 @@ def _ranks(
             raise UsageError(f"--{option}-alpha is {alpha}; a number above 0 was expected.")
         if r is not None:
             ranks[part] = r
-            alphas[part] = 2 * r if alpha is None else alpha
+            alphas[part] = upstream_alpha(r) if alpha is None else alpha
     if not ranks:
         raise UsageError("nothing to wrap: give --llm-r, --backbone-r or both.")
     return ranks, alphas
@@ -201,7 +208,7 @@ def _check_options(
         raise UsageError(f"--dropout is {dropout}; a number from 0 to below 1 was expected.")
     if form == "peft":
         return
-    other = [part for part, alpha in alphas.items() if alpha != 2 * ranks[part]]
+    other = [part for part, alpha in alphas.items() if alpha != upstream_alpha(ranks[part])]
     if other:
         raise UsageError(
             f"alpha of {listed(other)} is not twice the rank: a wrapped checkpoint stores no alpha, "
@@ -215,9 +222,9 @@ def _check_options(
         )
 
 
-def _wrapped_config(source: Checkpoint, layout: str, ranks: Mapping[str, int]) -> dict[str, Any]:
+def _wrapped_config(source: Model, layout: Layout, ranks: Mapping[str, int]) -> dict[str, Any]:
     """The base's config with the ranks, by which InternVLChatModel knows that it must wrap."""
-    where = printable(str(source.path))
+    where = source.where
     if layout != "custom":
         raise InputError(
             f"{where}: is of the HF layout, but the trainer that loads wrapped checkpoints knows "
@@ -230,8 +237,7 @@ def _wrapped_config(source: Checkpoint, layout: str, ranks: Mapping[str, int]) -
         )
     return {
         **source.config,
-        "use_backbone_lora": ranks.get("vision_model", 0),
-        "use_llm_lora": ranks.get("language_model", 0),
+        **flags_of(ranks),
     }
 
 
@@ -239,13 +245,13 @@ def _trainable(
     tensors: Mapping[str, Lazy],
     pairs: Mapping[str, tuple[Lazy, Lazy]],
     dims: Dims,
-    layout: str,
+    layout: Layout,
     parts: Iterable[str],
 ) -> dict[str, Report]:
     """Parameters of each part as `PeftModel.get_nb_trainable_parameters` counts them."""
     counts = {}
     for part in parts:
-        prefix = PARTS[part][layout] if part in PARTS else ""
+        prefix = beginning(part, layout)
         new = sum(
             math.prod(factor.shape)
             for module, pair in pairs.items()

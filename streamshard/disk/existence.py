@@ -97,17 +97,24 @@ def names_in(folder: AnyPath) -> list[str]:
     return sorted(system.listdir(folder))
 
 
-def walked(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walked(folder: Path, *, strict: bool = True) -> Iterator[tuple[Path, list[str], list[str]]]:
     """A folder and those in it: each with the folders in it, links among them, and what else is there.
 
-    Folders that the caller takes out of the list are not entered, nor are links.
+    Folders that the caller takes out of the list are not entered, nor are links. Unless `strict`, nor
+    is what cannot be listed.
     """
     todo = [folder]
     while todo:  # no recursion: folders may be thousands of levels deep
         current = todo.pop()
         folders: list[str] = []
         others: list[str] = []
-        for entry in system.scandir(current):
+        try:
+            entries = system.scandir(current)
+        except OSError:
+            if strict:
+                raise
+            continue
+        for entry in entries:
             (folders if _leads_to_folder(entry) else others).append(entry.name)
         yield current, folders, others
         todo += [current / name for name in reversed(folders) if not is_link(current / name)]

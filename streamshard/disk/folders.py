@@ -12,7 +12,7 @@ from pathlib import Path
 
 from streamshard.disk.held import RELATIVE, Held, Inode, inode, let_go, register
 from streamshard.disk.system import NO_LINK, system, writing
-from streamshard.errors import OutputError, printable
+from streamshard.errors import OutputError
 
 __all__ = [
     "disk_free",
@@ -76,7 +76,7 @@ def held(path: Path, check: Callable[[os.stat_result], None] | None = None) -> I
     with writing(path, 0):
         found = system.lstat(path)
         if not stat.S_ISDIR(found.st_mode):
-            raise OutputError(f"{printable(str(path))}: is no folder any more. Run again.")
+            raise OutputError.at(path, "is no folder any more. Run again.")
         if check is not None:
             check(found)
         descriptor = system.open(path, os.O_RDONLY | NO_LINK) if RELATIVE else None

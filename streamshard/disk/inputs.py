@@ -28,7 +28,6 @@ from streamshard.errors import (
     StreamshardError,
     UsageError,
     VerificationError,
-    printable,
 )
 
 __all__ = ["Inputs", "Opened", "Stamp", "active", "changed", "named", "watched", "watching"]
@@ -259,9 +258,10 @@ def changed(path: str | Path, before: Stamp, now: Stamp | None) -> ChangedError:
         how = "was written to"
     else:
         how = "was changed (its content, or its owner, permissions or links)"
-    return ChangedError(
-        f"{printable(str(path))}: {how} while this run was reading it. A result would be of two "
-        "states of the input, so there is none. Wait until nothing changes the inputs, then run it again."
+    return ChangedError.at(
+        path,
+        f"{how} while this run was reading it. A result would be of two states of the input, so "
+        "there is none. Wait until nothing changes the inputs, then run it again.",
     )
 
 

@@ -9,14 +9,13 @@ import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from streamshard.disk.files import open_source
+from streamshard.disk.files import BLOCK_NBYTES, open_source
 from streamshard.disk.system import NO_LINK, reading, system, writing
-from streamshard.errors import OutputError, ReadError, WriteError, printable
+from streamshard.errors import OutputError, ReadError, WriteError
 
 __all__ = ["LogFile", "OutputFile", "copy_file", "put", "write_new"]
 
 
-COPY_NBYTES = 256 * 1024
 _OLD = os.O_RDWR | NO_LINK | getattr(os, "O_NONBLOCK", 0)
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK
 
@@ -36,9 +35,10 @@ class OutputFile:
             try:
                 self._descriptor = system.open(path, _NEW)
             except FileExistsError as error:
-                raise OutputError(
-                    f"{printable(str(path))}: is there already, and no run of ours has put it there. It "
-                    "was left alone: move or remove it, then run again."
+                raise OutputError.at(
+                    path,
+                    "is there already, and no run of ours has put it there. It "
+                    "was left alone: move or remove it, then run again.",
                 ) from error
             try:
                 _allocate(self._descriptor, nbytes)
@@ -75,9 +75,10 @@ class OutputFile:
             with reading(self.path):
                 count = system.pread(self._descriptor, out[done:], offset + done)
             if not count:
-                raise ReadError(
-                    f"{printable(str(self.path))}: the file ended at byte {offset + done:,} while it was "
-                    "being written. Something else changes it: wait for that to end, then run again."
+                raise ReadError.at(
+                    self.path,
+                    f"the file ended at byte {offset + done:,} while it was "
+                    "being written. Something else changes it: wait for that to end, then run again.",
                 )
             done += count
 
@@ -163,8 +164,8 @@ def _write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> No
 def copy_file(source: Path, copy: Path) -> None:
     """Copy the bytes of a file to a new one and wait until the disk has them."""
     with open_source(source) as file, OutputFile(copy, file.nbytes) as out:
-        for offset in range(0, file.nbytes, COPY_NBYTES):
-            block = file.read(offset, min(COPY_NBYTES, file.nbytes - offset))
+        for offset in range(0, file.nbytes, BLOCK_NBYTES):
+            block = file.read(offset, min(BLOCK_NBYTES, file.nbytes - offset))
             out.write(memoryview(block), offset)
         file.check()
         out.sync()

@@ -13,12 +13,17 @@ __all__ = ["PathLike", "input_path", "output_path"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
+_NOWHERE = (
+    "the current folder no longer exists, and this path begins there. Go to another folder, or give "
+    "the whole path."
+)
+
 
 def input_path(path: PathLike, what: str) -> Path:
     """The path of something to read, `what`, which need not be there."""
     given = _given(path, what)
     if _is_nowhere(given):
-        raise InputError(_nowhere(given))
+        raise InputError.at(given, _NOWHERE)
     return given
 
 
@@ -26,7 +31,7 @@ def output_path(path: PathLike, what: str) -> Path:
     """The path of something to write, `what`."""
     given = _given(path, what)
     if _is_nowhere(given):
-        raise WriteError(_nowhere(given))
+        raise WriteError.at(given, _NOWHERE)
     return given
 
 
@@ -60,10 +65,3 @@ def _is_nowhere(path: Path) -> bool:
     except OSError:
         return True
     return False
-
-
-def _nowhere(path: Path) -> str:
-    return (
-        f"{printable(str(path))}: the current folder no longer exists, and this path begins there. "
-        "Go to another folder, or give the whole path."
-    )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from streamshard.disk.held import holder
-from streamshard.errors import InputError, OutOfMemoryError, ReadError, WriteError, printable
+from streamshard.errors import InputError, OutOfMemoryError, ReadError, WriteError
 
 if sys.platform == "win32":
     import msvcrt
@@ -31,6 +31,7 @@ AnyPath: TypeAlias = "str | Path"
 T = TypeVar("T")
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 PRIVATE = 1 << 30
+"""Beside the flags of the system: a new file is for its owner alone."""
 _ALWAYS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FAR = 1 << 30
 
@@ -185,15 +186,18 @@ def reading(path: AnyPath) -> Iterator[None]:
         with _told_by_system(path):
             yield
     except FileNotFoundError as error:
-        raise InputError(f"{told_path(error, path)}: no such file. Check the path.") from error
+        raise InputError.at(_path_of(error, path), "no such file. Check the path.") from error
     except IsADirectoryError as error:
-        raise InputError(f"{told_path(error, path)}: is a folder, a file was expected.") from error
+        problem = "is a folder, a file was expected."
+        raise InputError.at(_path_of(error, path), problem) from error
     except OSError as error:
-        where = told_path(error, path)
+        found = _path_of(error, path)
         if error.errno in _NO_NAMES:
-            raise InputError(f"{where}: no such file: {error.strerror}. Check the path.") from error
+            raise InputError.at(
+                found, f"no such file: {error.strerror}. Check the path."
+            ) from error
         advice = _ADVICE.get(error.errno, "Check its permissions and the disk.")
-        raise ReadError(f"{where}: cannot be read: {error.strerror}. {advice}") from error
+        raise ReadError.at(found, f"cannot be read: {error.strerror}. {advice}") from error
 
 
 @contextmanager
@@ -203,16 +207,15 @@ def writing(path: AnyPath, nbytes: int) -> Iterator[None]:
         with _told_by_system(path):
             yield
     except OSError as error:
-        where = told_path(error, path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = (
-                f"{where}: no space left ({nbytes:,} bytes to write). "
+            problem = (
+                f"no space left ({nbytes:,} bytes to write). "
                 "Free some space, or choose an output on another disk."
             )
         else:
             advice = _ADVICE.get(error.errno, "Check permissions and disk.")
-            message = f"{where}: cannot be written: {error.strerror}. {advice}"
-        raise WriteError(message) from error
+            problem = f"cannot be written: {error.strerror}. {advice}"
+        raise WriteError.at(_path_of(error, path), problem) from error
 
 
 @contextmanager
@@ -229,14 +232,14 @@ def _told_by_system(path: AnyPath) -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
-        raise OutOfMemoryError(
-            f"{told_path(error, path)}: not enough memory ({error.strerror}). Allow more, and run the "
-            "same command again."
+        raise OutOfMemoryError.at(
+            _path_of(error, path),
+            f"not enough memory ({error.strerror}). Allow more, and run the same command again.",
         ) from error
 
 
-def told_path(error: OSError, path: AnyPath) -> str:
-    return printable(str(path if error.filename is None else error.filename))
+def _path_of(error: OSError, path: AnyPath) -> object:
+    return path if error.filename is None else error.filename
 
 
 if hasattr(os, "preadv"):

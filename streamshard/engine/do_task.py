@@ -15,22 +15,22 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from streamshard.checkpoint.digests import new_digest
-from streamshard.disk.files import ByteRange, Files
+from streamshard.disk.files import BLOCK_NBYTES, ByteRange, Files
 from streamshard.disk.new_files import OutputFile
 from streamshard.engine.shard_task import Member, Result, ShardTask
 from streamshard.errors import AdapterError, printable
+from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.comparing import squared_distance
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, Stored, Window
 from streamshard.tensors.low_rank import TILE_ROWS
 from streamshard.tensors.rounding import Changes
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["WRITE_BYTES", "OnBlock", "do", "measure"]
 
 
-# Measured on ext4: writes of 256 KB were fastest, 2 MB and more three times slower.
-WRITE_BYTES = 256 * 1024
+WRITE_BYTES = BLOCK_NBYTES
 
 OnBlock: TypeAlias = Callable[[int, int, str], None]
 """Is told that bytes were written, and of which tensor: offset in the file, count (0 if some were read

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from streamshard.checkpoint.digests import Hash, file_digest, hash_file, new_digest
+from streamshard.checkpoint.header import data_start
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.errors import printable
@@ -209,7 +210,7 @@ def _sampled(path: Path) -> tuple[str, list[int] | None]:
     """
     digest, changed = new_digest(), None
     with open_source(path) as file:
-        header = 8 + int.from_bytes(file.read(0, 8), "little")
+        header = data_start(file)
         if file.nbytes <= header + SAMPLES * SAMPLE_NBYTES:
             hash_file(path, digest)
         else:

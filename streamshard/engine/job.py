@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import SINGLE_NAME
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
@@ -121,7 +122,7 @@ class Job:
     shard_of: Mapping[str, str]
     metadata: Mapping[str, Mapping[str, str]]
     files: Mapping[str, Path | bytes]
-    weights_name: str = "model.safetensors"
+    weights_name: str = SINGLE_NAME
     """What the file of the weights is called if there is only one."""
     l2_from: str | None
     reference: Mapping[str, Stored] | None = None

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.digests import new_digest
+from streamshard.checkpoint.file_names import JOURNAL_NAME
 from streamshard.disk.files import read_bytes
 from streamshard.disk.folders import exists
 from streamshard.disk.new_files import LogFile
 from streamshard.engine.ours import Ours
 from streamshard.tensors.rounding import Change
 
-__all__ = ["JOURNAL_NAME", "FinishedShard", "Journal"]
+__all__ = ["FinishedShard", "Journal"]
 
 
-JOURNAL_NAME = "streamshard.journal"
 MAX_NBYTES = 1 << 30
 _SECTOR = 512  # a disk writes so much at once
 

@@ -12,10 +12,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamshard.checkpoint.file_names import REPORT_NAME
+from streamshard.checkpoint.file_names import JOURNAL_NAME, REPORT_NAME
 from streamshard.disk.held import Held
 from streamshard.engine.claims import recorded_names, strangers
-from streamshard.engine.journal import JOURNAL_NAME, Journal
+from streamshard.engine.journal import Journal
 from streamshard.engine.lock import Moved
 from streamshard.engine.ours import Ours
 from streamshard.errors import InputError, OutputError, listed, printable

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from streamshard.disk.existence import found, is_folder, is_link, is_mount, is_there, same
+from streamshard.disk.existence import found, is_folder, is_link, is_mount, is_there, same, walked
+from streamshard.disk.held import Inode, inode
+from streamshard.disk.inputs import active
 from streamshard.disk.paths import PathLike, output_path
 from streamshard.disk.system import reading, system, writing
 from streamshard.engine.beside_output import places_beside, tidy
 from streamshard.engine.claims import check_replaceable
 from streamshard.errors import OutputError, printable
 
-__all__ = ["check_places"]
+__all__ = ["check_inputs", "check_places"]
 
 
 def check_places(output: PathLike, inputs: Iterable[Path], *, overwrite: bool) -> Path:
@@ -68,6 +71,46 @@ def _check_apart(target: Path, place: Path, path: Path) -> None:
             f"{printable(str(target))}: contains the input {printable(str(path))}, which "
             "writing it would delete. Choose another output."
         )
+
+
+def check_inputs(output: Path) -> None:
+    """Refuse an output if a file that this run reads is in truth in it, or where it is built or replaced.
+
+    By links, that is, or by mounts: what the paths of inputs say is looked at before. To be called when
+    all inputs have been opened, from when on the output is no longer taken for one of them.
+    """
+    inputs = active()
+    if inputs is None:
+        return
+    with writing(output, 0):
+        target = system.resolve(output)
+        places = [target, *places_beside(target).values()]
+        inputs.leave_out(*places)
+        taken = {one for place in places for one in _identities(place)}
+        for path, stamp in inputs.stamps.items():
+            real = Path(system.realpath(path))
+            around = {inode(there) for there in map(found, real.parents) if there is not None}
+            known = taken & {(stamp.device, stamp.inode), *around}
+            if known or any(real.is_relative_to(place) for place in places):
+                raise OutputError(
+                    f"{printable(str(output))}: {printable(path)}, which this run reads, is in truth "
+                    f"{printable(str(real))}, and writing the output would remove or replace that. "
+                    "Choose another output, or put a copy of the file in the place of the link (cp -L)."
+                )
+
+
+def _identities(place: Path) -> Iterator[Inode]:
+    """The identity of every folder at a place and in it, and of the files of finished outputs.
+
+    Of the other files one with two names is refused as none of ours.
+    """
+    if is_link(place):  # which is refused as none of ours, too
+        return
+    for folder, _, names in walked(place, strict=False):
+        finished = [] if place.name.endswith(".partial") else names
+        for path in (folder, *(folder / name for name in finished)):
+            with contextlib.suppress(FileNotFoundError):  # a run may be at it just now
+                yield inode(system.lstat(path))
 
 
 def _working_folders() -> list[Path]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.file_names import INDEX_NAME, REPORT_NAME
+from streamshard.checkpoint.file_names import INDEX_NAME, JOURNAL_NAME, REPORT_NAME
 from streamshard.checkpoint.recorded_files import name_problem
 from streamshard.checkpoint.shards import Shard, plan_shards
 from streamshard.disk.files import file_nbytes
@@ -18,7 +18,6 @@ from streamshard.engine.beside_output import staged_nbytes
 from streamshard.engine.budget import memory_estimate, parse_size, worker_count
 from streamshard.engine.fingerprint import fingerprint
 from streamshard.engine.job import Compared, Job, Options, Plan
-from streamshard.engine.journal import JOURNAL_NAME
 from streamshard.errors import InputError, UsageError, WriteError, printable
 from streamshard.tensors.comparing import is_comparable
 from streamshard.tensors.constructors import cast

@@ -16,6 +16,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from streamshard.checkpoint.file_names import JOURNAL_NAME
 from streamshard.disk import folders
 from streamshard.disk.folders import exists, held, inode_of, remove_empty, sync_folder
 from streamshard.disk.held import Held, Inode
@@ -23,7 +24,7 @@ from streamshard.disk.system import system, writing
 from streamshard.engine.beside_output import places_beside
 from streamshard.engine.claims import check_replaceable, remove_listed, strangers
 from streamshard.engine.fingerprint import Identity, differences
-from streamshard.engine.journal import JOURNAL_NAME, FinishedShard, Journal
+from streamshard.engine.journal import FinishedShard, Journal
 from streamshard.engine.leftovers import Left, left_in, refuse_strangers
 from streamshard.engine.lock import Lock, locked
 from streamshard.engine.ours import Ours

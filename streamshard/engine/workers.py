@@ -13,12 +13,13 @@ from streamshard.disk.files import Files
 from streamshard.limits import STACK_NBYTES
 from streamshard.tensors.workspace import Held, Workspace
 
-__all__ = ["Background", "Progress", "Stop", "Stopped", "share"]
+__all__ = ["Background", "Progress", "Stop", "Stopped", "collect", "share"]
 
 
 Progress: TypeAlias = Callable[[int, str], None]
 """Is told the bytes and the tensor of each finished piece."""
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Stopped(Exception):  # noqa: N818 - no error: another thread has one
@@ -100,6 +101,18 @@ def share(
                     thread.join()
     if stop.error is not None:
         raise stop.error
+
+
+def collect(items: Iterable[T], work: Callable[[T, Workspace], R], workers: int) -> list[R]:
+    """What `work` gives for each item, in the order of the items; shared as by `share`."""
+    found: dict[int, R] = {}
+
+    def note(item: tuple[int, T], workspace: Workspace) -> None:
+        place, value = item
+        found[place] = work(value, workspace)
+
+    share(enumerate(items), note, workers, Stop())
+    return [found[place] for place in range(len(found))]
 
 
 _END = object()

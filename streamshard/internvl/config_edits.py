@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamshard.errors import InputError
+from streamshard.internvl.families import Layout
+from streamshard.internvl.lora_targets import FLAGS
 from streamshard.internvl.model_config import INNER, section_of
 
 __all__ = ["config_fixes", "untied", "with_dtype", "with_vocabulary"]
@@ -20,7 +22,7 @@ _ROPE_FIELDS = {
 }
 
 
-def config_fixes(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
+def config_fixes(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """The config as it must be written beside converted weights of `layout`.
 
     Embedding and head are both stored, so both tie flags become false (transformers 4 reads the
@@ -33,7 +35,7 @@ def config_fixes(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
     fixed[INNER[layout]] = inner
     fixed["tie_word_embeddings"] = inner["tie_word_embeddings"] = False
     if layout == "custom":
-        fixed["use_llm_lora"] = fixed["use_backbone_lora"] = 0
+        fixed |= dict.fromkeys(FLAGS, 0)
     parameters = inner.get("rope_parameters")
     if not isinstance(parameters, dict):
         return fixed

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamshard.errors import InputError, listed, printable
-from streamshard.internvl.families import FAMILIES
+from streamshard.internvl.families import FAMILIES, Layout
 from streamshard.internvl.model_config import OTHER, Dims, config_layout, llm_architecture
 from streamshard.internvl.spelling import SPELLINGS, flat_parts
 from streamshard.internvl.tables import TITLES, opened, table_of
-from streamshard.tensor_names import has_lora, plain_name
+from streamshard.tensor_names import plain_name
 
 __all__ = ["Detected", "check_side", "detect", "dims_from_names", "layout_of"]
 
@@ -29,16 +29,15 @@ class Detected:
     `family` is None if the names fit no table. `evidence` names what decided.
     """
 
-    layout: str
+    layout: Layout
     spelling: str | None
     family: str | None
-    lora_wrapped: bool
     packed_experts: bool
     evidence: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
-def layout_of(names: Iterable[str]) -> str | None:
+def layout_of(names: Iterable[str]) -> Layout | None:
     """Answer "custom", "hf", or None where the names do not tell.
 
     Names of the language model prove nothing: most families have the same in both layouts.
@@ -81,9 +80,9 @@ def detect(names: Collection[str], config: Mapping[str, Any] | None = None) -> D
         )
     evidence = [name for name in (custom, hf) if name is not None] or ["config.json: model_type"]
     warnings = []
-    if by_config not in (None, layout):
+    if by_config is not None and by_config != layout:
         warnings.append(
-            f"config.json is of the {TITLES[str(by_config)]} layout, but "
+            f"config.json is of the {TITLES[by_config]} layout, but "
             f"'{printable(evidence[0])}' of the {TITLES[layout]} layout; the names are believed"
         )
     spelling, example = _spelling(map(plain_name, names)) if layout == "hf" else (None, None)
@@ -104,7 +103,6 @@ def detect(names: Collection[str], config: Mapping[str, Any] | None = None) -> D
         layout=layout,
         spelling=spelling,
         family=family,
-        lora_wrapped=has_lora(names),
         packed_experts=bool(family)
         and not keys.isdisjoint(table_of(family, packed=True).found["hf"]),
         evidence=tuple(evidence),
@@ -112,7 +110,7 @@ def detect(names: Collection[str], config: Mapping[str, Any] | None = None) -> D
     )
 
 
-def dims_from_names(names: Collection[str], layout: str) -> Dims:
+def dims_from_names(names: Collection[str], layout: Layout) -> Dims:
     """What names alone say: the family, the first of several that have the same HF names.
 
     For state dicts without a config. Raises `InputError` if the names fit no family.
@@ -155,7 +153,7 @@ def _spelling(names: Iterable[str]) -> tuple[str, str | None]:
     return "mixed", example
 
 
-def check_side(names: Iterable[str], side: str) -> None:
+def check_side(names: Iterable[str], side: Layout) -> None:
     """Raise `InputError` if the names are not of the layout `side`."""
     custom, hf = _evidence(names)
     if custom is not None and hf is not None:
@@ -175,14 +173,14 @@ def _mixed(custom: str, hf: str) -> str:
     )
 
 
-def _llm_keys(names: Iterable[str], layout: str) -> set[str]:
+def _llm_keys(names: Iterable[str], layout: Layout) -> set[str]:
     """The names of the language model with their indexes taken out, LoRA left aside."""
     plain = (plain_name(name) for name in names if ".lora_" not in name)
     flat = (flat_parts(name)[0] for name in plain) if layout == "hf" else plain
     return {opened(name)[0] for name in flat if name.startswith("language_model.")}
 
 
-def _fits(keys: Collection[str], family: str, layout: str) -> bool:
+def _fits(keys: Collection[str], family: str, layout: Layout) -> bool:
     """Whether the table of a family has all names of the language model, and misses none."""
     table, packed = table_of(family), table_of(family, packed=True)
     known, unpacked = table.found[layout], packed.found["hf"]
@@ -193,11 +191,11 @@ def _fits(keys: Collection[str], family: str, layout: str) -> bool:
         return False
     switched: dict[str, set[bool]] = {}
     for entry in table.entries:
-        row, mine = entry.row, [n for n in entry.names(layout) if n.startswith("language_model.")]
-        if row.op == "drop" or row.layers or (row.tied_to and layout == "hf"):
+        rule, mine = entry.rule, [n for n in entry.names(layout) if n.startswith("language_model.")]
+        if rule.op == "drop" or rule.layers or (rule.tied_to and layout == "hf"):
             continue
-        if row.only:
-            switched.setdefault(row.only, set()).update(name in seen for name in mine)
+        if rule.only:
+            switched.setdefault(rule.only, set()).update(name in seen for name in mine)
         elif not seen.issuperset(mine):
             return False
     return all(len(states) < 2 for states in switched.values())

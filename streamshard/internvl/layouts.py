@@ -1,7 +1,7 @@
 """Carrying the tensors of InternVL checkpoints from one layout to the other.
 
 The tables of `families` say what is called how; this module only reads them, in both directions:
-a row that joins three tensors read forwards splits them read backwards. Nothing here does more to
+a rule that joins three tensors read forwards splits them read backwards. Nothing here does more to
 a tensor than taking rows and joining them, so whatever can do that, can be converted.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Generic, overload
 
 from streamshard.errors import InputError, listed, printable
 from streamshard.internvl.detection import check_side
-from streamshard.internvl.families import Row
+from streamshard.internvl.families import Layout, Rule
 from streamshard.internvl.model_config import OTHER, Dims
 from streamshard.internvl.row_parts import (
     LAZY,
@@ -41,7 +41,7 @@ from streamshard.internvl.tables import (
     nearest_names,
     table_of,
 )
-from streamshard.tensor_names import has_lora
+from streamshard.tensor_names import is_wrapped
 from streamshard.tensors.lazy import Lazy
 
 __all__ = ["Converted", "Piece", "convert", "pieces", "to_custom", "to_hf"]
@@ -77,41 +77,47 @@ class Piece:
 def convert(
     tensors: Mapping[str, Lazy],
     dims: Dims,
-    layout: str,
+    layout: Layout,
     *,
-    side: str | None = ...,
+    side: Layout | None = ...,
     spelling: str = ...,
+    given: Mapping[str, str] | None = ...,
 ) -> Converted[Lazy]: ...
 @overload
 def convert(
     tensors: Mapping[str, T],
     dims: Dims,
-    layout: str,
+    layout: Layout,
     ops: Ops[T],
     *,
-    side: str | None = ...,
+    side: Layout | None = ...,
     spelling: str = ...,
+    given: Mapping[str, str] | None = ...,
 ) -> Converted[T]: ...
 def convert(
     tensors: Mapping[str, Any],
     dims: Dims,
-    layout: str,
+    layout: Layout,
     ops: Ops[Any] = LAZY,
     *,
-    side: str | None = None,
+    side: Layout | None = None,
     spelling: str = "flat",
+    given: Mapping[str, str] | None = None,
 ) -> Converted[Any]:
     """Carry a checkpoint to `layout`, "custom" or "hf", as far as it goes.
 
     `side` is the layout it has, by default the other one; if it is the same, names are brought to the
     one spelling, packed experts taken apart and tied heads written out. The order is that of the
-    source. HF names may come in any spelling and leave in `spelling`. Raises `InputError` for the
+    source. HF names may come in any spelling and leave in `spelling`; `given` are those of `tensors` by
+    their flat names (`flat_names`), if somebody has asked already. Raises `InputError` for the
     wrong layout, tensors that are there twice, and shapes and dtypes that do not fit; what is
     missing or unexpected is part of the answer.
     """
     side = side or OTHER[layout]
-    check_side(tensors, side)
-    named = {flat: tensors[name] for flat, name in flat_names(tensors, side).items()}
+    if given is None:
+        check_side(tensors, side)
+        given = flat_names(tensors, side)
+    named = {flat: tensors[name] for flat, name in given.items()}
     source = _unpack(named, dims, ops)
     table = table_of(dims.family)
     actual = counted(dims, source, table, side)
@@ -128,7 +134,7 @@ def convert(
         reason = misplaced(entry, holes, actual)
         if reason is not None:
             unexpected[name] = reason
-        elif entry.row.op == "drop":
+        elif entry.rule.op == "drop":
             left.append(name)
         elif entry.names(side) == entry.names(layout):
             out[name] = tensor  # under the same object, as large models have many names
@@ -136,16 +142,15 @@ def convert(
             names = [part.format(*holes) for part in entry.names(side)]
             if source.keys() >= set(names):
                 targets = [made, *(n.format(*holes) for n in entry.names(layout)[1:])]
-                out |= _carry({n: source[n] for n in names}, targets, entry.row, dims, ops)
+                out |= _carry({n: source[n] for n in names}, targets, entry.rule, dims, ops)
             else:
                 left.append(name)
     for entry in table.entries:
         tied = side == "hf" and dims.tied and entry.hf[0] not in source
-        if tied and entry.row.tied_to in source:
-            out[entry.names(layout)[0]] = source[entry.row.tied_to]
+        if tied and entry.rule.tied_to in source:
+            out[entry.names(layout)[0]] = source[entry.rule.tied_to]
     if layout == "hf" and spelling != "flat":
         out = {spell(name, spelling): tensor for name, tensor in out.items()}
-    given = flat_names(tensors, side) if unexpected else {}
     reasons = {given.get(name, name): reason for name, reason in unexpected.items()}
     return Converted(out, missing, reasons, (*unexpected, *left))
 
@@ -180,7 +185,7 @@ def to_hf(
     return _complete(convert(tensors, dims, "hf", ops, spelling=spelling), dims, "custom")
 
 
-def pieces(name: str, rows: int, dims: Dims, layout: str) -> list[Piece]:
+def pieces(name: str, rows: int, dims: Dims, layout: Layout) -> list[Piece]:
     """Where in `layout` the rows of the other layout's tensor `name` are.
 
     `name` is a tensor and not a module, HF names in any spelling; the targets are flat. `rows`
@@ -205,7 +210,7 @@ def pieces(name: str, rows: int, dims: Dims, layout: str) -> list[Piece]:
         if dims.experts is None:
             raise InputError(f"'{printable(name)}': the config must say num_experts.")
         targets = expert_names(entry, holes, dims.experts)
-        sizes = rows_of_parts(entry.row, len(targets), dims, rows, plain)
+        sizes = rows_of_parts(entry.rule, len(targets), dims, rows, plain)
         return [
             replace(piece, source_start=start + piece.source_start)
             for target, start, size in zip(
@@ -221,39 +226,39 @@ def pieces(name: str, rows: int, dims: Dims, layout: str) -> list[Piece]:
             f"'{printable(name)}' is no tensor of the {TITLES[side]} layout of {dims.family}; "
             f"nearest: {listed(near) if near else 'nothing like it'}."
         )
-    number, place, holes = match
+    number, position, holes = match
     entry = table.entries[number]
     targets = [target.format(*holes) for target in entry.names(layout)]
-    if entry.row.op == "drop":
+    if entry.rule.op == "drop":
         return []
-    if entry.row.op == "same":
+    if entry.rule.op == "same":
         return [Piece(targets[0], 0, 0, rows)]
     if len(targets) > 1:
-        sizes = rows_of_parts(entry.row, len(targets), dims, rows, plain)
+        sizes = rows_of_parts(entry.rule, len(targets), dims, rows, plain)
         return [
             Piece(targets[part], start, at, stop - start)
-            for at, part, start, stop in segments(entry.row, sizes, dims)
+            for at, part, start, stop in segments(entry.rule, sizes, dims)
         ]
-    sizes = part_rows(entry.row, len(entry.names(side)), dims, rows, plain)
-    if sizes[place] != rows:
-        raise wrong_rows(plain, rows, f"{sizes[place]:,}")
+    sizes = part_rows(entry.rule, len(entry.names(side)), dims, rows, plain)
+    if sizes[position] != rows:
+        raise wrong_rows(plain, rows, f"{sizes[position]:,}")
     return [
         Piece(targets[0], at, start, stop - start)
-        for at, part, start, stop in segments(entry.row, sizes, dims)
-        if part == place
+        for at, part, start, stop in segments(entry.rule, sizes, dims)
+        if part == position
     ]
 
 
 def _carry(
-    parts: Mapping[str, Any], targets: Sequence[str], row: Row, dims: Dims, ops: Ops[Any]
+    parts: Mapping[str, Any], targets: Sequence[str], rule: Rule, dims: Dims, ops: Ops[Any]
 ) -> dict[str, Any]:
-    """The targets of one row, from all of its parts."""
-    if row.op == "same":
+    """The targets of one rule, from all of its parts."""
+    if rule.op == "same":
         return dict(zip(targets, parts.values(), strict=True))
     if len(targets) > 1:
         ((name, whole),) = parts.items()
-        return split(name, whole, targets, row, dims, ops)
-    return {targets[0]: fuse(parts, row, dims, ops)}
+        return split(name, whole, targets, rule, dims, ops)
+    return {targets[0]: fuse(parts, rule, dims, ops)}
 
 
 def _unpack(tensors: Mapping[str, Any], dims: Dims, ops: Ops[Any]) -> Mapping[str, Any]:
@@ -276,7 +281,7 @@ def _unpack(tensors: Mapping[str, Any], dims: Dims, ops: Ops[Any]) -> Mapping[st
                 )
             matrix = tensor.reshape((experts * int(tensor.shape[1]), int(tensor.shape[2])))
             targets = expert_names(entry, holes, experts)
-            new = split(name, matrix, targets, entry.row, dims, ops)
+            new = split(name, matrix, targets, entry.rule, dims, ops)
         twice = next((key for key in new if key in out), None)
         if twice is not None:
             raise InputError(
@@ -287,7 +292,7 @@ def _unpack(tensors: Mapping[str, Any], dims: Dims, ops: Ops[Any]) -> Mapping[st
     return out
 
 
-def _complete(result: Converted[T], dims: Dims, side: str) -> dict[str, T]:
+def _complete(result: Converted[T], dims: Dims, side: Layout) -> dict[str, T]:
     """The tensors of a conversion that left nothing over; raises `InputError` otherwise."""
     table = table_of(dims.family)
     layout = f"the {TITLES[side]} layout of {dims.family}"
@@ -302,12 +307,12 @@ def _complete(result: Converted[T], dims: Dims, side: str) -> dict[str, T]:
         lines.append(
             f"missing in {layout} ({len(result.missing):,}{more}): {listed(result.missing)}"
         )
-        heads = {entry.names(side)[0] for entry in table.entries if entry.row.tied_to}
+        heads = {entry.names(side)[0] for entry in table.entries if entry.rule.tied_to}
         if not heads.isdisjoint(result.missing):
             lines.append("Nothing ties the head to the embedding, and a head is never invented.")
     if not lines:
         return result.tensors
-    if has_lora(result.unexpected):
+    if is_wrapped(result.unexpected):
         lines.append("This is a LoRA-wrapped training checkpoint: merge its pairs first.")
     else:
         lines.append("Is the checkpoint complete, and is this its config?")

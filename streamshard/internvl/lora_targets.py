@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from streamshard.errors import InputError, listed
-from streamshard.internvl.families import FAMILIES, VISION_TARGETS
+from streamshard.internvl.families import FAMILIES, VISION_TARGETS, Layout
 from streamshard.internvl.model_config import Dims
 from streamshard.internvl.tables import (
     TITLES,
@@ -29,26 +29,46 @@ __all__ = [
     "PARTS",
     "UPSTREAM",
     "UPSTREAM_DROPOUT",
+    "UPSTREAM_R",
     "Target",
+    "beginning",
     "check_complete",
+    "flags_of",
     "parameters",
     "target_ends",
     "target_modules",
+    "upstream_alpha",
 ]
 
 
+# What InternVLChatModel.wrap_llm_lora and wrap_backbone_lora do, and store nowhere.
 UPSTREAM_DROPOUT = 0.05
-
-# The part of the model that each field of the config wraps, with this rank (InternVLChatModel).
-FLAGS = {"use_llm_lora": "language_model.", "use_backbone_lora": "vision_model."}
-# Families that InternVLChatModel.wrap_llm_lora knows.
+UPSTREAM_R = 128
+# Families that wrap_llm_lora knows.
 UPSTREAM = ("llama", "qwen2", "internlm2", "phi3")
 
 # The parts of a model that are wrapped, in this order, and how their names begin in each layout.
-PARTS = {
+PARTS: dict[str, dict[Layout, str]] = {
     "vision_model": {"custom": "vision_model.", "hf": "vision_tower."},
     "language_model": {"custom": "language_model.", "hf": "language_model."},
 }
+# The part that each field of the config wraps, with this rank; 0 stands for none.
+FLAGS = {"use_llm_lora": "language_model", "use_backbone_lora": "vision_model"}
+
+
+def upstream_alpha(r: int) -> int:
+    """The alpha that InternVL's trainer has with a rank."""
+    return 2 * r
+
+
+def flags_of(ranks: Mapping[str, int]) -> dict[str, int]:
+    """The fields of the config of a model whose parts are wrapped with these ranks."""
+    return {flag: ranks.get(part, 0) for flag, part in reversed(FLAGS.items())}
+
+
+def beginning(part: str, layout: Layout) -> str:
+    """How the names of a part begin; those of the whole "model" begin with anything."""
+    return PARTS[part][layout] if part in PARTS else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +79,7 @@ class Target:
     r: int
 
 
-def check_complete(names: Iterable[str], dims: Dims, layout: str) -> None:
+def check_complete(names: Iterable[str], dims: Dims, layout: Layout) -> None:
     """Raise `InputError` if a checkpoint lacks tensors of its family's tables, or has others."""
     table = table_of(dims.family)
     found = dict.fromkeys(_unpacked(names, dims))
@@ -90,7 +110,7 @@ def _unpacked(names: Iterable[str], dims: Dims) -> Iterator[str]:
 
 
 def target_modules(
-    names: Iterable[str], dims: Dims, layout: str, ranks: Mapping[str, int]
+    names: Iterable[str], dims: Dims, layout: Layout, ranks: Mapping[str, int]
 ) -> list[Target]:
     """The modules that get LoRA, in the order in which PEFT finds them in the model.
 
@@ -98,27 +118,27 @@ def target_modules(
     to ranks.
     """
     table = table_of(dims.family)
-    ends = {part: _rows(dims.family, part) for part in ranks}
+    ends = {part: _adapted(dims.family, part) for part in ranks}
     found = []
     for name in names:
         match = find(table, layout, name) if name.endswith(".weight") else None
         if match is None:
             continue
-        number, place, holes = match
+        number, position, holes = match
         for part in ranks:
             if number in ends[part]:
                 # Experts come one after the other, behind everything else of their layer.
-                inside = (holes[0], *(holes[1:] or (-1,)), ends[part][number], place)
+                inside = (holes[0], *(holes[1:] or (-1,)), ends[part][number], position)
                 target = Target(name.removesuffix(".weight"), ranks[part])
                 found.append(((list(PARTS).index(part), *inside), target))
     return [target for _, target in sorted(found, key=lambda item: item[0])]
 
 
-def target_ends(family: str, layout: str, part: str) -> list[str]:
+def target_ends(family: str, layout: Layout, part: str) -> list[str]:
     """The ends of names by which PEFT is told the modules (`LoraConfig.target_modules`)."""
     table = table_of(family)
     found: list[str] = []
-    for number, end in sorted(_rows(family, part).items(), key=lambda item: item[1]):
+    for number, end in sorted(_adapted(family, part).items(), key=lambda item: item[1]):
         words = _targets(family, part)[end].count(".") + 1
         modules = (name.removesuffix(".weight") for name in table.entries[number].names(layout))
         found += [".".join(module.split(".")[-words:]) for module in modules]
@@ -129,23 +149,23 @@ def _targets(family: str, part: str) -> tuple[str, ...]:
     return VISION_TARGETS if part == "vision_model" else FAMILIES[family].targets
 
 
-def _rows(family: str, part: str) -> dict[int, int]:
-    """Rows of the tables that get LoRA, by number, to the place of their module in its layer."""
+def _adapted(family: str, part: str) -> dict[int, int]:
+    """Rules of the tables that get LoRA, by number, to the position of their module in its layer."""
     found = {}
     for number, entry in enumerate(table_of(family).entries):
         name = entry.custom[0]
-        for place, end in enumerate(_targets(family, part)):
+        for position, end in enumerate(_targets(family, part)):
             if name.startswith(PARTS[part]["custom"]) and name.endswith(f".{end}.weight"):
-                found[number] = place
+                found[number] = position
     return found
 
 
-def parameters(base: Mapping[str, Lazy], dims: Dims, layout: str, prefix: str = "") -> int:
+def parameters(base: Mapping[str, Lazy], dims: Dims, layout: Layout, prefix: str = "") -> int:
     """Elements of the parameters whose names begin with `prefix`; buffers do not count."""
     table, total = table_of(dims.family), 0
     for name, tensor in base.items():
         if name.startswith(prefix):
             match = find(table, layout, name)
-            if match is None or table.entries[match[0]].row.op != "drop":
+            if match is None or table.entries[match[0]].rule.op != "drop":
                 total += math.prod(tensor.shape)
     return total

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamshard.errors import InputError, listed, printable
-from streamshard.internvl.families import FAMILIES, Family
+from streamshard.internvl.families import FAMILIES, Family, Layout
 
 __all__ = [
     "INNER",
@@ -26,15 +26,15 @@ __all__ = [
 MAX_COUNT = 10_000
 
 # The other layout, and where a config of each has that of the language model.
-OTHER = {"custom": "hf", "hf": "custom"}
+OTHER: dict[Layout, Layout] = {"custom": "hf", "hf": "custom"}
 
-INNER = {"custom": "llm_config", "hf": "text_config"}
-_MODEL_TYPES = {"internvl_chat": "custom", "internvl": "hf"}
+INNER: dict[Layout, str] = {"custom": "llm_config", "hf": "text_config"}
+_MODEL_TYPES: dict[str, Layout] = {"internvl_chat": "custom", "internvl": "hf"}
 
 # What the config classes assume for a key that is absent: InternVisionConfig has the values of
 # the 6B encoder with 48 layers (also for the 300M encoder), InternVLVisionConfig those of 300M
 # without biases.
-_VISION_DEFAULTS: dict[str, dict[str, Any]] = {
+_VISION_DEFAULTS: dict[Layout, dict[str, Any]] = {
     "custom": {
         "num_hidden_layers": 48,
         "hidden_size": 3200,
@@ -50,7 +50,7 @@ _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
         "norm_type": "layer_norm",
     },
 }
-_VISION_SWITCHES = {
+_VISION_SWITCHES: dict[Layout, tuple[str, str]] = {
     "custom": ("qkv_bias", "qk_normalization"),
     "hf": ("attention_bias", "use_qk_norm"),
 }
@@ -87,7 +87,7 @@ class Dims:
     tied: bool | None = None
 
 
-def config_layout(config: Mapping[str, Any]) -> str | None:
+def config_layout(config: Mapping[str, Any]) -> Layout | None:
     """Answer "custom" or "hf" as a `config.json` has it, or None where it is of neither."""
     return _MODEL_TYPES.get(str(config.get("model_type")))
 
@@ -182,7 +182,7 @@ def check_config(config: Mapping[str, Any], where: str = "config.json") -> None:
 def _family_of(
     config: Mapping[str, Any],
     llm: Mapping[str, Any],
-    layout: str,
+    layout: Layout,
     architecture: str | None,
     where: str,
 ) -> Family:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from streamshard.errors import InputError, printable
-from streamshard.internvl.families import Row
+from streamshard.internvl.families import Rule
 from streamshard.internvl.model_config import Dims
 from streamshard.tensors.joined import concat
 from streamshard.tensors.lazy import Lazy
@@ -62,12 +62,12 @@ def in_memory(join: Callable[[Sequence[Any]], Any]) -> Ops[Any]:
 
 
 def split(
-    name: str, whole: Any, targets: Sequence[str], row: Row, dims: Dims, ops: Ops[Any]
+    name: str, whole: Any, targets: Sequence[str], rule: Rule, dims: Dims, ops: Ops[Any]
 ) -> dict[str, Any]:
-    """The several targets of a row, from the one tensor that joins them."""
-    sizes = rows_of_parts(row, len(targets), dims, rows_of(whole, name), name)
+    """The several targets of a rule, from the one tensor that joins them."""
+    sizes = rows_of_parts(rule, len(targets), dims, rows_of(whole, name), name)
     taken: list[list[Any]] = [[] for _ in targets]
-    for at, part, start, stop in segments(row, sizes, dims):
+    for at, part, start, stop in segments(rule, sizes, dims):
         taken[part].append(ops.rows(whole, at, at + stop - start))
     return {
         target: rows[0] if len(rows) == 1 else ops.join(rows)
@@ -75,10 +75,10 @@ def split(
     }
 
 
-def fuse(parts: Mapping[str, Any], row: Row, dims: Dims, ops: Ops[Any]) -> Any:
-    """The one tensor of a row, from the several that it joins."""
+def fuse(parts: Mapping[str, Any], rule: Rule, dims: Dims, ops: Ops[Any]) -> Any:
+    """The one tensor of a rule, from the several that it joins."""
     names, tensors = list(parts), list(parts.values())
-    sizes = part_rows(row, len(parts), dims, rows_of(tensors[0], names[0]), names[0])
+    sizes = part_rows(rule, len(parts), dims, rows_of(tensors[0], names[0]), names[0])
     first = _kind(tensors[0])
     for (name, tensor), size in zip(parts.items(), sizes, strict=True):
         if rows_of(tensor, name) != size:
@@ -93,7 +93,7 @@ def fuse(parts: Mapping[str, Any], row: Row, dims: Dims, ops: Ops[Any]) -> Any:
             tensors[part]
             if (start, stop) == (0, sizes[part])
             else ops.rows(tensors[part], start, stop)
-            for _, part, start, stop in segments(row, sizes, dims)
+            for _, part, start, stop in segments(rule, sizes, dims)
         ]
     )
 
@@ -110,13 +110,13 @@ def _kind(tensor: Any) -> str:
     return f"{tensor.dtype} with columns [{columns}]"
 
 
-def segments(row: Row, sizes: Sequence[int], dims: Dims) -> Iterator[tuple[int, int, int, int]]:
+def segments(rule: Rule, sizes: Sequence[int], dims: Dims) -> Iterator[tuple[int, int, int, int]]:
     """The rows of the one tensor in order: where they begin, of which part they are which rows.
 
     Joined parts follow each other. Grouped ones (`InternLM2Attention`) alternate: for each
     key-value head the query heads that share it, then the key head, then the value head.
     """
-    groups = dims.kv_heads or 1 if row.op == "grouped" else 1
+    groups = dims.kv_heads or 1 if rule.op == "grouped" else 1
     at = 0
     for group in range(groups):
         for part, size in enumerate(sizes):
@@ -125,13 +125,13 @@ def segments(row: Row, sizes: Sequence[int], dims: Dims) -> Iterator[tuple[int, 
             at += rows
 
 
-def part_rows(row: Row, count: int, dims: Dims, guess: int, name: str) -> list[int]:
+def part_rows(rule: Rule, count: int, dims: Dims, guess: int, name: str) -> list[int]:
     """Rows of each part by the config, or as many as guessed where it does not say.
 
     Raises `InputError` if the config does not divide, or says nothing and a guess cannot be made.
     """
-    if row.op != "grouped":
-        stated = getattr(dims, row.part_rows) if row.part_rows else None
+    if rule.op != "grouped":
+        stated = getattr(dims, rule.part_rows) if rule.part_rows else None
         return [guess if stated is None else stated] * count
     heads, kv_heads, head_dim = dims.heads, dims.kv_heads, dims.head_dim
     if heads is None or kv_heads is None or head_dim is None:
@@ -146,9 +146,9 @@ def part_rows(row: Row, count: int, dims: Dims, guess: int, name: str) -> list[i
     return [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
 
 
-def rows_of_parts(row: Row, count: int, dims: Dims, total: int, name: str) -> list[int]:
+def rows_of_parts(rule: Rule, count: int, dims: Dims, total: int, name: str) -> list[int]:
     """Rows of each part of a tensor of `total` rows; raises `InputError` if they do not fit."""
-    sizes = part_rows(row, count, dims, total // count, name)
+    sizes = part_rows(rule, count, dims, total // count, name)
     if sum(sizes) != total:
         equal = len(set(sizes)) == 1
         expected = f"{count} x {sizes[0]:,}" if equal else " + ".join(f"{n:,}" for n in sizes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from streamshard.errors import InputError, UsageError, printable
+from streamshard.internvl.families import Layout
 from streamshard.tensor_names import without_wrappers
 
 __all__ = [
@@ -47,7 +48,7 @@ def flat_name(name: str) -> str:
 
 
 def flat_parts(name: str) -> tuple[str, str, str]:
-    """A name in the flat spelling, its place in the entries of `SPELLINGS`, and its beginning."""
+    """A name in the flat spelling, which entry of `SPELLINGS` begins it, and this beginning."""
     rest = name.removeprefix("model.")
     if rest in {"lm_head.weight", "language_model.lm_head.weight"}:
         return "language_model.lm_head.weight", "head", name.removesuffix("weight")
@@ -82,7 +83,7 @@ def spell(name: str, spelling: str) -> str:
     return vision + name
 
 
-def flat_names(names: Iterable[str], layout: str) -> dict[str, str]:
+def flat_names(names: Iterable[str], layout: Layout) -> dict[str, str]:
     """Each name as the tables have it (flat, no wrappers) to the name as given.
 
     Raises `InputError` if two of them are the same tensor.
@@ -100,6 +101,6 @@ def flat_names(names: Iterable[str], layout: str) -> dict[str, str]:
     return found
 
 
-def in_model(name: str, layout: str) -> str:
+def in_model(name: str, layout: Layout) -> str:
     """The name that a tensor of the custom layout, or of HF's flat spelling, has in the live model."""
     return spell(name, "nested") if layout == "hf" else name

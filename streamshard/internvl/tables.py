@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from streamshard.errors import nearest
-from streamshard.internvl.families import FAMILIES, Row
+from streamshard.internvl.families import FAMILIES, LAYOUTS, Layout, Rule
 from streamshard.internvl.model_config import OTHER, Dims
 from streamshard.internvl.spelling import flat_name
 
@@ -54,46 +54,46 @@ _SWITCHES = {
 _INDEX = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.)")
 _HOLE = re.compile(r"\{(\w+)\}")
 
-TITLES = {"custom": "custom", "hf": "HF"}
+TITLES: dict[Layout, str] = {"custom": "custom", "hf": "HF"}
 
 Holes = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A row as compiled: its names with empty holes, and what the holes count."""
+    """A rule as compiled: its names with empty holes, and what the holes count."""
 
-    row: Row
+    rule: Rule
     custom: tuple[str, ...]
     hf: tuple[str, ...]
     holes: tuple[str, ...]
 
-    def names(self, side: str) -> tuple[str, ...]:
+    def names(self, side: Layout) -> tuple[str, ...]:
         return self.custom if side == "custom" else self.hf
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The rows of a family, found by a name of one side with its indexes taken out."""
+    """The rules of a family, found by a name of one side with its indexes taken out."""
 
     entries: tuple[Entry, ...]
-    found: dict[str, dict[str, tuple[int, int]]]
-    """Side to name to the row's number and the name's place in the row."""
+    found: dict[Layout, dict[str, tuple[int, int]]]
+    """Side to name to the rule's number and the name's position in the rule."""
 
 
 @cache
 def table_of(family: str, packed: bool = False) -> Table:  # noqa: FBT002
     """The compiled table of a family, or that of its packed experts."""
-    rows = FAMILIES[family].packed if packed else FAMILIES[family].rows
+    rules = FAMILIES[family].packed if packed else FAMILIES[family].rules
     entries = []
-    found: dict[str, dict[str, tuple[int, int]]] = {"custom": {}, "hf": {}}
-    for number, row in enumerate(rows):
-        empty = {side: tuple(_HOLE.sub("{}", n) for n in row.names(side)) for side in found}
-        holes = tuple(_HOLE.findall(row.custom))
-        entries.append(Entry(row, empty["custom"], empty["hf"], holes))
+    found: dict[Layout, dict[str, tuple[int, int]]] = {side: {} for side in LAYOUTS}
+    for number, rule in enumerate(rules):
+        empty = {side: tuple(_HOLE.sub("{}", n) for n in rule.names(side)) for side in LAYOUTS}
+        holes = tuple(_HOLE.findall(rule.custom))
+        entries.append(Entry(rule, empty["custom"], empty["hf"], holes))
         for side, names in empty.items():
-            for place, name in enumerate(names):
-                found[side][name] = number, place
+            for position, name in enumerate(names):
+                found[side][name] = number, position
     return Table(tuple(entries), found)
 
 
@@ -103,8 +103,8 @@ def opened(name: str) -> tuple[str, Holes]:
     return "{}".join(parts[::2]), tuple(map(int, parts[1::2]))
 
 
-def find(table: Table, side: str, name: str) -> tuple[int, int, Holes] | None:
-    """Row, place in the row, and indexes of a name; None if the table has no such name."""
+def find(table: Table, side: Layout, name: str) -> tuple[int, int, Holes] | None:
+    """Rule, position in the rule, and indexes of a name; None if the table has no such name."""
     known = table.found[side]
     if name in known and "{" not in name:  # also names with a digit of their own, as mlp1.0
         return (*known[name], ())
@@ -115,8 +115,8 @@ def find(table: Table, side: str, name: str) -> tuple[int, int, Holes] | None:
     return (*match, holes)
 
 
-def counterparts(table: Table, side: str, name: str) -> list[str]:
-    """The names of the other side in the row of a name; none if the table has no such name."""
+def counterparts(table: Table, side: Layout, name: str) -> list[str]:
+    """The names of the other side in the rule of a name; none if the table has no such name."""
     match = find(table, side, name)
     if match is None:
         return []
@@ -129,7 +129,7 @@ def expert_names(entry: Entry, holes: Holes, experts: int) -> list[str]:
     return [name.format(*holes, e) for e in range(experts) for name in entry.custom]
 
 
-def nearest_names(name: str, table: Table, side: str) -> list[str]:
+def nearest_names(name: str, table: Table, side: Layout) -> list[str]:
     """Names of the tables that are most like this one, with its own indexes."""
     name = flat_name(name) if side == "hf" else name
     holes = opened(name)[1]
@@ -138,7 +138,7 @@ def nearest_names(name: str, table: Table, side: str) -> list[str]:
     return nearest(name, known)
 
 
-def counted(dims: Dims, source: Iterable[str], table: Table, side: str) -> Dims:
+def counted(dims: Dims, source: Iterable[str], table: Table, side: Layout) -> Dims:
     """`dims` with counts and switches that are None taken from the names in the source."""
     if all(getattr(dims, name) is not None for name in _asked(table)):
         return dims
@@ -147,14 +147,14 @@ def counted(dims: Dims, source: Iterable[str], table: Table, side: str) -> Dims:
     dense = set()
     for name in source:
         match = find(table, side, name)
-        if match is None or table.entries[match[0]].row.op == "drop":
+        if match is None or table.entries[match[0]].rule.op == "drop":
             continue
         entry, holes = table.entries[match[0]], match[2]
         for hole, index in zip(entry.holes, holes, strict=True):
             indexes[hole].add(index)
-        if entry.row.only:
-            switches[entry.row.only] = True
-        if entry.row.layers == "dense":
+        if entry.rule.only:
+            switches[entry.rule.only] = True
+        if entry.rule.layers == "dense":
             dense.add(holes[entry.holes.index("layer")])
     counts: dict[str, Any] = {
         _COUNTS[hole]: max(seen, default=0) + 1 for hole, seen in indexes.items()
@@ -167,8 +167,8 @@ def counted(dims: Dims, source: Iterable[str], table: Table, side: str) -> Dims:
 def _asked(table: Table) -> set[str]:
     """The fields of `Dims` that say which names a model has."""
     asked = {_COUNTS[hole] for entry in table.entries for hole in entry.holes}
-    asked |= {entry.row.only for entry in table.entries if entry.row.only}
-    return asked | {"dense_layers" for entry in table.entries if entry.row.layers}
+    asked |= {entry.rule.only for entry in table.entries if entry.rule.only}
+    return asked | {"dense_layers" for entry in table.entries if entry.rule.layers}
 
 
 def _count(dims: Dims, hole: str) -> int:
@@ -176,32 +176,32 @@ def _count(dims: Dims, hole: str) -> int:
 
 
 def _is_in_layer(entry: Entry, holes: Sequence[int], dims: Dims) -> bool:
-    """Whether a row that only dense or only sparse layers have belongs in this one."""
-    if not entry.row.layers:
+    """Whether a rule that only dense or only sparse layers have belongs in this one."""
+    if not entry.rule.layers:
         return True
     is_dense = holes[entry.holes.index("layer")] in (dims.dense_layers or ())
-    return is_dense == (entry.row.layers == "dense")
+    return is_dense == (entry.rule.layers == "dense")
 
 
 def misplaced(entry: Entry, holes: Holes, dims: Dims) -> str | None:
-    """Why a model of these dimensions does not have a name of this row, None if it does."""
+    """Why a model of these dimensions does not have a name of this rule, None if it does."""
     for hole, index in zip(entry.holes, holes, strict=True):
         if index >= _count(dims, hole):
             return f"by the config there are {_count(dims, hole)} {_HOLES[hole]}"
-    if entry.row.only and not getattr(dims, entry.row.only):
-        return f"by the config there is no {_SWITCHES[entry.row.only]}"
+    if entry.rule.only and not getattr(dims, entry.rule.only):
+        return f"by the config there is no {_SWITCHES[entry.rule.only]}"
     if not _is_in_layer(entry, holes, dims):
-        has = "has" if entry.row.layers == "dense" else "has no"
+        has = "has" if entry.rule.layers == "dense" else "has no"
         return f"by the config this layer {has} experts"
     return None
 
 
-def missing_names(source: Collection[str], table: Table, dims: Dims, side: str) -> Iterator[str]:
+def missing_names(source: Collection[str], table: Table, dims: Dims, side: Layout) -> Iterator[str]:
     """Names that a model of these dimensions has and the source has not."""
     for entry in table.entries:
-        row = entry.row
-        tied = side == "hf" and row.tied_to and dims.tied
-        if row.op == "drop" or tied or (row.only and not getattr(dims, row.only)):
+        rule = entry.rule
+        tied = side == "hf" and rule.tied_to and dims.tied
+        if rule.op == "drop" or tied or (rule.only and not getattr(dims, rule.only)):
             continue
         for holes in itertools.product(*(range(_count(dims, hole)) for hole in entry.holes)):
             if _is_in_layer(entry, holes, dims):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from streamshard.errors import InputError
-from streamshard.internvl.detection import detect
+from streamshard.internvl.detection import Detected
 from streamshard.internvl.model_config import INNER, config_layout, is_tied
 from streamshard.internvl.spelling import SPELLINGS
 from streamshard.tensor_names import EMBEDDINGS, HEADS
-from streamshard.tensors.lazy import Lazy
 
 __all__ = ["embedding_and_head", "is_stated_tied", "tied_names"]
 
 
-def embedding_and_head(tensors: Mapping[str, Lazy]) -> tuple[str | None, str | None]:
+def embedding_and_head(tensors: Collection[str]) -> tuple[str | None, str | None]:
     """The names of the token embedding and of the language model's head, if it has them."""
     found: list[str | None] = []
     for modules in (EMBEDDINGS, HEADS):
@@ -40,13 +39,16 @@ def is_stated_tied(config: Mapping[str, Any] | None) -> bool:
 
 
 def tied_names(
-    tensors: Mapping[str, Lazy], config: Mapping[str, Any] | None
+    embedding: str | None,
+    head: str | None,
+    config: Mapping[str, Any] | None,
+    detected: Callable[[], Detected],
 ) -> tuple[str, str] | None:
     """The names of embedding and head if the config ties them, or if the head is not stored.
 
-    Both may be stored all the same, with equal or with different bytes.
+    Both may be stored all the same, with equal or with different bytes. `detected` says what the
+    checkpoint is, or raises `InputError`.
     """
-    embedding, head = embedding_and_head(tensors)
     if embedding is None or config is None or config_layout(config) == "custom":
         return None
     if head is not None:
@@ -54,7 +56,7 @@ def tied_names(
     if not is_stated_tied(config) and config.get("tie_word_embeddings") is False:
         return None
     try:
-        spelling = detect(list(tensors), config).spelling
+        spelling = detected().spelling
     except InputError:  # a language model by itself
         return embedding, "lm_head.weight"
     start = SPELLINGS[spelling if spelling in SPELLINGS else "flat"][0]

@@ -1,11 +1,11 @@
-"""An adapter with its keys sorted, where the tensors are that it changes, and what became of a merge."""
+"""An adapter, its keys sorted, and where the tensors are that it changes."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.lora.keys import Keys
 from streamshard.lora.name_matching import Place, Wanted
 from streamshard.lora.settings import LoraSettings
-from streamshard.tensor_names import EMBEDDINGS, HEADS
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
 from streamshard.tensors.workspace import Workspace
@@ -22,11 +21,9 @@ from streamshard.tensors.workspace import Workspace
 __all__ = [
     "Adapter",
     "AdapterPlan",
-    "Merged",
     "check_target",
     "factors_of",
     "facts_of",
-    "is_of_tokens",
     "largest",
     "misfit",
     "no_sum",
@@ -51,32 +48,15 @@ class Adapter:
     expert_order: str = "peft"
 
 
-@dataclass(slots=True)
-class Merged:
-    """The new mapping, and what became of what.
-
-    `updated` are the names of tensors that get an update, `replaced` of those that get other values
-    in whole or in some rows. `untied` says that embedding and head were one and no longer are;
-    `facts` are one dict an adapter for the report.
-    """
-
-    tensors: dict[str, Lazy]
-    updated: list[str] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    untied: bool = False
-    facts: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class AdapterPlan:
     """One adapter, its keys sorted, and the places of the tensors that they change."""
 
     adapter: Adapter
     keys: Keys
-    parameters: dict[str, str]
+    parameters: Mapping[str, str]
     """Module to the fused parameter that it adapts."""
-    homes: dict[str, list[Place]]
+    homes: Mapping[str, Sequence[Place]]
 
     def weight(self, module: str) -> str:
         """The tensor that a module's pair updates, as the adapter names it."""
@@ -114,14 +94,8 @@ def factors_of(plan: AdapterPlan, name: str) -> tuple[Lazy, Lazy]:
     return tuple(t.reshape((t.rows, t.columns)) for t in (tensors[module.A], tensors[module.B]))  # type: ignore[return-value]
 
 
-def is_of_tokens(tensor: str) -> bool:
-    """Whether a tensor is the weight of an embedding or head, which PEFT may save unasked."""
-    parts = tensor.split(".")
-    return parts[-1] == "weight" and len(parts) > 1 and parts[-2] in (*EMBEDDINGS, *HEADS)
-
-
-def facts_of(plan: AdapterPlan) -> dict[str, Any]:
-    """What the report says of an adapter."""
+def facts_of(plan: AdapterPlan, idle: Sequence[str]) -> dict[str, Any]:
+    """What the report says of an adapter; `idle` are further keys that change nothing."""
     settings, adapter = plan.adapter.settings, plan.adapter
     pairs = {name: module for name, module in plan.keys.modules.items() if module.A}
     shapes = {name: len(adapter.tensors[module.A].shape) for name, module in pairs.items()}
@@ -146,7 +120,7 @@ def facts_of(plan: AdapterPlan) -> dict[str, Any]:
         "use_rslora": settings.use_rslora,
         "kinds": [kind for kind, has in kinds.items() if has],
         "scalings": dict(scalings),
-        "inert": plan.keys.inert,
+        "inert": [*plan.keys.inert, *idle],
     }
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from streamshard.errors import AdapterError, InputError, listed
-from streamshard.lora.adapter import Merged
+from streamshard.tensor_names import factors_among
+from streamshard.tensors.arrays import Float32
 from streamshard.tensors.computed import Computed
 from streamshard.tensors.lazy import Lazy, read_float32
 from streamshard.tensors.low_rank import SPAN_COLUMNS, TILE_COLUMNS, TILE_ROWS
-from streamshard.tensors.workspace import Float32, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["check_base", "check_not_merged", "projection"]
 
@@ -30,24 +31,25 @@ SAMPLE_ELEMENTS = 32_000_000
 SAMPLE_TENSORS = 512
 
 
-def check_not_merged(result: Merged, work: Workspace) -> None:
+def check_not_merged(where: str, tensors: Iterable[Lazy], work: Workspace) -> None:
     """Refuse a base that seems to hold the updates of an adapter already.
 
     A clean base has no more than noise of an update in it; after a merge every tensor has it once.
-    `result` is that of one adapter of weight 1. Raises `AdapterError`.
+    `tensors` are those that an adapter updates, by itself and with weight 1; `where` is what
+    messages call it. Raises `AdapterError`.
     """
-    found, noise, typical = projection(result, work)
+    found, noise, typical = projection(tensors, work)
     times = round(found) if math.isfinite(found) else 0
     if times >= 1 and abs(found - times) < 0.15 and noise < 0.1 and abs(typical - times) < 0.3:
         raise AdapterError(
-            f"{result.facts[0]['file']}: the base seems to have this update in it already ({found:.2f} "
+            f"{where}: the base seems to have this update in it already ({found:.2f} "
             f"times, by the projection of the weights on it, with noise of about {noise:.2g}): merging "
             "would add it once more. Give the base that the adapter was trained on; if you are sure "
             "that this is it, pass --allow-merged-base."
         )
 
 
-def projection(result: Merged, work: Workspace) -> tuple[float, float, float]:
+def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, float]:
     """`<W, D> / <D, D>` over a sample of rows, `D` the updates, and its deviation for an unrelated W.
 
     The deviation is that of independent elements: `|W| / (sqrt(n) |D|)`. The third number is the
@@ -55,8 +57,8 @@ def projection(result: Merged, work: Workspace) -> tuple[float, float, float]:
     """
     pieces = [
         piece
-        for name in result.updated
-        for piece in result.tensors[name].pieces
+        for tensor in tensors
+        for piece in tensor.pieces
         if isinstance(piece, Computed) and piece.terms and piece.magnitude is None
     ]
     sizes = [min(TILE_ROWS, piece.rows) * piece.columns for piece in pieces]
@@ -109,7 +111,7 @@ def check_base(base: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> No
             f"the base is quantized: it has {listed(quantized, 3)}. An update cannot be added to "
             "quantized weights without a further loss: use the unquantized checkpoint."
         )
-    wrapped = [name for name in base if ".lora_A." in name or ".lora_B." in name]
+    wrapped = factors_among(base)
     if wrapped:
         raise InputError(
             f"the base is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. Use the "

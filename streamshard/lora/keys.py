@@ -11,16 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from streamshard.errors import AdapterError, listed, printable
+from streamshard.tensor_names import split_key
 
 __all__ = ["BASE_LAYER", "Keys", "Module", "read_keys"]
 
 
 BASE_LAYER = ".base_layer"
 
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
-_PREFIX = re.compile(r"(?:module\.|base_model\.model\.)*")
 _PART = re.compile(
     r"(?P<module>.+?)\.(?:"
     r"(?P<factor>lora_[AB])(?:\.(?P<name1>[^.]+))?\.(?P<end>weight|bias)"
@@ -90,15 +87,12 @@ def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) 
     `AdapterError` for what is not understood, twice there, or has no partner.
     """
     found = Keys()
-    prefixes: dict[str, str] = {}
+    beginnings: dict[str, str] = {}
     parts: dict[str, re.Match[str]] = {}
     names: set[str] = set()
     saved_names: set[str] = set()
     for key in keys:
-        plain = _WRAPPERS.sub("", key)
-        prefix = _PREFIX.match(plain)
-        start = prefix[0] if prefix else ""
-        plain = plain.removeprefix(start)
+        beginning, plain = split_key(key)
         if _INERT.fullmatch(plain):
             found.inert.append(key)
             continue
@@ -112,7 +106,7 @@ def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) 
         if adapter_name is not None and own not in (None, adapter_name):
             del parts[key]
             continue
-        prefixes.setdefault(start, key)
+        beginnings.setdefault(beginning, key)
     # PEFT leaves its name in the biases of a module that has modules itself.
     if adapter_name is not None or names != {""} or len(saved_names) > 1:
         names |= saved_names
@@ -122,9 +116,9 @@ def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) 
             _add_part(found, match, key, where)
         else:
             _add_whole(found, match, key, where)
-    if len(prefixes) > 1:
+    if len(beginnings) > 1:
         raise AdapterError(
-            f"{where}: keys begin in different ways, for example {listed(prefixes.values())}. One "
+            f"{where}: keys begin in different ways, for example {listed(beginnings.values())}. One "
             "prefix for all is expected: the file mixes several models."
         )
     _check_partners(found, where)

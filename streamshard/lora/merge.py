@@ -1,40 +1,77 @@
 """Folding adapters into weights: what each tensor of an adapter changes, and the mapping that results.
 
-`merge` is a function from a base mapping and adapters to a mapping. It reads the adapters'
-values (to refuse what is not finite) but no weight of the base. Formulas: `W + s * B @ A`
-(arXiv:2106.09685), `s` from `settings`; DoRA `m * V / |V|` (arXiv:2402.09353); whole tensors and
-token rows replace what the base has.
+`changes_of` goes from a base mapping and adapters to what they change, `merge` from there to a
+mapping. Adapters' values are read (to refuse what is not finite) but no weight of the base.
+Formulas: `W + s * B @ A` (arXiv:2106.09685), `s` from `settings`; DoRA
+`m * V / |V|` (arXiv:2402.09353); whole tensors and token rows replace what the base has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from streamshard.errors import AdapterError, printable
-from streamshard.lora.adapter import Adapter, AdapterPlan, Merged, facts_of
+from streamshard.lora.adapter import Adapter, AdapterPlan, facts_of
+from streamshard.lora.adapter_checks import check_depth
+from streamshard.lora.adapter_plan import plan_adapter
 from streamshard.lora.keys import Module
 from streamshard.lora.name_matching import OtherNames
-from streamshard.lora.planning import check_depth, plan_adapter
-from streamshard.lora.replacements import Replacement, replace_rows, replacements_of
+from streamshard.lora.replacements import Replacement, replaced_tensors, replacements_of
 from streamshard.lora.updates import Update, check_company, updated, updates_of
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["merge"]
+__all__ = ["Changes", "Merged", "alone", "changes_of", "merge"]
 
 
-def merge(
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What adapters do to a base: values that are replaced, and updates, by adapter and target.
+
+    `tensors` has the replaced values, and no update yet. `tie` are the names of embedding and head
+    where these are one tensor; `follows` says that an update of the one is meant for both.
+    """
+
+    base: Mapping[str, Lazy]
+    adapters: Sequence[Adapter]
+    tensors: Mapping[str, Lazy]
+    replacements: Sequence[Replacement]
+    updates: Sequence[Sequence[tuple[str, Update]]]
+    tie: tuple[str, str] | None
+    follows: bool
+    facts: Sequence[Mapping[str, Any]]
+    """What the report says of each adapter."""
+    warnings: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The new mapping, and what became of what.
+
+    `updated` are the names of tensors that get an update, `replaced` of those that get other values
+    in whole or in some rows. `untied` says that embedding and head were one and no longer are.
+    """
+
+    tensors: dict[str, Lazy]
+    updated: Sequence[str]
+    replaced: Sequence[str]
+    untied: bool
+
+
+def changes_of(
     base: Mapping[str, Lazy],
     adapters: Sequence[Adapter],
     work: Workspace,
     others: OtherNames,
     tie: tuple[str, str] | None = None,
-) -> Merged:
-    """Apply every tensor of every adapter to the weight it was trained on.
+) -> Changes:
+    """Match every tensor of every adapter with the weight it was trained on.
 
     Each tensor of an adapter is used exactly once. `others` knows the names of other spellings and
     of another layout, for adapters that were trained there. `tie` are the names of embedding and
@@ -44,39 +81,74 @@ def merge(
     whole = dict(base)
     if tie is not None:
         whole.setdefault(tie[1], base[tie[0]])
-    result = Merged(whole)
     plans = [plan_adapter(adapter, whole, work, others) for adapter in adapters]
-    followed = [plan for plan in plans if tie is not None and _follows(plan, tie, work)]
-    replacements = [r for plan in plans for r in replacements_of(plan, whole, result, work)]
+    followed = [tie is not None and _follows(plan, tie, work) for plan in plans]
+    own = [replacements_of(plan, whole, work) for plan in plans]
+    replacements = [one for found in own for one in found.found]
     if tie is not None:
         replacements += _tied_rows(replacements, tie)
-    replace_rows(result, replacements)
-    updates: dict[str, list[Update]] = {}
-    for plan in plans:
-        found = updates_of(plan, result, work)
-        if not found and not any(r.adapter is plan.adapter for r in replacements):
-            raise AdapterError(
-                f"{plan.adapter.where}: its --weight is 0, so it changes nothing. Leave the adapter out."
-                if not plan.adapter.weight
-                else f"{plan.adapter.where}: every update is exactly zero (lora_B is zero): the adapter "
-                "was not trained, or was saved by a trainer that lost its values. Give a checkpoint "
-                "from later in the training, or save the adapter again."
-            )
-        for target, update in found:
-            if plan not in followed or tie is None or target != tie[1]:
-                updates.setdefault(target, []).append(update)
-        check_depth(plan, base, result)
-        result.facts.append(facts_of(plan))
+    whole |= replaced_tensors(whole, replacements)
+    warnings = [warning for found in own for warning in found.warnings]
+    updates, facts = [], []
+    for plan, follows, replaced in zip(plans, followed, own, strict=True):
+        found, idle = updates_of(plan, whole, work)
+        if not found and not replaced.found:
+            raise _changes_nothing(plan.adapter)
+        dropped = tie[1] if follows and tie is not None else None
+        updates.append([(target, update) for target, update in found if target != dropped])
+        warnings += [*idle, *check_depth(plan, base)]
+        facts.append(facts_of(plan, replaced.idle))
+    return Changes(
+        base, adapters, whole, replacements, updates, tie, any(followed), facts, warnings
+    )
+
+
+def _changes_nothing(adapter: Adapter) -> AdapterError:
+    if not adapter.weight:
+        return AdapterError(
+            f"{adapter.where}: its --weight is 0, so it changes nothing. Leave the adapter out."
+        )
+    return AdapterError(
+        f"{adapter.where}: every update is exactly zero (lora_B is zero): the adapter "
+        "was not trained, or was saved by a trainer that lost its values. Give a checkpoint "
+        "from later in the training, or save the adapter again."
+    )
+
+
+def merge(changes: Changes, work: Workspace) -> Merged:
+    """The base with all changes made; refuses what several adapters cannot do together."""
+    tensors = dict(changes.tensors)
+    updates = _by_target(itertools.chain.from_iterable(changes.updates))
     for name, own in updates.items():
-        check_company(name, own, replacements)
-        result.tensors[name] = updated(result.tensors[name], own)
-    result.updated = [name for name in result.tensors if name in updates]
+        check_company(name, own, changes.replacements)
+        tensors[name] = updated(tensors[name], own)
+    new = {replacement.target for replacement in changes.replacements}
+    tie, untied = changes.tie, False
     if tie is not None:
-        _settle_tie(result, tie, replacements, work, follows=bool(followed))
-        if tie[1] not in base and not result.untied:
-            del result.tensors[tie[1]]
-            result.replaced = [name for name in result.replaced if name != tie[1]]
-    return result
+        untied = not _is_still_tied(changes, tie, updates.keys(), work)
+        if not untied and tie[1] not in changes.base:
+            del tensors[tie[1]]
+        elif not untied and (tie[0] in new or not updates.keys().isdisjoint(tie)):
+            tensors[tie[1]] = tensors[tie[0]]
+    return Merged(
+        tensors=tensors,
+        updated=[name for name in tensors if name in updates],
+        replaced=[name for name in tensors if name in new],
+        untied=untied,
+    )
+
+
+def alone(changes: Changes, number: int) -> list[Lazy]:
+    """The tensors that one of the adapters updates, as it would with weight 1 and by itself."""
+    updates = _by_target((name, own.unweighted) for name, own in changes.updates[number])
+    return [updated(t, updates[name]) for name, t in changes.tensors.items() if name in updates]
+
+
+def _by_target(updates: Iterable[tuple[str, Update]]) -> dict[str, list[Update]]:
+    found: dict[str, list[Update]] = {}
+    for target, update in updates:
+        found.setdefault(target, []).append(update)
+    return found
 
 
 def _follows(plan: AdapterPlan, tie: tuple[str, str], work: Workspace) -> bool:
@@ -127,22 +199,16 @@ def _tied_rows(replacements: Sequence[Replacement], tie: tuple[str, str]) -> lis
     return [replace(r, target=tie[1]) for r in embedding if id(r.adapter) not in own]
 
 
-def _settle_tie(
-    result: Merged,
-    tie: tuple[str, str],
-    replacements: Sequence[Replacement],
-    work: Workspace,
-    *,
-    follows: bool,
-) -> None:
-    """Let the head follow the embedding if it is still the same; otherwise they are untied."""
-    embedding, head = ([r for r in replacements if r.target == name] for name in tie)
-    touched = [name in result.updated for name in tie]
-    same = (
+def _is_still_tied(
+    changes: Changes, tie: tuple[str, str], updates: Collection[str], work: Workspace
+) -> bool:
+    """Whether embedding and head are one tensor after the changes, as they were before."""
+    touched = [name in updates for name in tie]
+    if changes.follows and not touched[1]:
+        return True
+    embedding, head = ([r for r in changes.replacements if r.target == name] for name in tie)
+    return (
         not any(touched)
         and [(r.start, r.rows.shape) for r in embedding] == [(r.start, r.rows.shape) for r in head]
         and all(equal_bytes(r.rows, s.rows, work) for r, s in zip(embedding, head, strict=True))
     )
-    result.untied = not ((follows and not touched[1]) or same)
-    if not result.untied and (any(touched) or embedding):
-        result.tensors[tie[1]] = result.tensors[tie[0]]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from streamshard.errors import AdapterError, InputError, listed, printable
-from streamshard.lora.adapter import Adapter, AdapterPlan, Merged, is_of_tokens, largest, no_sum
+from streamshard.lora.adapter import Adapter, AdapterPlan, largest, no_sum
 from streamshard.lora.name_matching import Place
+from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.constructors import cast
 from streamshard.tensors.dtypes import FLOATS
@@ -16,7 +17,7 @@ from streamshard.tensors.joined import concat
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["Replacement", "replace_rows", "replacements_of"]
+__all__ = ["Replacement", "Replacements", "replaced_tensors", "replacements_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,16 @@ class Replacement:
     is_tokens: bool = False
 
 
-def replacements_of(
-    plan: AdapterPlan, base: Mapping[str, Lazy], result: Merged, work: Workspace
-) -> list[Replacement]:
+@dataclass(frozen=True, slots=True)
+class Replacements:
+    """What an adapter replaces, its keys that only repeat what the base has, and warnings."""
+
+    found: Sequence[Replacement]
+    idle: Sequence[str]
+    warnings: Sequence[str]
+
+
+def replacements_of(plan: AdapterPlan, base: Mapping[str, Lazy], work: Workspace) -> Replacements:
     """Whole tensors and token rows, in the dtype of what they replace.
 
     PEFT saves the weight of an embedding or head beside its pair, trained or not: a tensor with the
@@ -41,7 +49,7 @@ def replacements_of(
     """
     adapter, tensors = plan.adapter, plan.adapter.tensors
     found: list[Replacement] = []
-    rounded, replacing = [], []
+    rounded, replacing, idle = [], [], []
     for name, key in plan.keys.whole.items():
         tensor = tensors[key]
         largest(adapter, key, work)
@@ -57,7 +65,7 @@ def replacements_of(
             rows = cast(rows, target.dtype)
             found.append(Replacement(adapter, place.target, place.start, rows, whole=place.whole))
         if len(found) == count:
-            plan.keys.inert.append(key)
+            idle.append(key)
         else:
             replacing.append(key)
     for name, module in plan.keys.modules.items():
@@ -70,12 +78,11 @@ def replacements_of(
                 rounded.append(place.target)
     if replacing and adapter.weight != 1:
         raise no_sum(adapter, replacing)
-    if rounded:
-        result.warnings.append(
-            f"{adapter.where}: values for {listed(rounded, 3)} are saved in another dtype than the "
-            "base's and are rounded to it (--dtype keeps more)"
-        )
-    return found
+    warnings = [
+        f"{adapter.where}: values for {listed(rounded, 3)} are saved in another dtype than the "
+        "base's and are rounded to it (--dtype keeps more)"
+    ]
+    return Replacements(found, idle, warnings if rounded else [])
 
 
 def _is_there(rows: Lazy, target: Lazy, place: Place, work: Workspace) -> bool:
@@ -134,8 +141,11 @@ def _token_rows(
     return found
 
 
-def replace_rows(result: Merged, replacements: Sequence[Replacement]) -> None:
-    """Put replacements into the mapping; each row may have one."""
+def replaced_tensors(
+    base: Mapping[str, Lazy], replacements: Sequence[Replacement]
+) -> dict[str, Lazy]:
+    """The tensors that replacements are of, with these; each row may have one."""
+    found: dict[str, Lazy] = {}
     by_target: dict[str, list[Replacement]] = {}
     for replacement in replacements:
         by_target.setdefault(replacement.target, []).append(replacement)
@@ -149,12 +159,12 @@ def replace_rows(result: Merged, replacements: Sequence[Replacement]) -> None:
                     "can hold: merge one adapter, or remove these tensors from the other."
                 )
         if own[0].whole:
-            result.tensors[target] = own[0].rows
+            found[target] = own[0].rows
         else:
-            tensor, parts, at = result.tensors[target], [], 0
+            tensor, parts, at = base[target], [], 0
             for replacement in own:
                 parts += [tensor.take(at, replacement.start), replacement.rows]
                 at = replacement.start + replacement.rows.rows
             parts.append(tensor.take(at, tensor.shape[0]))
-            result.tensors[target] = concat([part for part in parts if part.shape[0]])
-    result.replaced = [name for name in result.tensors if name in by_target]
+            found[target] = concat([part for part in parts if part.shape[0]])
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +13,6 @@ from streamshard.errors import AdapterError, listed, printable
 from streamshard.lora.adapter import (
     Adapter,
     AdapterPlan,
-    Merged,
     check_target,
     factors_of,
     largest,
@@ -51,12 +50,22 @@ class Update:
     def stop(self) -> int:
         return self.start + self.term.stop - self.term.start
 
+    @property
+    def unweighted(self) -> Update:
+        """The like as the adapter has it: with weight 1."""
+        weight = self.adapter.weight
+        if weight == 1:
+            return self
+        return replace(self, term=replace(self.term, scale=self.term.scale / weight))
 
-def updates_of(plan: AdapterPlan, result: Merged, work: Workspace) -> list[tuple[str, Update]]:
-    """What the pairs of an adapter add, by target; what is exactly zero is left out."""
+
+def updates_of(
+    plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace
+) -> tuple[list[tuple[str, Update]], list[str]]:
+    """What the pairs of an adapter add to which target, and warnings; exact zeros are left out."""
     adapter = plan.adapter
     pairs = {name: module for name, module in plan.keys.modules.items() if module.A}
-    turned = _turned(plan, result.tensors)
+    turned = _turned(plan, tensors)
     found: list[tuple[str, Update]] = []
     idle = []
     for name, module in pairs.items():
@@ -66,21 +75,20 @@ def updates_of(plan: AdapterPlan, result: Merged, work: Workspace) -> list[tuple
         for key in filter(None, (module.magnitude, module.bias)):
             largest(adapter, key, work)
         if name in plan.parameters:
-            new = _of_experts(plan, name, scale, result.tensors, turned=turned[name])
+            new = _of_experts(plan, name, scale, tensors, turned=turned[name])
         else:
-            new = _of_module(plan, name, module, scale, result.tensors, turned=turned[name])
+            new = _of_module(plan, name, module, scale, tensors, turned=turned[name])
         if (not scale or not all(peaks)) and not module.magnitude:
             idle.append(name)
             new = []
         if module.bias and scale:
-            new += _of_bias(plan, name, module, scale, result.tensors)
+            new += _of_bias(plan, name, module, scale, tensors)
         found += new
-    if idle and found:
-        result.warnings.append(
-            f"{adapter.where}: {len(idle)} of {len(pairs)} updates are exactly zero and leave "
-            f"their weights as they are: {listed(idle, 3)}"
-        )
-    return found
+    warnings = [
+        f"{adapter.where}: {len(idle)} of {len(pairs)} updates are exactly zero and leave "
+        f"their weights as they are: {listed(idle, 3)}"
+    ]
+    return found, warnings if idle and found else []
 
 
 def _turned(plan: AdapterPlan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:

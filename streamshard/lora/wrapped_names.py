@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from streamshard.errors import AdapterError, InputError, listed, printable
-from streamshard.tensor_names import PREFIX, without_wrappers
+from streamshard.tensor_names import PREFIX, peft_prefix, without_wrappers
 
 __all__ = ["Pair", "Unwrapped", "unwrap"]
 
 
-_PREFIXES = re.compile(r"(?:^|(?<=\.))(?:base_model\.model\.)+")
 _LORA = re.compile(r"(.+?)\.(lora_\w+|trainable_tokens_delta)((?:\..+)?)")
 _SAVED = re.compile(r"(.+?)\.modules_to_save\.([^.]+)\.(.+)")
 _INNER = re.compile(r"\.(?:base_layer|original_module|token_adapter)(?=\.)")
@@ -62,8 +61,6 @@ class Unwrapped:
     """Given names of the adapter's tensors that are in no pair, to what kind of thing they are."""
     saved: dict[str, str]
     """Fully trained tensors (`modules_to_save`) by the plain name of what they replace."""
-    adapters: tuple[str, ...]
-    """The names of all adapters."""
     depths: dict[str, int]
     """How often each part of the model was wrapped, by its name; "" is the whole model.
 
@@ -86,8 +83,8 @@ def unwrap(names: Iterable[str], adapter: str | None = None) -> Unwrapped:
     ... ])
     >>> found.base
     {'language_model.q_proj.weight': 'language_model.base_model.model.q_proj.base_layer.weight'}
-    >>> list(found.pairs), found.adapters, found.depths
-    (['language_model.q_proj'], ('default',), {'language_model': 1})
+    >>> list(found.pairs), found.depths
+    (['language_model.q_proj'], {'language_model': 1})
     """
     plain, depths = _without_prefixes(names)
     base: dict[str, str] = {}
@@ -118,7 +115,6 @@ def unwrap(names: Iterable[str], adapter: str | None = None) -> Unwrapped:
         tensors=tensors.get(chosen, {}),
         others=others.get(chosen, {}),
         saved=saved.get(chosen, {}),
-        adapters=tuple(sorted(tensors)),
         depths=depths,
     )
 
@@ -130,7 +126,7 @@ def _without_prefixes(names: Iterable[str]) -> tuple[dict[str, str], dict[str, i
     found: dict[str, dict[str, int]] = {}
     for given in names:
         name, own = without_wrappers(given), {}
-        while (match := _PREFIXES.search(name)) is not None:
+        while (match := peft_prefix(name)) is not None:
             part = name[: match.start()].removesuffix(".")
             own[part] = len(match[0]) // len(PREFIX)
             name = name[: match.start()] + name[match.end() :]

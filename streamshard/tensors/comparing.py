@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from streamshard.tensors.arrays import Bytes, Float64
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS, NUMPY
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, blocks
 from streamshard.tensors.rounding import squared_distance_bf16, widen
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["Distances", "equal_bytes", "is_comparable", "squared_distance", "tensor_distance"]
 
 
-BLOCK_NBYTES = 256 * 1024
 # What is widened to fp64 at a time: stays in the processor's cache, and costs little memory.
 PART_ELEMENTS = 16 * 1024
 
@@ -95,13 +94,13 @@ def squared_distance(one: Bytes, one_dtype: str, other: Bytes, other_dtype: str)
 def tensor_distance(one: Lazy, other: Lazy, work: Workspace) -> tuple[float, float]:
     """Squared distance of two comparable tensors, read block by block, and the second's squared norm."""
     total = norm = 0.0
-    for mine, theirs in blocks(one, other, BLOCK_NBYTES, work):
+    for mine, theirs in blocks(work, one, other):
         total += squared_distance(mine, one.dtype, theirs, other.dtype)
         norm += squared_distance(theirs, other.dtype, np.zeros_like(theirs), other.dtype)
     return total, norm
 
 
-def _float64(block: Bytes, dtype: str) -> npt.NDArray[np.float64]:
+def _float64(block: Bytes, dtype: str) -> Float64:
     if dtype in NUMPY:
         return block.view(NUMPY[dtype]).astype(np.float64)
     values = np.empty(block.nbytes * 8 // DTYPE_BITS[dtype], np.float32)
@@ -113,5 +112,5 @@ def equal_bytes(one: Lazy, other: Lazy, work: Workspace) -> bool:
     """Whether two tensors of one shape and dtype have the same bytes, read block by block."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    pairs = blocks(one, other, READ_NBYTES, work)
+    pairs = blocks(work, one, other, nbytes=READ_NBYTES)
     return all(np.array_equal(left, right) for left, right in pairs)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from streamshard.tensors.arrays import Bytes, Elements, Float32, Float64
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS
 from streamshard.tensors.lazy import (
-    Elements,
     Input,
     Lazy,
     Shape,
@@ -32,8 +32,8 @@ from streamshard.tensors.low_rank import (
     tiles_of,
 )
 from streamshard.tensors.not_finite import why_not_finite, zero_norm
-from streamshard.tensors.rounding import Float64, add_and_round, add_row_squares, widen
-from streamshard.tensors.workspace import Bytes, Float32, Workspace
+from streamshard.tensors.rounding import add_and_round, add_row_squares, widen
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["Computed", "Magnitude"]
 

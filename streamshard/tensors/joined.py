@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from streamshard.disk.files import ByteRange
+from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Input, Lazy, Shape, Stored, check_elements, check_rows
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["Concat", "concat"]
 

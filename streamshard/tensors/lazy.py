@@ -17,17 +17,16 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from streamshard.disk.files import ByteRange
+from streamshard.disk.files import BLOCK_NBYTES, ByteRange
+from streamshard.tensors.arrays import Bytes, Float32
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS
 from streamshard.tensors.rounding import widen
-from streamshard.tensors.workspace import Bytes, Float32, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = [
     "READ_NBYTES",
     "Array",
-    "Elements",
     "Input",
     "Lazy",
     "NotFiniteError",
@@ -43,7 +42,6 @@ __all__ = [
 ]
 
 
-Elements: TypeAlias = npt.NDArray[np.generic]
 Shape: TypeAlias = tuple[int, ...]
 # Rows from the first number to the second, of which columns from the third to the fourth.
 Window: TypeAlias = tuple[int, int, int, int]
@@ -280,19 +278,20 @@ def read_float32(
     return out
 
 
-def blocks(one: Lazy, other: Lazy, nbytes: int, work: Workspace) -> Iterator[tuple[Bytes, Bytes]]:
-    """The bytes of two tensors of one shape side by side; valid until the next ones."""
-    bits = [DTYPE_BITS[tensor.dtype] for tensor in (one, other)]
-    total, step = math.prod(one.shape), max(nbytes // max(bits), 1) * 8
+def blocks(
+    work: Workspace, *tensors: Lazy, nbytes: int = BLOCK_NBYTES
+) -> Iterator[tuple[Bytes, ...]]:
+    """All bytes of tensors of one shape, side by side; each block is valid until the next one."""
+    bits = [DTYPE_BITS[tensor.dtype] for tensor in tensors]
+    total, step = math.prod(tensors[0].shape), max(nbytes // max(bits), 1) * 8
     for start in range(0, total, step):
         stop = min(start + step, total)
-        left, right = (
-            work.bytes(name, (stop - start) * width // 8)
-            for name, width in zip(("left", "right"), bits, strict=True)
-        )
-        one.elements(start, stop, left, work)
-        other.elements(start, stop, right, work)
-        yield left, right
+        found = []
+        for place, tensor in enumerate(tensors):
+            block = work.bytes(f"block {place}", (stop - start) * bits[place] // 8)
+            tensor.elements(start, stop, block, work)
+            found.append(block)
+        yield tuple(found)
 
 
 def check_rows(tensor: Lazy, start: int, stop: int) -> None:

@@ -13,10 +13,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from streamshard.tensors.arrays import Bytes, Elements, Float32
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import (
     READ_NBYTES,
-    Elements,
     Input,
     Lazy,
     Shape,
@@ -24,7 +24,7 @@ from streamshard.tensors.lazy import (
     all_counts,
     read_float32,
 )
-from streamshard.tensors.workspace import Bytes, Float32, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -85,13 +85,11 @@ class Transposed(Lazy):
         self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace
     ) -> None:
         place = out.view(FLOATS[self.dtype]).reshape(stop - start, last - first)
-        row_nbytes = (stop - start) * place.itemsize
-        step = max(READ_NBYTES // max(row_nbytes, 1), 1)
-        for row in range(first, last, step):
-            end = min(row + step, last)
-            part = work.bytes("transposed", (end - row) * row_nbytes)
-            self.source.window(row, end, start, stop, part, work)
-            place[:, row - first : end - first] = part.view(place.dtype).reshape(end - row, -1).T
+        for row, end, left, right in self.source.cut((first, last, start, stop), READ_NBYTES):
+            part = work.bytes("transposed", (end - row) * (right - left) * place.itemsize)
+            self.source.window(row, end, left, right, part, work)
+            columns = part.view(place.dtype).reshape(end - row, right - left)
+            place[left - start : right - start, row - first : end - first] = columns.T
 
     def buffer_nbytes(self) -> int:
         return min(READ_NBYTES, self.source.nbytes) + self.source.buffer_nbytes()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from streamshard.tensors.arrays import Float32, Float64
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, Shape, read_float32
-from streamshard.tensors.rounding import Float64, narrow
-from streamshard.tensors.workspace import Float32, Workspace
+from streamshard.tensors.rounding import narrow
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["why_not_finite", "zero_norm"]
 

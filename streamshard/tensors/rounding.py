@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from streamshard.tensors.arrays import Bytes, Elements, Float32, Float64
 from streamshard.tensors.dtypes import NOT_FINITE
 
 try:
@@ -25,7 +25,6 @@ except ImportError:  # installed without a compiler
 __all__ = [
     "Change",
     "Changes",
-    "Float64",
     "add_and_round",
     "add_row_squares",
     "count_not_finite",
@@ -34,10 +33,6 @@ __all__ = [
     "widen",
 ]
 
-
-Float32: TypeAlias = npt.NDArray[np.float32]
-Float64: TypeAlias = npt.NDArray[np.float64]
-Elements: TypeAlias = npt.NDArray[np.generic]
 
 # How many sums the kernel keeps at a time: element i of a row is added to sum i modulo this, those
 # that are left over at the end of a row to the first; in the end the sums are added up in their order.
@@ -127,11 +122,12 @@ def _condensed(terms: Sequence[float]) -> list[float]:
     return partials
 
 
-def count_not_finite(block: npt.NDArray[np.uint8], dtype: str) -> int:
+def count_not_finite(block: Bytes, dtype: str) -> int:
     """How many numbers in the bytes of `block` are infinite or NaN; 0 for dtypes without these."""
     if dtype not in NOT_FINITE:
         return 0
-    kind, mask, value = NOT_FINITE[dtype]
+    unsigned, mask, value = NOT_FINITE[dtype]
+    kind = np.dtype(unsigned).type
     return int(np.count_nonzero((block.view(kind) & kind(mask)) == kind(value)))
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy, Shape, by_elements, check_rows
 from streamshard.tensors.rounding import narrow
-from streamshard.tensors.workspace import Bytes, Workspace
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["MAX_SEED", "Draws", "Uniform", "Zeros"]
 

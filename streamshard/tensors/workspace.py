@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from streamshard.disk.files import Files
+from streamshard.tensors.arrays import Bytes, Float32
 from streamshard.tensors.rounding import Changes
 
-__all__ = ["Bytes", "Float32", "Held", "Workspace"]
-
-
-Bytes: TypeAlias = npt.NDArray[np.uint8]
-Float32: TypeAlias = npt.NDArray[np.float32]
+__all__ = ["Held", "Workspace"]
 
 
 class Whole(Protocol):

@@ -391,7 +391,7 @@ def test_another_layout_is_no_guess(pair, refused):
     refused(4, "2 of 2 modules", "vision_model.encoder.layers.0.self_attn.q_proj")
 
 
-# Every field of lora.md 1.2 that is refused, at a value that changes the merge.
+# Every field of PEFT's config that is refused, at a value that changes the merge.
 REFUSED_FIELDS: dict[str, list[Any]] = {
     "use_dora": [True],
     "bias": ["some", 1],

@@ -1,7 +1,7 @@
 """Every kind of adapter across layouts: trained on one, merged into a base of the other.
 
-The adapted model is run unmerged; the merged base is carried over by `test_conversion`, which does not
-use the package, and run in the class of the adapter.
+The adapted model is run unmerged; the merged base is carried over by
+`folders`, which does not use the package, and run in the class of the adapter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import reference
 import torch
+from adapters import flat_name
 from folders import OTHER, as_custom, as_hf, carried, config_of, make, put, settings_of
+from marks import PEERS, slow
 from models import custom_model, hf_model, logits_of
 from peft_cases import adapted, assert_close, assert_exact, exact_weights, fill, save_adapter
 from presets import PRESETS, Preset
@@ -23,11 +25,7 @@ from reference import Float64, read
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 FAMILIES = ["tiny", "tiny-internlm2"]
@@ -36,19 +34,6 @@ VISION = ["projection_layer", "fc1", "fc2", "linear_1", "linear_2"]
 INTERNLM2 = ["wqkv", "wo", "w1", "w2", "w3"]
 CUSTOM_VISION = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 PROJECTOR = {"hf": "multi_modal_projector", "custom": "mlp1"}
-
-
-def flat(name: str) -> str:
-    """The flat HF name of a parameter of a loaded transformers model."""
-    for nested, disk in (
-        ("model.language_model.", "language_model.model."),
-        ("model.vision_tower.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("lm_head.", "language_model.lm_head."),
-    ):
-        if name.startswith(nested):
-            return disk + name.removeprefix(nested)
-    raise AssertionError(name)
 
 
 def targets(preset: Preset, layout: str) -> list[str]:
@@ -81,7 +66,7 @@ def model_of(preset: Preset, layout: str) -> Any:
 
 
 def on_disk(tensors: Mapping[str, Any], layout: str) -> dict[str, Any]:
-    return {flat(n) if layout == "hf" else n: t for n, t in tensors.items()}
+    return {flat_name(n) if layout == "hf" else n: t for n, t in tensors.items()}
 
 
 def run_merged(folder: Path, model: Any, preset: Preset, layout: str, home: str) -> torch.Tensor:
@@ -129,13 +114,20 @@ def config_for(name: str, preset: Preset, layout: str) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("same", [False, True], ids=["other", "same"])
+# Where nothing is moved the widest of them is enough.
+KINDS = [
+    pytest.param(config, same, id=f"{config}-{'same' if same else 'other'}")
+    for config in CONFIGS
+    for same in (False, True)
+    if not same or config == "dora-bias-and-projector"
+]
+
+
+@slow
 @pytest.mark.parametrize("trained", ["hf", "custom"])
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("config", "same"), KINDS)
 def test_every_kind_goes_where_its_weights_are(config, name, trained, same, tmp_path):
-    if same and config != "dora-bias-and-projector":
-        pytest.skip("the widest of them is enough where nothing is moved")
     preset = PRESETS[name]
     model = model_of(preset, trained)
     wrapped = adapted(model, **config_for(config, preset, trained))

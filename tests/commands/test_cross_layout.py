@@ -1,7 +1,7 @@
 """Adapters and bases of different layouts, and merging with conversion in one pass.
 
-Expected elements are computed in fp64 in the layout of the adapter (`reference`), on tensors that
-`test_conversion` carried over; models are judged by running them.
+Expected elements are computed in fp64 in the layout of the adapter (`reference`), on tensors
+that `folders` carried over; models are judged by running them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from folders import (
     refused,
     settings_of,
 )
+from marks import PEERS
 from models import custom_model, hf_model, load_custom, logits_of, scramble
 from presets import PRESETS, Preset
 from reference import digests, normal, read, same_tensor, save_adapter
@@ -41,7 +42,7 @@ from streamshard.errors import AdapterError
 
 peft = pytest.importorskip("peft")
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = PEERS
 
 
 # Presets whose HF adapters have no pairs on packed experts.

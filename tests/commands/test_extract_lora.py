@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import trainer_models
+from marks import PEERS
 from models import TINY, hf_model
 from reference import read, same_tensor, save_file
 from safetensors.torch import load_file
@@ -17,10 +18,7 @@ from safetensors.torch import load_file
 from streamshard import extract_lora, merge_lora, wrap_lora
 from streamshard.errors import AdapterError, InputError, StreamshardError, UsageError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PEERS
 
 
 RUNS = [p for p in TINY if p != "tiny-qwen3-moe"]  # those that can run with single experts too

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import trainer_models
+from marks import PEERS
 from models import TINY
 from peft_models import layers
 from torch import nn
@@ -13,10 +14,7 @@ from torch import nn
 import streamshard
 from streamshard.errors import InputError, UsageError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PEERS
 
 
 @pytest.mark.parametrize("preset", [p for p in TINY if p != "tiny-internlm2"])

@@ -20,6 +20,7 @@ import pytest
 import reference
 import torch
 from folders import as_hf, config_of, edit, make, put, settings_of
+from marks import PEERS
 from models import custom_model, load_custom
 from peft_cases import (
     assert_close,
@@ -36,11 +37,7 @@ from reference import Float64, read
 from streamshard import merge_lora
 from streamshard.errors import StreamshardError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "merge_lora.py"
@@ -168,7 +165,7 @@ def trainer() -> Trainer:
 
 
 def test_the_trainer_is_one(trainer):
-    """Names are those of formats.md 6, and the adapters and the projector matter."""
+    """Names are those that the trainer saves, and the adapters and the projector matter."""
     names = trainer.state().keys()
     stem = "language_model.base_model.model.model.layers.0.self_attn.q_proj"
     for name in (

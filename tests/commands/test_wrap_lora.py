@@ -16,6 +16,7 @@ import torch
 import trainer_models
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import PEERS
 from models import MODELS, TINY, dims, hf_model, stored
 from peft.utils.other import get_pattern_key
 from peft_models import layers
@@ -32,10 +33,7 @@ from streamshard.lora.saved_adapter import adapter_config, selection
 from streamshard.lora.settings import read_settings
 from streamshard.lora.wrapped_names import unwrap
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PEERS
 
 
 # --- wrapped checkpoints --------------------------------------------------------------------------

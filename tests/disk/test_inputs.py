@@ -2,187 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
+from changing_files import (
+    BESIDE,
+    CHANGES,
+    FIRST,
+    INDEX,
+    MOMENTS,
+    READ_OF_A_BASE,
+    SECOND,
+    at,
+    in_place,
+    other,
+    replaced,
+    replaced_by_the_same,
+    set_back,
+    staged,
+    stopped,
+)
 from interrupted_runs import content
-from make_checkpoint import write_checkpoint
 from pairs import Pair
-from reference import load_file, save_file
+from reference import load_file
 
 import streamshard
-from streamshard.checkpoint import digests, pickled
-from streamshard.commands import inspect, verify_content
-from streamshard.disk import files, inputs
-from streamshard.disk.files import ByteRange, Files, InputFile
+from streamshard.disk import inputs
+from streamshard.disk.files import InputFile
 from streamshard.disk.system import system
 from streamshard.engine.journal import Journal
-from streamshard.errors import ChangedError, InputError, ReadError
-from streamshard.internvl import detection
-
-FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
-INDEX = "model.safetensors.index.json"
-READ_OF_A_BASE = [FIRST, SECOND, INDEX, "config.json"]
-BESIDE = ["tokenizer.json", "generation_config.json", "modeling_x.py", "more/vocab.txt"]
-
-
-# --- how a file changes ---------------------------------------------------------------------------
-
-
-def other(file: Path) -> bytes:
-    """Other content of the same kind and length."""
-    data = file.read_bytes()
-    if file.suffix == ".bin":
-        tensors = torch.load(file, weights_only=True)
-        copy = file.with_name("copy")
-        torch.save({name: -tensor for name, tensor in tensors.items()}, copy)
-        data = copy.read_bytes()
-        copy.unlink()
-        return data
-    if file.suffix == ".safetensors":
-        return data[:-1] + bytes([data[-1] ^ 0x80])  # the sign of the last element
-    if data[-1:] != b"\n":
-        return data[:-1] + bytes([data[-1] ^ 1])
-    return data[:-1] + b" "
-
-
-def in_place(file: Path) -> None:
-    data = other(file)
-    with file.open("r+b") as opened:
-        opened.write(data)
-
-
-def set_back(file: Path) -> None:
-    times = file.stat()
-    in_place(file)
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-def replaced(file: Path) -> None:
-    times = file.stat()
-    new = file.with_name("new")
-    new.write_bytes(other(file))
-    os.utime(new, ns=(times.st_atime_ns, times.st_mtime_ns))
-    new.replace(file)
-
-
-def replaced_by_the_same(file: Path) -> None:
-    new = file.with_name("new")
-    shutil.copy2(file, new)
-    new.replace(file)
-
-
-def linked(file: Path) -> None:
-    elsewhere = file.with_name("elsewhere")
-    elsewhere.write_bytes(other(file))
-    file.unlink()
-    file.symlink_to(elsewhere)
-
-
-def in_another_folder(file: Path) -> None:
-    """All of the folder is replaced."""
-    shutil.copytree(file.parent, file.parent.with_name("copied"))
-    file.parent.rename(file.parent.with_name("was"))
-    file.parent.with_name("copied").rename(file.parent)
-
-
-CHANGES: dict[str, Callable[[Path], Any]] = {
-    "in place": in_place,
-    "set back": set_back,
-    "replaced": replaced,
-    "by the same": replaced_by_the_same,
-    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
-    "grown": lambda file: os.truncate(file, file.stat().st_size + 1),
-    "removed": lambda file: file.unlink(),
-    "linked": linked,
-    "a folder": lambda file: (file.unlink(), file.mkdir()),
-    "folder": in_another_folder,
-}
-
-
-# --- when it does ---------------------------------------------------------------------------------
-
-
-def staged(root: Path, name: str) -> Callable[[], bool]:
-    """Whether there is such a file where an output is built."""
-    return lambda: any(root.glob(f"**/.*.partial/{name}"))
-
-
-@contextlib.contextmanager
-def at(moment: Callable[[], bool], change: Callable[[], Any]) -> Iterator[list[bool]]:
-    """Do something once, at the first write when `moment` has come."""
-    pwrite, lock, done = system.pwrite, threading.Lock(), []
-
-    def call(descriptor: int, data: memoryview, offset: int) -> int:
-        with lock:
-            if not done and moment():
-                done.append(True)
-                change()
-        return pwrite(descriptor, data, offset)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(system, "pwrite", call)
-        yield done
-
-
-MOMENTS = {
-    "a shard": "*.part",
-    "beside": "tokenizer.json",
-    "the record": "streamshard.json",
-}
-
-
-@pytest.fixture
-def full(pair: Pair) -> Pair:
-    """A pair with all that may lie beside a base."""
-    for name in BESIDE:
-        (pair.base / name).parent.mkdir(exist_ok=True)
-        (pair.base / name).write_text('{"a": 1}\n')
-    for file in [pair.base / "config.json", pair.base / INDEX, *pair.adapter.glob("*.json")]:
-        file.write_text(file.read_text() + "\n")
-    (pair.base / "streamshard.json").write_text('{"adapters": []}\n')
-    return pair
-
-
-def stopped(
-    cli: Callable[..., Any], root: Path, command: list[str], file: Path, how: str, moment: str
-) -> str:
-    """Run a command while `file` changes: it must fail for that reason, and leave nothing."""
-    after: list[dict[str, str]] = []
-    folders = [root / name for name in os.listdir(root) if name != "out"]
-
-    def change() -> None:
-        CHANGES[how](file)
-        after.extend(map(reference.digests, folders))
-
-    with at(staged(root, MOMENTS[moment]), change) as done:
-        outcome = cli(*command)
-    assert done, "the moment did not come"
-    assert outcome.code == 7, outcome.err
-    assert outcome.out == ""
-    assert str(file) in outcome.err or how == "folder"
-    assert "while this run was reading it" in outcome.err
-    assert "Traceback" not in outcome.err
-    assert not list((root / "out").iterdir())
-    assert list(map(reference.digests, folders)) == after
-    return str(outcome.err)
-
-
-# --- merges ---------------------------------------------------------------------------------------
+from streamshard.errors import ChangedError, InputError
 
 
 @pytest.mark.parametrize("how", CHANGES)
@@ -383,154 +240,6 @@ main()
     assert not list(full.output.parent.iterdir())
 
 
-# --- other commands -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model in both layouts, and wrapped as after a training."""
-    root = tmp_path_factory.mktemp("made")
-    for layout in ("hf", "custom"):
-        write_checkpoint(root / layout, "tiny", layout=layout, max_shard_size="200KB")
-    streamshard.wrap_lora(base=root / "custom", output=root / "wrapped", llm_r=4)
-    for file in sorted((root / "wrapped").glob("*.safetensors")):
-        tensors = load_file(file)
-        for name, tensor in tensors.items():
-            if ".lora_B." in name:
-                tensors[name] = torch.full_like(tensor, 0.01)
-        save_file(tensors, file, {"format": "pt"})
-    return root
-
-
-@pytest.fixture
-def models(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "out").mkdir()
-    return tmp_path
-
-
-COMMANDS: dict[str, tuple[list[str], list[str]]] = {
-    "hf2custom": (
-        ["hf2custom", "--hf-path", "hf", "--custom-path", "custom", "--save-path", "out/x"],
-        [
-            *(f"hf/{name}" for name in READ_OF_A_BASE),
-            *(f"custom/{name}" for name in READ_OF_A_BASE),
-            "custom/tokenizer_config.json",
-            "custom/vocab.json",
-            "custom/modeling_internvl_chat.py",
-        ],
-    ),
-    "custom2hf": (
-        [
-            *("custom2hf", "--custom-path", "custom", "--hf-path", "hf", "--save-path", "out/x"),
-            *("--tokenizer-from", "source"),
-        ],
-        [
-            *(f"custom/{SECOND}", "custom/vocab.json", "custom/added_tokens.json"),
-            *(f"hf/{FIRST}", "hf/config.json"),
-        ],
-    ),
-    "merge-lora CHECKPOINT": (
-        ["merge-lora", "wrapped", "--output", "out/x"],
-        [*(f"wrapped/{name}" for name in READ_OF_A_BASE), "wrapped/merges.txt"],
-    ),
-    "merge-lora CHECKPOINT --reference": (
-        ["merge-lora", "wrapped", "--layout", "hf", "--reference", "hf", "--output", "out/x"],
-        [f"wrapped/{FIRST}", "hf/config.json", f"hf/{SECOND}", "hf/vocab.json"],
-    ),
-    "extract-lora": (
-        ["extract-lora", "wrapped", "--base", "custom", "--output", "out/x"],
-        [f"wrapped/{SECOND}", f"custom/{FIRST}", "custom/config.json", f"wrapped/{INDEX}"],
-    ),
-    "wrap-lora": (
-        ["wrap-lora", "--base", "custom", "--llm-r", "4", "--output", "out/x"],
-        [f"custom/{FIRST}", "custom/config.json", "custom/conversation.py"],
-    ),
-    "wrap-lora --format peft": (
-        ["wrap-lora", "--base", "custom", "--llm-r", "4", "--format", "peft", "--output", "out/x"],
-        [f"custom/{FIRST}", "custom/config.json", f"custom/{INDEX}"],
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", ["set back", "replaced"])
-@pytest.mark.parametrize(
-    ("command", "name"), [(command, name) for command in COMMANDS for name in COMMANDS[command][1]]
-)
-def test_whatever_other_commands_read(command, name, how, models, cli):
-    folders = {"hf", "custom", "wrapped", "out/x"}
-    line = [str(models / part) if part in folders else part for part in COMMANDS[command][0]]
-    # `hf` is a folder and a layout.
-    line = ["hf" if line[i - 1] == "--layout" else part for i, part in enumerate(line)]
-    stopped(cli, models, line, models / name, how, "a shard")
-
-
-@pytest.mark.parametrize("how", [how for how in CHANGES if how != "a folder"])
-@pytest.mark.parametrize(
-    "name", [f"hf/{FIRST}", f"custom/{SECOND}", "hf/config.json", f"custom/{INDEX}"]
-)
-def test_diff(name, how, models):
-    done: list[str] = []
-
-    def change(_: int, tensor: str) -> None:
-        if not done:
-            done.append(tensor)
-            CHANGES[how](models / name)
-
-    with pytest.raises(ChangedError) as raised:
-        streamshard.diff(models / "hf", models / "custom", workers=1, progress=change)
-    assert done
-    assert how == "folder" or Path(name).name in str(raised.value)
-
-
-@pytest.mark.parametrize("how", CHANGES)
-@pytest.mark.parametrize("name", [FIRST, SECOND, INDEX, "config.json", "streamshard.json"])
-def test_verify(name, how, full):
-    streamshard.merge_lora(base=full.base, adapter=full.adapter, output=full.output)
-    done: list[str] = []
-
-    def change(_: int, tensor: str) -> None:
-        done.append(tensor)
-        if len(done) == 4:  # the last one
-            CHANGES[how](full.output / name)
-
-    with pytest.raises(ChangedError, match="was "):
-        streamshard.verify(full.output, workers=1, progress=change)
-    assert len(done) == 4
-
-
-@pytest.mark.parametrize("how", CHANGES)
-@pytest.mark.parametrize("name", ["tokenizer.json", "more/vocab.txt"])
-def test_verify_what_lies_beside(name, how, full, monkeypatch):
-    """It is opened by the threads that read: they note it too."""
-    streamshard.merge_lora(base=full.base, adapter=full.adapter, output=full.output)
-    hash_file, done = digests.hash_file, []
-
-    def later(path: Path, *hashes: Any, **options: Any) -> int:
-        if path == full.output / name:
-            done.append(path)
-            CHANGES[how](path)
-        return hash_file(path, *hashes, **options)
-
-    monkeypatch.setattr(verify_content, "hash_file", later)
-    with pytest.raises(ChangedError, match="was "):
-        streamshard.verify(full.output, workers=1)
-    assert done
-
-
-@pytest.mark.parametrize("name", [FIRST, "config.json"])
-def test_inspect(name, full, monkeypatch):
-    detect = detection.detect
-
-    def later(*arguments: Any) -> Any:
-        replaced(full.base / name)
-        return detect(*arguments)
-
-    monkeypatch.setattr(inspect, "detect", later)
-    with pytest.raises(ChangedError, match=name):
-        streamshard.inspect(full.base)
-
-
 # --- what is no change ----------------------------------------------------------------------------
 
 
@@ -690,121 +399,3 @@ def test_a_check_that_fails_at_the_end_is_no_change(full, cli, monkeypatch):
     assert outcome.code == 7
     assert "is kept" in outcome.err
     assert '"resumed": 2' in cli(*full.command, "--json").out
-
-
-# --- stamps and who notes them --------------------------------------------------------------------
-
-
-def test_a_change_within_one_tick(tmp_path):
-    """Just after the file was made: the times alone would be those of the first content."""
-    file = tmp_path / "file"
-    for _ in range(20):
-        with inputs.watching() as noted:
-            file.write_bytes(b"one")
-            assert files.read_bytes(file, 3) == b"one"
-            with file.open("r+b") as opened:
-                opened.write(b"two")
-            with pytest.raises(ChangedError, match="was written to"):
-                noted.check()
-            noted.close()
-        file.unlink()
-
-
-def test_an_old_file_is_not_waited_for(tmp_path, monkeypatch):
-    (tmp_path / "file").write_bytes(b"x")
-    time.sleep(0.05)
-    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits"))
-    with inputs.watching():
-        assert files.read_bytes(tmp_path / "file", 9) == b"x"
-
-
-def test_the_number_of_a_held_file_is_not_used_again(tmp_path):
-    (tmp_path / "file").write_bytes(b"x")
-    with contextlib.suppress(ChangedError), inputs.watching() as noted:
-        files.file_nbytes(tmp_path / "file")
-        inode = (tmp_path / "file").stat().st_ino
-        (tmp_path / "file").unlink()
-        made = [tmp_path / str(number) for number in range(50)]
-        for path in made:
-            path.write_bytes(b"y")
-        assert inode not in {path.stat().st_ino for path in made}
-        assert [*noted.stamps] == [str(tmp_path / "file")]
-
-
-def test_files_have_the_stamps_that_they_must_have(tmp_path):
-    file = tmp_path / "file"
-    file.write_bytes(b"one")
-    with inputs.watching() as noted:
-        files.file_nbytes(file)
-        stamps = pickle.loads(pickle.dumps(noted.stamps))
-    source = ByteRange(str(file), 0, 3, 3)
-    out = bytearray(3)
-    with contextlib.closing(Files(stamps)) as opened:
-        opened.read_into(source, memoryview(out))
-    assert out == b"one"
-    file.unlink()
-    file.write_bytes(b"two")
-    with (
-        contextlib.closing(Files(stamps)) as opened,
-        pytest.raises(ChangedError, match="file: was"),
-    ):
-        opened.read_into(source, memoryview(out))
-    with contextlib.closing(Files()) as opened:
-        opened.read_into(source, memoryview(out))
-        opened.check(source)
-        set_back(file)
-        with pytest.raises(ChangedError, match="its content, or"):
-            opened.check(source)
-
-
-def test_threads_that_share_files_note_them(tmp_path):
-    file = tmp_path / "file"
-    file.write_bytes(b"one")
-    source = ByteRange(str(file), 0, 3, 3)
-    with inputs.watching() as noted:
-        with contextlib.closing(Files()) as opened:
-            read = threading.Thread(
-                target=lambda: opened.read_into(source, memoryview(bytearray(3)))
-            )
-            read.start()
-            read.join()
-        assert [*noted.stamps] == [str(file)]
-
-
-def test_each_run_has_its_own(tmp_path):
-    (tmp_path / "file").write_bytes(b"x")
-    with inputs.watching() as outer:
-        with inputs.watching() as inner:
-            files.file_nbytes(tmp_path / "file")
-        assert [*inner.stamps] == [str(tmp_path / "file")]
-        assert outer.stamps == {}
-        assert inputs.active() is outer
-    assert inputs.active() is None
-
-
-def test_a_pickle_is_read_through_the_door(tmp_path, monkeypatch):
-    """Not by its name, which may lead elsewhere by then; and an error of the disk stays one."""
-    folder = reference.save_adapter(tmp_path / "adapter", {"a": torch.ones(1000)}, pickled=True)
-    file = folder / "adapter_model.bin"
-    inode = file.stat().st_ino
-    with inputs.watching() as noted:
-        assert pickled.read_pickled(file)["a"].nbytes == 4000
-        assert noted.stamps[str(file)].inode == inode
-    monkeypatch.setattr(
-        system, "pread", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad"))
-    )
-    with pytest.raises(ReadError, match=r"adapter_model\.bin: cannot be read: bad"):
-        pickled.read_pickled(file)
-
-
-def test_what_is_noted_is_cheap(tmp_path):
-    """A hundred shards and what lies beside them are compared in milliseconds."""
-    for number in range(130):
-        (tmp_path / str(number)).write_bytes(b"x")
-    time.sleep(0.05)
-    with inputs.watching() as noted:
-        for number in range(130):
-            files.file_nbytes(tmp_path / str(number))
-        before = time.perf_counter()
-        noted.check()
-        assert time.perf_counter() - before < 0.1

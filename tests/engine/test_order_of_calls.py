@@ -13,9 +13,9 @@ import pytest
 from pairs import Pair
 
 import streamshard
+from streamshard.checkpoint.file_names import JOURNAL_NAME
 from streamshard.disk.system import system
 from streamshard.engine.beside_output import places_beside
-from streamshard.engine.journal import JOURNAL_NAME
 
 SUFFIX = ".safetensors"
 

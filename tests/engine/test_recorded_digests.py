@@ -12,7 +12,6 @@ import xxhash
 from interrupted_runs import AFTER_A_SHARD, FIRST, SECOND, killed, report_of
 
 import streamshard
-from streamshard.disk import files
 
 
 @pytest.mark.parametrize(
@@ -68,22 +67,3 @@ def test_sha256_also_of_what_was_finished_before(before, pair, cli):
     for name, record in report["digests"]["files"].items():
         assert record["sha256"] == hashlib.sha256((pair.output / name).read_bytes()).hexdigest()
     assert set(report["digests"]["files"]) >= {FIRST, SECOND, "config.json"}
-
-
-def test_the_seam_has_every_call_of_files():
-    """`os` is asked by the methods of `System` only, so that a test that replaces them sees all."""
-    import ast
-    import inspect
-
-    from streamshard.disk import system as system_calls
-
-    found = [ast.parse(inspect.getsource(module)).body for module in (files, system_calls)]
-    outside = [node for body in found for node in body if getattr(node, "name", "") != "System"]
-    calls = {
-        ast.unparse(node.func)
-        for part in outside
-        if not isinstance(part, ast.If)  # the positioned calls that `System` chooses from
-        for node in ast.walk(part)
-        if isinstance(node, ast.Call)
-    }
-    assert not {call for call in calls if call.startswith(("os.", "shutil."))}

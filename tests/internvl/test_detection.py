@@ -12,6 +12,7 @@ from streamshard.internvl.detection import Detected, detect, dims_from_names, la
 from streamshard.internvl.families import FAMILIES
 from streamshard.internvl.layouts import to_hf
 from streamshard.internvl.model_config import Dims
+from streamshard.tensor_names import is_wrapped
 
 
 @pytest.mark.parametrize("preset", TINY)
@@ -23,8 +24,8 @@ def test_detection_without_a_config(preset):
     assert (custom.layout, custom.spelling, custom.family) == ("custom", None, in_custom)
     assert (hf.layout, hf.spelling, hf.family) == ("hf", "flat", in_hf)
     assert dims_from_names(list(lazy(preset, "custom")), "custom") == Dims(in_custom)
+    assert not is_wrapped([*lazy(preset, "custom"), *lazy(preset, "hf")])
     for found in (custom, hf):
-        assert not found.lora_wrapped
         assert not found.packed_experts
         assert not found.warnings
     assert custom.evidence == ("vision_model.embeddings.class_embedding",)
@@ -52,7 +53,8 @@ def test_detection_of_a_wrapped_checkpoint():
         names.add(plain.replace(".weight", ".base_layer.weight"))
         names |= {plain.replace(".weight", f".lora_{x}.default.weight") for x in "AB"}
     found = detect(sorted(names), config("tiny-internlm2", "custom"))
-    assert (found.layout, found.family, found.lora_wrapped) == ("custom", "internlm2", True)
+    assert (found.layout, found.family) == ("custom", "internlm2")
+    assert is_wrapped(names)
     assert not found.warnings
     text = message(lambda: to_hf(dict.fromkeys(names, 0), dims("tiny-internlm2"), NUMPY))
     assert "LoRA-wrapped training checkpoint: merge its pairs first" in text
@@ -117,7 +119,6 @@ def test_detection_is_a_value():
         layout="hf",
         spelling="flat",
         family="qwen2",
-        lora_wrapped=False,
         packed_experts=False,
         evidence=(
             "vision_tower.embeddings.cls_token",

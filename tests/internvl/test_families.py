@@ -16,17 +16,17 @@ from streamshard.tensors.lazy import Array
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-def test_no_name_is_in_two_rows(family):
+def test_no_name_is_in_two_rules(family):
     for side in ("custom", "hf"):
-        names = [name for row in (*family.rows, *family.packed) for name in row.names(side)]
+        names = [name for rule in (*family.rules, *family.packed) for name in rule.names(side)]
         one_sided = [n for n in names if not (side == "custom" and family.packed and "expert" in n)]
         assert len(set(one_sided)) == len(one_sided)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-def test_rows_have_the_same_holes_on_both_sides(family):
-    for row in family.rows:
-        holes = [re.findall(r"\{\w+\}", n) for side in ("custom", "hf") for n in row.names(side)]
+def test_rules_have_the_same_holes_on_both_sides(family):
+    for rule in family.rules:
+        holes = [re.findall(r"\{\w+\}", n) for side in ("custom", "hf") for n in rule.names(side)]
         assert all(each == holes[0] for each in holes)
 
 

@@ -10,8 +10,10 @@ from models import TINY, TORCH, config, dims, hf_model, lazy, message, shapes_of
 from presets import tensor_shapes
 from safetensors.torch import load_file
 
+from streamshard.internvl.detection import detect
 from streamshard.internvl.layouts import to_custom, to_hf
 from streamshard.internvl.model_config import Dims, dims_from_config
+from streamshard.internvl.tied_embeddings import embedding_and_head, tied_names
 
 
 @pytest.mark.parametrize("preset", TINY)
@@ -78,3 +80,33 @@ def test_what_transformers_leaves_out_when_tied(tmp_path):
     made = dims_from_config(json.loads((tmp_path / "config.json").read_text()))
     head = to_custom(saved, made, TORCH)["language_model.lm_head.weight"]
     assert torch.equal(head, saved["language_model.model.embed_tokens.weight"])
+
+
+def test_the_names_of_both():
+    names = lazy("tiny-internlm2", "custom")
+    assert embedding_and_head(names) == (
+        "language_model.model.tok_embeddings.weight",
+        "language_model.output.weight",
+    )
+    assert embedding_and_head(["lm_head.weight"]) == (None, "lm_head.weight")
+    # A projection deep in a layer may be called output, too.
+    assert (
+        embedding_and_head(["l.0.attention.output.weight", "m.output.weight"])[1]
+        == "m.output.weight"
+    )
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "absent"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_config_ties(tied, stored):
+    stated, names = config("tiny", "hf", tied=tied), lazy("tiny", "hf", tied=not stored)
+    embedding, head = embedding_and_head(names)
+    found = tied_names(embedding, head, stated, lambda: detect(names, stated))
+    both = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+    assert found == (both if tied else None)
+
+
+def test_a_custom_model_never_ties():
+    stated, names = config("tiny", "custom", tied=True), lazy("tiny", "custom")
+    assert tied_names(*embedding_and_head(names), stated, lambda: detect(names, stated)) is None
+    assert tied_names(*embedding_and_head(names), None, lambda: detect(names)) is None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from marks import PEERS
 from pairs import LAYER
 from peft_cases import (
     adapted,
@@ -29,11 +30,7 @@ from reference import normal, read
 
 from streamshard import merge_lora
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 Q, K = f"{LAYER}.q_proj", f"{LAYER}.k_proj"

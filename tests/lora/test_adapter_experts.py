@@ -1,7 +1,7 @@
 """Experts: fused parameters as peft's `target_parameters`, single ones, and the two together.
 
 Expected elements come from peft's live layers (`peft_cases`) or, where no installed release
-makes such an adapter, from the formula of lora.md 2.3 written out here.
+makes such an adapter, from the formula, written out here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import peft_cases
 import pytest
 import reference
 import torch
+from marks import PEERS
 from peft_cases import (
     Experts,
     adapted,
@@ -34,11 +35,7 @@ from reference import Float64, double, normal, read
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
@@ -249,7 +246,7 @@ def test_every_release_of_peft_by_shapes(flipped, version, tmp_path):
 
 
 def test_the_example_of_the_reference(tmp_path):
-    """Two experts of rank 2, by hand (lora.md 2.3)."""
+    """Two experts of rank 2, by hand."""
     base, adapter = crafted(tmp_path, (2, 3, 2), flipped=False, r=2, lora_alpha=2)
     (name,) = read(base)
     put(base, {name: torch.zeros(2, 3, 2)})

@@ -16,6 +16,7 @@ import pytest
 import reference
 import torch
 import transformers
+from marks import PEERS
 from peft.tuners.lora import LoraLayer
 from peft_cases import (
     TOKENS,
@@ -38,11 +39,7 @@ from reference import read
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 LINEAR = ["fc1", "fc2", "head"]
@@ -277,7 +274,7 @@ def test_another_dtype_is_one_rounding(config, base, dtype, zoo, tmp_path):
     merge_lora(base=folder, adapter=adapter, output=tmp_path / "out", dtype=dtype)
     spelled = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}[dtype]
     content = {n: t.to(reference.TORCH[spelled]) for n, t in read(folder).items()}
-    # In fp16 the eight times finer grid is missed eight times as often (lora.md 2.6).
+    # In fp16 the eight times finer grid is missed eight times as often.
     equal = 0.9995 if spelled == "F16" else 0.9999
     assert_exact(read(tmp_path / "out"), content, exact_weights(wrapped), equal=equal)
 
@@ -400,7 +397,7 @@ def test_a_weight_on_what_is_no_sum(name, zoo, tmp_path):
         assert any("weight" in warning for warning in report["warnings"])
 
 
-# --- initialisations that change the base (lora.md 2.4) ---------------------------------------------
+# --- initialisations that change the base -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])

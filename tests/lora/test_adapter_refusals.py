@@ -1,6 +1,7 @@
 """Adapters that cannot be merged exactly: refused by name, before a byte is written.
 
-The rows are those of lora.md 1.2, 1.4, 5.3 and 7. Where peft makes such an adapter it is made by peft.
+Fields of the config, names of tensors, missing or malformed ones. Where peft
+makes such an adapter it is made by peft.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import peft
 import pytest
 import reference
 import torch
+from marks import PEERS
 from pairs import LAYER, Pair
 from peft_cases import (
     WEIGHTS,
@@ -32,11 +34,7 @@ from reference import load_file, normal
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 Q, K = f"{LAYER}.q_proj", f"{LAYER}.k_proj"

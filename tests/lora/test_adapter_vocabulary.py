@@ -10,6 +10,7 @@ import peft
 import pytest
 import reference
 import torch
+from marks import PEERS
 from peft_cases import (
     adapted,
     assert_close,
@@ -32,11 +33,7 @@ from reference import read
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 # --- vocabularies ---------------------------------------------------------------------------------
@@ -145,7 +142,7 @@ def test_an_adapter_of_token_rows_alone(dtype, tmp_path):
         assert_close(outputs(loaded(model, tmp_path / "out")), outputs(wrapped))
 
 
-# --- tied embeddings (lora.md 5.4) ------------------------------------------------------------------
+# --- tied embeddings --------------------------------------------------------------------------------
 
 TIED: dict[str, tuple[dict[str, Any], bool]] = {
     "head": ({"target_modules": ["lm_head"]}, False),

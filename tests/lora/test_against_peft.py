@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from marks import PEERS
 from reference import INDEX
 
 from streamshard import merge_lora
@@ -16,12 +17,7 @@ from streamshard import merge_lora
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    # The peers' own, and peft's word on the pattern below that matches nothing on purpose.
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning"),
-]
+pytestmark = PEERS
 
 
 TEXT = {

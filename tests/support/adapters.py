@@ -33,17 +33,22 @@ ODD = Preset(
 )
 
 
-def flat(module: str) -> str:
-    """The flat HF tensor of a module of a loaded transformers model."""
+def flat_name(name: str) -> str:
+    """The flat HF name of a parameter of a loaded transformers model."""
     for nested, disk in (
         ("model.language_model.", "language_model.model."),
         ("model.vision_tower.", "vision_tower."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("lm_head", "language_model.lm_head"),
+        ("lm_head.", "language_model.lm_head."),
     ):
-        if module.startswith(nested):
-            return f"{disk}{module.removeprefix(nested)}.weight"
-    raise AssertionError(module)
+        if name.startswith(nested):
+            return disk + name.removeprefix(nested)
+    raise AssertionError(name)
+
+
+def flat(module: str) -> str:
+    """The flat HF tensor of a module of a loaded transformers model."""
+    return flat_name(f"{module}.weight")
 
 
 HOME = {"hf": flat, "custom": reference.in_base}

@@ -1,7 +1,7 @@
 """What the tests compare with: files made and read by safetensors, and exact merges in fp64.
 
 Nothing here uses the package. Rounding is done by scaling to whole numbers, which the package,
-working on bits, does not; `test_arithmetic.py` checks it against fractions.
+working on bits, does not; `tests/tensors/test_rounding.py` checks it against fractions.
 """
 
 from __future__ import annotations
@@ -185,6 +185,35 @@ def updates_of(
             found.append(Update(home(match[1]), scale, double(A), double(B)))
     assert len(found) * 2 == len(tensors)
     return found
+
+
+def of_experts(update: Update, base: Tensors) -> list[Update]:
+    """What a pair on a fused parameter means for a base that has experts fused, or one by one.
+
+    A has the rows of one expert after the other; in B the columns of one rank stand together. peft
+    nests the wrappers of the two parameters, `gate_up_proj` innermost.
+    """
+    match = re.fullmatch(r"(.+\.experts)(\.base_layer)?\.weight", update.home)
+    if match is None:
+        return [update]
+    stem, name = match[1], "gate_up_proj" if match[2] else "down_proj"
+    single = name.replace("gate_up", "gate")
+    fused = base.get(f"{stem}.{name}")
+    count = sum(n.startswith(stem) and n.endswith(f".{single}.weight") for n in base)
+    count = count if fused is None else len(fused)
+    A = update.A.reshape(count, -1, update.A.shape[1])
+    B = update.B.reshape(len(update.B), -1, count).transpose(2, 0, 1)
+    if fused is not None:
+        up, down = (base[f"{stem}.{n}"].shape for n in ("gate_up_proj", "down_proj"))
+        if up[2] == 2 * down[1]:  # stored (in, out)
+            A, B = B.transpose(0, 2, 1), A.transpose(0, 2, 1)
+        return [Update(f"{stem}.{name}", update.scale, A, B)]
+    parts = ("gate_proj", "up_proj") if match[2] else ("down_proj",)
+    return [
+        Update(f"{stem}.{e}.{part}.weight", update.scale, A[e], rows)
+        for e in range(count)
+        for part, rows in zip(parts, np.split(B[e], len(parts)), strict=True)
+    ]
 
 
 def exactly_merged(base: Tensors, updates: Sequence[Update]) -> dict[str, Float64]:

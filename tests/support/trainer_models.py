@@ -20,7 +20,7 @@ SEVEN = [
     *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "o")),
     *(f"mlp.{part}_proj" for part in ("gate", "down", "up")),
 ]
-# As in modeling_internvl_chat.py; what upstream raises for, as lora.md has it.
+# As in modeling_internvl_chat.py; for families that it raises for, what `wrap-lora` promises.
 BACKBONE = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 LLM = {
     "InternLM2ForCausalLM": [

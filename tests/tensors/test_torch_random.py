@@ -11,6 +11,7 @@ import reference
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from marks import PEERS
 from peft_models import DTYPES
 from torch import nn
 
@@ -21,10 +22,7 @@ from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.torch_random import Draws, Uniform, Zeros
 from streamshard.tensors.workspace import Workspace
 
-pytestmark = [
-    pytest.mark.xdist_group("peers"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = PEERS
 
 
 def filled(tensor: Lazy, *cuts: int) -> bytes:

@@ -1,94 +1,22 @@
-"""Planning an adapter: its config, its tensors and the base must fit each other, or nothing is done."""
+"""Whether an adapter's config, its tensors and the base fit each other: all, or nothing is done."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 from streamshard.errors import AdapterError, listed, printable
-from streamshard.lora.adapter import (
-    Adapter,
-    AdapterPlan,
-    Merged,
-    is_of_tokens,
-    no_sum,
-    pattern_key,
-    wanted_tensors,
-)
-from streamshard.lora.experts import parameter_names
-from streamshard.lora.keys import BASE_LAYER, read_keys
-from streamshard.lora.name_matching import OtherNames, Place, find_homes
-from streamshard.tensors.comparing import equal_bytes
+from streamshard.lora.adapter import Adapter, AdapterPlan, pattern_key
+from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
-from streamshard.tensors.workspace import Workspace
 
-__all__ = ["check_depth", "plan_adapter"]
-
-
-def plan_adapter(
-    adapter: Adapter, base: Mapping[str, Lazy], work: Workspace, others: OtherNames
-) -> AdapterPlan:
-    """Read an adapter's keys and find their places; raises `AdapterError` for what does not fit."""
-    keys = read_keys(adapter.tensors, adapter.where, adapter.name)
-    settings, where = adapter.settings, adapter.where
-    adapted = [name for name, module in keys.modules.items() if module.A]
-    parameters = parameter_names(adapted, settings.target_parameters, where)
-    nested = [name for name in keys.modules if name.endswith(BASE_LAYER) and name not in parameters]
-    if nested:
-        raise AdapterError(
-            f"{where}: '{printable(nested[0])}' is within another adapted layer, as fused parameters "
-            "have it, but the config names no target_parameters there. Config and tensors are not "
-            "of one adapter."
-        )
-    for one, other in keys.twins:
-        if not equal_bytes(adapter.tensors[one], adapter.tensors[other], work):
-            raise AdapterError(
-                f"{where}: '{printable(one)}' and '{printable(other)}' are for the same tensor and "
-                "differ. Save the adapter again, with bias='none' or without that module in "
-                "modules_to_save."
-            )
-    plan = AdapterPlan(adapter, keys, parameters, {})
-    _check_flags(plan)
-    magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
-    if magnitudes and adapter.weight != 1:
-        raise no_sum(adapter, magnitudes)
-    _check_factors(plan)
-    try:
-        plan.homes = find_homes(base, wanted_tensors(plan, turned=False), where, others)
-    except AdapterError:
-        if not parameters:
-            raise
-        # The factors of fused experts may have in and out the other way round.
-        plan.homes = find_homes(base, wanted_tensors(plan, turned=True), where, others)
-    _check_biases(plan, base)
-    for name, module in keys.modules.items():
-        if module.bias:
-            plan.homes.setdefault(f"{name}.bias", _bias_homes(plan, name, base))
-    return plan
+__all__ = ["check_biases", "check_depth", "check_factors", "check_flags"]
 
 
-def _bias_homes(plan: AdapterPlan, module: str, base: Mapping[str, Lazy]) -> list[Place]:
-    """Where the bias of a module's lora_B goes: beside the weight that its pair updates."""
-    homes = [
-        replace(place, target=f"{place.target.removesuffix('.weight')}.bias")
-        for place in plan.homes[plan.weight(module)]
-    ]
-    lacking = [place.target for place in homes if place.target not in base]
-    if lacking:
-        raise AdapterError(
-            f"{plan.adapter.where}: lora_bias is true, but the base has no {listed(lacking)} to which "
-            f"'{printable(plan.keys.modules[module].bias)}' could be added, and its model has no place "
-            "for one. PEFT cannot merge this either: train without lora_bias, or only layers that have "
-            "a bias."
-        )
-    return homes
-
-
-def _check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
+def check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
     """Refuse trained biases that the file lacks: of adapted layers, or of any if all were trained."""
     bias, whole = plan.adapter.settings.bias, plan.keys.whole
     lacking = []
@@ -105,7 +33,7 @@ def _check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
         raise _disagreement(plan, f"bias is '{bias}'", "biases", lacking, lacks=True)
 
 
-def _check_flags(plan: AdapterPlan) -> None:
+def check_flags(plan: AdapterPlan) -> None:
     """Raise `AdapterError` where config and tensors say different things."""
     settings, keys = plan.adapter.settings, plan.keys
     pairs = {name: module for name, module in keys.modules.items() if module.A}
@@ -215,7 +143,7 @@ def _modules_around(tensor: str) -> Iterator[str]:
     return accumulate(tensor.split(".")[:-1], "{}.{}".format)
 
 
-def _check_factors(plan: AdapterPlan) -> None:
+def check_factors(plan: AdapterPlan) -> None:
     """Raise `AdapterError` for factors of a wrong dtype, shape or rank."""
     adapter, tensors = plan.adapter, plan.adapter.tensors
     used = [
@@ -256,14 +184,14 @@ def _partitioned(adapter: Adapter, key: str) -> AdapterError:
     )
 
 
-def check_depth(plan: AdapterPlan, base: Mapping[str, Lazy], result: Merged) -> None:
+def check_depth(plan: AdapterPlan, base: Iterable[str]) -> list[str]:
     """Refuse an adapter for a model of fewer layers: it fits, and was trained on another base.
 
-    PEFT adapts the targets of every layer unless the config chooses layers.
+    PEFT adapts the targets of every layer unless the config chooses layers. Returns warnings.
     """
     settings = plan.adapter.settings
     if settings.chooses_layers:
-        return
+        return []
     weights = (plan.weight(name) for name, module in plan.keys.modules.items() if module.A)
     targets = {place.target for weight in weights for place in plan.homes[weight]}
     there, here = _layers(base), _layers(targets)
@@ -282,12 +210,13 @@ def check_depth(plan: AdapterPlan, base: Mapping[str, Lazy], result: Merged) -> 
                 "config does not choose layers: the adapter was trained on another base. Give that "
                 "one as --base."
             )
-    if lacking:
-        names = [name.replace("{}", str(missing[0])) for name, missing in lacking.items()]
-        result.warnings.append(
-            f"{plan.adapter.where}: other layers have updates for the like of {listed(names, 3)}, "
-            "which have none"
-        )
+    if not lacking:
+        return []
+    names = [name.replace("{}", str(missing[0])) for name, missing in lacking.items()]
+    return [
+        f"{plan.adapter.where}: other layers have updates for the like of {listed(names, 3)}, "
+        "which have none"
+    ]
 
 
 def _layers(names: Iterable[str]) -> dict[str, set[int]]:

@@ -1,0 +1,80 @@
+"""An adapter's plan: its keys sorted and matched with the tensors of a base, all checks passed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from streamshard.errors import AdapterError, listed, printable
+from streamshard.lora.adapter import Adapter, AdapterPlan, no_sum, wanted_tensors
+from streamshard.lora.adapter_checks import check_biases, check_factors, check_flags
+from streamshard.lora.experts import parameter_names
+from streamshard.lora.keys import BASE_LAYER, read_keys
+from streamshard.lora.name_matching import OtherNames, Place, find_homes
+from streamshard.tensors.comparing import equal_bytes
+from streamshard.tensors.lazy import Lazy
+from streamshard.tensors.workspace import Workspace
+
+__all__ = ["plan_adapter"]
+
+
+def plan_adapter(
+    adapter: Adapter, base: Mapping[str, Lazy], work: Workspace, others: OtherNames
+) -> AdapterPlan:
+    """Read an adapter's keys and find their places; raises `AdapterError` for what does not fit."""
+    keys = read_keys(adapter.tensors, adapter.where, adapter.name)
+    settings, where = adapter.settings, adapter.where
+    adapted = [name for name, module in keys.modules.items() if module.A]
+    parameters = parameter_names(adapted, settings.target_parameters, where)
+    nested = [name for name in keys.modules if name.endswith(BASE_LAYER) and name not in parameters]
+    if nested:
+        raise AdapterError(
+            f"{where}: '{printable(nested[0])}' is within another adapted layer, as fused parameters "
+            "have it, but the config names no target_parameters there. Config and tensors are not "
+            "of one adapter."
+        )
+    for one, other in keys.twins:
+        if not equal_bytes(adapter.tensors[one], adapter.tensors[other], work):
+            raise AdapterError(
+                f"{where}: '{printable(one)}' and '{printable(other)}' are for the same tensor and "
+                "differ. Save the adapter again, with bias='none' or without that module in "
+                "modules_to_save."
+            )
+    plan = AdapterPlan(adapter, keys, parameters, homes={})
+    check_flags(plan)
+    magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
+    if magnitudes and adapter.weight != 1:
+        raise no_sum(adapter, magnitudes)
+    check_factors(plan)
+    try:
+        homes = find_homes(base, wanted_tensors(plan, turned=False), where, others)
+    except AdapterError:
+        if not parameters:
+            raise
+        # The factors of fused experts may have in and out the other way round.
+        homes = find_homes(base, wanted_tensors(plan, turned=True), where, others)
+    found = replace(plan, homes=homes)
+    check_biases(found, base)
+    biases = {
+        f"{name}.bias": _bias_homes(found, name, base)
+        for name, module in keys.modules.items()
+        if module.bias
+    }
+    return replace(found, homes={**biases, **homes})
+
+
+def _bias_homes(plan: AdapterPlan, module: str, base: Mapping[str, Lazy]) -> list[Place]:
+    """Where the bias of a module's lora_B goes: beside the weight that its pair updates."""
+    homes = [
+        replace(place, target=f"{place.target.removesuffix('.weight')}.bias")
+        for place in plan.homes[plan.weight(module)]
+    ]
+    lacking = [place.target for place in homes if place.target not in base]
+    if lacking:
+        raise AdapterError(
+            f"{plan.adapter.where}: lora_bias is true, but the base has no {listed(lacking)} to which "
+            f"'{printable(plan.keys.modules[module].bias)}' could be added, and its model has no place "
+            "for one. PEFT cannot merge this either: train without lora_bias, or only layers that have "
+            "a bias."
+        )
+    return homes
