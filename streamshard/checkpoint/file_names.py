@@ -79,7 +79,7 @@ CODE = re.compile(
 WEIGHTS = re.compile(
     rf".*\.(?:{_KNOWN_WEIGHTS}|ggml|hdf5|keras|npy|npz|pkl|pickle|joblib"
     r"|torch|tflite|pb|mlmodel|nemo|engine|plan|dduf|distcp)"
-    r"|.*\.index\.json",
+    r"|.*\.index(?:\.[^/]*)?\.json",
     re.DOTALL,
 )
 CONFIGS = re.compile(

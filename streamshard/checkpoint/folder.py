@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 
+MAX_NAME_NBYTES = 255  # what file systems take
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint as found on disk.
@@ -179,7 +182,8 @@ def _open_index(index: Path) -> dict[str, Header]:
 
 def _check_file_name(index: Path, name: str) -> None:
     # Plain names only: no folder, drive or parent can be expressed, on any platform.
-    if not re.fullmatch(r"[^/\\:\x00-\x1f]{1,200}\.safetensors", name):
+    plain = re.fullmatch(r"[^/\\:\x00-\x1f]+\.safetensors", name)
+    if plain is None or len(name.encode(errors="replace")) > MAX_NAME_NBYTES:
         raise InputError.at(
             index,
             f"names the file '{printable(name)}'; only .safetensors files of the same "

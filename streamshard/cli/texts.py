@@ -71,12 +71,12 @@ def merge_text(report: dict[str, Any]) -> str:
         lines.append(f"  {adapter['file']}: {'; '.join(facts)}")
     if update is not None:
         lines.append(
-            f"  update: norm {update['intended']:.6g}, {update['effected']:.6g} after rounding; "
-            f"{update['unchanged']:.1%} of its elements change nothing"
+            f"  update: norm {_number(update['intended'])}, {_number(update['effected'])} after "
+            f"rounding; {update['unchanged']:.1%} of its elements change nothing"
         )
     lines.append(
-        f"  L2 from the base: {l2['global']:.6g} (sum over tensors {l2['sum']:.6g}, "
-        f"per parameter {l2['per_parameter']:.6g})"
+        f"  L2 from the base: {_number(l2['global'])} (sum over tensors {_number(l2['sum'])}, "
+        f"per parameter {_number(l2['per_parameter'])})"
     )
     return "\n".join(lines)
 
@@ -94,8 +94,9 @@ def conversion_text(report: dict[str, Any]) -> str:
         lines.append("  L2: not computed, the reference has no weights")
     else:
         lines.append(
-            f"  L2 from {l2['reference']}: total {l2['sum']:.6g}, average {l2['per_parameter']:.6g} "
-            f"(global {l2['global']:.6g}; {l2['compared']} tensors compared)"
+            f"  L2 from {l2['reference']}: total {_number(l2['sum'])}, "
+            f"average {_number(l2['per_parameter'])} (global {_number(l2['global'])}; "
+            f"{l2['compared']} tensors compared)"
         )
     return "\n".join(lines)
 
@@ -152,7 +153,8 @@ def diff_text(report: dict[str, Any]) -> str:
         f"{report['equal']} tensors are equal, {len(report['different'])} differ; "
         f"{len(report['missing'])} are only in {report['b']}, "
         f"{len(report['unexpected'])} only in {report['a']}",
-        f"L2: total {l2['sum']:.6g}, average {l2['per_parameter']:.6g}, global {l2['global']:.6g}",
+        f"L2: total {_number(l2['sum'])}, average {_number(l2['per_parameter'])}, "
+        f"global {_number(l2['global'])}",
     ]
     for title, key in (("only in B", "missing"), ("only in A", "unexpected")):
         lines += [f"  {title}: {name}" for name in report[key][:10]]
@@ -165,7 +167,7 @@ def diff_text(report: dict[str, Any]) -> str:
         lines.append(f"  {'L2':>12} {'relative':>12}  largest differences")
     for row in report["different"][:15]:
         relative = "" if row["relative"] is None else f"{row['relative']:.4g}"
-        lines.append(f"  {row['l2']:>12.6g} {relative:>12}  {row['name']}")
+        lines.append(f"  {_number(row['l2']):>12} {relative:>12}  {row['name']}")
     return "\n".join(lines)
 
 
@@ -238,6 +240,11 @@ def _conclusion(report: dict[str, Any]) -> str:
     return f" is right: every file and tensor is as it was written{beside if extra else ''}"
 
 
+def _number(value: float | None, how: str = ".6g") -> str:
+    """A number of a report, which has None for NaN and infinities as JSON has none of these."""
+    return "not finite" if value is None else format(value, how)
+
+
 def _bytes(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
@@ -251,6 +258,6 @@ def upstream_text(report: dict[str, Any]) -> str:
     l2 = report["l2"]
     lines = [f"Missing keys: {report['missing']}", f"Unexpected keys: {report['unexpected']}"]
     if l2 is not None:
-        lines.append(f"Total L2 distance: {l2['sum']:.6f}")
-        lines.append(f"Average per-parameter L2: {l2['per_parameter']:.8f}")
+        lines.append(f"Total L2 distance: {_number(l2['sum'], '.6f')}")
+        lines.append(f"Average per-parameter L2: {_number(l2['per_parameter'], '.8f')}")
     return "\n".join([*lines, f"Saved to {report['output']}"])

@@ -33,7 +33,7 @@ def exists(path: Path) -> bool:
 
 
 def resolved(path: Path) -> Path:
-    """The place of an output by its true name, links followed."""
+    """Where an output is in truth; "." has no name, and what it is called counts here."""
     with writing(path, 0):
         return system.resolve(path)
 

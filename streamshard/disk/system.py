@@ -61,6 +61,12 @@ class System:
         with _inside(path) as (name, folder):
             return os.lstat(name, dir_fd=folder)
 
+    def may_change(self, path: AnyPath) -> bool:
+        """Whether we may make, rename and remove what is in a folder, but for what a sticky bit says."""
+        effective = os.access in os.supports_effective_ids
+        with _inside(path, itself=True) as (name, folder):
+            return os.access(name, os.W_OK | os.X_OK, dir_fd=folder, effective_ids=effective)
+
     def pread(self, descriptor: int, out: memoryview, offset: int) -> int:
         """How many bytes were read into `out`; 0 at the end of the file."""
         return _pread_into(descriptor, out, offset)

@@ -6,6 +6,7 @@ And what a killed run may have left there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import stat
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from streamshard.engine.ours import Ours
 from streamshard.engine.swap import recover, refuse_old
 from streamshard.errors import InputError, StreamshardError, WriteError
 
-__all__ = ["check_beside", "places_beside", "staged_nbytes", "tidy"]
+__all__ = ["check_beside", "check_writable", "places_beside", "staged_nbytes", "tidy"]
 
 
 def places_beside(target: Path) -> dict[str, Path]:
@@ -42,8 +43,8 @@ def staged_nbytes(target: Path) -> int:
 
 def tidy(target: Path) -> None:
     """Remove what a run that was killed at its very end has left beside a complete output."""
-    beside = places_beside(resolved(target))
     with contextlib.suppress(StreamshardError):
+        beside = places_beside(resolved(target))
         if exists(beside["lock"]):
             with locked(beside["lock"], target) as lock:
                 recover(target, beside, lock)
@@ -65,3 +66,15 @@ def check_beside(target: Path) -> None:
     except (InputError, WriteError) as error:
         if not isinstance(error.__cause__, FileNotFoundError):  # of a run that is at it just now
             raise
+
+
+def check_writable(target: Path) -> None:
+    """Raise `WriteError` if nothing can be made where an output is to be; makes nothing itself."""
+    folder = resolved(target).parent
+    while not exists(folder) and folder != folder.parent:
+        folder = folder.parent
+    with writing(folder, 0):
+        if not stat.S_ISDIR(system.stat(folder).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(folder))
+        if not system.may_change(folder):
+            raise PermissionError(errno.EACCES, "nothing can be made in this folder", str(folder))

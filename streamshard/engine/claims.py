@@ -6,19 +6,31 @@ are in belong to it. Of an output the list is what its sealed `streamshard.json`
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from os import stat_result as Entry  # noqa: N812 - what it is here
 from pathlib import Path, PurePosixPath
 
 from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.record import read_record
 from streamshard.disk.folders import held, sync_folder
+from streamshard.disk.held import Held, Inode
 from streamshard.disk.system import reading, system, writing
 from streamshard.engine.ours import Ours, kind_of
 from streamshard.errors import InputError, OutputError, listed, printable
 
-__all__ = ["check_replaceable", "folders_of", "recorded_names", "remove_listed", "strangers"]
+__all__ = [
+    "Replaceable",
+    "check_replaceable",
+    "folders_of",
+    "recorded_names",
+    "remove_listed",
+    "replaceable",
+    "strangers",
+]
 
 
 def folders_of(names: Collection[str]) -> set[str]:
@@ -114,11 +126,32 @@ def recorded_names(folder: Path) -> set[str]:
     return {*files, REPORT_NAME}
 
 
-def check_replaceable(target: Path) -> set[str]:
-    """Raise `OutputError` unless a folder is empty or holds an output of ours and nothing else.
+@dataclass(frozen=True, slots=True)
+class Replaceable:
+    """A folder that may be replaced, and its files; held, so that no other gets its inode number."""
 
-    Returns the names of its files.
-    """
+    folder: Held
+    names: set[str]
+
+    @property
+    def inode(self) -> Inode:
+        """What identifies it, whatever it is called."""
+        return self.folder.inode
+
+    def check(self) -> None:
+        """Raise `OutputError` if something has come into it since."""
+        _refuse_more(Path(self.folder.path), self.names)
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise `OutputError` unless a folder is empty or holds an output of ours and nothing else."""
+    with replaceable(target):
+        pass
+
+
+@contextmanager
+def replaceable(target: Path) -> Iterator[Replaceable]:
+    """The like, for as long as it takes to replace it."""
     where = printable(str(target))
     choose = "Choose another output, or remove it yourself."
     with writing(target, 0):
@@ -127,7 +160,7 @@ def check_replaceable(target: Path) -> set[str]:
         raise OutputError(
             f"{where}: is {kind_of(found)}, which --overwrite does not replace. {choose}"
         )
-    with held(target):
+    with held(target) as folder:
         there = _listed(target)
         if there and REPORT_NAME not in there:
             raise OutputError(
@@ -140,9 +173,44 @@ def check_replaceable(target: Path) -> set[str]:
             raise OutputError(
                 f"{error} --overwrite replaces only what streamshard wrote and recorded. {choose}"
             ) from error
-        if more := strangers(target, names):
+        _refuse_more(target, names)
+        _check_removable(target, folders_of(names))
+        yield Replaceable(folder, names)
+
+
+def _refuse_more(target: Path, names: Collection[str]) -> None:
+    """Raise `OutputError` if an output that is held has files that are not recorded."""
+    if more := strangers(target, names):
+        raise OutputError(
+            f"{printable(str(target))}: holds {listed(more)}, which {REPORT_NAME} there does not record "
+            "and --overwrite would remove. Move that away, or choose another output."
+        )
+
+
+def _check_removable(target: Path, folders: set[str]) -> None:
+    """Raise `OutputError` unless we may rename a folder that is held, and remove all that is in it."""
+    if not system.may_change(target.parent):
+        return  # so that nothing can be written there either, which is told when that is tried
+    inside = [
+        target / name for name, entry in _walk(target, folders) if stat.S_ISDIR(entry.st_mode)
+    ]
+    entries = {folder: [folder / name for name in _listed(folder)] for folder in (target, *inside)}
+    for folder, paths in {target.parent: [target], **entries}.items():
+        if paths and not _may_remove(folder, paths):
             raise OutputError(
-                f"{where}: holds {listed(more)}, which {REPORT_NAME} there does not record and "
-                "--overwrite would remove. Move that away, or choose another output."
+                f"{printable(str(target))}: cannot be replaced: this user may not remove or rename what "
+                f"is in {printable(str(folder))}. Nothing was touched: choose another output, or have "
+                "its owner remove it."
             )
-        return names
+
+
+def _may_remove(folder: Path, paths: Collection[Path]) -> bool:
+    """Whether we may remove these from a folder: a sticky one, or each of them, has to be ours."""
+    with writing(folder, 0):
+        found = system.lstat(folder)
+        if not system.may_change(folder):
+            return False
+        if os.name == "nt" or not found.st_mode & stat.S_ISVTX:
+            return True
+        user = os.geteuid()
+        return user in (0, found.st_uid) or all(system.lstat(path).st_uid == user for path in paths)

@@ -110,7 +110,9 @@ def _shown(value: object) -> str:
     return "not given" if value in (None, [], False) else printable(str(value))
 
 
-def _changed_inputs(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) -> list[str]:
+def _changed_inputs(old: Any, new: Sequence[Sequence[Any]]) -> list[str]:
+    if not _is_inputs(old):
+        return ["it is not known what its inputs were"]
     before, now = ({path: digest for path, digest, _ in inputs} for inputs in (old, new))
     if [digest for _, digest, _ in old] == [digest for _, digest, _ in new]:
         return [
@@ -130,6 +132,14 @@ def _changed_inputs(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) 
         if path not in now and digest not in now.values()
     ]
     return found or ["the inputs are in another order"]
+
+
+def _is_inputs(value: Any) -> bool:
+    """Whether something read from a journal is a list of inputs as `identity` makes it."""
+    return isinstance(value, list) and all(
+        isinstance(one, list) and len(one) == 3 and all(isinstance(part, str) for part in one[:2])
+        for one in value
+    )
 
 
 def _arithmetic() -> dict[str, str]:

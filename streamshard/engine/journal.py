@@ -62,15 +62,19 @@ class FinishedShard:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FinishedShard:
         """What `record` gave."""
-        return cls(
-            record["shard"],
-            record["bytes"],
-            record["digest"],
-            bytes.fromhex(record["tensors"]),
-            array("d", record["squared"]),
-            Change(*record["change"]),
-            record["sha256"],
-        )
+        name, nbytes, digest, sha256 = (record[k] for k in ("shard", "bytes", "digest", "sha256"))
+        change, squared = record["change"], array("d", record["squared"])
+        if not (
+            isinstance(name, str)
+            and type(nbytes) is int
+            and isinstance(digest, str)
+            and isinstance(sha256, str | None)
+            and all(type(value) in (int, float) for value in change)
+            and not any(value < 0 for value in (*change, *squared))
+        ):
+            raise TypeError("no record of a shard")
+        tensors = bytes.fromhex(record["tensors"])
+        return cls(name, nbytes, digest, tensors, squared, Change(*change), sha256)
 
 
 class Journal:
@@ -104,14 +108,16 @@ class Journal:
             digest, _, text = line.partition(b" ")
             if not line.endswith(b"\n") or digest != _digest(text):
                 return
-            record = json.loads(text)
             try:
+                record = json.loads(text)
                 if self.plan is None:
-                    self.plan, self.names = record["plan"], frozenset(record["names"])
+                    self.plan, self.names = _beginning(record)
                 else:
                     shard = FinishedShard.from_record(record)
                     self.finished[shard.name] = shard
-            except (KeyError, TypeError, ValueError):  # of another version
+            # Of another version, or of somebody who has made the digest to it.
+            except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+                self._begun = self._begun and self.plan is not None
                 return
             self._good += len(line)
 
@@ -153,6 +159,16 @@ class Journal:
         """Close the file."""
         if self._log is not None:
             self._log.close()
+
+
+def _beginning(record: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """The plan and the names in a first record; raises what odd content raises."""
+    plan, names = record["plan"], record["names"]
+    if not isinstance(plan, dict) or not isinstance(names, list):
+        raise TypeError("no first record of a journal")
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("no first record of a journal")
+    return plan, frozenset(names)
 
 
 def _is_beginning(content: bytes) -> bool:

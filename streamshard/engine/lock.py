@@ -37,6 +37,7 @@ _OLD = os.O_RDWR | NO_LINK | getattr(os, "O_NONBLOCK", 0)
 BLOCK = 512  # a disk writes so much at once
 TRIES = 1000
 _PID = re.compile(rb'\{"pid": \d+(.*)', re.DOTALL)
+_PIDS = 1 << 31  # systems take no other number for that of a process
 _HOST = b', "host": "'
 
 
@@ -224,20 +225,21 @@ def _is_beginning(text: bytes) -> bool:
 def _record(content: bytes) -> dict[str, Any]:
     """Who holds a lock; empty if that is not known."""
     record = _parsed(content[:BLOCK])
-    known = {"pid", "host", "boot"} <= record.keys() and isinstance(record["pid"], int)
+    pid, host, boot = (record.get(key) for key in ("pid", "host", "boot"))
+    known = type(pid) is int and 0 < pid < _PIDS and isinstance(host, str) and isinstance(boot, str)
     return record if known else {}
 
 
 def _note(content: bytes) -> Moved | None:
     note = _parsed(content[BLOCK:])
     old, new = note.get("old"), note.get("new")
-    return (old, new) if isinstance(new, int) and isinstance(old, int | None) else None
+    return (old, new) if type(new) is int and (old is None or type(old) is int) else None
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text.rstrip(b"\0"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -23,6 +23,7 @@ __all__ = ["Ours", "kind_of"]
 
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL
+_WIDER = "can be written to by others"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -36,6 +37,13 @@ class Ours:
     def check(self, found: os.stat_result, path: Path, *, folder: bool = False) -> None:
         """Raise `OutputError` unless what was found at `path` is a file (or `folder`) of ours."""
         wrong = _kind_is_wrong(found, folder=folder) or self._is_foreign(found, folder=folder)
+        if wrong is not None and wrong.startswith(_WIDER):
+            raise OutputError(
+                f"{printable(str(path))}: {wrong}, more than the umask ({_umask():04o}) lets new ones "
+                "be. It was left alone, and nothing was written. If a run of yours has made it under "
+                "another umask, run again under that one, or remove the folder in which that run was "
+                "building; else move or remove it, or choose another output."
+            )
         if wrong:
             raise OutputError(
                 f"{printable(str(path))}: {wrong}, so no run of this user has made it as it is. It was "
@@ -109,7 +117,7 @@ def _misfit(
         return f"belongs to user {found.st_uid} and not to {os.geteuid()}"
     granted = ~_umask() if made is None else made.st_mode
     if found.st_mode & _OTHERS_WRITE and found.st_mode & _OTHERS_WRITE & ~granted:
-        return f"can be written to by others (its mode is {stat.S_IMODE(found.st_mode):04o})"
+        return f"{_WIDER} (its mode is {stat.S_IMODE(found.st_mode):04o})"
     return None
 
 

@@ -80,6 +80,8 @@ def _has_header(shard: Shard, finished: FinishedShard, staging: Staging) -> bool
     header, _ = shard.header()
     if finished.digest != shard_digest(header, finished.digests):
         return False
+    if (finished.nbytes, len(finished.squared)) != (shard.nbytes, len(shard.tensors)):
+        return False
     try:
         with open_source(staging.folder / shard.name) as file:
             return file.nbytes == shard.nbytes and file.read(0, len(header)) == header

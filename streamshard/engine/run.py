@@ -17,7 +17,7 @@ from streamshard.checkpoint.shards import Shard, index_pieces
 from streamshard.disk.folders import sync_folder
 from streamshard.disk.inputs import active, watching
 from streamshard.disk.new_files import copy_file, write_new
-from streamshard.engine.beside_output import check_beside
+from streamshard.engine.beside_output import check_beside, check_writable
 from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
@@ -45,6 +45,7 @@ def run(job: Job, options: Options) -> Report:
         options.on_plan(made)
     if options.dry_run:
         check_beside(made.output)
+        check_writable(made.output)
         return in_the_end(_report(made, shown=True), started)
     return execute(made, progress=options.progress, started=started)
 

@@ -22,7 +22,13 @@ from streamshard.disk.folders import exists, held, inode_of, remove_empty, sync_
 from streamshard.disk.held import Held, Inode
 from streamshard.disk.system import system, writing
 from streamshard.engine.beside_output import places_beside
-from streamshard.engine.claims import check_replaceable, remove_listed, strangers
+from streamshard.engine.claims import (
+    Replaceable,
+    check_replaceable,
+    remove_listed,
+    replaceable,
+    strangers,
+)
 from streamshard.engine.fingerprint import Identity, differences
 from streamshard.engine.journal import FinishedShard, Journal
 from streamshard.engine.leftovers import Left, left_in, refuse_strangers
@@ -141,7 +147,7 @@ def output_folder(
     is not ours, if another run writes it, if it was begun with another plan, or if something that no
     run of ours has made is in the way.
     """
-    target = folders.resolved(target)  # "." has no name
+    target = folders.resolved(target)
     beside = places_beside(target)
     with writing(target, 0):
         made = folders.make_folders(target.parent)
@@ -228,25 +234,30 @@ def _built(
     placed = False
     try:
         yield staging
-        with writing(target, 0):
+        with writing(target, 0), _replaced(target, overwrite=overwrite) as replaced:
             staging.check_content()
-            replaced = inode_of(target) if overwrite else None
-            names = set() if replaced is None else check_replaceable(target)
-            lock.note(replaced, staging.inode)
+            lock.note(None if replaced is None else replaced.inode, staging.inode)
             sync_folder(target.parent)  # the note must be there if what is moved now is not
             staging.remove_journal()
             staging.check_place()
             swap(staging.folder, staging.inode, target, old, replaced)
             placed = True
             sync_folder(target.parent)
-        if replaced is not None:
-            discard(old, replaced, names, target)
+            if replaced is not None:
+                discard(old, replaced.inode, replaced.names, target)
         lock.settle()
     except BaseException as error:
         _tell(staging, target, old, lock, error, placed=placed)
         raise
     finally:
         staging.close()
+
+
+def _replaced(
+    target: Path, *, overwrite: bool
+) -> contextlib.AbstractContextManager[Replaceable | None]:
+    """What is to be replaced, held until it is; None if nothing is there."""
+    return replaceable(target) if overwrite and exists(target) else contextlib.nullcontext()
 
 
 def _tell(
@@ -256,23 +267,26 @@ def _tell(
     # A rename may have been done and yet be told as failed, as on NFS.
     if placed or _is_at(staging, target):
         _add_to(error, f"{printable(str(target))} is complete.")
-        if not isinstance(error, OutputError) and _is_there(old):
+        if not isinstance(error, OutputError) and _is_moved(old, lock):
             _add_to(error, f"What it replaced, {printable(str(old))}, the next run removes.")
         return
     left = _leave(staging, error)
-    if lock.moved is not None and lock.moved[0] is not None and _is_there(old) is not False:
+    if _is_moved(old, lock) is not False:
         _add_to(error, f"What was there, {printable(str(old))}, the next run puts back.")
     elif left:
         with contextlib.suppress(WriteError):
             lock.settle()
 
 
-def _is_there(path: Path) -> bool | None:
-    """Whether something has this name; None if the disk does not even tell that."""
+def _is_moved(old: Path, lock: Lock) -> bool | None:
+    """Whether what was to be replaced has this name; None if the disk does not even tell that."""
+    if lock.moved is None or lock.moved[0] is None:
+        return False
     try:
-        return exists(path)
+        found = inode_of(old)
     except WriteError:
         return None
+    return found is not None and found[1] == lock.moved[0]
 
 
 def _is_at(staging: Staging, path: Path) -> bool | None:

@@ -14,7 +14,7 @@ from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.disk.folders import exists, held, inode_of, sync_folder
 from streamshard.disk.held import Inode
 from streamshard.disk.system import system, writing
-from streamshard.engine.claims import recorded_names, remove_listed
+from streamshard.engine.claims import Replaceable, recorded_names, remove_listed
 from streamshard.engine.lock import Lock
 from streamshard.errors import InputError, OutputError, WriteError, listed, printable
 
@@ -24,22 +24,32 @@ __all__ = ["discard", "recover", "refuse_old", "swap"]
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
-def swap(folder: Path, built: Inode, target: Path, old: Path, replaced: Inode | None) -> None:
+def swap(folder: Path, built: Inode, target: Path, old: Path, replaced: Replaceable | None) -> None:
     """Give the folder that was `built` its name, and another to what has that and is `replaced`."""
     if replaced is not None:
         refuse_old(old)
     try:
         if replaced is not None:
+            replaced.check()
             system.rename(target, old)
-            _check_is(replaced, old, target)
-        # Fails if something else has been put there in the meantime.
-        system.rename(folder, target)
-        _check_is(built, target, target)
+            _check_is(replaced.inode, old, target)
+        _place(folder, built, target)
     except BaseException as error:
         if replaced is not None and exists(old) and not exists(target):
             system.rename(old, target)
         if isinstance(error, OSError) and error.errno in _TAKEN:
             raise _appeared(target) from error
+        raise
+
+
+def _place(folder: Path, built: Inode, target: Path) -> None:
+    # Fails if something else has been put there in the meantime.
+    system.rename(folder, target)
+    try:
+        _check_is(built, target, target)
+    except OutputError:  # something else had been put in the place of what was built
+        if not exists(folder):
+            system.rename(target, folder)
         raise
 
 

@@ -16,6 +16,9 @@ from pairs import LAYER, Pair
 from reference import INDEX, load_file, save_file, save_index
 from shards_of_pair import FIRST, SECOND, K, Q, ones, put, single, weight_map
 
+from streamshard.checkpoint.folder import open_checkpoint
+from streamshard.errors import InputError
+
 QA, QB, KA, KB = (
     f"base_model.model.{LAYER}.{module}.lora_{side}.weight"
     for module in ("q_proj", "k_proj")
@@ -485,3 +488,15 @@ def test_fp16_overflow(dtype, pair, refused):
     else:
         single((Q, put(70, 1e5)(ones(96, 40)).bfloat16()))(pair)
         refused(4, Q, "row 70", "does not fit in F16", more=["--dtype", "fp16"])
+
+
+@pytest.mark.parametrize("stem", ["a" * 243, "é" * 121], ids=["243 letters", "242 bytes"])
+def test_a_file_name_as_long_as_a_disk_takes(stem, tmp_path):
+    name = f"{stem}.safetensors"
+    folder = reference.save_checkpoint(tmp_path / "x", {"a": reference.normal((2, 2), 1, seed=1)})
+    (folder / "model.safetensors").rename(folder / name)
+    reference.save_index(folder, {"a": name})
+    assert [*open_checkpoint(folder).metadata] == [name]
+    reference.save_index(folder, {"a": f"éé{name}"})
+    with pytest.raises(InputError, match="hostile"):
+        open_checkpoint(folder)

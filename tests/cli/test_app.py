@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from sparse_folders import KEYS, sparse_adapter, sparse_base
 
 import streamshard
+from streamshard.cli import texts
 from streamshard.cli.app import cli as main
 
 COMMANDS = sorted(main.commands)
@@ -240,3 +241,21 @@ def test_a_dry_run_of_a_large_base_is_quick(tmp_path, cli):
     assert "4.03 GB" in outcome.out
     assert time.perf_counter() - started < 2
     assert (base / "model.safetensors").stat().st_blocks * 512 < 100_000  # still holes
+
+
+def test_numbers_that_are_not_finite_are_said_so():
+    """A report has None for them."""
+    l2 = {"reference": "r", "sum": None, "per_parameter": None, "global": None, "compared": 1}
+    effort = {"output": "o", "bytes": 1, "shards": 1, "seconds": 1, "peak_rss_bytes": 1}
+    report = {**effort, "l2": l2, "tensors": 1, "missing": [], "unexpected": []}
+    merged = {
+        "merged": 1,
+        "adapters": [],
+        "update": {"intended": None, "effected": 1, "unchanged": 0},
+    }
+    for text in (
+        texts.conversion_text(report),
+        texts.upstream_text(report),
+        texts.merge_text({**report, **merged}),
+    ):
+        assert text.count("not finite") >= 2

@@ -334,3 +334,15 @@ def test_diff_with_nothing(gone, tmp_path, cli):
     folders = {n: make(tmp_path / n, "tiny", "custom") for n in ("one", "other")}
     folders[gone] = tmp_path / "nowhere"
     assert "nowhere" in refused(cli, tmp_path, 3, "diff", *folders.values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_said_so(value, tmp_path, cli):
+    """JSON has no such numbers, so the report has None."""
+    for name, number in (("a", value), ("b", 0.5)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((4, 4), number)}, tmp_path / name / "model.safetensors")
+    outcome = cli("diff", tmp_path / "a", tmp_path / "b")
+    assert outcome.code == 0, outcome.err
+    assert "L2: total not finite, average not finite, global not finite" in outcome.out
+    assert re.search(r"not finite +w$", outcome.out, re.MULTILINE)

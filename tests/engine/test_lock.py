@@ -114,3 +114,23 @@ def test_inputs_are_never_taken_for_leftovers(beside, pair, refused):
     place = places_beside(pair.output)[beside]
     pair.base.rename(place)
     refused(5, "input", command=[p.replace(str(pair.base), str(place)) for p in pair.command])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"pid": 1 << 70, "host": "here", "boot": ""},
+        {"pid": -5, "host": "here", "boot": ""},
+        {"pid": True, "host": "here", "boot": ""},
+        {"pid": 1, "host": [1], "boot": ""},
+        {"pid": 1, "host": "here", "boot": {}},
+    ],
+    ids=str,
+)
+def test_a_record_of_odd_types_is_none(record):
+    assert lock._record(json.dumps(record).encode()) == {}
+
+
+@pytest.mark.parametrize("text", [b"[" * 511, b'{"old": true, "new": 5}', b'{"new": 5.5}', b"5"])
+def test_a_note_of_odd_types_is_none(text):
+    assert lock._note(bytes(lock.BLOCK) + text) is None

@@ -13,8 +13,9 @@ from pairs import Pair, record_of
 from reference import load_file, save_file
 
 from streamshard.disk import system
+from streamshard.engine import beside_output
 from streamshard.engine.staging import output_folder
-from streamshard.errors import OutputError
+from streamshard.errors import OutputError, WriteError
 
 PLAN: dict[str, Any] = {
     "streamshard": "0",
@@ -179,3 +180,30 @@ def test_the_json_of_a_diff_with_nan_is_json(pair: Pair, cli):
     report = json.loads(outcome.out, parse_constant=refuse)
     assert report["l2"]["sum"] is None
     assert [row["name"] for row in report["different"]] == [name]
+
+
+def test_a_dry_run_says_that_nothing_can_be_written(pair: Pair, cli, monkeypatch):
+    """As the run would."""
+    monkeypatch.setattr(system.system, "may_change", lambda path: path != pair.output.parent)
+    for output in (pair.output, pair.output / "deeper" / "still"):
+        outcome = cli(*pair.command[:-1], output, "--dry-run")
+        assert outcome.code == 6
+        assert str(pair.output.parent) in outcome.err
+    (pair.root / "file").touch()
+    assert cli(*pair.command[:-1], pair.root / "file" / "merged", "--dry-run").code == 6
+    monkeypatch.undo()
+    assert cli(*pair.command, "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("what", ["tidy", "staged_nbytes", "resolved", "check_writable"])
+def test_links_in_circles_are_an_output_that_cannot_be_written(what, tmp_path, monkeypatch):
+    def loop(path: Path) -> Path:
+        raise RuntimeError(f"Symlink loop from {path}")  # of pathlib before Python 3.13
+
+    monkeypatch.setattr(Path, "resolve", loop)
+    call = getattr(beside_output, what)
+    if what == "tidy":
+        call(tmp_path / "x")
+        return
+    with pytest.raises(WriteError, match="circle"):
+        call(tmp_path / "x")

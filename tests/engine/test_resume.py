@@ -32,6 +32,7 @@ from reference import load_file, save_file
 from sparse_folders import sparse_adapter, sparse_base
 
 import streamshard
+from streamshard.checkpoint.digests import new_digest
 from streamshard.disk.system import system
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -316,3 +317,105 @@ def test_a_write_that_writes_nothing_ends(pair, cli, monkeypatch):
     outcome = cli(*pair.command)
     assert outcome.code == 6
     assert "nothing was written" in outcome.err
+
+
+# --- records that are none ------------------------------------------------------------------------
+
+
+def with_digest(text: bytes) -> bytes:
+    digest = new_digest()
+    digest.update(text)
+    return digest.hexdigest().encode() + b" " + text
+
+
+ODD = [
+    b"not JSON",
+    b"[" * 100_000,
+    b"5",
+    b"[5]",
+    b"{}",
+    b'{"plan": 5, "names": []}',
+    b'{"plan": [1], "names": []}',
+    b'{"plan": {}, "names": [5]}',
+    b'{"plan": {}, "names": "ab"}',
+    b'{"plan": {}, "names": 5}',
+    b'{"plan": ' + b'{"a": ' * 5000,
+]
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--dry-run"]], ids=str)
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
+def test_a_first_line_with_a_digest_that_no_run_has_written(text, more, refused, pair):
+    partial(pair).mkdir()
+    (partial(pair) / "streamshard.journal").write_bytes(with_digest(text + b"\n"))
+    refused(5, "'streamshard.journal'", more=more)
+
+
+PLANS = [
+    {"inputs": [5]},
+    {"inputs": 5},
+    {"inputs": {"a": 1}},
+    {"inputs": [[[], {}, 1]]},
+    {"inputs": [["a", "b"]]},
+    {"options": 5, "files": [1], "arithmetic": "x", "command": {}, "streamshard": []},
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_plan_that_no_run_has_written(plan, refused, pair, cli):
+    partial(pair).mkdir()
+    first = json.dumps({"plan": plan, "names": ["streamshard.journal"]}).encode()
+    (partial(pair) / "streamshard.journal").write_bytes(with_digest(first + b"\n"))
+    refused(5, "cannot be continued")
+    assert cli(*pair.command, "--overwrite").code == 0
+    assert alone(pair)
+
+
+SHARDS = [
+    b"not JSON",
+    b"[" * 100_000,
+    b"[1]",
+    *(
+        json.dumps({"bytes": 1, "digest": "", "tensors": "", "squared": [], "change": [0, 0, 0, 0],
+                    "sha256": None, "shard": FIRST} | odd).encode()
+        for odd in (
+            {"shard": 5},
+            {"shard": [1]},
+            {"bytes": "x"},
+            {"tensors": 5},
+            {"tensors": "é"},
+            {"squared": [-1]},
+            {"squared": ["x"]},
+            {"squared": 5},
+            {"change": [[]]},
+            {"change": {"a": 1}},
+            {"change": [-1, 0, 0, 0]},
+            {"sha256": 5},
+            {"digest": {}},
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SHARDS, ids=range(len(SHARDS)))
+def test_a_record_of_a_shard_that_no_run_has_written(text, interrupted, clean, cli):
+    journal = partial(interrupted) / "streamshard.journal"
+    first, *_ = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(first + with_digest(text + b"\n"))
+    (partial(interrupted) / FIRST).unlink()
+    outcome = cli(*interrupted.command, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["resumed"] == 0
+    assert content(interrupted.output) == clean
+
+
+@pytest.mark.parametrize("odd", [{"squared": [0.0] * 9}, {"bytes": 5}, {"squared": []}], ids=str)
+def test_a_record_that_does_not_fit_its_shard(odd, interrupted, clean, cli):
+    journal = partial(interrupted) / "streamshard.journal"
+    first, shard = journal.read_bytes().splitlines(keepends=True)
+    record = json.loads(shard.partition(b" ")[2]) | odd
+    journal.write_bytes(first + with_digest(json.dumps(record).encode() + b"\n"))
+    outcome = cli(*interrupted.command, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["resumed"] == 0
+    assert content(interrupted.output) == clean
