@@ -2,11 +2,11 @@
 
     python bench/faults.py
 
-Small runs of the command line (see `scenarios.py`) call the system some hundred times each: through the
-seam in `streamshard/disk/system.py`, and where modules of Python look at folders. For N = 1, 2, 3 … until
-a run ends without it, the N-th call fails, or it and all that come after it, with each of several
-errors; reads and writes also pass fewer bytes than asked for, and calls that change the disk also
-report an error after they have done their work. After each run:
+Small runs of the command line (see `scenarios.py`) call the system some hundred times each, all of them
+through the seam in `streamshard/disk/system.py`. For N = 1, 2, 3 … until a run ends without it, the
+N-th call fails, or it and all that come after it, with each of several errors; reads and writes also
+pass fewer bytes than asked for, and calls that change the disk also report an error after they have
+done their work. After each run:
 
 - the exit code is that of a failed read or write, and the message names the file;
 - the output is absent, the older one, or complete; what else is left is named in the message;
@@ -38,8 +38,6 @@ from streamshard.disk.system import system
 
 __all__ = ["KINDS", "Faults", "Kind", "check", "main"]
 
-# What modules of Python call to look at folders, apart from the seam.
-OUTSIDE = ("stat", "lstat", "scandir", "listdir", "readlink")
 LOOKING = {
     "pread",
     "open",
@@ -47,9 +45,11 @@ LOOKING = {
     "stat",
     "lstat",
     "listdir",
-    "os.stat",
-    "os.scandir",
-    "os.listdir",
+    "scandir",
+    "realpath",
+    "resolve",
+    "by_library",
+    "read_text",
 }
 # An output without one of these is not complete.
 NEEDED = {"pwrite", "fsync", "truncate", "mkdir"}
@@ -100,33 +100,27 @@ class Faults:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._inside = threading.local()
         self._opened: dict[int, str] = {}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Let calls fail while the block runs."""
         seam = {name: self._seam(name, getattr(system, name)) for name in CALLS}
-        outside = {name: self._outside(name, getattr(os, name)) for name in OUTSIDE}
-        with replaced(system, seam), replaced(os, outside):
+        with replaced(system, seam):
             yield
 
     def _seam(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def calling(first: Any, *rest: Any) -> Any:
-            self._inside.seam = True
-            try:
-                paths = self._opened.get(first, "") if isinstance(first, int) else str(first)
-                if name == "rename":
-                    paths += f"\n{rest[0]}"
-                kind = "open for writing" if name == "open" and rest[0] & os.O_CREAT else name
-                result = self._called(
-                    kind, paths, lambda: call(first, *rest), named=not isinstance(first, int)
-                )
-                if name == "open":
-                    self._opened[result] = paths
-                return result
-            finally:
-                self._inside.seam = False
+            paths = self._opened.get(first, "") if isinstance(first, int) else str(first)
+            if name == "rename":
+                paths += f"\n{rest[0]}"
+            kind = "open for writing" if name == "open" and rest[0] & os.O_CREAT else name
+            result = self._called(
+                kind, paths, lambda: call(first, *rest), named=not isinstance(first, int)
+            )
+            if name == "open":
+                self._opened[result] = paths
+            return result
 
         if name in {"pread", "pwrite"} and self.kind.part:
 
@@ -136,17 +130,6 @@ class Faults:
                 return int(call(descriptor, data, offset))
 
             return shorter
-        return calling
-
-    def _outside(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def calling(path: Any = ".", *rest: Any, **options: Any) -> Any:
-            seam = getattr(self._inside, "seam", False)
-            if seam or isinstance(path, int) or not str(path).startswith(str(self.folder)):
-                return call(path, *rest, **options)
-            return self._called(
-                f"os.{name}", str(path), lambda: call(path, *rest, **options), named=True
-            )
-
         return calling
 
     def _is_due(self, name: str, paths: str) -> bool:

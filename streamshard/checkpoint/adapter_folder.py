@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from streamshard.checkpoint.file_names import (
 from streamshard.checkpoint.folder import has, no_such
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
+from streamshard.disk.existence import is_file, is_folder, is_there, names_in
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.errors import AdapterError, InputError, listed
@@ -42,7 +44,7 @@ def is_adapter(folder: Path, names: Collection[str]) -> bool:
     """
     if MODEL_CONFIG_NAME in names:
         return False
-    return any((folder / name).is_file() for name in (ADAPTER_NAME, PICKLED_ADAPTER_NAME)) or (
+    return any(is_file(folder / name) for name in (ADAPTER_NAME, PICKLED_ADAPTER_NAME)) or (
         ADAPTER_CONFIG_NAME in names and not any(name.endswith(SUFFIX) for name in names)
     )
 
@@ -59,12 +61,12 @@ def open_adapter(path: PathLike) -> AdapterFolder:
 
 
 def _open_adapter(path: Path) -> AdapterFolder:
-    if path.is_file() and path.name.startswith("adapter_model."):
+    if is_file(path) and path.name.startswith("adapter_model."):
         path = path.parent
-    if not path.is_dir():
+    if not is_folder(path):
         raise no_such(path, "adapter folder")
     if not has(path / ADAPTER_CONFIG_NAME):
-        inner = sorted(found.parent.name for found in path.glob(f"*/{ADAPTER_CONFIG_NAME}"))
+        inner = list(_folders_of_adapters(path))
         hint = (
             f"Adapters lie in its sub-folders {listed(inner)}: give one of these."
             if inner
@@ -87,6 +89,15 @@ def _open_adapter(path: Path) -> AdapterFolder:
     if not tensors:
         raise AdapterError.at(file, "has no tensors; there is nothing to merge.")
     return AdapterFolder(path, file, config, tensors)
+
+
+def _folders_of_adapters(path: Path) -> Iterator[str]:
+    """Folders in a folder that hold adapters, as far as they can be looked at."""
+    with contextlib.suppress(PermissionError):
+        for name in names_in(path):
+            with contextlib.suppress(PermissionError):
+                if is_there(path / name / ADAPTER_CONFIG_NAME):
+                    yield name
 
 
 def _unpickle(file: Path) -> dict[str, Lazy]:

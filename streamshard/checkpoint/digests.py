@@ -13,7 +13,7 @@ from typing import Protocol
 
 import xxhash
 
-from streamshard.disk.files import BLOCK_NBYTES, InputFile
+from streamshard.disk.files import BLOCK_NBYTES, open_source
 from streamshard.tensors.lazy import Lazy, blocks
 from streamshard.tensors.workspace import Workspace
 
@@ -86,7 +86,7 @@ def hash_file(path: Path, *hashes: Hash, going: Callable[[], bool] = lambda: Tru
     """
     done = 0
     buffer = memoryview(bytearray(BLOCK_NBYTES))
-    with InputFile(path) as file:
+    with open_source(path) as file:
         while going() and (count := file.read_into(buffer, done)):
             for one in hashes:
                 one.update(buffer[:count])

@@ -5,10 +5,10 @@ Opening reads headers and JSON only. Nothing found in these files is executed.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from streamshard.checkpoint.file_names import (
 )
 from streamshard.checkpoint.header import Header, read_header
 from streamshard.checkpoint.json_files import MAX_JSON_BYTES, parse_index, read_json_object
+from streamshard.disk.existence import is_file, is_folder, is_link, is_there, names_in, walked
 from streamshard.disk.files import read_bytes
 from streamshard.disk.paths import PathLike, input_path
-from streamshard.disk.system import reading
+from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, listed, printable
 from streamshard.tensors.lazy import Stored
 
@@ -73,14 +74,14 @@ def open_checkpoint(path: PathLike, *, needs_weights: bool = True) -> Checkpoint
     """
     path = input_path(path, "a checkpoint")
     with reading(path):
-        if not path.exists():
+        if not is_there(path):
             raise no_such(path, "file or folder")
-        if path.is_file() and path.suffix != SUFFIX:
+        if is_file(path) and path.suffix != SUFFIX:
             raise InputError.at(path, f"is no {SUFFIX} file. Give the checkpoint's folder.")
-        if path.is_file():
+        if is_file(path):
             header = read_header(path)
             return _checkpoint(path, {path.name: header}, None, {})
-        if not path.is_dir():
+        if not is_folder(path):
             raise InputError.at(path, "is neither a file nor a folder.")
         config = _read_config(path)
         if not needs_weights and not _weight_files(path):
@@ -115,7 +116,7 @@ def _find_weights(folder: Path) -> Path:
     for found in (index, single):
         if has(found):
             return found
-    others = [p for p in _weight_files(folder) if not p.name.startswith("adapter_") and p.is_file()]
+    others = [p for p in _weight_files(folder) if not p.name.startswith("adapter_") and is_file(p)]
     if len(others) == 1:
         return others[0]
     if others:
@@ -124,13 +125,13 @@ def _find_weights(folder: Path) -> Path:
             f"has {len(others)} .safetensors files but no {INDEX_NAME}, "
             "so what belongs together is not known. Add the index, or give one file.",
         )
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
+    if is_file(folder / ADAPTER_CONFIG_NAME):
         raise InputError.at(
             folder,
             "is a PEFT adapter, not a checkpoint. "
             "Pass it as --adapter and the model it was trained on as --base.",
         )
-    pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+    pickles = [name for name in names_in(folder) if fnmatchcase(name, "pytorch_model*.bin")]
     hint = (
         f"It has {listed(pickles, 2)}: convert these to safetensors first."
         if pickles
@@ -141,7 +142,7 @@ def _find_weights(folder: Path) -> Path:
 
 def _weight_files(folder: Path) -> list[Path]:
     # Not by `glob`, which takes a folder that may not be read for an empty one.
-    return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
+    return [folder / name for name in names_in(folder) if name.endswith(SUFFIX)]
 
 
 def _open_index(index: Path) -> dict[str, Header]:
@@ -208,9 +209,9 @@ def _checkpoint(
 def _side_files(folder: Path) -> dict[str, Path]:
     """Everything that is to be carried along, by its name relative to the folder."""
     found = {}
-    for parent, folders, names in os.walk(folder, onerror=_raise):
+    for parent, folders, names in walked(folder):
         folders[:] = sorted(name for name in folders if not NOT_ENTERED.fullmatch(name))
-        linked = [name for name in folders if Path(parent, name).is_symlink()]
+        linked = [name for name in folders if is_link(parent / name)]
         if linked:
             raise InputError.at(
                 parent,
@@ -219,7 +220,7 @@ def _side_files(folder: Path) -> dict[str, Path]:
                 "remove the link.",
             )
         for name in sorted(names):
-            file = Path(parent, name)
+            file = parent / name
             if NOT_CARRIED.fullmatch(name):
                 continue
             if has(file):
@@ -231,14 +232,10 @@ def _side_files(folder: Path) -> dict[str, Path]:
 def tokenizer_files(folder: Path) -> dict[str, Path]:
     """The tokenizer's files of a folder, by name."""
     with reading(folder):
-        found = sorted(path for path in folder.iterdir() if TOKENIZER.fullmatch(path.name))
+        found = [folder / name for name in names_in(folder) if TOKENIZER.fullmatch(name)]
         for path in filter(has, found):
             _check_link(folder, path)
         return {path.name: path for path in found}
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def has(file: Path) -> bool:
@@ -247,19 +244,19 @@ def has(file: Path) -> bool:
     Raises `InputError` if the name is taken by something that cannot be read like a file: a folder,
     a pipe or device, which would hang, or a link that leads nowhere.
     """
-    if file.is_file():
+    if is_file(file):
         return True
-    if file.is_symlink() and not file.exists():
+    if is_link(file) and not is_there(file):
         raise InputError.at(file, "is a link to nothing. Fetch the file or remove the link.")
-    if file.exists():
-        kind = "a folder" if file.is_dir() else "a pipe, socket or device"
+    if is_there(file):
+        kind = "a folder" if is_folder(file) else "a pipe, socket or device"
         raise InputError.at(file, f"is {kind}; a file was expected. Remove it.")
     return False
 
 
 def _check_link(folder: Path, file: Path) -> None:
     """Refuse to carry what lies elsewhere: a hostile folder may link to anyone's secrets."""
-    target = outside(folder, file) if file.is_symlink() else None
+    target = outside(folder, file) if is_link(file) else None
     if target is None:
         return
     raise InputError.at(
@@ -272,10 +269,12 @@ def _check_link(folder: Path, file: Path) -> None:
 
 def outside(folder: Path, file: Path) -> Path | None:
     """Where a file is, if links lead out of the folder and not into the hub's cache; else None."""
-    target = Path(os.path.realpath(file))
-    blobs = target.parent  # where that cache keeps what the links in its snapshots lead to
-    cached = blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir()
-    return None if cached or target.is_relative_to(os.path.realpath(folder)) else target
+    with reading(file):
+        target = Path(system.realpath(file))
+        blobs = target.parent  # where that cache keeps what the links in its snapshots lead to
+        cached = blobs.name == "blobs" and is_folder(blobs.parent / "snapshots")
+        inside = target.is_relative_to(system.realpath(folder))
+    return None if cached or inside else target
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

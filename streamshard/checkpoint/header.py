@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.json_files import parse_prefix, parse_small
-from streamshard.disk.files import InputFile
+from streamshard.disk.files import open_source
+from streamshard.disk.sources import Source
+from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, printable
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, Stored
@@ -120,14 +122,14 @@ def framed(text: bytes) -> bytes:
     return len(text).to_bytes(_PREFIX_NBYTES, "little") + text
 
 
-def data_start(file: InputFile) -> int:
+def data_start(file: Source) -> int:
     """Where the tensors' bytes begin in a file, as its first bytes say, which nobody has checked."""
     return _PREFIX_NBYTES + int.from_bytes(file.read(0, _PREFIX_NBYTES), "little")
 
 
 def header_text(path: Path) -> tuple[bytes, int]:
     """The JSON of a file's header, not yet looked at, and the size of the file."""
-    with InputFile(path) as file:
+    with open_source(path) as file:
         file_nbytes = file.nbytes
         if file_nbytes < _PREFIX_NBYTES:
             raise _broken(path, f"has only {file_nbytes} bytes; a header needs at least 8")
@@ -277,12 +279,14 @@ def _ask_official_parser(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np"):
+        # It needs a file of this machine.
+        with (
+            reading(path),
+            system.by_library(path, lambda file: safe_open(file, framework="np")),
+        ):
             pass
     except SafetensorError as error:
         raise _broken(path, f"is refused by safetensors: {printable(str(error))}") from error
-    except OSError as error:
-        raise _broken(path, f"cannot be opened: {error}") from error
 
 
 def _broken(path: Path, problem: str, name: str | None = None) -> InputError:

@@ -18,6 +18,7 @@ from streamshard.checkpoint.folder import open_checkpoint, open_weights
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.checkpoint.recorded_files import Listing, read_listing
+from streamshard.disk.existence import is_file, is_folder
 from streamshard.disk.system import is_unread, reading, system
 from streamshard.errors import AdapterError, InputError, ReadError, printable
 from streamshard.tensors.lazy import Lazy
@@ -81,10 +82,10 @@ def is_shard(name: str) -> bool:
 
 def open_anything(path: Path) -> Opened:
     """Open a folder or a weight file; raises `InputError` only if there is no checkpoint at all."""
-    if path.is_dir():
+    if is_folder(path):
         return _open_folder(path)
     found = Opened(path.parent, Listing("missing"), bare=True)
-    if path.is_file() and path.suffix == SUFFIX:
+    if is_file(path) and path.suffix == SUFFIX:
         found.header(path.name)
     else:
         open_checkpoint(path)  # which says what is wrong with it
@@ -115,7 +116,7 @@ def _open_folder(path: Path) -> Opened:
 
 
 def _open_adapter(found: Opened, names: list[str]) -> None:
-    if (found.folder / ADAPTER_NAME).is_file():
+    if is_file(found.folder / ADAPTER_NAME):
         found.header(ADAPTER_NAME)
         return
     try:

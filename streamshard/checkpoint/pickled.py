@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.header import MAX_NAME_BYTES
-from streamshard.disk.files import InputFile
+from streamshard.disk.files import open_source
+from streamshard.disk.sources import Source
 from streamshard.errors import InputError, StreamshardError, printable
 from streamshard.limits import Need, check_room
 from streamshard.tensors.dtypes import TORCH_DTYPES
@@ -28,7 +29,7 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
     take more memory than the file has bytes.
     """
     try:
-        with InputFile(file) as opened:
+        with open_source(file) as opened:
             nbytes = opened.nbytes
             _check_size(opened)
             content = _load(opened)
@@ -58,7 +59,7 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
     return tensors
 
 
-def _check_size(file: InputFile) -> None:
+def _check_size(file: Source) -> None:
     """Raise `ValueError` unless the file is as `torch.save` writes it: a zip, nothing compressed."""
     with zipfile.ZipFile(file.stream()) as archive:
         entries = archive.infolist()
@@ -68,7 +69,7 @@ def _check_size(file: InputFile) -> None:
         raise ValueError("it claims more content than it has bytes.")
 
 
-def _load(file: InputFile) -> Any:
+def _load(file: Source) -> Any:
     if "torch" not in sys.modules:
         check_room("torch, which reads this .bin; safetensors need none of it", _TORCH)
     import torch

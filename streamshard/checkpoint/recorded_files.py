@@ -19,6 +19,7 @@ from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.folder import outside
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.checkpoint.record import MAX_RECORD_BYTES, read_record
+from streamshard.disk.existence import has_name
 from streamshard.disk.system import is_unread
 from streamshard.errors import InputError, ReadError, listed, printable
 
@@ -56,7 +57,7 @@ class Listing:
 def read_listing(folder: Path) -> Listing:
     """The listing of a folder; never fails, but has `problems`."""
     file = folder / REPORT_NAME
-    if not os.path.lexists(file):
+    if not has_name(file):
         return Listing("missing")
     try:
         found, record = Listing("whole"), read_record(file)

@@ -14,7 +14,7 @@ from streamshard.checkpoint.file_names import SINGLE_NAME, SUFFIX, numbered
 from streamshard.checkpoint.folder import Checkpoint
 from streamshard.checkpoint.header import build_header, total_nbytes, total_parameters
 from streamshard.checkpoint.json_files import json_pieces
-from streamshard.tensors.lazy import Lazy
+from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = ["Shard", "index_pieces", "numbered_anew", "plan_shards", "shard_names"]
 
@@ -58,6 +58,12 @@ class Shard:
         Built each time: those of all shards of a large model together have many megabytes.
         """
         return build_header(self.tensors, self.metadata)
+
+    def stored(self, file: Path) -> Iterator[tuple[str, Stored]]:
+        """What reading this file at that place will give, tensor by tensor in their order."""
+        for name, begin in self.header()[1].items():
+            tensor = self.tensors[name]
+            yield name, Stored(str(file), begin, tensor.shape, tensor.dtype, self.nbytes)
 
 
 def plan_shards(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamshard.checkpoint.file_names import CODE, CONFIGS, WEIGHTS
+from streamshard.disk.existence import is_there
+from streamshard.disk.system import system
 
 __all__ = ["Entry", "contents", "harm"]
 
@@ -42,8 +44,7 @@ def contents(folder: Path) -> Iterator[Entry]:
     while todo:  # no recursion: folders may be thousands of levels deep
         name = todo.pop()
         try:
-            with os.scandir(folder / name) as found:
-                inner = sorted(found, key=lambda entry: entry.name)
+            inner = sorted(system.scandir(folder / name), key=lambda entry: entry.name)
         except OSError as error:
             yield Entry(f"{name}/", "folder", f"cannot be listed: {error.strerror}")
             continue
@@ -65,7 +66,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
             return "link to a folder"
     except OSError:  # a link that leads back to itself
         return "link to nothing"
-    if entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110 - an entry is no Path
+    if entry.is_symlink() and not is_there(entry.path):
         return "link to nothing"
     return "no regular file"
 

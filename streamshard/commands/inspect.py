@@ -11,6 +11,7 @@ from streamshard.checkpoint.adapter_folder import is_adapter, open_adapter
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.commands.identify import Model, dimensions
+from streamshard.disk.existence import is_folder
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading, system
@@ -34,7 +35,7 @@ def inspect(path: PathLike) -> Report:
     started = time.perf_counter()
     folder = input_path(path, "a checkpoint or adapter")
     with reading(folder):
-        adapter = folder.is_dir() and is_adapter(folder, system.listdir(folder))
+        adapter = is_folder(folder) and is_adapter(folder, system.listdir(folder))
     if adapter:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)

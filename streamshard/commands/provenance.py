@@ -11,6 +11,7 @@ from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.checkpoint.record import MAX_RECORD_BYTES
 from streamshard.commands.identify import Model
+from streamshard.disk.existence import is_file
 from streamshard.disk.system import reading
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 
@@ -49,7 +50,7 @@ def check_record(base: Model, facts: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a base which streamshard itself has merged one of these adapters into."""
     record = base.path / REPORT_NAME
     with reading(record):
-        if not record.is_file():
+        if not is_file(record):
             return
     try:
         earlier = read_json_object(record, MAX_RECORD_BYTES).get("adapters")

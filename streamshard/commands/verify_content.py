@@ -17,7 +17,7 @@ from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.header import framed, header_text
 from streamshard.checkpoint.open_anything import Opened, is_shard
 from streamshard.checkpoint.recorded_files import FileRecord, link_problem
-from streamshard.disk.files import InputFile
+from streamshard.disk.files import open_source
 from streamshard.disk.system import is_unread
 from streamshard.engine.workers import Stop
 from streamshard.errors import InputError, ReadError, listed, printable
@@ -123,7 +123,7 @@ class Comparison:
         sha256 = new_sha256() if whole and record.sha256 is not None else None
         hashes = [one for one in (digest, sha256) if one is not None]
         try:
-            with InputFile(path) as file:
+            with open_source(path) as file:
                 nbytes = file.nbytes
             problem = link_problem(self.found.folder, name)
             if problem is not None:

@@ -19,13 +19,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamshard.disk.inputs import Inputs, Stamp, active, changed, named
+from streamshard.disk.sources import Abilities, Source
 from streamshard.disk.system import AnyPath, reading, system
 from streamshard.errors import InputError, ReadError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["BLOCK_NBYTES", "ByteRange", "Files", "InputFile", "file_nbytes", "read_bytes"]
+__all__ = [
+    "BLOCK_NBYTES",
+    "ByteRange",
+    "Files",
+    "InputFile",
+    "file_nbytes",
+    "open_source",
+    "read_bytes",
+]
 
 BLOCK_NBYTES = 256 * 1024
 """What is read, compared and written at a time: on ext4, writes of 2 MB took three times as long."""
@@ -43,7 +52,7 @@ class ByteRange:
 
 
 class InputFile:
-    """A regular file to read from, at any place, by several threads.
+    """A regular file to read from, at any place, by several threads: a `Source`.
 
     It is noted in `inputs`, by default those that are active where it is opened: a `ChangedError`
     says that it is not what had this name before.
@@ -73,6 +82,11 @@ class InputFile:
             if not full or self._inputs is None or not self._inputs.let_go():
                 raise
             return system.open(self.path, _READ)
+
+    @property
+    def abilities(self) -> Abilities:
+        """What it can do."""
+        return Abilities(ranges=True, local=self.path)
 
     def __enter__(self) -> InputFile:  # noqa: PYI034 - Self needs Python 3.11
         return self
@@ -183,8 +197,13 @@ class _Raw(io.RawIOBase):
         return count
 
 
+def open_source(key: AnyPath, inputs: Inputs | None = None) -> Source:
+    """What has this key, opened. Whoever reads anything of others comes by here."""
+    return InputFile(key, inputs)
+
+
 class Files:
-    """Input files, opened once each on first use; safe to share between threads.
+    """Sources, opened once each on first use; safe to share between threads.
 
     A file that is not what the plan saw raises `ChangedError`: by the inputs that were active where this
     was made, by its size, and by `stamps`, for those who have no more of a plan than these.
@@ -193,7 +212,7 @@ class Files:
     def __init__(self, stamps: Mapping[str, Stamp] | None = None) -> None:
         self._stamps = stamps or {}
         self._inputs = active()
-        self._files: dict[str, InputFile] = {}
+        self._files: dict[str, Source] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -202,13 +221,13 @@ class Files:
             file.close()
         self._files.clear()
 
-    def _file(self, path: str, file_nbytes: int) -> InputFile:
+    def _file(self, path: str, file_nbytes: int) -> Source:
         file = self._files.get(path)
         if file is not None:
             return file
         with self._lock:
             if path not in self._files:
-                file = InputFile(path, self._inputs)
+                file = open_source(path, self._inputs)
                 try:
                     self._check_planned(file, file_nbytes)
                 except BaseException:
@@ -217,7 +236,7 @@ class Files:
                 self._files[path] = file
             return self._files[path]
 
-    def _check_planned(self, file: InputFile, file_nbytes: int) -> None:
+    def _check_planned(self, file: Source, file_nbytes: int) -> None:
         expected = self._stamps.get(str(file.path), file.stamp)
         if expected == file.stamp:
             expected = dataclasses.replace(expected, nbytes=file_nbytes)
@@ -236,7 +255,7 @@ class Files:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """The whole of a small file; `InputError` if it has more than `limit` bytes."""
-    with InputFile(path) as file:
+    with open_source(path) as file:
         data = file.read(0, file.nbytes + 1) if file.nbytes <= limit else b""
         if max(file.nbytes, len(data)) > limit:
             raise InputError.at(path, f"larger than {limit:,} bytes; not read.")
@@ -245,5 +264,5 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 def file_nbytes(path: Path) -> int:
     """Size of an input file."""
-    with InputFile(path) as file:
+    with open_source(path) as file:
         return file.nbytes

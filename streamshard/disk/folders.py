@@ -22,6 +22,7 @@ __all__ = [
     "make_folders",
     "remove_empty",
     "rename",
+    "resolved",
     "sync_folder",
 ]
 
@@ -29,6 +30,12 @@ __all__ = [
 def exists(path: Path) -> bool:
     """Whether something, be it a broken link, has this name in the place of an output."""
     return inode_of(path) is not None
+
+
+def resolved(path: Path) -> Path:
+    """Where an output is in truth; "." has no name, and what it is called counts here."""
+    with writing(path, 0):
+        return system.resolve(path)
 
 
 def make_folders(path: Path) -> list[Path]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from streamshard.disk.files import BLOCK_NBYTES, InputFile
+from streamshard.disk.files import BLOCK_NBYTES, open_source
 from streamshard.disk.system import NO_LINK, reading, system, writing
 from streamshard.errors import OutputError, ReadError, WriteError
 
@@ -20,10 +21,16 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK
 
 
 class OutputFile:
-    """A new file of known length that may be written at any place, by several threads."""
+    """A file of known length that may be written at any place, by several threads; a new one.
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    `again` opens one that was made in that length before, here or by another process.
+    """
+
+    def __init__(self, path: Path, nbytes: int, *, again: bool = False) -> None:
         self.path = path
+        if again:
+            self._open_again(nbytes)
+            return
         with writing(path, nbytes):
             try:
                 self._descriptor = system.open(path, _NEW)
@@ -35,6 +42,15 @@ class OutputFile:
                 ) from error
             try:
                 _allocate(self._descriptor, nbytes)
+            except BaseException:
+                self.abandon()
+                raise
+
+    def _open_again(self, nbytes: int) -> None:
+        with writing(self.path, 0):
+            self._descriptor = system.open(self.path, _OLD)
+            try:
+                _check_made(system.fstat(self._descriptor), nbytes)
             except BaseException:
                 self.abandon()
                 raise
@@ -87,6 +103,11 @@ class OutputFile:
         """Close the file because of an error, which another one shall not hide."""
         with contextlib.suppress(WriteError):
             self.close()
+
+
+def _check_made(found: os.stat_result, nbytes: int) -> None:
+    if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
+        raise OSError(errno.ESTALE, "it is not the file that this run has made")
 
 
 class LogFile:
@@ -142,7 +163,7 @@ def _write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> No
 
 def copy_file(source: Path, copy: Path) -> None:
     """Copy the bytes of a file to a new one and wait until the disk has them."""
-    with InputFile(source) as file, OutputFile(copy, file.nbytes) as out:
+    with open_source(source) as file, OutputFile(copy, file.nbytes) as out:
         for offset in range(0, file.nbytes, BLOCK_NBYTES):
             block = file.read(offset, min(BLOCK_NBYTES, file.nbytes - offset))
             out.write(memoryview(block), offset)

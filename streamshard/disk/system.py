@@ -11,10 +11,10 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from streamshard.disk.held import holder
 from streamshard.errors import (
@@ -34,6 +34,7 @@ __all__ = ["NO_LINK", "PRIVATE", "AnyPath", "System", "is_unread", "reading", "s
 
 
 AnyPath: TypeAlias = "str | Path"
+T = TypeVar("T")
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 PRIVATE = 1 << 30
 """Beside the flags of the system: a new file is for its owner alone."""
@@ -108,6 +109,27 @@ class System:
     def listdir(self, path: AnyPath) -> list[str]:
         with _inside(path, itself=True) as (name, folder):
             return os.listdir(folder if folder is not None and name == "." else path)
+
+    def scandir(self, path: AnyPath) -> list[os.DirEntry[str]]:
+        """What is in a folder."""
+        with os.scandir(path) as found:
+            return list(found)
+
+    def realpath(self, path: AnyPath) -> str:
+        """Where links lead, as far as that can be told."""
+        return os.path.realpath(path)
+
+    def resolve(self, path: Path) -> Path:
+        """The like; links that lead in a circle are an error."""
+        return path.resolve()
+
+    def by_library(self, path: AnyPath, opens: Callable[[AnyPath], T]) -> T:
+        """What a library makes of a file that it opens itself."""
+        return opens(path)
+
+    def read_text(self, path: AnyPath) -> str:
+        """What the system tells of itself in a file of its own."""
+        return Path(path).read_text(encoding="utf-8")
 
     def mkdir(self, path: AnyPath) -> None:
         with _inside(path) as (name, folder):

@@ -10,7 +10,7 @@ import errno
 import stat
 from pathlib import Path
 
-from streamshard.disk.folders import exists, held, inode_of
+from streamshard.disk.folders import exists, held, inode_of, resolved
 from streamshard.disk.system import system, writing
 from streamshard.engine import long_names
 from streamshard.engine.leftovers import left_in, refuse_strangers
@@ -19,7 +19,7 @@ from streamshard.engine.ours import Ours
 from streamshard.engine.swap import recover, refuse_old
 from streamshard.errors import InputError, StreamshardError, WriteError
 
-__all__ = ["check_beside", "check_writable", "places_beside", "resolved", "staged_nbytes", "tidy"]
+__all__ = ["check_beside", "check_writable", "places_beside", "staged_nbytes", "tidy"]
 
 
 def places_beside(target: Path) -> dict[str, Path]:
@@ -28,12 +28,6 @@ def places_beside(target: Path) -> dict[str, Path]:
         what: target.with_name(long_names.beside(".", target.name, f".{what}"))
         for what in ("partial", "old", "lock")
     }
-
-
-def resolved(target: Path) -> Path:
-    """Where an output is in truth; "." has no name, and what it is called counts here."""
-    with writing(target, 0):
-        return target.resolve()
 
 
 def staged_nbytes(target: Path) -> int:

@@ -8,9 +8,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamshard.disk.system import system
+from streamshard.engine.shard_task import parts_of
 from streamshard.errors import UsageError, printable
 from streamshard.limits import fitting
 from streamshard.tensors.workspace import Held
@@ -94,18 +95,22 @@ def memory_estimate(shards: Sequence[Shard], workers: int) -> int:
 def _needed(shards: Sequence[Shard]) -> Callable[[int], int]:
     """The like for any number of workers."""
     held: dict[int, int] = {}
-    buffers = []
+    tensors = 0
+    buffers: list[int] = []
     for shard in shards:
+        tensors += len(shard.tensors)
         for tensor in shard.tensors.values():
-            buffers.append(tensor.buffer_nbytes())
+            nbytes = tensor.buffer_nbytes()
+            if nbytes:
+                buffers += [nbytes] * min(parts_of(tensor), MAX_WORKERS)
             for node in tensor.held():
                 held[id(node)] = node.nbytes
-    process = _PROCESS_NBYTES + len(buffers) * _TENSOR_NBYTES
+    process = _PROCESS_NBYTES + tensors * _TENSOR_NBYTES
     shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
     own = heapq.nlargest(MAX_WORKERS, buffers)
 
     def needed(workers: int) -> int:
-        # A tensor is the work of one worker: there may be fewer large ones than workers.
+        # There may be fewer parts of large ones than workers.
         nbytes = sum(shared[: Held.count_for(workers)]) + sum(own[:workers])
         return process + nbytes + workers * _WORKER_NBYTES
 
@@ -127,7 +132,7 @@ def peak_rss_bytes() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     with contextlib.suppress(OSError):
         # Where there is one: a process that was started by a large one inherits its `ru_maxrss`.
-        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        peak = re.search(r"VmHWM:\s*(\d+) kB", system.read_text("/proc/self/status"))
         if peak is not None:
             return int(peak[1]) * 1024
     import resource

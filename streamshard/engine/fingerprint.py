@@ -21,7 +21,8 @@ import numpy as np
 
 from streamshard.checkpoint.digests import Hash, file_digest, hash_file, new_digest
 from streamshard.checkpoint.header import data_start
-from streamshard.disk.files import InputFile
+from streamshard.disk.files import open_source
+from streamshard.disk.sources import Source
 from streamshard.errors import printable
 from streamshard.tensors.lazy import Lazy, Stored
 from streamshard.version import __version__
@@ -218,7 +219,7 @@ def _sampled(path: Path) -> tuple[str, list[int] | None]:
     If that is not more, the digest of everything and no time.
     """
     digest, changed = new_digest(), None
-    with InputFile(path) as file:
+    with open_source(path) as file:
         header = data_start(file)
         if file.nbytes <= header + SAMPLES * SAMPLE_NBYTES:
             hash_file(path, digest)
@@ -228,7 +229,7 @@ def _sampled(path: Path) -> tuple[str, list[int] | None]:
     return digest.hexdigest(), changed
 
 
-def _add_samples(file: InputFile, header: int, digest: Hash) -> None:
+def _add_samples(file: Source, header: int, digest: Hash) -> None:
     digest.update(f"{file.nbytes}\n".encode())
     digest.update(file.read(0, header))
     last = file.nbytes - SAMPLE_NBYTES

@@ -262,6 +262,6 @@ def _alive(record: dict[str, Any]) -> bool:
 def _boot() -> str:
     """What changes when this machine starts anew; empty where that is not told."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return system.read_text("/proc/sys/kernel/random/boot_id").strip()
     except OSError:
         return ""

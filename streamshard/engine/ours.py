@@ -15,6 +15,7 @@ import os
 import stat
 from pathlib import Path
 
+from streamshard.disk.existence import is_there
 from streamshard.disk.system import PRIVATE, system, writing
 from streamshard.errors import OutputError, WriteError, printable
 
@@ -148,7 +149,7 @@ def _remove(path: Path, descriptor: int) -> None:
 def _umask() -> int:
     """The bits that new files do not get."""
     try:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        for line in system.read_text("/proc/self/status").splitlines():
             if line.startswith("Umask:"):
                 return int(line.split()[1], 8)
     except (OSError, ValueError):
@@ -163,4 +164,4 @@ def _umask_by_setting() -> int:
 
 
 # Elsewhere than on Linux it can only be told by setting it, which is safe before there are threads.
-_AT_START = 0o022 if Path("/proc/self/status").exists() else _umask_by_setting()
+_AT_START = 0o022 if is_there("/proc/self/status") else _umask_by_setting()

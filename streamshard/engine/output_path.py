@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from streamshard.disk.existence import found, is_folder, is_link, is_mount, is_there, same, walked
 from streamshard.disk.held import Inode, inode
 from streamshard.disk.inputs import active
 from streamshard.disk.paths import PathLike, output_path
-from streamshard.disk.system import reading, writing
+from streamshard.disk.system import reading, system, writing
 from streamshard.engine.beside_output import places_beside, tidy
 from streamshard.engine.claims import check_replaceable
 from streamshard.errors import OutputError, printable
@@ -29,28 +29,28 @@ def check_places(output: PathLike, inputs: Iterable[Path], *, overwrite: bool) -
 
 
 def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-    if target.is_symlink():
+    if is_link(target):
         raise OutputError(
             f"{printable(str(target))}: is a symbolic link, and links are never written through. "
             "Give the folder itself."
         )
-    place = target.resolve()
+    place = system.resolve(target)
     for path in inputs:
         with reading(path):
             _check_apart(target, place, path)
-    if target.exists() and not overwrite:
+    if is_there(target) and not overwrite:
         tidy(target)
         raise OutputError(
             f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
         )
-    if target.exists():
+    if is_there(target):
         if place in _working_folders():
             raise OutputError(
                 f"{printable(str(target))}: is the folder in which this command runs, or around it, and "
                 "cannot be replaced. Choose another output, or change to another folder."
             )
         check_replaceable(place)
-    if target.is_mount():
+    if is_mount(target):
         raise OutputError(
             f"{printable(str(target))}: is where a disk is mounted, which cannot be replaced. "
             f"Write to a folder inside it: {printable(str(target / 'merged'))}."
@@ -58,9 +58,10 @@ def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> N
 
 
 def _check_apart(target: Path, place: Path, path: Path) -> None:
-    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    given, inner = system.resolve(path), is_folder(path)
+    folder = given if inner else given.parent
     # By identity and not only by name: bind mounts and case-insensitive disks have two names.
-    if _is_within(place, folder) and (path.is_dir() or place == folder):
+    if _is_within(place, folder) and (inner or place == folder):
         raise OutputError(
             f"{printable(str(target))}: is, or lies inside, the input {printable(str(path))}. "
             "Inputs are never changed: choose an output outside of it."
@@ -82,13 +83,13 @@ def check_inputs(output: Path) -> None:
     if inputs is None:
         return
     with writing(output, 0):
-        target = output.resolve()
+        target = system.resolve(output)
         places = [target, *places_beside(target).values()]
         inputs.leave_out(*places)
         taken = {one for place in places for one in _identities(place)}
         for path, stamp in inputs.stamps.items():
-            real = Path(os.path.realpath(path))
-            around = {inode(folder.stat()) for folder in real.parents if folder.exists()}
+            real = Path(system.realpath(path))
+            around = {inode(there) for there in map(found, real.parents) if there is not None}
             known = taken & {(stamp.device, stamp.inode), *around}
             if known or any(real.is_relative_to(place) for place in places):
                 raise OutputError(
@@ -103,13 +104,13 @@ def _identities(place: Path) -> Iterator[Inode]:
 
     Of the other files one with two names is refused as none of ours.
     """
-    if place.is_symlink():  # which is refused as none of ours, too
+    if is_link(place):  # which is refused as none of ours, too
         return
-    for folder, _, names in os.walk(place):
+    for folder, _, names in walked(place, strict=False):
         finished = [] if place.name.endswith(".partial") else names
-        for path in (Path(folder), *(Path(folder, name) for name in finished)):
+        for path in (folder, *(folder / name for name in finished)):
             with contextlib.suppress(FileNotFoundError):  # a run may be at it just now
-                yield inode(path.lstat())
+                yield inode(system.lstat(path))
 
 
 def _working_folders() -> list[Path]:
@@ -122,8 +123,5 @@ def _working_folders() -> list[Path]:
 
 
 def _is_within(path: Path, folder: Path) -> bool:
-    return any(
-        candidate == folder
-        or (candidate.exists() and folder.exists() and candidate.samefile(folder))
-        for candidate in (path, *path.parents)
-    )
+    there = found(folder)
+    return any(candidate == folder or same(candidate, there) for candidate in (path, *path.parents))

@@ -14,7 +14,7 @@ from streamshard.checkpoint.digests import (
     tensor_digest,
 )
 from streamshard.checkpoint.shards import Shard
-from streamshard.disk.files import InputFile
+from streamshard.disk.files import open_source
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.staging import Staging
 from streamshard.engine.workers import Progress, Stop, share
@@ -44,27 +44,24 @@ def check_finished(
     stop, lock = Stop(), threading.Lock()
     wrong = {shard.name for shard, finished in noted if not _has_header(shard, finished, staging)}
 
-    def tensors() -> Iterator[tuple[Shard, bytes, str, int]]:
+    def tensors() -> Iterator[tuple[str, bytes, str, Stored]]:
         for shard, finished in noted:
-            for place, (name, begin) in enumerate(shard.header()[1].items()):
+            for place, (name, tensor) in enumerate(shard.stored(staging.folder / shard.name)):
                 if shard.name in wrong:
                     break
                 first = DIGEST_NBYTES * place
-                yield shard, finished.digests[first : first + DIGEST_NBYTES], name, begin
+                yield shard.name, finished.digests[first : first + DIGEST_NBYTES], name, tensor
 
-    def compare(item: tuple[Shard, bytes, str, int], work: Workspace) -> None:
-        shard, expected, name, begin = item
+    def compare(item: tuple[str, bytes, str, Stored], work: Workspace) -> None:
+        shard, expected, name, written = item
         stop.check()
-        planned = shard.tensors[name]
-        path = str(staging.folder / shard.name)
-        written = Stored(path, begin, planned.shape, planned.dtype, shard.nbytes)
         try:
             right = tensor_digest(written, work, check=stop.check) == expected
         except (InputError, ReadError):
             right = False
         with lock:
             if not right:
-                wrong.add(shard.name)
+                wrong.add(shard)
             elif progress is not None:
                 progress(written.nbytes, name)
 
@@ -86,7 +83,7 @@ def _has_header(shard: Shard, finished: FinishedShard, staging: Staging) -> bool
     if (finished.nbytes, len(finished.squared)) != (shard.nbytes, len(shard.tensors)):
         return False
     try:
-        with InputFile(staging.folder / shard.name) as file:
+        with open_source(staging.folder / shard.name) as file:
             return file.nbytes == shard.nbytes and file.read(0, len(header)) == header
     except (InputError, ReadError):
         return False

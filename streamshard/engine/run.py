@@ -17,7 +17,7 @@ from streamshard.checkpoint.shards import Shard, index_pieces
 from streamshard.disk.folders import sync_folder
 from streamshard.disk.inputs import active, watching
 from streamshard.disk.new_files import copy_file, write_new
-from streamshard.engine.beside_output import check_beside, check_writable, places_beside
+from streamshard.engine.beside_output import check_beside, check_writable
 from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
@@ -63,8 +63,7 @@ def execute(
     with contextlib.ExitStack() as stack:
         inputs = active() or stack.enter_context(watching())
         inputs.expect(made.inputs)
-        target = made.output.resolve()
-        inputs.leave_out(target, *places_beside(target).values())
+        check_inputs(made.output)
         staging = stack.enter_context(
             output_folder(
                 made.output,

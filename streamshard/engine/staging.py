@@ -21,7 +21,7 @@ from streamshard.disk import folders
 from streamshard.disk.folders import exists, held, inode_of, remove_empty, sync_folder
 from streamshard.disk.held import Held, Inode
 from streamshard.disk.system import system, writing
-from streamshard.engine.beside_output import places_beside, resolved
+from streamshard.engine.beside_output import places_beside
 from streamshard.engine.claims import (
     Replaceable,
     check_replaceable,
@@ -148,7 +148,7 @@ def output_folder(
     is not ours, if another run writes it, if it was begun with another plan, or if something that no
     run of ours has made is in the way.
     """
-    target = resolved(target)
+    target = folders.resolved(target)
     beside = places_beside(target)
     with writing(target, 0):
         made = folders.make_folders(target.parent)

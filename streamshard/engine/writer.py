@@ -1,49 +1,44 @@
-"""Writing shards: the tensors are streamed into known places.
+"""Writing shards: the parent's part. Tasks are given to threads, and what they find is noted.
 
-Several threads take tensors, in any order; the bytes of one tensor pass one thread in their
-order, and what is measured of tensors is summed in the order of the file.
+Every tensor is a task, or several if it is so large that workers would have to wait for one of them.
+Tasks are done in any order; what is measured of tensors is summed in the order of the file. Progress,
+journal, syncs and names are told or done here and nowhere else.
 """
 
 from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
-from streamshard.checkpoint.digests import (
-    DIGEST_NBYTES,
-    hash_file,
-    new_digest,
-    new_sha256,
-    shard_digest,
-)
+from streamshard.checkpoint.digests import DIGEST_NBYTES, hash_file, new_sha256, shard_digest
+from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
-from streamshard.disk.files import BLOCK_NBYTES, ByteRange
 from streamshard.disk.folders import disk_free, rename, sync_folder
 from streamshard.disk.inputs import active
 from streamshard.disk.new_files import OutputFile
+from streamshard.engine.do_task import WRITE_BYTES, do, measure
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
+from streamshard.engine.shard_task import Member, Result, ShardTask, parts_of
 from streamshard.engine.staging import Staging
 from streamshard.engine.workers import Background, Progress, Stop, Stopped, share
-from streamshard.errors import AdapterError, WriteError, printable
-from streamshard.tensors.arrays import Bytes
-from streamshard.tensors.comparing import squared_distance
-from streamshard.tensors.dtypes import DTYPE_BITS
-from streamshard.tensors.lazy import Lazy, NotFiniteError, Stored
-from streamshard.tensors.low_rank import TILE_ROWS
+from streamshard.errors import WriteError, printable
 from streamshard.tensors.rounding import Change, Changes
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["write_shards"]
 
 
-WRITE_BYTES = BLOCK_NBYTES
 # What the disk is asked to begin with, and the progress is told, at a time.
 NOTED_BYTES = 8 * 1024 * 1024
+# A part of a tensor begins on a multiple.
+ALIGNED_BYTES = 4096
 
 
 class _Open:
@@ -58,16 +53,16 @@ class _Open:
             )
         self.shard = shard
         self.header, self.begins = shard.header()
-        self.names = tuple(self.begins)
-        self.left = len(self.names)
+        self.left = len(self.begins)
         self.digests = bytearray(DIGEST_NBYTES * self.left)
         self.measured: dict[int, tuple[float, Change]] = {}
         # Not yet under its name: until it is complete, nothing shall take it for a weight file.
         self.output = OutputFile(folder / part_name(shard.name), shard.nbytes)
 
-    def note(self, place: int, digest: bytes, squared: float, change: Change) -> bool:
+    def note(self, place: int, result: Result) -> bool:
         """Take note of a finished tensor; returns whether it was the last one."""
-        self.digests[DIGEST_NBYTES * place : DIGEST_NBYTES * (place + 1)] = digest
+        self.digests[DIGEST_NBYTES * place : DIGEST_NBYTES * (place + 1)] = result.digest
+        squared, change = result.squared, result.changes.total()
         if squared or change.updated:
             self.measured[place] = (squared, change)
         self.left -= 1
@@ -75,7 +70,7 @@ class _Open:
 
     def finished(self, sha256: str | None) -> FinishedShard:
         """All that is to be known of it."""
-        squared, change = array("d", bytes(8 * len(self.names))), Change()
+        squared, change = array("d", bytes(8 * len(self.begins))), Change()
         for place in sorted(self.measured):  # sums must not depend on who was faster
             value, changed = self.measured[place]
             change = change.plus(changed)
@@ -92,162 +87,125 @@ class _Open:
         )
 
 
-class _Writing:
-    """One tensor on its way into a shard; what is measured of it is measured in the file's order."""
+class _Split:
+    """A tensor that is written in several parts."""
 
-    def __init__(self, run: _Run, opened: _Open, name: str, work: Workspace) -> None:
-        self.run, self.work, self.name = run, work, name
-        self.tensor, self.begin = opened.shard.tensors[name], opened.begins[name]
-        self.output = opened.output
-        self.reference = run.reference.get(name)
-        self.digest, self.distance = new_digest(), 0.0
-        self.done = 0
-        """Bytes that are written and measured."""
-        self._synced = self._progress = self._told = 0
+    def __init__(self, whole: ShardTask, count: int) -> None:
+        self.whole = whole
+        self.left = count
+        self.changes = Changes()
 
-    def copy(self, source: ByteRange) -> None:
-        """Write bytes of a file as they are."""
-        work = self.work
-        work.files.check(source)
-        buffer = work.bytes("out", WRITE_BYTES)
-        for start in range(0, source.nbytes, WRITE_BYTES):
-            nbytes = min(WRITE_BYTES, source.nbytes - start)
-            part = ByteRange(source.path, source.offset + start, nbytes, source.file_nbytes)
-            work.files.read_into(part, buffer[:nbytes].data)
-            self._put(buffer[:nbytes])
 
-    def compute(self, piece: Lazy) -> None:
-        """Write what must be computed, window by window."""
-        base, columns, bits = self.done, piece.columns, DTYPE_BITS[piece.dtype]
-        scattered = False
-        for start, stop, first, last in piece.windows(WRITE_BYTES):
-            width = (last - first) * bits // 8
-            out = self.work.bytes("out", (stop - start) * width)
-            piece.window(start, stop, first, last, out, self.work)
-            at = base + (start * columns + first) * bits // 8
-            whole = last - first == columns or stop - start == 1
-            scattered = scattered or not whole or at != self.done
-            if not scattered:
-                for place in range(0, len(out), WRITE_BYTES):
-                    self._put(out[place : place + WRITE_BYTES])
-                continue
-            self.run.stop.check()
-            for row in range(stop - start):
-                part = out[row * width : (row + 1) * width]
-                self.output.write(part.data, self.begin + at + row * piece.row_nbytes)
-            self._noted(len(out))
-        if scattered:
-            self._measure_again(base + piece.nbytes, TILE_ROWS * piece.row_nbytes)
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A task, and where what is found goes: the shard, the place in there, other parts of the tensor."""
 
-    def _measure_again(self, end: int, step: int) -> None:
-        """Measure what is written already, in the blocks in which a tensor of short rows is."""
-        for start in range(self.done, end, step):
-            stop = min(start + step, end)
-            for place in range(start, stop, WRITE_BYTES):
-                block = self.work.bytes("out", min(WRITE_BYTES, stop - place))
-                self.output.read_into(block.data, self.begin + place)
-                self._measure(block)
+    opened: _Open
+    place: int
+    task: ShardTask
+    split: _Split | None = None
 
-    def _put(self, block: Bytes) -> None:
-        self.output.write(block.data, self.begin + self.done)
-        self._noted(block.nbytes)
-        self._measure(block)
 
-    def _measure(self, block: Bytes) -> None:
-        self.run.stop.check()
-        self.digest.update(block.data)
-        if self.reference is not None:
-            self.distance += _distance(self.tensor, self.reference, self.done, block, self.work)
-        self.done += block.nbytes
-        if self.done - self._synced >= NOTED_BYTES:
+class _Watch:
+    """Told of the blocks of a task: stops it, tells progress, has the disk begin with what is written."""
+
+    def __init__(self, run: _Run, opened: _Open) -> None:
+        self._run, self._output = run, opened.output
+        self._name = ""
+        self._untold = 0
+        self._begin = self._end = 0
+
+    def __call__(self, offset: int, nbytes: int, name: str) -> None:
+        self._run.stop.check()
+        self._name = name
+        self._untold += nbytes
+        if self._untold >= NOTED_BYTES:
+            self._tell()
+        if (
+            nbytes and offset != self._end
+        ):  # rows of a strip: the disk is asked for all of it at the end
+            self._begin = self._end = offset
+        self._end += nbytes
+        if self._end - self._begin >= NOTED_BYTES:
             self._sync()
 
-    def _noted(self, nbytes: int) -> None:
-        self._progress += nbytes
-        if self._progress - self._told >= NOTED_BYTES:
-            self._tell()
-
-    def tell(self) -> None:
-        """Tell what was not told yet, in the end."""
+    def end(self) -> None:
+        """Tell what was not told yet."""
         self._sync()
         self._tell()
 
     def _sync(self) -> None:
-        """Have the disk begin with a range that was written."""
-        nbytes = self.done - self._synced
+        nbytes = self._end - self._begin
         if nbytes >= WRITE_BYTES:  # 40,000 small ones would make a long queue
-            offset = self.begin + self._synced
-            self.run.background.add(partial(self.output.begin_sync, offset, nbytes))
-        self._synced = self.done
+            self._run.background.add(partial(self._output.begin_sync, self._begin, nbytes))
+        self._begin = self._end
 
     def _tell(self) -> None:
-        nbytes = self._progress - self._told
-        if nbytes and self.run.progress is not None:
-            with self.run.lock:
-                self.run.progress(nbytes, self.name)
-        self._told = self._progress
+        if self._untold and self._run.progress is not None:
+            with self._run.lock:
+                self._run.progress(self._untold, self._name)
+        self._untold = 0
 
 
 class _Run:
     """The writing of shards into a staging folder."""
 
-    def __init__(
-        self,
-        staging: Staging,
-        reference: Mapping[str, Stored],
-        progress: Progress | None,
-        *,
-        sha256: bool,
-    ) -> None:
+    def __init__(self, plan: Plan, staging: Staging, progress: Progress | None) -> None:
+        self.plan = plan
         self.staging = staging
-        self.reference = reference
         self.progress = progress
-        self.sha256 = sha256
         self.stop = Stop()
         self.lock = threading.Lock()
         self.background = Background(self.stop)
         self.opened: set[_Open] = set()
         self.inputs = active()
 
-    def tensors(self, shards: Sequence[Shard]) -> Iterator[tuple[_Open, int]]:
-        """Every tensor, as its shard and its place in there; shards are begun on the way."""
+    def items(self, shards: Sequence[Shard]) -> Iterator[_Item]:
+        """Every task; shards are begun on the way."""
+        left = sum(total_nbytes(shard.tensors) for shard in shards)
         for shard in shards:
             opened = _Open(shard, self.staging.folder)
             self.opened.add(opened)
             opened.output.write(memoryview(opened.header), 0)
-            for place in range(len(opened.names)):
-                yield opened, place
+            for place, (name, begin) in enumerate(opened.begins.items()):
+                tensor = shard.tensors[name]
+                member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
+                path, nbytes = opened.output.path, shard.nbytes
+                whole = ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
+                cuts = cuts_of(member, left, self.plan.workers)
+                left -= tensor.nbytes
+                if len(cuts) == 2:
+                    yield _Item(opened, place, whole)
+                    continue
+                split = _Split(whole, len(cuts) - 1)
+                for first, last in pairwise(cuts):
+                    yield _Item(opened, place, replace(whole, begin=first, end=last), split)
 
-    def write(self, item: tuple[_Open, int], work: Workspace) -> None:
-        """Write one tensor."""
-        opened, place = item
-        writing = _Writing(self, opened, opened.names[place], work)
-        work.changes = Changes()
-        for piece in writing.tensor.pieces:
-            ranges = piece.ranges()
-            if ranges is not None:
-                for source in ranges:
-                    writing.copy(source)
-                continue
-            work.forget()
-            try:
-                writing.compute(piece)
-            except NotFiniteError as error:
-                message = f"tensor '{printable(writing.name)}', {error}. Nothing was written."
-                raise AdapterError(message) from error
-        writing.tell()
-        change = work.changes.total()
-        squared = change.squared if writing.reference is None else writing.distance
-        with self.lock:
-            if opened.note(place, writing.digest.digest(), squared, change):
-                self.background.add(partial(self.finish, opened))
+    def write(self, item: _Item, work: Workspace) -> None:
+        """Do a task, and note what is known when all of its tensor is written."""
+        watch = _Watch(self, item.opened)
+        output, split = item.opened.output, item.split
+        (result,) = do(item.task, work, watch, output)
+        if split is not None:
+            with self.lock:
+                split.changes.take(result.changes)
+                split.left -= 1
+                last = not split.left
+            if last:
+                (measured,) = measure(split.whole, work, watch, output)
+                result = replace(measured, changes=split.changes)
+        watch.end()
+        if result.digest:
+            with self.lock:
+                if item.opened.note(item.place, result):
+                    self.background.add(partial(self.finish, item.opened))
 
     def finish(self, opened: _Open) -> None:
         """Wait until the disk has a shard, give it its name, and note it in the journal."""
         path = opened.output.path
         opened.output.sync()
         opened.output.close()
-        sha256 = new_sha256() if self.sha256 else None
+        sha256 = new_sha256() if self.plan.sha256 else None
         if sha256 is not None:
             hash_file(path, sha256, going=self.stop.going)
         shard = opened.finished(None if sha256 is None else sha256.hexdigest())
@@ -276,20 +234,25 @@ def write_shards(plan: Plan, staging: Staging, *, progress: Progress | None = No
     of other computed tensors from their sources. `progress` is told the bytes and the tensor of each
     finished piece. For SHA-256 a file is read again when it is complete.
     """
-    run = _Run(staging, plan.compared.reference, progress, sha256=plan.sha256)
+    run = _Run(plan, staging, progress)
     left = [shard for shard in plan.shards if shard.name not in staging.finished]
     try:
-        share(run.tensors(left), run.write, plan.workers, run.stop)
+        share(run.items(left), run.write, plan.workers, run.stop)
         run.background.finish()
     finally:
         run.end()
 
 
-def _distance(tensor: Lazy, reference: Stored, done: int, block: Bytes, work: Workspace) -> float:
-    """Squared distance of a block, `done` bytes into its tensor, from the same elements of another."""
-    bits, own_bits = DTYPE_BITS[reference.dtype], DTYPE_BITS[tensor.dtype]
-    theirs = work.bytes("reference", block.nbytes * bits // own_bits)
-    offset = reference.offset + done * bits // own_bits
-    span = ByteRange(reference.path, offset, theirs.nbytes, reference.file_nbytes)
-    work.files.read_into(span, theirs.data)
-    return squared_distance(block, tensor.dtype, theirs, reference.dtype)
+def cuts_of(member: Member, left: int, workers: int) -> list[int]:
+    """Where a tensor is cut into parts, its two ends among that; `left` are all bytes not begun yet.
+
+    Only one that is more than a worker's share of what is left: the others would have to wait for
+    it. Parts are measured in a second pass, which costs less than that, but not nothing.
+    """
+    most = parts_of(member.tensor)
+    if member.tensor.nbytes * workers <= left or workers < 2 or most < 2:
+        return [member.begin, member.end]
+    step = max(left // (2 * workers), member.tensor.nbytes // most)
+    step = -(-step // ALIGNED_BYTES) * ALIGNED_BYTES
+    first = (member.begin // ALIGNED_BYTES + 1) * ALIGNED_BYTES + step
+    return [member.begin, *range(first, member.end - step // 2, step), member.end]

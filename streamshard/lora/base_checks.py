@@ -13,9 +13,9 @@ import numpy as np
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensor_names import factors_among
 from streamshard.tensors.arrays import Float32
-from streamshard.tensors.computed import SPAN_COLUMNS, Computed
+from streamshard.tensors.computed import Computed
 from streamshard.tensors.lazy import Lazy, read_float32
-from streamshard.tensors.low_rank import TILE_COLUMNS, TILE_ROWS
+from streamshard.tensors.low_rank import SPAN_COLUMNS, TILE_COLUMNS, TILE_ROWS
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["check_base", "check_not_merged", "projection"]

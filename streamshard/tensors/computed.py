@@ -29,18 +29,17 @@ from streamshard.tensors.low_rank import (
     LowRank,
     add_up,
     cache_blocks,
+    tiles_of,
 )
 from streamshard.tensors.not_finite import why_not_finite, zero_norm
 from streamshard.tensors.rounding import add_and_round, add_row_squares, widen
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["SPAN_COLUMNS", "Computed", "Magnitude"]
+__all__ = ["Computed", "Magnitude"]
 
 
 # What a strip may take: its part of the factors A in fp32, and a tile of its rows.
 STRIP_NBYTES = 32_000_000
-# Columns that are read at a time where rows of a tile are only looked at.
-SPAN_COLUMNS = 8 * TILE_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +140,11 @@ class Computed(Lazy):
             yield from term.inputs()
         if self.magnitude is not None:
             yield from self.magnitude.inputs()
+
+    def divides(self) -> bool:
+        # Some magnitudes take a pass over everything before the first element is known.
+        scale = self.magnitude
+        return scale is None or (scale.whole is None and self.columns <= self._strip_columns())
 
     def _strip_columns(self) -> int:
         """How wide a strip is: everything if that is not too much, or as many tiles as are not."""
@@ -246,7 +250,7 @@ class Computed(Lazy):
         def add_up() -> Float64:
             squares = np.zeros(self.rows)
             for strip in self.strips():
-                for row, column, base in self._tiles(strip, work):
+                for row, column, base in tiles_of(self.source, strip, work):
                     update = self.update(row, column, len(base), base.shape[1], work, strip)
                     if update is not None:
                         own = squares[row : row + len(base)]
@@ -255,22 +259,6 @@ class Computed(Lazy):
 
         kept: Float64 = work.kept(self, "squares", None, add_up)
         return kept
-
-    def _tiles(
-        self, strip: tuple[int, int], work: Workspace
-    ) -> Iterator[tuple[int, int, Elements]]:
-        """The source of a strip, tile by tile: row, column, elements. It is read some tiles at a time."""
-        kind = FLOATS[self.source.dtype]
-        for row in range(0, self.rows, TILE_ROWS):
-            end = min(row + TILE_ROWS, self.rows)
-            for column in range(*strip, SPAN_COLUMNS):
-                last = min(column + SPAN_COLUMNS, strip[1])
-                shape = (end - row, last - column)
-                raw = work.bytes("span", math.prod(shape) * np.dtype(kind).itemsize)
-                self.source.window(row, end, column, last, raw, work)
-                span = raw.view(kind).reshape(shape)
-                for inner in range(0, shape[1], TILE_COLUMNS):
-                    yield row, column + inner, span[:, inner : inner + TILE_COLUMNS]
 
     def _row_scale(self, row: int, norms: Float64, work: Workspace) -> Float64:
         magnitude = self.magnitude
@@ -292,7 +280,7 @@ class Computed(Lazy):
 
         def scale() -> Float64:
             squares = np.zeros(last - first)
-            for row, column, base in whole._tiles(strip, work):  # noqa: SLF001 - of its own kind
+            for row, column, base in tiles_of(whole.source, strip, work):
                 height, width = base.shape
                 total = work.float32("total", height, width)
                 widen(base, whole.source.dtype, total)

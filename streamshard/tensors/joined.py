@@ -101,6 +101,9 @@ class Concat(Lazy):
     def held(self) -> tuple[Lazy, ...]:
         return tuple(node for part in self.parts for node in part.held())
 
+    def divides(self) -> bool:
+        return all(part.divides() for part in self.parts)
+
     def inputs(self) -> Iterator[Input]:
         for part in self.parts:
             yield from part.inputs()

@@ -167,6 +167,10 @@ class Lazy(ABC):
         """What is kept in memory as a whole, for all workers, while windows are filled."""
         return ()
 
+    def divides(self) -> bool:
+        """Whether several workers can each fill some of it without all of them doing the same."""
+        return True
+
     def inputs(self) -> Iterator[Input]:
         """What is read from files, in the order of the expression."""
         return iter(())

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from streamshard.tensors.arrays import Bytes, Float32
+from streamshard.tensors.arrays import Bytes, Elements, Float32
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import (
     READ_NBYTES,
@@ -31,6 +31,7 @@ __all__ = [
     "CHUNK_ROWS",
     "HELD_NBYTES",
     "MAX_RANK_FLOAT32",
+    "SPAN_COLUMNS",
     "TILE_COLUMNS",
     "TILE_ROWS",
     "Columns",
@@ -38,6 +39,7 @@ __all__ = [
     "Transposed",
     "add_up",
     "cache_blocks",
+    "tiles_of",
 ]
 
 
@@ -53,6 +55,8 @@ CHUNK_ELEMENTS = 256 * 1024
 MAX_RANK_FLOAT32 = 64
 # Factors of fused experts up to this size are kept in memory.
 HELD_NBYTES = 32_000_000
+# Columns that are read at a time where rows of a tile are only looked at.
+SPAN_COLUMNS = 8 * TILE_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,3 +286,19 @@ def cache_blocks(
     for row in range(0, rows, height):
         for column, end in pairwise(edges):
             yield row, column, min(height, rows - row), end - column
+
+
+def tiles_of(
+    matrix: Lazy, strip: tuple[int, int], work: Workspace
+) -> Iterator[tuple[int, int, Elements]]:
+    """A strip of a matrix, tile by tile: row, column, elements. Some tiles are read at a time."""
+    kind = FLOATS[matrix.dtype]
+    for row in range(0, matrix.rows, TILE_ROWS):
+        end = min(row + TILE_ROWS, matrix.rows)
+        for column in range(*strip, SPAN_COLUMNS):
+            last = min(column + SPAN_COLUMNS, strip[1])
+            raw = work.bytes("span", (end - row) * (last - column) * np.dtype(kind).itemsize)
+            matrix.window(row, end, column, last, raw, work)
+            span = raw.view(kind).reshape(end - row, last - column)
+            for inner in range(0, last - column, TILE_COLUMNS):
+                yield row, column + inner, span[:, inner : inner + TILE_COLUMNS]

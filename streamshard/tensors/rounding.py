@@ -93,6 +93,13 @@ class Changes:
             for terms in self._sums:
                 terms[:] = _condensed(terms)
 
+    def take(self, other: Changes) -> None:
+        """Take note of all that another one has."""
+        for terms, more in zip(self._sums, other._sums, strict=True):
+            terms[:] = _condensed([*terms, *more])
+        self._updated += other._updated
+        self._unchanged += other._unchanged
+
     def total(self) -> Change:
         """All together."""
         effected, intended, cast = map(math.fsum, self._sums)

@@ -45,7 +45,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
 
 def test_a_mount_point_is_not_replaced(pair: Pair, cli, monkeypatch):
     pair.output.mkdir()
-    monkeypatch.setattr(Path, "is_mount", lambda self: self == pair.output)
+    monkeypatch.setattr("streamshard.engine.output_path.is_mount", lambda path: path == pair.output)
     outcome = cli(*pair.command, "--overwrite")
     assert outcome.code == 5
     assert str(pair.output / "merged") in outcome.err

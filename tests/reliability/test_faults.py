@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
+import io
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import faults
 import pytest
@@ -219,7 +224,7 @@ def test_a_folder_that_was_made_but_is_told_as_failed(pair, cli, monkeypatch):
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(scenarios, made):
     """A reference without weights is one that nothing is compared with."""
     scenario = scenarios["hf2custom"]
-    kind = Kind(("os.scandir", "os.listdir"), error=errno.EACCES)
+    kind = Kind(("scandir", "listdir"), error=errno.EACCES)
     at = 1
     while True:
         faulty = Faults(kind, at, made)
@@ -228,3 +233,42 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(scenarios, made):
             break
         at += 1
     assert at > 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_goes_past_the_seam(name, scenarios, made, monkeypatch):
+    """What modules of Python do with files is done within a call of the seam too."""
+    inside = threading.local()
+    past: list[str] = []
+
+    def seam(call: Any) -> Any:
+        def calling(*arguments: Any) -> Any:
+            inside.depth = getattr(inside, "depth", 0) + 1
+            try:
+                return call(*arguments)
+            finally:
+                inside.depth -= 1
+
+        return calling
+
+    def looking(what: str, call: Any) -> Any:
+        def calling(path: Any = ".", *rest: Any, **options: Any) -> Any:
+            if not getattr(inside, "depth", 0) and str(path).startswith(str(made)):
+                past.append(f"{what} {path}")
+            return call(path, *rest, **options)
+
+        return calling
+
+    scenario = scenarios[name]
+    scenario.begin()
+    with monkeypatch.context() as patch:
+        for what in ("stat", "lstat", "scandir", "listdir", "readlink", "open", "mkdir", "unlink"):
+            patch.setattr(os, what, looking(what, getattr(os, what)))
+        patch.setattr(io, "open", looking("io.open", io.open))
+        patch.setattr(builtins, "open", looking("open", builtins.open))
+        for call in runs.CALLS:
+            patch.setattr(system, call, seam(getattr(system, call)))
+        code, said = runs.run(scenario.command)
+    scenario.end()
+    assert (code, said) == (0, "")
+    assert past == []

@@ -26,7 +26,7 @@ from streamshard import merge_lora
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.files import Files
 from streamshard.engine.budget import memory_estimate, worker_count
-from streamshard.tensors import computed, rounding
+from streamshard.tensors import computed, low_rank, rounding
 from streamshard.tensors.comparing import equal_bytes, tensor_distance
 from streamshard.tensors.computed import Computed
 from streamshard.tensors.constructors import add_low_rank, cast, with_magnitude
@@ -349,7 +349,7 @@ def test_strips_give_the_bytes_and_the_sums_of_whole_rows(kind, rows, columns, d
     with pytest.MonkeyPatch.context() as patch:
         expected, change = filled(node, work, 256 * 1024)
         patch.setattr(computed, "STRIP_NBYTES", data.draw(st.sampled_from([LITTLE, 3_000_000])))
-        patch.setattr(computed, "SPAN_COLUMNS", 2048)
+        patch.setattr(low_rank, "SPAN_COLUMNS", 2048)
         found, changed = filled(node, work, 256 * 1024)
         assert found == expected
         if kind != "cast":
@@ -418,7 +418,7 @@ def test_the_same_output_in_strips(adapter, dtype, way, wide, tmp_path, monkeypa
     told = [0, 0]
     merge_lora(output=tmp_path / "one", **options)
     monkeypatch.setattr(computed, "STRIP_NBYTES", LITTLE)
-    monkeypatch.setattr(computed, "SPAN_COLUMNS", 2048)
+    monkeypatch.setattr(low_rank, "SPAN_COLUMNS", 2048)
 
     def progress(nbytes: int, name: str) -> None:
         told[0] += nbytes

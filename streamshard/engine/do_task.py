@@ -1,0 +1,255 @@
+"""What a task asks for is done here: a pure function of the task, that writes just its range.
+
+Nothing here knows of threads, progress, journals or renames: these are the parent's, see `writer.py`.
+
+A range may begin and end anywhere, also within a tensor. What is computed is computed in the windows
+of the whole tensor, whatever the ranges are; what a window has changed counts for the range in which
+the window begins. A digest, and a distance from another file, need a tensor's bytes in their order:
+of one that is in several ranges they are measured when all of it is written (`measure`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from streamshard.checkpoint.digests import new_digest
+from streamshard.disk.files import BLOCK_NBYTES, ByteRange, Files
+from streamshard.disk.new_files import OutputFile
+from streamshard.engine.shard_task import Member, Result, ShardTask
+from streamshard.errors import AdapterError, printable
+from streamshard.tensors.arrays import Bytes
+from streamshard.tensors.comparing import squared_distance
+from streamshard.tensors.dtypes import DTYPE_BITS
+from streamshard.tensors.lazy import Lazy, NotFiniteError, Stored, Window
+from streamshard.tensors.low_rank import TILE_ROWS
+from streamshard.tensors.rounding import Changes
+from streamshard.tensors.workspace import Workspace
+
+__all__ = ["WRITE_BYTES", "OnBlock", "do", "measure"]
+
+
+WRITE_BYTES = BLOCK_NBYTES
+
+OnBlock: TypeAlias = Callable[[int, int, str], None]
+"""Is told that bytes were written, and of which tensor: offset in the file, count (0 if some were read
+again), name. May raise, which ends the task."""
+
+
+def do(
+    task: ShardTask,
+    work: Workspace | None = None,
+    on_block: OnBlock | None = None,
+    output: OutputFile | None = None,
+) -> tuple[Result, ...]:
+    """Write the bytes of a task into its file; returns what is known of each of its members.
+
+    A caller who has inputs or the output open hands them over.
+    """
+    with _opened(task, work, output) as (own, file):
+        return tuple(_Part(task, member, own, file, on_block).write() for member in task.members)
+
+
+def measure(
+    task: ShardTask,
+    work: Workspace | None = None,
+    on_block: OnBlock | None = None,
+    output: OutputFile | None = None,
+) -> tuple[Result, ...]:
+    """What `do` would have found of the task's members, but for changes, from what is written by now.
+
+    All of each of them must be in the range.
+    """
+    with _opened(task, work, output) as (own, file):
+        found = []
+        for member in task.members:
+            part = _Part(task, member, own, file, on_block)
+            at = 0
+            for piece in member.tensor.pieces:
+                part.measure_again(piece, at)
+                at += piece.nbytes
+            found.append(part.result(Changes()))
+        return tuple(found)
+
+
+@contextlib.contextmanager
+def _opened(
+    task: ShardTask, work: Workspace | None, output: OutputFile | None
+) -> Iterator[tuple[Workspace, OutputFile]]:
+    """What a task needs, opened if the caller has not done it."""
+    with contextlib.ExitStack() as stack:
+        if work is None:
+            from threadpoolctl import threadpool_limits
+
+            work = Workspace(stack.enter_context(contextlib.closing(Files(task.stamps))))
+            # The bits of a product depend on the number of threads.
+            stack.enter_context(threadpool_limits(1, user_api="blas"))
+        if output is None:
+            output = stack.enter_context(OutputFile(task.path, task.file_nbytes, again=True))
+        yield work, output
+
+
+class _Part:
+    """The bytes of one tensor that lie in the range; offsets are counted from the tensor's first."""
+
+    def __init__(
+        self,
+        task: ShardTask,
+        member: Member,
+        work: Workspace,
+        output: OutputFile,
+        on_block: OnBlock | None,
+    ) -> None:
+        self.member, self.work, self.output, self.on_block = member, work, output, on_block
+        self.first = max(task.begin - member.begin, 0)
+        self.last = min(task.end, member.end) - member.begin
+        self.whole = task.holds(member)
+        self.digest, self.distance = new_digest(), 0.0
+        self.measured = 0
+        """Bytes of the tensor that are in the digest."""
+
+    def write(self) -> Result:
+        """Write them all."""
+        changes, at = Changes(), 0
+        for piece in self.member.tensor.pieces:
+            end = at + piece.nbytes
+            if self.whole or max(at, self.first) < min(end, self.last):
+                self._write(piece, at, changes)
+            at = end
+        return self.result(changes)
+
+    def result(self, changes: Changes) -> Result:
+        """What is known by now."""
+        if not self.whole:
+            return Result(b"", None, changes)
+        distance = None if self.member.reference is None else self.distance
+        return Result(self.digest.digest(), distance, changes)
+
+    def _write(self, piece: Lazy, at: int, changes: Changes) -> None:
+        ranges = piece.ranges()
+        if ranges is not None:
+            for source in ranges:
+                self._copy(source, at)
+                at += source.nbytes
+            return
+        self.work.forget()
+        scattered = is_scattered(piece)
+        try:
+            for window in piece.windows(WRITE_BYTES):
+                self._compute(piece, window, at, changes, scattered=scattered)
+        except NotFiniteError as error:
+            message = f"tensor '{printable(self.member.name)}', {error}. Nothing was written."
+            raise AdapterError(message) from error
+        if scattered and self.whole:
+            self.measure_again(piece, at)
+
+    def _copy(self, source: ByteRange, at: int) -> None:
+        """Write bytes of a file as they are."""
+        files = self.work.files
+        files.check(source)
+        buffer = self.work.bytes("out", WRITE_BYTES)
+        for place in range(0, source.nbytes, WRITE_BYTES):
+            start = max(place, self.first - at)
+            stop = min(place + WRITE_BYTES, source.nbytes, self.last - at)
+            if start < stop:
+                block = buffer[: stop - start]
+                span = ByteRange(
+                    source.path, source.offset + start, stop - start, source.file_nbytes
+                )
+                files.read_into(span, block.data)
+                self._put(block, at + start)
+
+    def _compute(
+        self, piece: Lazy, window: Window, at: int, changes: Changes, *, scattered: bool
+    ) -> None:
+        """Write a window of what must be computed, as far as it is in the range."""
+        start, stop, first, last = window
+        bits, step = DTYPE_BITS[piece.dtype], piece.row_nbytes
+        begin, width = at + start * step + first * bits // 8, (last - first) * bits // 8
+        end = begin + (stop - start - 1) * step + width
+        if not max(begin, self.first) < min(end, self.last):
+            return
+        # Ranges that meet in a window both compute it.
+        self.work.changes = changes if self.first <= begin < self.last else Changes()
+        out = self.work.bytes("out", (stop - start) * width)
+        piece.window(*window, out, self.work)
+        if not scattered:
+            for place in range(0, len(out), WRITE_BYTES):
+                self._put(out[place : place + WRITE_BYTES], begin + place)
+            return
+        for row in range(stop - start):
+            self._write_block(out[row * width : (row + 1) * width], begin + row * step)
+
+    def _put(self, block: Bytes, at: int) -> None:
+        """Write a block that follows the last one, and measure it if its tensor is whole."""
+        self._write_block(block, at)
+        if self.whole:
+            self._measure(block)
+
+    def _write_block(self, block: Bytes, at: int) -> None:
+        start, stop = max(self.first - at, 0), min(self.last - at, len(block))
+        if start < stop:
+            place = self.member.begin + at + start
+            self.output.write(block[start:stop].data, place)
+            if self.on_block is not None:
+                self.on_block(place, stop - start, self.member.name)
+
+    def measure_again(self, piece: Lazy, at: int) -> None:
+        """Measure what is written already, in the blocks in which it is when it is written in order."""
+        for start, stop in _blocks(piece):
+            block = self.work.bytes("out", stop - start)
+            self.output.read_into(block.data, self.member.begin + at + start)
+            if self.on_block is not None:
+                self.on_block(self.member.begin + at + start, 0, self.member.name)
+            self._measure(block)
+
+    def _measure(self, block: Bytes) -> None:
+        self.digest.update(block.data)
+        if self.member.reference is not None:
+            self.distance += self._distance(self.member.reference, block)
+        self.measured += block.nbytes
+
+    def _distance(self, reference: Stored, block: Bytes) -> float:
+        """Squared distance of the next block from the same elements of another tensor."""
+        dtype = self.member.tensor.dtype
+        bits, own_bits = DTYPE_BITS[reference.dtype], DTYPE_BITS[dtype]
+        theirs = self.work.bytes("reference", block.nbytes * bits // own_bits)
+        offset = reference.offset + self.measured * bits // own_bits
+        span = ByteRange(reference.path, offset, theirs.nbytes, reference.file_nbytes)
+        self.work.files.read_into(span, theirs.data)
+        return squared_distance(block, dtype, theirs, reference.dtype)
+
+
+def is_scattered(piece: Lazy) -> bool:
+    """Whether windows are some columns of several rows, which do not follow each other in the file."""
+    return any(
+        last - first < piece.columns and stop - start > 1
+        for start, stop, first, last in piece.windows(WRITE_BYTES)
+    )
+
+
+def _blocks(piece: Lazy) -> Iterator[tuple[int, int]]:
+    """The blocks in which a piece is measured, whoever has written what of it."""
+    for begin, end in _spans(piece):
+        for start in range(begin, end, WRITE_BYTES):
+            yield start, min(start + WRITE_BYTES, end)
+
+
+def _spans(piece: Lazy) -> Iterator[tuple[int, int]]:
+    ranges = piece.ranges()
+    if ranges is not None:
+        sizes = (source.nbytes for source in ranges)
+    elif is_scattered(piece):
+        # As if its rows were short.
+        step = TILE_ROWS * piece.row_nbytes
+        sizes = (min(step, piece.nbytes - at) for at in range(0, piece.nbytes, step))
+    else:
+        sizes = (
+            (stop - start) * (last - first) * DTYPE_BITS[piece.dtype] // 8
+            for start, stop, first, last in piece.windows(WRITE_BYTES)
+        )
+    at = 0
+    for size in sizes:
+        yield at, at + size
+        at += size
