@@ -466,8 +466,8 @@ MUTANTS = (
     ),
     Mutant(
         "scale-rounded-twice",
-        "read_float32(B, first, first + count, work) * np.float64(self.scale)",
-        "read_float32(B, first, first + count, work) * np.float32(self.scale)",
+        "np.multiply(part, self.scale, dtype=np.float64)",
+        "np.multiply(part, self.scale, dtype=np.float32)",
         "a scale such as 2/3 costs two roundings",
         ("test_the_scale_costs_one_rounding",),
     ),

@@ -189,8 +189,9 @@ def _refuse_more(target: Path, names: Collection[str]) -> None:
 
 def _check_removable(target: Path, folders: set[str]) -> None:
     """Raise `OutputError` unless we may rename a folder that is held, and remove all that is in it."""
-    if not system.may_change(target.parent):
-        return  # so that nothing can be written there either, which is told when that is tried
+    with writing(target.parent, 0):
+        if not system.may_change(target.parent):
+            return  # so that nothing can be written there either, which is told when that is tried
     inside = [
         target / name for name, entry in _walk(target, folders) if stat.S_ISDIR(entry.st_mode)
     ]

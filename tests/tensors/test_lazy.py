@@ -471,14 +471,3 @@ def test_squared_change_is_that_of_what_is_written(folder):
     written = torch.frombuffer(bytearray(source.whole(tensor)), dtype=torch.bfloat16)
     change = reference.double(written.reshape(200, 30)) - reference.double(W)
     assert source.work.changes.total().effected == pytest.approx((change**2).sum(), rel=1e-7)
-
-
-@pytest.mark.parametrize("rank", [8, 80])
-def test_a_scale_costs_one_rounding_whatever_numpy_makes_of_numbers(rank):
-    """numpy 1 takes a number beside an array of fp32 for fp32, which would be a second rounding."""
-    A, B = np.ones((rank, 4), np.float32), np.random.RandomState(0).standard_normal((300, rank))
-    B = B.astype(np.float32)
-    a, b = (Array(x.reshape(-1).view(np.uint8), x.shape, "F32") for x in (A, B))
-    rows = LowRank(a, b, 1 / 3, 0, 300)._scaled_rows(0, Workspace(Files()))
-    exact = B[:128].astype(np.float64) * np.array([1 / 3])
-    assert (rows == exact.astype(rows.dtype)).all()
