@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import trainer_models
+from folders import config_of
 from marks import PEERS, slow_but
 from models import TINY, hf_model
 from reference import read, same_tensor, save_file
@@ -22,10 +23,6 @@ pytestmark = PEERS
 
 
 RUNS = [p for p in TINY if p != "tiny-qwen3-moe"]  # those that can run with single experts too
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 def trained(

@@ -15,6 +15,7 @@ import peft_cases
 import pytest
 import reference
 import torch
+from folders import put
 from marks import PEERS
 from peft_cases import (
     Experts,
@@ -84,12 +85,6 @@ def split(fused: dict[str, Any]) -> dict[str, Any]:
             found[f"{stem}.{e}.gate_proj.weight"] = matrix[:half]
             found[f"{stem}.{e}.up_proj.weight"] = matrix[half:]
     return found
-
-
-def put(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    content = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    reference.save_file(content, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def base_of(folder: Path, model: Any, dtype: str, *, fused: bool) -> Path:

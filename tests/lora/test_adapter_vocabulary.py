@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import reference
 import torch
+from folders import config_of
 from marks import PEERS, slow_but
 from peft_cases import (
     adapted,
@@ -37,10 +36,6 @@ pytestmark = PEERS
 
 
 # --- vocabularies ---------------------------------------------------------------------------------
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 LLM_CASES: dict[str, dict[str, Any]] = {
