@@ -78,7 +78,8 @@ class Staging:
         made = []
         for part in reversed([folder, *folder.parents]):
             if self.folder in part.parents and not exists(part):
-                made += folders.make_folders(part)
+                with writing(part, 0):
+                    made += folders.make_folders(part)
                 self._inner.enter_context(held(part))
         return made[::-1]
 
