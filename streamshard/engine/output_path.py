@@ -88,8 +88,9 @@ def check_inputs(output: Path) -> None:
         inputs.leave_out(*places)
         taken = {one for place in places for one in _identities(place)}
         for path, stamp in inputs.stamps.items():
-            real = Path(system.realpath(path))
-            around = {inode(there) for there in map(found, real.parents) if there is not None}
+            with reading(path):
+                real = Path(system.realpath(path))
+                around = {inode(there) for there in map(found, real.parents) if there is not None}
             known = taken & {(stamp.device, stamp.inode), *around}
             if known or any(real.is_relative_to(place) for place in places):
                 raise OutputError(

@@ -18,6 +18,7 @@ from streamshard.engine.beside_output import staged_nbytes
 from streamshard.engine.budget import memory_estimate, parse_size, worker_count
 from streamshard.engine.fingerprint import fingerprint
 from streamshard.engine.job import Compared, Job, Options, Plan
+from streamshard.engine.output_path import check_inputs
 from streamshard.errors import InputError, UsageError, WriteError, printable
 from streamshard.tensors.comparing import is_comparable
 from streamshard.tensors.constructors import cast
@@ -56,7 +57,8 @@ def plan(job: Job, options: Options) -> Plan:
     """What a run of this job will do, all of it. Headers are read, and no weight.
 
     What the inputs hold is looked at when the plan is carried out, as far as it decides whether an
-    interrupted run can be continued. Raises `WriteError` if the disk has no room for the output.
+    interrupted run can be continued. Raises `WriteError` if the disk has no room for the output, and
+    `OutputError` if that would take the place of an input.
     """
     tensors = cast_all(job.tensors, options.dtype)
     size = size_option(options.max_shard_size, "--max-shard-size")
@@ -73,6 +75,7 @@ def plan(job: Job, options: Options) -> Plan:
     count = worker_count(shards, options.workers, size_option(options.max_memory, "--max-memory"))
     compared = _compared(job, tensors)
     chosen = {"max_shard_size": size, "dtype": options.dtype, **job.choices}
+    check_inputs(job.output)
     inputs = active()
     return Plan(
         command=job.command,

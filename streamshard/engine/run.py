@@ -14,14 +14,13 @@ from streamshard.checkpoint.header import total_parameters
 from streamshard.checkpoint.json_files import json_pieces
 from streamshard.checkpoint.record import sealed
 from streamshard.checkpoint.shards import Shard, index_pieces
-from streamshard.disk.folders import sync_folder
+from streamshard.disk.folders import resolved, sync_folder
 from streamshard.disk.inputs import active, watching
 from streamshard.disk.new_files import copy_file, write_new
-from streamshard.engine.beside_output import check_beside, check_writable
+from streamshard.engine.beside_output import check_beside, check_writable, places_beside
 from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
-from streamshard.engine.output_path import check_inputs
 from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, new_report, update
 from streamshard.engine.report import finished as in_the_end
@@ -40,7 +39,6 @@ def run(job: Job, options: Options) -> Report:
     started = job.started
     made = plan(job, options)
     del job  # its tensors are in the shards now
-    check_inputs(made.output)
     if options.on_plan is not None:
         options.on_plan(made)
     if options.dry_run:
@@ -63,7 +61,8 @@ def execute(
     with contextlib.ExitStack() as stack:
         inputs = active() or stack.enter_context(watching())
         inputs.expect(made.inputs)
-        check_inputs(made.output)
+        target = resolved(made.output)
+        inputs.leave_out(target, *places_beside(target).values())
         staging = stack.enter_context(
             output_folder(
                 made.output,

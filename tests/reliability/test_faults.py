@@ -272,3 +272,19 @@ def test_nothing_goes_past_the_seam(name, scenarios, made, monkeypatch):
     scenario.end()
     assert (code, said) == (0, "")
     assert past == []
+
+
+def test_a_folder_in_the_output_that_cannot_be_made(pair, cli, monkeypatch):
+    mkdir = system.mkdir
+
+    def failing(path: Path) -> None:
+        if path.name == "examples":
+            raise OSError(errno.EACCES, "no", str(path))
+        mkdir(path)
+
+    (pair.base / "examples").mkdir()
+    (pair.base / "examples" / "image.jpg").write_bytes(b"\xff\xd8")
+    monkeypatch.setattr(system, "mkdir", failing)
+    outcome = cli(*pair.command)
+    assert outcome.code == 6
+    assert "examples: cannot be written" in outcome.err
