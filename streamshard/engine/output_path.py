@@ -86,16 +86,17 @@ def check_inputs(output: Path) -> None:
         places = [target, *places_beside(target).values()]
         inputs.leave_out(*places)
         taken = {one for place in places for one in _identities(place)}
-        for path, stamp in inputs.stamps.items():
-            real = Path(os.path.realpath(path))
+    for path, stamp in inputs.stamps.items():
+        with reading(path):
+            real = Path(os.path.realpath(path, strict=True))
             around = {inode(folder.stat()) for folder in real.parents if folder.exists()}
-            known = taken & {(stamp.device, stamp.inode), *around}
-            if known or any(real.is_relative_to(place) for place in places):
-                raise OutputError(
-                    f"{printable(str(output))}: {printable(path)}, which this run reads, is in truth "
-                    f"{printable(str(real))}, and writing the output would remove or replace that. "
-                    "Choose another output, or put a copy of the file in the place of the link (cp -L)."
-                )
+        known = taken & {(stamp.device, stamp.inode), *around}
+        if known or any(real.is_relative_to(place) for place in places):
+            raise OutputError(
+                f"{printable(str(output))}: {printable(path)}, which this run reads, is in truth "
+                f"{printable(str(real))}, and writing the output would remove or replace that. "
+                "Choose another output, or put a copy of the file in the place of the link (cp -L)."
+            )
 
 
 def _identities(place: Path) -> Iterator[Inode]:
