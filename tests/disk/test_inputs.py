@@ -374,7 +374,9 @@ def test_a_file_that_can_no_longer_be_looked_at(name, call, full, cli, monkeypat
     def fail(what: Any) -> os.stat_result:
         found: os.stat_result = own(what)
         if found.st_ino == inode:
-            raise OSError(errno.EIO, "broken")
+            # As the system's own errors: those of calls for a path name it.
+            named = () if isinstance(what, int) else (str(what),)
+            raise OSError(errno.EIO, "broken", *named)
         return found
 
     monkeypatch.setattr(system, call, fail)
