@@ -167,10 +167,10 @@ class _Run:
             opened = _Open(shard, self.staging.folder)
             self.opened.add(opened)
             opened.output.write(memoryview(opened.header), 0)
+            path, nbytes = opened.output.path, shard.nbytes  # a sum over all of its tensors
             for place, (name, begin) in enumerate(opened.begins.items()):
                 tensor = shard.tensors[name]
                 member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
-                path, nbytes = opened.output.path, shard.nbytes
                 whole = ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
                 cuts = cuts_of(member, left, self.plan.workers)
                 left -= tensor.nbytes
