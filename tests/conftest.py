@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ def cli(
         return Outcome(code, printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture
+def work() -> Iterator[Any]:
+    """A worker's buffers and files."""
+    from streamshard.disk.files import Files
+    from streamshard.tensors.workspace import Workspace
+
+    with contextlib.closing(Files()) as files:
+        yield Workspace(files)
 
 
 @pytest.fixture

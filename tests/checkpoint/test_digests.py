@@ -18,17 +18,9 @@ from streamshard.checkpoint.digests import (
     tensor_digest,
 )
 from streamshard.checkpoint.header import build_header
-from streamshard.disk.files import BLOCK_NBYTES, Files
+from streamshard.disk.files import BLOCK_NBYTES
 from streamshard.tensors.joined import concat
 from streamshard.tensors.lazy import Array, Stored
-from streamshard.tensors.workspace import Workspace
-
-
-@pytest.fixture
-def work():
-    files = Files()
-    yield Workspace(files)
-    files.close()
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 2 * BLOCK_NBYTES, 2 * BLOCK_NBYTES + 7])

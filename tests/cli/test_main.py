@@ -16,7 +16,7 @@ import time
 
 import pytest
 import reference
-from pairs import heed_interrupts, record_of
+from pairs import begun, record_of
 from sparse_folders import sparse_adapter, sparse_base
 
 
@@ -71,15 +71,8 @@ def test_signals_leave_nothing_where_nothing_is_finished(number, code, said, ove
         (output / "streamshard.json").write_bytes(record)
     arguments = ["--base", base, "--adapter", adapter, "--output", output, "--workers", "2"]
     arguments += ["--overwrite"] * overwrite
-    command = [sys.executable, "-m", "streamshard", "merge-lora", *map(str, arguments)]
     before = reference.digests(tmp_path / "out")
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509 - before any thread
-    ) as process:
+    with begun("merge-lora", *arguments) as process:
         deadline = time.monotonic() + 60
         while not any(p.suffix == ".part" for p in output.parent.glob(".*/*")):
             assert process.poll() is None, process.stderr.read() if process.stderr else ""

@@ -27,7 +27,7 @@ from interrupted_runs import (
     partial,
     until,
 )
-from pairs import heed_interrupts
+from pairs import begun
 from reference import load_file, save_file
 from sparse_folders import sparse_adapter, sparse_base
 
@@ -260,15 +260,8 @@ def test_a_signal_keeps_what_is_finished(number, code, tmp_path):
     output = tmp_path / "out" / "merged"
     arguments = ["--base", base, "--adapter", adapter, "--output", output, "--workers", "1"]
     arguments += ["--max-shard-size", "100MB"]
-    command = [sys.executable, "-m", "streamshard", "merge-lora", *map(str, arguments)]
     staging = output.with_name(".merged.partial")
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509 - before any thread
-    ) as run:
+    with begun("merge-lora", *arguments) as run:
         until(lambda: len([*staging.glob("*.safetensors")]) > 1)
         started = time.monotonic()
         run.send_signal(number)
@@ -278,6 +271,7 @@ def test_a_signal_keeps_what_is_finished(number, code, tmp_path):
     assert "run the same command again" in err
     assert str(staging) in err
     assert not [*staging.glob("*.part")]
+    command = [sys.executable, "-m", "streamshard", "merge-lora", *map(str, arguments)]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
     assert report["resumed"] >= 1

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
+from arrays import array
 
-from streamshard.disk.files import Files
 from streamshard.errors import AdapterError
 from streamshard.lora.adapter import Adapter
 from streamshard.lora.adapter_plan import plan_adapter
@@ -17,21 +16,9 @@ from streamshard.lora.name_matching import OtherNames, Place
 from streamshard.lora.replacements import Replacement, replaced_tensors
 from streamshard.lora.settings import read_settings
 from streamshard.tensors.lazy import Array
-from streamshard.tensors.workspace import Workspace
 
 OTHERS = OtherNames(lambda name: name)
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "v"]}
-
-
-@pytest.fixture
-def work():
-    with contextlib.closing(Files()) as files:
-        yield Workspace(files)
-
-
-def array(values) -> Array:
-    values = np.ascontiguousarray(values, np.float32)
-    return Array(values.reshape(-1).view(np.uint8), values.shape, "F32")
 
 
 def numbers(*shape: int, seed: int = 0) -> Array:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
+from arrays import array
 
-from streamshard.disk.files import Files
 from streamshard.errors import AdapterError
 from streamshard.lora.experts import Stack, expert_updates, parameter_names, stacked_as
 from streamshard.tensors.lazy import Array, read_float32
@@ -16,17 +14,6 @@ from streamshard.tensors.workspace import Workspace
 
 EXPERTS, R, ROWS, COLUMNS = 3, 2, 5, 4
 STACK = Stack(EXPERTS, ROWS, COLUMNS)
-
-
-@pytest.fixture
-def work():
-    with contextlib.closing(Files()) as files:
-        yield Workspace(files)
-
-
-def array(values) -> Array:
-    values = np.ascontiguousarray(values, np.float32)
-    return Array(values.reshape(-1).view(np.uint8), values.shape, "F32")
 
 
 def whole(update: LowRank, work: Workspace) -> np.ndarray:

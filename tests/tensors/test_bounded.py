@@ -255,13 +255,6 @@ def test_a_bound_of_200_mb_is_never_refused(r, dora):
 # --- the same bytes and sums ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def work():
-    files = Files()
-    yield Workspace(files)
-    files.close()
-
-
 def array(shape: tuple[int, ...], size: float, seed: int, dtype: str) -> Array:
     return Array(numbers(shape, size, seed, dtype).reshape(-1).view(np.uint8), shape, dtype)
 

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from arrays import KINDS, array
 
-from streamshard.disk.files import BLOCK_NBYTES, Files
+from streamshard.disk.files import BLOCK_NBYTES
 from streamshard.tensors.comparing import (
     Distances,
     equal_bytes,
@@ -16,21 +17,6 @@ from streamshard.tensors.comparing import (
     tensor_distance,
 )
 from streamshard.tensors.lazy import Array, blocks
-from streamshard.tensors.workspace import Workspace
-
-KINDS = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int8, "U64": np.uint64}
-
-
-def array(values, dtype: str) -> Array:
-    found = np.asarray(values, KINDS[dtype])
-    return Array(found.reshape(-1).view(np.uint8), found.shape, dtype)
-
-
-@pytest.fixture
-def work():
-    files = Files()
-    yield Workspace(files)
-    files.close()
 
 
 @pytest.mark.parametrize("dtypes", [("F32", "F32"), ("F32", "F64"), ("I8", "F16"), ("U64", "F32")])
