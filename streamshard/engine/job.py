@@ -12,6 +12,7 @@ from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.engine.fingerprint import Fingerprint
+from streamshard.engine.option_values import dtype_option, size_option
 from streamshard.engine.report import Report
 from streamshard.tensors.lazy import Lazy, Stored
 
@@ -85,11 +86,11 @@ class Plan:
 class Options:
     """How to write; the same for every writing command.
 
-    `max_shard_size` (bytes or "5GB") re-shards; by default files are those of the source. `dtype`
-    is "keep", "bf16", "fp16" or "fp32". `max_memory` lowers the number of `workers`. `overwrite`
-    replaces an output that exists once the new one is complete, and discards what an interrupted
-    run with other inputs or options left. `sha256` adds the SHA-256 of all files to
-    `streamshard.json`. `dry_run` checks everything and writes nothing. `on_plan` is called once
+    `max_shard_size` (bytes or "5GB") re-shards; by default files are those of the source. `dtype` is
+    "keep", "bf16", "fp16" or "fp32", or what torch calls these. `max_memory` lowers the number of
+    `workers`. `overwrite` replaces an output that exists once the new one is complete, and discards
+    what an interrupted run with other inputs or options left. `sha256` adds the SHA-256 of all files
+    to `streamshard.json`. `dry_run` checks everything and writes nothing. `on_plan` is called once
     before writing, `progress` with the bytes and the tensor of each finished piece.
     """
 
@@ -102,6 +103,22 @@ class Options:
     dry_run: bool = False
     on_plan: Callable[[Plan], None] | None = None
     progress: Callable[[int, str], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for what is no size or no dtype; `dtype` is one of the four then."""
+        object.__setattr__(self, "dtype", dtype_option(self.dtype))
+        size_option(self.max_memory, "--max-memory")
+        size_option(self.max_shard_size, "--max-shard-size")
+
+    @property
+    def max_shard_nbytes(self) -> int | None:
+        """`max_shard_size` in bytes."""
+        return size_option(self.max_shard_size, "--max-shard-size")
+
+    @property
+    def max_memory_nbytes(self) -> int | None:
+        """`max_memory` in bytes."""
+        return size_option(self.max_memory, "--max-memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
