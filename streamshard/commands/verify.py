@@ -12,8 +12,8 @@ from typing import Any
 from streamshard.checkpoint.file_names import REPORT_NAME, SUFFIX
 from streamshard.checkpoint.open_anything import Opened, open_anything
 from streamshard.checkpoint.unlisted_files import Entry, contents, harm
+from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
-from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
@@ -21,20 +21,18 @@ from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import share
 from streamshard.errors import UnreadError, UsageError, VerificationError, printable
 from streamshard.internvl.detection import layout_of
-from streamshard.limits import told
 
 __all__ = ["verify"]
 
 
-@told
-@watched
+@public
 def verify(
     path: PathLike,
     *,
     sample: str | int | None = None,
     strict: bool = False,
     workers: int | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    progress: Callable[[int, str], None] | bool | None = None,
     on_total: Callable[[int], None] | None = None,
 ) -> Report:
     """Read a checkpoint or adapter again, and say whether it is what was written.
@@ -59,7 +57,7 @@ def verify(
     names = _sampled(list(tensors), sample)
     if on_total is not None:
         on_total(sum(tensors[name].nbytes for name in names))
-    check = Comparison(found, progress)
+    check = Comparison(found, progress if callable(progress) else None)
     check.names()
     tasks = check.tasks(names, whole=sample is None)
     share(tasks, lambda task, work: task(work), workers_or_default(workers), check.stop)
