@@ -269,7 +269,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _new_folder(path: str | Path) -> Path:
     """Create a folder; one that holds files is refused, as a stray shard would be loaded."""
-    folder = Path(path)
+    folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         msg = f"{folder} is not empty; choose a new folder or remove its files first"

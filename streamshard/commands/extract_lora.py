@@ -67,7 +67,8 @@ def extract_lora(
     source, found, ranks = read.checkpoint, read.names, read.ranks
     warnings = list(read.warnings)
     where = printable(str(source.path))
-    inputs = [source.path, *([] if base is None else [input_path(base, "the base")])]
+    base = None if base is None else input_path(base, "the base")
+    inputs = [source.path, *([] if base is None else [base])]
     target = check_places(output, inputs, overwrite=chosen.overwrite)
     _check_shapes(source, found)
     layout: Layout = layout_of(source.tensors) or "custom"

@@ -175,7 +175,8 @@ def _goal(asked: Asked, base: Model) -> tuple[Layout, PathLike] | None:
 
 def _output(asked: Asked, inputs: Inputs, chosen: Options) -> Path:
     """Where the result goes, which must be none of the inputs."""
-    name = inputs.base.path.absolute().name.removesuffix(SUFFIX)
+    path = inputs.base.path.absolute()
+    name = (path.resolve() if path.name == ".." else path).name.removesuffix(SUFFIX)
     output = f"{name}-merged" if asked.output is None else asked.output
     read = [inputs.base.path, *(folder.path for folder in inputs.folders)]
     if asked.reference is not None:

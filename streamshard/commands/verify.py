@@ -69,11 +69,11 @@ def verify(
         warnings.append(f"no digests are recorded: {reason}")
         if strict:
             coverage["problems"].append(
-                f"{printable(str(path))}: nothing could be compared: {reason} (--strict)."
+                f"{printable(str(given))}: nothing could be compared: {reason} (--strict)."
             )
     report = {
         **new_report("verify", tensors, layout_of(tensors)),
-        "path": str(path),
+        "path": str(given),
         "shards": len(found.headers),
         "recorded": found.listing.usable,
         "record": found.listing.record,
@@ -95,12 +95,13 @@ def verify(
     report = finished(report, started)
     if report["problems"] and set(report["problems"]) <= set(report["unreadable"]):
         raise UnreadError(
-            f"{printable(str(path))}: could not be read as a whole: {report['problems'][0]}", report
+            f"{printable(str(given))}: could not be read as a whole: {report['problems'][0]}",
+            report,
         )
     if report["problems"]:
         count = len(report["problems"])
         raise VerificationError(
-            f"{printable(str(path))}: {count} {'problem' if count == 1 else 'problems'} found: "
+            f"{printable(str(given))}: {count} {'problem' if count == 1 else 'problems'} found: "
             f"{report['problems'][0]}" + (" (and more)" if count > 1 else ""),
             report,
         )

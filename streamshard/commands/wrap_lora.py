@@ -144,7 +144,7 @@ def wrap_lora(
         {live[module]: alphas[part] for module, part in part_of.items()},
         targets=[end for part in ranks for end in target_ends(dims.family, layout, part)],
         task_type=TASK_TYPES[layout],
-        base=str(base),
+        base=str(source.path),
         dropout=UPSTREAM_DROPOUT if dropout is None else dropout,
     )
     job = Job(

@@ -12,6 +12,7 @@ from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.engine.fingerprint import Fingerprint
+from streamshard.engine.option_values import dtype_option, size_option
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = ["Compared", "Job", "Options", "OutputOptions", "Plan"]
@@ -86,7 +87,7 @@ class OutputOptions(TypedDict, total=False):
     max_shard_size: int | str | None
     """Bytes, or like "5GB", to split the output anew; by default files are those of the source."""
     dtype: str
-    """"keep", "bf16", "fp16" or "fp32": round every float tensor, once."""
+    """"keep", "bf16", "fp16" or "fp32", or what torch calls these: round every float tensor, once."""
     workers: int | None
     """Threads; by default one a processor, at most 8."""
     max_memory: int | str | None
@@ -123,6 +124,22 @@ class Options:
         """Those among the keywords of a command; what else it has is its own."""
         names = {one.name for one in fields(cls)}
         return cls(**{name: value for name, value in given.items() if name in names})
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for what is no size or no dtype; `dtype` is one of the four then."""
+        object.__setattr__(self, "dtype", dtype_option(self.dtype))
+        size_option(self.max_memory, "--max-memory")
+        size_option(self.max_shard_size, "--max-shard-size")
+
+    @property
+    def max_shard_nbytes(self) -> int | None:
+        """`max_shard_size` in bytes."""
+        return size_option(self.max_shard_size, "--max-shard-size")
+
+    @property
+    def max_memory_nbytes(self) -> int | None:
+        """`max_memory` in bytes."""
+        return size_option(self.max_memory, "--max-memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
