@@ -23,11 +23,13 @@ from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.limits import told
 from streamshard.lora.base_checks import check_base
+from streamshard.notes import noting
 
 __all__ = ["custom_to_hf", "hf_to_custom"]
 
 
 @told
+@noting
 @watched
 def hf_to_custom(
     *, hf_path: PathLike, custom_path: PathLike, save_path: PathLike, **options: Any
@@ -46,6 +48,7 @@ def hf_to_custom(
 
 
 @told
+@noting
 @watched
 def custom_to_hf(
     *, custom_path: PathLike, hf_path: PathLike, save_path: PathLike, **options: Any
@@ -110,7 +113,6 @@ def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
             "source": str(source.path),
             "missing": converted.missing,
             "unexpected": converted.unexpected,
-            "warnings": converted.warnings,
         },
         choices=asdict(allowed),
     )

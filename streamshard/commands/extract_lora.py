@@ -33,6 +33,7 @@ from streamshard.internvl.spelling import flat_name, flat_names, in_model
 from streamshard.limits import told
 from streamshard.lora.saved_adapter import adapter_config, adapter_key, selection
 from streamshard.lora.wrapped_names import Unwrapped
+from streamshard.notes import note, noting
 from streamshard.tensor_names import PREFIX
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.dtypes import FLOATS
@@ -42,6 +43,7 @@ __all__ = ["extract_lora"]
 
 
 @told
+@noting
 @watched
 def extract_lora(
     *,
@@ -67,7 +69,6 @@ def extract_lora(
         raise UsageError("--max-shard-size: an adapter is always one file.")
     read = read_wrapped(checkpoint, alpha=alpha, adapter_name=adapter_name)
     source, found, ranks = read.checkpoint, read.names, read.ranks
-    warnings = list(read.warnings)
     where = printable(str(source.path))
     inputs = [source.path, *([] if base is None else [input_path(base, "the base")])]
     target = check_places(output, inputs, overwrite=chosen.overwrite)
@@ -76,7 +77,7 @@ def extract_lora(
     plain = flat_names(found.base, layout)
     trained = {flat_name(n) if layout == "hf" else n for n in found.saved}
     if base is None:
-        warnings += _left_out(plain, trained, found.depths, where)
+        note(*_left_out(plain, trained, found.depths, where))
     else:
         own = Model(open_checkpoint(base))
         theirs = own.given(layout)
@@ -133,7 +134,6 @@ def extract_lora(
             "rank_pattern": config["rank_pattern"],
             "lora_alpha": config["lora_alpha"],
             "modules_to_save": entries,
-            "warnings": warnings,
         },
     )
     return run(job, chosen)

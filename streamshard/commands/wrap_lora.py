@@ -39,6 +39,7 @@ from streamshard.limits import told
 from streamshard.lora.base_checks import check_base
 from streamshard.lora.new_pairs import initial_pairs, wrap
 from streamshard.lora.saved_adapter import adapter_config, adapter_key
+from streamshard.notes import note, noting
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.torch_random import MAX_SEED
 
@@ -48,6 +49,7 @@ MAX_RANK = 65_536  # more than any weight has rows or columns to adapt; each ran
 
 
 @told
+@noting
 @watched
 def wrap_lora(
     *,
@@ -100,8 +102,8 @@ def wrap_lora(
         "lora_alpha": {part: alphas.get(part) for part in PARTS},
         "seed": seed,
         "trainable": _trainable(tensors, pairs, dims, layout, ranks if wraps else ["model"]),
-        "warnings": _warnings(tensors, dims, ranks, wraps=wraps),
     }
+    note(*_warnings(tensors, dims, ranks, wraps=wraps))
     choices = {
         "format": format,
         "seed": seed,
