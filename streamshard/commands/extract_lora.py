@@ -14,8 +14,10 @@ from typing import Any
 
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.checkpoint.tokenizer import Content
 from streamshard.commands.identify import Model
 from streamshard.commands.training_checkpoint import read_wrapped
+from streamshard.commands.whose_tokenizer import for_adapter
 from streamshard.commands.written_config import config_bytes
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
@@ -74,12 +76,14 @@ def extract_lora(
     target = check_places(output, inputs, overwrite=chosen.overwrite)
     _check_shapes(source, found)
     layout: Layout = layout_of(source.tensors) or "custom"
+    tokenizer: dict[str, Content] = {}
     plain = flat_names(found.base, layout)
     trained = {flat_name(n) if layout == "hf" else n for n in found.saved}
     if base is None:
         note(*_left_out(plain, trained, found.depths, where))
     else:
         own = Model(open_checkpoint(base))
+        tokenizer = for_adapter(own.tokenizer, Model(source).tokenizer)
         theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
@@ -122,7 +126,7 @@ def extract_lora(
         layout=layout_of(tensors),
         shard_of=dict.fromkeys(tensors, ADAPTER_NAME),
         metadata={},
-        files={ADAPTER_CONFIG_NAME: config_bytes(config, chosen.dtype)},
+        files={ADAPTER_CONFIG_NAME: config_bytes(config, chosen.dtype), **tokenizer},
         weights_name=ADAPTER_NAME,
         l2_from=None,
         choices={"alpha": alpha, "adapter_name": adapter_name},

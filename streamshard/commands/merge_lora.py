@@ -13,15 +13,16 @@ from streamshard.checkpoint.adapter_folder import AdapterFolder
 from streamshard.checkpoint.digests import file_digest
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, SUFFIX
 from streamshard.checkpoint.folder import open_checkpoint
-from streamshard.checkpoint.shards import shard_names
 from streamshard.checkpoint.tokenizer import Content
 from streamshard.commands.carry_over import Differences, carry_over
 from streamshard.commands.cross_layout import other_names
 from streamshard.commands.identify import Model
+from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.merge_inputs import Asked, Inputs, open_inputs
 from streamshard.commands.merged_folder import (
     Beside,
     beside_merged,
+    converted_shards,
     replaced_from,
     shard_of,
     with_code,
@@ -155,6 +156,7 @@ def merge_lora(
             "expert_order": expert_order,
         },
     )
+    note_left_behind(written.files, [inputs.base.path, *written.donors])
     # 6. Run.
     return run(job, chosen)
 
@@ -248,6 +250,8 @@ class _Written:
     files: Mapping[str, Content]
     reference: Mapping[str, Stored]
     """What the base had where values were replaced."""
+    donors: Sequence[Path] = ()
+    """Other folders that files are from."""
 
 
 def _converted(
@@ -266,10 +270,11 @@ def _converted(
     return _Written(
         tensors=carried.tensors,
         layout=layout_of(carried.tensors),
-        shard_of=shard_names(carried.tensors, base.checkpoint),
+        shard_of=converted_shards(base, folded.merged, folded.tie, carried),
         metadata={},
         files=carried.files(dtype),
         reference=replaced_from(base, folded.merged, folded.tie, carried),
+        donors=[reference.path],
     )
 
 
@@ -291,4 +296,5 @@ def _kept(asked: Asked, base: Model, folded: _Folded, beside: Beside, dtype: str
         metadata=base.checkpoint.metadata,
         files=files,
         reference=replaced_from(base, folded.merged, folded.tie),
+        donors=[] if asked.reference is None else [input_path(asked.reference, "the reference")],
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint, tokenizer_files
-from streamshard.checkpoint.shards import numbered_anew
+from streamshard.checkpoint.shards import numbered_anew, shard_names
 from streamshard.checkpoint.tokenizer import Content, Tokenizer
 from streamshard.commands.carry_over import Target
 from streamshard.commands.identify import Model
@@ -31,7 +31,7 @@ from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Stored
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["Beside", "beside_merged", "replaced_from", "shard_of", "with_code"]
+__all__ = ["Beside", "beside_merged", "converted_shards", "replaced_from", "shard_of", "with_code"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,19 @@ def replaced_from(
         return before
     found = convert(before, carried.dims, carried.layout).tensors
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Stored)}
+
+
+def converted_shards(
+    base: Model, result: Merged, tie: tuple[str, str] | None, carried: Target
+) -> dict[str, str]:
+    """The base's files for a result in another layout: also for values that are an adapter's."""
+    if not result.replaced:
+        return shard_names(carried.tensors, base.checkpoint)
+    twins = {} if tie is None else {tie[1]: tie[0]}
+    homes = {n: base.tensors.get(n, base.tensors.get(twins.get(n, n))) for n in result.tensors}
+    before = {name: tensor for name, tensor in homes.items() if tensor is not None}
+    places = convert(before, carried.dims, carried.layout).tensors
+    return shard_names({n: places.get(n, t) for n, t in carried.tensors.items()}, base.checkpoint)
 
 
 def shard_of(

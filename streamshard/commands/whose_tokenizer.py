@@ -19,6 +19,7 @@ from streamshard.notes import note
 __all__ = [
     "after_conversion",
     "after_merge",
+    "for_adapter",
     "for_checkpoint",
     "image_token_id",
     "note_beyond",
@@ -102,6 +103,18 @@ def for_checkpoint(
             f"{_told(pairs, 'reference', 'checkpoint')}"
         )
     return replaced(side_files, donor, own)
+
+
+def for_adapter(base: Tokenizer, own: Tokenizer) -> dict[str, Content]:
+    """The tokenizer that an adapter needs which is taken out of a checkpoint; none if it is the base's."""
+    pairs = differences(base, own) if own.has_tokens else {}
+    if not pairs:
+        return {}
+    note(
+        "the checkpoint's tokenizer goes to the adapter, as it is not the base's: "
+        f"{_told(pairs, 'base', 'checkpoint')}"
+    )
+    return dict(own.files)
 
 
 def after_conversion(

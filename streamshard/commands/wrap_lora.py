@@ -10,6 +10,7 @@ from typing import Any
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.commands.identify import Model
+from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.written_config import config_bytes
 from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike
@@ -115,6 +116,7 @@ def wrap_lora(
     }
     if wraps:
         flagged = _wrapped_config(source, layout, ranks)
+        note_left_behind(source.checkpoint.side_files, [source.path])
         named = wrap(tensors, pairs, [PARTS[part]["custom"] for part in ranks])
         files_of = source.checkpoint.shard_of
         job = Job(
