@@ -91,7 +91,9 @@ class Options:
     `workers`. `overwrite` replaces an output that exists once the new one is complete, and discards
     what an interrupted run with other inputs or options left. `sha256` adds the SHA-256 of all files
     to `streamshard.json`. `dry_run` checks everything and writes nothing. `on_plan` is called once
-    before writing, `progress` with the bytes and the tensor of each finished piece.
+    before writing, `on_step` whenever something else is begun ("checking" what an earlier run has
+    finished, "comparing", "writing", "hashing", "syncing") with its bytes and how many of these are
+    done, `progress` with the bytes and the tensor of each finished piece.
     """
 
     max_shard_size: int | str | None = None
@@ -102,6 +104,7 @@ class Options:
     sha256: bool = False
     dry_run: bool = False
     on_plan: Callable[[Plan], None] | None = None
+    on_step: Callable[[str, int, int], None] | None = None
     progress: Callable[[int, str], None] | None = None
 
     def __post_init__(self) -> None:
