@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder
 from streamshard.checkpoint.digests import file_digest
@@ -28,12 +28,12 @@ from streamshard.commands.merged_folder import (
     with_code,
 )
 from streamshard.commands.provenance import check_given_twice, check_record, other_base
+from streamshard.commands.public import public
 from streamshard.commands.whose_tokenizer import note_beyond
 from streamshard.commands.written_config import config_bytes
 from streamshard.disk.files import Files
-from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
-from streamshard.engine.job import Job, Options
+from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
@@ -41,10 +41,9 @@ from streamshard.errors import InputError, UsageError
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.internvl.model_config import OTHER
-from streamshard.limits import told
 from streamshard.lora.base_checks import check_not_merged
 from streamshard.lora.merge import Merged, alone, changes_of, merge
-from streamshard.notes import note, noting
+from streamshard.notes import note
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Lazy, Stored
 from streamshard.tensors.workspace import Workspace
@@ -54,25 +53,23 @@ __all__ = ["merge_lora"]
 NAMED = "base_model_name_or_path"
 
 
-@told
-@noting
-@watched
+@public
 def merge_lora(
     *,
     base: PathLike | None = None,
     adapter: PathLike | Sequence[PathLike] | None = None,
     checkpoint: PathLike | None = None,
     output: PathLike | None = None,
-    weight: Sequence[float] | None = None,
-    layout: str = "keep",
+    weight: Sequence[float] | float | None = None,
+    layout: Literal["keep", "custom", "hf"] = "keep",
     reference: PathLike | None = None,
-    tokenizer_from: str | None = None,
+    tokenizer_from: Literal["source", "reference"] | None = None,
     alpha: float | None = None,
     adapter_name: str | None = None,
     base_is_residual: bool = False,
-    expert_order: str = "peft",
+    expert_order: Literal["peft", "unsloth"] = "peft",
     allow_merged_base: bool = False,
-    **options: Any,
+    **options: Unpack[OutputOptions],
 ) -> Report:
     """Fold LoRA pairs into the weights that they adapt, and write the result to a new folder.
 
@@ -90,17 +87,18 @@ def merge_lora(
     adapters in one file. `base_is_residual` states that the base is what PiSSA or the like left
     behind, `expert_order` ("peft" or "unsloth") how the factors of fused experts are ordered,
     `allow_merged_base` that a base which seems to hold the adapter already is meant. Further keywords
-    are those of `streamshard.engine.job.Options`.
+    are those of `streamshard.OutputOptions`.
 
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
-    started, chosen = time.perf_counter(), Options(**options)
+    started, chosen = time.perf_counter(), Options.of(options)
+    weights = [weight] if isinstance(weight, (int, float)) else list(weight or [])
     asked = Asked(
         base=base,
         adapter=adapter,
         checkpoint=checkpoint,
         output=output,
-        weight=weight,
+        weight=weights,
         layout=layout,
         reference=reference,
         tokenizer_from=tokenizer_from,
@@ -148,7 +146,7 @@ def merge_lora(
             "adapters": adapters,
         },
         choices={
-            "weight": list(weight or []),
+            "weight": weights,
             "layout": layout,
             "tokenizer_from": tokenizer_from,
             "alpha": alpha,
@@ -180,7 +178,8 @@ def _goal(asked: Asked, base: Model) -> tuple[Layout, PathLike] | None:
 
 def _output(asked: Asked, inputs: Inputs, chosen: Options) -> Path:
     """Where the result goes, which must be none of the inputs."""
-    name = inputs.base.path.absolute().name.removesuffix(SUFFIX)
+    path = inputs.base.path.absolute()
+    name = (path.resolve() if path.name == ".." else path).name.removesuffix(SUFFIX)
     output = f"{name}-merged" if asked.output is None else asked.output
     read = [inputs.base.path, *(folder.path for folder in inputs.folders)]
     if asked.reference is not None:
