@@ -79,6 +79,7 @@ def extract_lora(
         warnings += _left_out(plain, trained, found.depths, where)
     else:
         own = Model(open_checkpoint(base))
+        own.check()
         theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
