@@ -13,6 +13,7 @@ from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.shards import shard_names
 from streamshard.commands.carry_over import Differences, carry_over
 from streamshard.commands.identify import Model
+from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.public import public
 from streamshard.disk.paths import PathLike
 from streamshard.engine.job import Job, Options, OutputOptions
@@ -102,6 +103,8 @@ def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
     inputs = [source.path, reference.path]
     output = check_places(asked.output, inputs, overwrite=chosen.overwrite)
     converted = carry_over(source.tensors, source, reference, asked.layout, allowed)
+    files = converted.files(chosen.dtype)
+    note_left_behind(files, inputs)
     return Job(
         command=asked.command,
         output=output,
@@ -110,14 +113,13 @@ def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
         layout=layout_of(converted.tensors),
         shard_of=shard_names(converted.tensors, source.checkpoint),
         metadata={},
-        files=converted.files(chosen.dtype),
+        files=files,
         l2_from=None if converted.reference is None else str(reference.path),
         reference=converted.reference,
         facts={
             "source": str(source.path),
             "missing": converted.missing,
             "unexpected": converted.unexpected,
-            "warnings": converted.warnings,
         },
         choices=asdict(allowed),
     )

@@ -21,6 +21,7 @@ from streamshard.engine.report import Report
 from streamshard.errors import StreamshardError, StreamshardWarning, VerificationError
 from streamshard.extras import explained, needed_for
 from streamshard.limits import told
+from streamshard.notes import noting
 from streamshard.wording import KEYWORDS, is_command_line, spoken
 
 __all__ = ["public"]
@@ -34,7 +35,7 @@ _LOG.addHandler(logging.NullHandler())  # else Python prints what `warnings` sho
 def public(command: Callable[P, Report]) -> Callable[P, Report]:
     """A command of the Python API, which returns its report."""
     name = command.__name__
-    run = told(watched(command))
+    run = told(noting(watched(command)))
 
     @functools.wraps(command)
     def call(*args: P.args, **kwargs: P.kwargs) -> Report:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Unpack
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.commands.identify import Model
+from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.public import public
 from streamshard.commands.written_config import config_bytes
 from streamshard.disk.paths import PathLike
@@ -38,6 +39,7 @@ from streamshard.internvl.spelling import in_model
 from streamshard.lora.base_checks import check_base
 from streamshard.lora.new_pairs import initial_pairs, wrap
 from streamshard.lora.saved_adapter import adapter_config, adapter_key
+from streamshard.notes import note
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.torch_random import MAX_SEED
 
@@ -98,8 +100,8 @@ def wrap_lora(
         "lora_alpha": {part: alphas.get(part) for part in PARTS},
         "seed": seed,
         "trainable": _trainable(tensors, pairs, dims, layout, ranks if wraps else ["model"]),
-        "warnings": _warnings(tensors, dims, ranks, wraps=wraps),
     }
+    note(*_warnings(tensors, dims, ranks, wraps=wraps))
     choices = {
         "format": format,
         "seed": seed,
@@ -111,6 +113,7 @@ def wrap_lora(
     }
     if wraps:
         flagged = _wrapped_config(source, layout, ranks)
+        note_left_behind(source.checkpoint.side_files, [source.path])
         named = wrap(tensors, pairs, [PARTS[part]["custom"] for part in ranks])
         files_of = source.checkpoint.shard_of
         job = Job(

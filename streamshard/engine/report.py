@@ -11,6 +11,7 @@ from streamshard.checkpoint.header import total_nbytes, total_parameters
 from streamshard.engine.budget import peak_rss_bytes
 from streamshard.engine.journal import FinishedShard
 from streamshard.errors import printable
+from streamshard.notes import noted
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.rounding import Change
 from streamshard.version import __version__
@@ -52,7 +53,7 @@ def new_report(command: str, tensors: Mapping[str, Lazy], layout: str | None) ->
         "l2": None,
         "missing": [],
         "unexpected": [],
-        "warnings": [],
+        "warnings": noted(),
     }
 
 
