@@ -81,15 +81,20 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'streamshard' has no attribute {name!r}")
     from importlib import import_module
 
-    if _HOMES[name] not in _LIGHT:
-        from streamshard import errors, limits, wording
+    from streamshard import errors, extras, limits, wording
 
-        try:
+    try:
+        if _HOMES[name] not in _LIGHT:
             limits.import_numpy()
-        except errors.StreamshardError as error:
-            error.args = (wording.spoken(str(error), name),)
+        return getattr(import_module(f"streamshard.{_HOMES[name]}"), name)
+    except errors.StreamshardError as error:
+        error.args = (wording.spoken(str(error), name),)
+        raise
+    except ImportError as error:
+        missing = extras.explained(error)
+        if missing is None:
             raise
-    return getattr(import_module(f"streamshard.{_HOMES[name]}"), name)
+        raise missing from error
 
 
 def __dir__() -> list[str]:

@@ -51,10 +51,10 @@ def explained(error: ImportError, purpose: str = "") -> UsageError | None:
     if package not in EXTRAS and package not in _ALWAYS:
         return None
     what = purpose or EXTRAS.get(package, "streamshard")
-    wanted = f"streamshard[{package}]" if package in EXTRAS else package
+    wanted = f"'streamshard[{package}]'" if package in EXTRAS else package
     problem = "which is not installed"
     if not isinstance(error, ModuleNotFoundError):
         problem = f"which cannot be imported ({error})"
     advice = _CPU if package == "torch" else ""
     end = "." if advice else ""
-    return UsageError(f"{what} needs {package}, {problem}: pip install '{wanted}'{end}{advice}")
+    return UsageError(f"{what} needs {package}, {problem}: pip install {wanted}{end}{advice}")
