@@ -148,9 +148,9 @@ MUTANTS = (
     ),
     Mutant(
         "output-not-free",
-        "    if not exists(target):\n        return\n    if not overwrite:",
-        "    if True:\n        return\n    if not overwrite:",
-        "an empty folder that appears meanwhile is replaced",
+        "    if there:\n        check_replaceable(target, overwrite=overwrite)",
+        "    if False:\n        check_replaceable(target, overwrite=overwrite)",
+        "an output that appeared before the lock was held is found when all is written",
         ("test_an_output_that_appears_before_the_lock_is_held",),
     ),
     Mutant(

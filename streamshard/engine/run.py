@@ -76,7 +76,7 @@ def execute(
     return in_the_end(report, started)
 
 
-def _report(made: Plan, *, shown: bool) -> Report:
+def _report(made: Plan, *, shown: bool) -> dict[str, Any]:
     """The report as far as a plan knows it; the plan itself is a part of it where it is `shown`."""
     return {
         **new_report(made.command, {}, made.layout),
@@ -94,7 +94,11 @@ def _report(made: Plan, *, shown: bool) -> Report:
 
 
 def _fill(
-    made: Plan, staging: Staging, report: Report, progress: Progress | None, started: float
+    made: Plan,
+    staging: Staging,
+    report: dict[str, Any],
+    progress: Progress | None,
+    started: float,
 ) -> None:
     """Write everything into the folder where an output is built, and what is measured into the report."""
     resumed = check_finished(
