@@ -15,7 +15,7 @@ from streamshard.checkpoint.folder import Checkpoint
 from streamshard.checkpoint.tokenizer import Tokenizer
 from streamshard.errors import InputError, printable
 from streamshard.internvl.detection import Detected, detect, dims_from_names, layout_of
-from streamshard.internvl.families import LAYOUTS, Layout
+from streamshard.internvl.families import FAMILIES, LAYOUTS, Layout
 from streamshard.internvl.model_config import (
     INNER,
     OTHER,
@@ -171,6 +171,7 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
         _check_layout(custom, "custom", where)
         check_config(custom.config, where)
         architecture = llm_architecture(custom.config, where)
+        _check_inferred(custom, architecture, where)
     found = {}
     for side in LAYOUTS:
         config = configs[side].config
@@ -201,6 +202,20 @@ def _check_layout(model: Model, side: Layout, where: str) -> None:
             f"{where}: model_type is '{kind}', {f'of the {found} layout' if found else 'not known'}, "
             f"but a {side} model (model_type "
             f"'{'internvl_chat' if side == 'custom' else 'internvl'}') was expected here.{hint}"
+        )
+
+
+def _check_inferred(custom: Model, architecture: str, where: str) -> None:
+    """Raise `InputError` if the class is known by model_type only, and the names are of another."""
+    llm = (custom.config or {}).get(INNER["custom"]) or {}
+    if llm.get("architectures") not in (None, [], [""], [None]) or custom.layout != "custom":
+        return
+    found = custom.detected.family
+    if found is not None and FAMILIES[found].architecture != architecture:
+        raise InputError(
+            f"{where}: llm_config.architectures is missing, and model_type there says {architecture}, "
+            f"but the tensors have the names of {FAMILIES[found].architecture}. Take config.json from "
+            "the original model."
         )
 
 

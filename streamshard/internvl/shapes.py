@@ -60,7 +60,12 @@ class Misfit:
     dtype: str = ""
 
     def __str__(self) -> str:
-        sizes = ", ".join("any" if size is None else str(size) for size in self.expected)
+        # A size that is free is as good as any.
+        free = (
+            self.found if len(self.found) == len(self.expected) else ("any",) * len(self.expected)
+        )
+        expected = zip(self.expected, free, strict=True)
+        sizes = ", ".join(str(mine if size is None else size) for size, mine in expected)
         why = f"as '{printable(self.like)}' has it" if self.like else "by the config"
         text = f"'{printable(self.name)}' has the shape {list(self.found)}; [{sizes}] was expected, {why}"
         if not all(self.found):
