@@ -311,7 +311,7 @@ def test_the_command_line_keeps_its_words_and_says_whose_an_option_is():
 def test_the_table_of_keywords_is_that_of_the_command_line():
     from streamshard.cli.main import cli
 
-    theirs = {"progress", "on_plan", "on_total"}  # the command line's own
+    theirs = {"progress", "on_plan", "on_step", "on_total"}  # the command line's own
     for name, command in COMMANDS.items():
         options = {one.name for one in cli.commands[command].params}
         options -= {"as_json", "quiet", "verbose"}
