@@ -141,8 +141,8 @@ def test_the_reader_of_imports_sees_them():
     assert "checkpoint.pickled" not in arrows(adapters, top=True)
     assert "torch" in imports(Path("checkpoint/pickled.py"))
     assert "" in arrows(Path("cli/reading_commands.py"))
-    assert "tqdm" in imports(Path("cli/screen.py"), top=True)
-    assert "tqdm" not in imports(Path("cli/screen.py"), top=True, types=False)
+    assert "checkpoint.shards" in arrows(Path("engine/budget.py"), top=True)
+    assert "checkpoint.shards" not in arrows(Path("engine/budget.py"), top=True, types=False)
 
 
 def test_a_name_says_which_file():
