@@ -15,12 +15,6 @@ from types import FrameType
 __all__ = ["main"]
 
 
-_DOCUMENT = (
-    '{"error": {"type": "%s", "exit_code": %d, "message": "%s. Nothing was written: run the same '
-    'command again."}}\n'
-)
-
-
 def main() -> None:
     """Import the command line and run it."""
     if threading.current_thread() is threading.main_thread():
@@ -28,19 +22,37 @@ def main() -> None:
         for name, handler in usual.items():
             if signal.getsignal(getattr(signal, name)) is handler:
                 signal.signal(getattr(signal, name), _end)
-    from streamshard.cli import main as run
+    from streamshard.extras import explained
 
+    try:
+        from streamshard.cli import main as run
+    except ImportError as error:
+        missing = explained(error)
+        if missing is None:
+            raise
+        if sys.stderr is not None:
+            sys.stderr.write(f"error: {missing}\n")
+        _put_document(type(missing).__name__, missing.exit_code, str(missing))
+        sys.exit(missing.exit_code)
     run()
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
     """End by a signal that came before anything was begun."""
-    how, code = ("Interrupted", 130) if number == signal.SIGINT else ("Terminated", 143)
+    kind, code = ("Interrupted", 130) if number == signal.SIGINT else ("Terminated", 143)
+    _put_document(kind, code, f"{kind}. Nothing was written: run the same command again.")
+    os._exit(code)
+
+
+def _put_document(kind: str, code: int, message: str) -> None:
+    """What `--json` prints of an error, where the command line is not imported yet."""
     arguments = sys.argv[1:]
     if "--json" in arguments[: arguments.index("--") if "--" in arguments else None]:
+        import json
+
+        document = {"error": {"type": kind, "exit_code": code, "message": message}}
         with contextlib.suppress(OSError):
-            os.write(1, (_DOCUMENT % (how, code, how)).encode())
-    os._exit(code)
+            os.write(1, f"{json.dumps(document)}\n".encode())
 
 
 if __name__ == "__main__":

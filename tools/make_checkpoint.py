@@ -103,7 +103,7 @@ def _encode(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     if dtype == "fp16":
         return values.astype(np.float16)
     bits = values.view(np.uint32)
-    rounded: NDArray[np.uint32] = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return rounded.astype(np.uint16)
 
 

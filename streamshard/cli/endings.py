@@ -11,6 +11,7 @@ import click
 
 from streamshard.cli.console import unprinted
 from streamshard.errors import StreamshardError, UsageError, escaped
+from streamshard.extras import explained
 
 __all__ = ["Ending", "Terminated", "ending"]
 
@@ -44,6 +45,8 @@ def ending(error: BaseException, signalled: int | None) -> Ending:
         return _ended("Interrupted", error, 130)
     if isinstance(error, click.ClickException):
         return _misused(error)
+    if isinstance(error, ImportError):
+        error = explained(error) or error
     if isinstance(error, OSError) and error.filename is None and error.errno in _UNPRINTED:
         error = unprinted(error)  # --help, --version
     message = str(error)

@@ -14,6 +14,7 @@ from streamshard.cli import texts
 from streamshard.cli.console import error_document, say, show, show_json
 from streamshard.cli.progress import Progress
 from streamshard.errors import StreamshardError, escaped
+from streamshard.wording import command_line
 
 __all__ = ["begin", "write"]
 
@@ -46,7 +47,11 @@ def write(
     """Run a writing command of the Python API and print its report."""
     screen = begin(writing, as_json=as_json, quiet=quiet, verbose=verbose)
     none = "" if options.get("dry_run") else _NONE_FINISHED
-    with _said_if_ended(none), contextlib.closing(screen.progress) as progress:
+    with (
+        _said_if_ended(none),
+        contextlib.closing(screen.progress) as progress,
+        command_line(options),
+    ):
         progress.step("checking")
         report = getattr(streamshard, function)(
             on_step=progress.step, progress=progress.piece, **options

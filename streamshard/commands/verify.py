@@ -12,8 +12,9 @@ from typing import Any
 from streamshard.checkpoint.file_names import REPORT_NAME, SUFFIX
 from streamshard.checkpoint.open_anything import Opened, open_anything
 from streamshard.checkpoint.unlisted_files import Entry, contents, harm
+from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
-from streamshard.disk.inputs import watched
+from streamshard.commands.verify_model import AsModel, as_model
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
@@ -21,25 +22,24 @@ from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import share
 from streamshard.errors import UnreadError, UsageError, VerificationError, printable
 from streamshard.internvl.detection import layout_of
-from streamshard.limits import told
 
 __all__ = ["verify"]
 
 
-@told
-@watched
+@public
 def verify(
     path: PathLike,
     *,
     sample: str | int | None = None,
     strict: bool = False,
     workers: int | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    progress: Callable[[int, str], None] | bool | None = None,
     on_total: Callable[[int], None] | None = None,
 ) -> Report:
     """Read a checkpoint or adapter again, and say whether it is what was written.
 
-    Checks headers, the index against the files both ways, and that no value is infinite or NaN; where
+    Checks headers, the index against the files both ways, that no value is infinite or NaN, and, of
+    InternVL checkpoints, that all tensors that `config.json` describes are there, in their shapes; where
     there is a `streamshard.json`, also that record itself, every file and tensor against its digests,
     and that nothing was added which could be run or loaded. `sample` reads only so many tensors
     ("10%" or a number), chosen at random, and no SHA-256. With `strict` it is a problem if there is
@@ -57,7 +57,7 @@ def verify(
         found = open_anything(given)
     tensors = found.tensors
     names = _sampled(list(tensors), sample)
-    check = Comparison(found, progress)
+    check = Comparison(found, progress if callable(progress) else None)
     if on_total is not None:
         hashed = check.hashed_nbytes(whole=sample is None)
         on_total(sum(tensors[name].nbytes for name in names) + hashed)
@@ -66,6 +66,7 @@ def verify(
     share(tasks, lambda task, work: task(work), workers_or_default(workers), check.stop)
     check.shards(names)
     coverage = _coverage(found, check)
+    model = as_model(found)
     warnings = []
     if not found.listing.usable and found.listing.record == "missing":
         reason = _why_uncomparable(found)
@@ -87,12 +88,18 @@ def verify(
             "files": len(check.compared),
         },
         **coverage,
-        "missing": check.missing,
+        "checks": _checks(found, model),
+        "missing": sorted({*check.missing, *model.missing}),
         "unexpected": check.unexpected,
         "different": sorted(check.different),
         "nonfinite": dict(sorted(check.nonfinite.items())),
         "unreadable": sorted(found.unreadable | check.unreadable),
-        "problems": [*found.problems, *sorted(check.problems), *coverage["problems"]],
+        "problems": [
+            *found.problems,
+            *sorted(check.problems),
+            *model.problems,
+            *coverage["problems"],
+        ],
         "warnings": warnings,
     }
     report = finished(report, started)
@@ -109,6 +116,20 @@ def verify(
             report,
         )
     return report
+
+
+def _checks(found: Opened, model: AsModel) -> list[dict[str, str | None]]:
+    """What was checked, and what could not be, with the reason."""
+    done = ["headers", *([] if found.bare else ["index against files"]), "infinite and NaN values"]
+    why_not = dict(model.unchecked)
+    if found.listing.usable:
+        done.append("digests")
+    elif found.listing.record == "missing":
+        why_not["digests"] = _why_uncomparable(found)
+    else:
+        why_not["digests"] = f"the {REPORT_NAME} cannot be used"
+    all_of_it = {**dict.fromkeys([*done, *model.checked]), **why_not}
+    return [{"what": what, "why_not": why} for what, why in all_of_it.items()]
 
 
 def _coverage(found: Opened, check: Comparison) -> dict[str, Any]:

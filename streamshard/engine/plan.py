@@ -20,6 +20,7 @@ from streamshard.engine.fingerprint import fingerprint
 from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.engine.output_path import check_inputs
 from streamshard.errors import InputError, WriteError, printable
+from streamshard.notes import noted
 from streamshard.tensors.comparing import is_comparable
 from streamshard.tensors.constructors import cast
 from streamshard.tensors.dtypes import DTYPES
@@ -72,7 +73,7 @@ def plan(job: Job, options: Options) -> Plan:
         files=job.files,
         compared=compared,
         must_change=job.must_change,
-        facts=job.facts,
+        facts={**job.facts, "warnings": noted()},
         fingerprint=fingerprint(job.command, chosen, _recipe(shards, compared.reference)),
         inputs={} if inputs is None else inputs.stamps,
         overwrite=options.overwrite,

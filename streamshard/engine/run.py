@@ -84,7 +84,7 @@ def execute(
     return in_the_end(report, started)
 
 
-def _report(made: Plan, *, kept: Collection[str] | None = None) -> Report:
+def _report(made: Plan, *, kept: Collection[str] | None = None) -> dict[str, Any]:
     """The report as far as a plan knows it.
 
     Of a dry run the plan itself is a part of it, and how many files an earlier run has finished that
@@ -108,7 +108,7 @@ def _report(made: Plan, *, kept: Collection[str] | None = None) -> Report:
 def _fill(
     made: Plan,
     staging: Staging,
-    report: Report,
+    report: dict[str, Any],
     progress: Progress | None,
     on_step: OnStep,
     started: float,

@@ -293,7 +293,7 @@ def test_what_is_no_checkpoint_at_all(what, tmp_path, cli):
 )
 def test_a_sample(sample, count, merged):
     if count is None:
-        with pytest.raises(UsageError, match="--sample"):
+        with pytest.raises(UsageError, match="`sample` is"):
             streamshard.verify(merged, sample=sample)
         return
     report = streamshard.verify(merged, sample=sample)
