@@ -209,7 +209,7 @@ def _differing(
 
     def is_equal(name: str, work: Workspace) -> bool:
         same = equal_bytes(mine[name], theirs[name], work)
-        if chosen.progress is not None:
+        if chosen.progress is not None and chosen.on_step is not None:
             with lock:
                 chosen.progress(mine[name].nbytes, name)
         return same

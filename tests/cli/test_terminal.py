@@ -215,7 +215,7 @@ def test_what_differs_is_said(pair, cli):
     outcome = cli(*pair.command)
     assert outcome.code == 0, outcome.err
     assert "continuing: 1 of 2 files are done\n" in outcome.err
-    assert f"warning: '{file.name}' differ" in outcome.err
+    assert f"warning: not as written, and therefore written anew: '{file.name}'" in outcome.err
 
 
 def test_a_dry_run_beside_a_run(pair, cli):
