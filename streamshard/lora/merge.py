@@ -22,7 +22,7 @@ from streamshard.lora.depth_check import check_depth
 from streamshard.lora.keys import Module
 from streamshard.lora.name_matching import OtherNames
 from streamshard.lora.replacements import Replacement, replaced_tensors, replacements_of
-from streamshard.lora.updates import Update, check_company, updated, updates_of
+from streamshard.lora.updates import Update, Updates, check_company, updated, updates_of
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
 from streamshard.tensors.workspace import Workspace
@@ -91,25 +91,42 @@ def changes_of(
     warnings = [warning for found in own for warning in found.warnings]
     updates, facts = [], []
     for plan, follows, replaced in zip(plans, followed, own, strict=True):
-        found, idle = updates_of(plan, whole, work)
-        if not found and not replaced.found:
-            raise _changes_nothing(plan.adapter)
+        made = updates_of(plan, whole, work)
+        if not made.found and not replaced.found:
+            raise _changes_nothing(plan.adapter, made)
+        if not made.found and made.pairs:
+            warnings.append(
+                f"{plan.adapter.where}: none of its {made.pairs:,} LoRA pairs has an effect, since "
+                f"{made.causes}; only values that it replaces are merged. Was it trained, and is "
+                "this its config?"
+            )
         dropped = tie[1] if follows and tie is not None else None
-        updates.append([(target, update) for target, update in found if target != dropped])
-        warnings += [*idle, *check_depth(plan, base)]
+        updates.append([(target, one) for target, one in made.found if target != dropped])
+        warnings += [*plan.warnings, *made.warnings, *check_depth(plan, base)]
         facts.append(facts_of(plan, replaced.idle))
     return Changes(
         base, adapters, whole, replacements, updates, tie, any(followed), facts, warnings
     )
 
 
-def _changes_nothing(adapter: Adapter) -> AdapterError:
+def _changes_nothing(adapter: Adapter, made: Updates) -> AdapterError:
+    where, causes = adapter.where, set(made.idle.values())
     if not adapter.weight:
         return AdapterError(
-            f"{adapter.where}: its --weight is 0, so it changes nothing. Leave the adapter out."
+            f"{where}: its --weight is 0, so it changes nothing. Leave the adapter out."
+        )
+    if causes == {"lora_alpha is 0"}:
+        return AdapterError(
+            f"{where}: lora_alpha is 0 in adapter_config.json, so every update is exactly zero. "
+            "Correct it to the value of the training; nothing else is wrong with the file."
+        )
+    if not made.pairs:
+        return AdapterError(
+            f"{where}: all that it has are values that the base has already. Is this the base before "
+            "or after the merge? Give the one that the adapter was trained on."
         )
     return AdapterError(
-        f"{adapter.where}: every update is exactly zero (lora_B is zero): the adapter "
+        f"{where}: every update is exactly zero, since {made.causes}: the adapter "
         "was not trained, or was saved by a trainer that lost its values. Give a checkpoint "
         "from later in the training, or save the adapter again."
     )
