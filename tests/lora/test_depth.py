@@ -86,7 +86,7 @@ class Wrapped(torch.nn.Module):
 
 
 @pytest.mark.parametrize("config", ANY.values(), ids=ANY)
-def test_S11_a_digit_in_a_name_is_no_layer(config, tmp_path):  # noqa: N802
+def test_S11_a_digit_in_a_name_is_no_layer(config, tmp_path):
     adapter = save_adapter(tmp_path / "adapter", adapted(Stack(2), **config))
     deep = save_base(tmp_path / "deep", fill(Stack(3)))
     raises(tmp_path, "3 layers", "does not choose layers", base=deep, adapter=adapter)
@@ -95,7 +95,7 @@ def test_S11_a_digit_in_a_name_is_no_layer(config, tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("config", CHOSEN.values(), ids=CHOSEN)
-def test_S11_layers_that_a_config_chooses(config, tmp_path):  # noqa: N802
+def test_S11_layers_that_a_config_chooses(config, tmp_path):
     """By peft the same config adapts two of three layers: that is what was trained."""
     made = Wrapped if "layers_to_transform" in config else Stack
     wrapped = adapted(fill(made(3)), **config)
@@ -114,7 +114,7 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, 
 UP = "mlp.experts.gate_up_proj"
 
 
-def test_R7_fused_parameters_choose_layers(tmp_path):  # noqa: N802
+def test_R7_fused_parameters_choose_layers(tmp_path):
     model = language_model("qwen3_moe", num_hidden_layers=3, **MOE)
     config = {"target_modules": [], "target_parameters": [f"0.{UP}", f"layers.1.{UP}"]}
     adapter = save_adapter(tmp_path / "adapter", adapted(model, **config))
@@ -126,7 +126,7 @@ def test_R7_fused_parameters_choose_layers(tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("target", [UP, "experts.gate_up_proj"])
-def test_R7_fused_parameters_of_every_layer_choose_none(target, tmp_path):  # noqa: N802
+def test_R7_fused_parameters_of_every_layer_choose_none(target, tmp_path):
     shallow = language_model("qwen3_moe", num_hidden_layers=2, **MOE)
     wrapped = adapted(shallow, target_modules=[], target_parameters=[target])
     adapter = save_adapter(tmp_path / "adapter", wrapped)
@@ -151,7 +151,7 @@ def test_R7_fused_parameters_of_every_layer_choose_none(target, tmp_path):  # no
         ({"target_modules": {"odd": 1}, "layers_to_transform": "odd"}, False),
     ],
 )
-def test_S11_what_a_config_selects(config, taken):  # noqa: N802
+def test_S11_what_a_config_selects(config, taken):
     assert read_selection(config).takes("model.layers.2.w1") is taken
 
 

@@ -18,7 +18,7 @@ pytestmark = PEERS
 
 
 @pytest.mark.parametrize("name", ["Gaussian", "GAUSSIAN", "Orthogonal", "EVA", "MiCA", "mica"])
-def test_R12_plain_initialisations_in_any_case(name, tmp_path):  # noqa: N802
+def test_R12_plain_initialisations_in_any_case(name, tmp_path):
     model = language_model()
     wrapped = adapted(model, target_modules=["q_proj"])
     adapter = save_adapter(tmp_path / "adapter", wrapped)
@@ -31,7 +31,7 @@ def test_R12_plain_initialisations_in_any_case(name, tmp_path):  # noqa: N802
 @pytest.mark.parametrize(
     "name", ["OLoRA", "PiSSA", "PISSA_niter_4", "pissa_niter_16", "CorDA", "LoftQ", "LoRA_GA"]
 )
-def test_R12_residual_bases_in_any_case(name, tmp_path):  # noqa: N802
+def test_R12_residual_bases_in_any_case(name, tmp_path):
     model = language_model()
     adapter = save_adapter(tmp_path / "adapter", adapted(model, target_modules=["q_proj"]))
     configure(adapter, init_lora_weights=name)
@@ -40,7 +40,7 @@ def test_R12_residual_bases_in_any_case(name, tmp_path):  # noqa: N802
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out", base_is_residual=True)
 
 
-def test_R12_olora_as_peft_trains_it(tmp_path):  # noqa: N802
+def test_R12_olora_as_peft_trains_it(tmp_path):
     """peft takes the name in any case and changes the base; the residual base is what it leaves."""
     model = language_model()
     wrapped = adapted(model, target_modules=["q_proj"], init_lora_weights="OLoRA")
@@ -84,7 +84,7 @@ def assert_merged(out: Any, wrapped: Any) -> None:
 @pytest.mark.parametrize(
     "targets", [["c_attn"], ["c_attn", "c_fc"], ["mlp.c_proj"], ["attn.c_proj"], ["c_proj"]]
 )
-def test_R12_the_form_that_fits(targets, dora, says, tmp_path):  # noqa: N802
+def test_R12_the_form_that_fits(targets, dora, says, tmp_path):
     """peft takes the form from the class, here Conv1D, whatever the config says.
 
     Of the square `attn.c_proj` the one of the MLP tells, also where it is not adapted.
@@ -99,7 +99,7 @@ def test_R12_the_form_that_fits(targets, dora, says, tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("says", [False, True])
-def test_R12_linear_layers_whatever_the_config_says(says, tmp_path):  # noqa: N802
+def test_R12_linear_layers_whatever_the_config_says(says, tmp_path):
     """`q_proj` and `o_proj` are square; the others, and biases of the base, are of linear layers."""
     model = language_model()
     wrapped = adapted(model, target_modules=["q_proj", "o_proj", "v_proj"])

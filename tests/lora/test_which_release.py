@@ -42,7 +42,7 @@ MERGED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("config", MERGED.values(), ids=MERGED)
-def test_R6_releases_with_other_ranks_are_out(config, tmp_path):  # noqa: N802
+def test_R6_releases_with_other_ranks_are_out(config, tmp_path):
     model = language_model()
     wrapped = adapted(model, target_modules=["q_proj", "v_proj"], **config)
     adapter = save_adapter(tmp_path / "adapter", wrapped)
@@ -63,7 +63,7 @@ def test_R6_releases_with_other_ranks_are_out(config, tmp_path):  # noqa: N802
         {"rank_pattern": {f"^{Q0}": 4}, "alpha_pattern": {f"^{Q0}": 9}},
     ],
 )
-def test_R6_releases_that_disagree_are_refused(config, tmp_path):  # noqa: N802
+def test_R6_releases_that_disagree_are_refused(config, tmp_path):
     model = language_model()
     adapter = save_adapter(
         tmp_path / "adapter", adapted(model, target_modules=["q_proj"], **config)
@@ -75,7 +75,7 @@ def test_R6_releases_that_disagree_are_refused(config, tmp_path):  # noqa: N802
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
 
 
-def test_R6_an_older_release_by_its_ranks(tmp_path):  # noqa: N802
+def test_R6_an_older_release_by_its_ranks(tmp_path):
     """`^` fitted nothing before 0.15: the tensors have the default rank, and alpha is the default."""
     model = language_model()
     wrapped = adapted(model, target_modules=["q_proj"])
@@ -89,7 +89,7 @@ def test_R6_an_older_release_by_its_ranks(tmp_path):  # noqa: N802
         assert torch.allclose(tensor, expected[name], rtol=1e-5, atol=1e-6), name
 
 
-def test_R6_the_rank_of_several_patterns_is_that_of_the_file(tmp_path):  # noqa: N802
+def test_R6_the_rank_of_several_patterns_is_that_of_the_file(tmp_path):
     """peft trains by the first pattern that fits, and saves them in another order."""
     model = language_model()
     ranks = {"q_proj": 5, Q0: 3}
@@ -103,7 +103,7 @@ def test_R6_the_rank_of_several_patterns_is_that_of_the_file(tmp_path):  # noqa:
         assert torch.allclose(tensor, expected[name], rtol=1e-5, atol=1e-6), name
 
 
-def test_R6_a_rank_of_no_release_is_refused(tmp_path):  # noqa: N802
+def test_R6_a_rank_of_no_release_is_refused(tmp_path):
     model = language_model()
     wrapped = adapted(model, target_modules=["q_proj"], rank_pattern={Q0: 3})
     adapter = save_adapter(tmp_path / "adapter", wrapped)
@@ -145,7 +145,7 @@ def of_021(ranks: dict[str, int], alphas: dict[str, float], module: str) -> tupl
     [*({"rank_pattern": {}, "alpha_pattern": {}, **config} for config in MERGED.values())],
     ids=MERGED,
 )
-def test_R6_each_release_as_its_source_has_it(patterns, module):  # noqa: N802
+def test_R6_each_release_as_its_source_has_it(patterns, module):
     ranks, alphas = patterns["rank_pattern"], patterns["alpha_pattern"]
     for era, rule in zip(ERAS, (of_021, of_014, of_013), strict=True):
         rank, alpha = pattern_keys(ranks, alphas, era, module)
