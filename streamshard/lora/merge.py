@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from streamshard.lora.depth_check import check_depth
 from streamshard.lora.keys import Module
 from streamshard.lora.name_matching import OtherNames
 from streamshard.lora.replacements import Replacement, replaced_tensors, replacements_of
+from streamshard.lora.tied_rows import Ends, rows_of_both
 from streamshard.lora.updates import Update, Updates, check_company, updated, updates_of
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
@@ -70,14 +71,17 @@ def changes_of(
     work: Workspace,
     others: OtherNames,
     tie: tuple[str, str] | None = None,
+    apart: tuple[str, str] | None = None,
 ) -> Changes:
     """Match every tensor of every adapter with the weight it was trained on.
 
     Each tensor of an adapter is used exactly once. `others` knows the names of other spellings and
     of another layout, for adapters that were trained there. `tie` are the names of embedding and
-    head where these are one tensor, which the base may have once or twice. Raises `AdapterError`
-    for what has no home, does not fit, is not finite, or changes nothing.
+    head where these are one tensor, which the base may have once or twice; `apart` are they in a
+    layout that never ties them. Raises `AdapterError` for what has no home, does not fit, is not
+    finite, or changes nothing.
     """
+    ends = Ends(*tie, tied=True) if tie else Ends(*apart, tied=False) if apart else None
     whole = dict(base)
     if tie is not None:
         whole.setdefault(tie[1], base[tie[0]])
@@ -85,8 +89,10 @@ def changes_of(
     followed = [tie is not None and _follows(plan, tie, work) for plan in plans]
     own = [replacements_of(plan, whole, work) for plan in plans]
     replacements = [one for found in own for one in found.found]
-    if tie is not None:
-        replacements += _tied_rows(replacements, tie)
+    if ends is not None:
+        for plan, replaced in zip(plans, own, strict=True):
+            never = others.never_ties(plan.homes, plan.adapter.settings.base_class)
+            replacements += rows_of_both(plan, replaced.found, whole, ends, work, never_ties=never)
     whole |= replaced_tensors(whole, replacements)
     warnings = [warning for found in own for warning in found.warnings]
     updates, facts = [], []
@@ -204,16 +210,6 @@ def _is_transpose(one: Lazy, other: Lazy, work: Workspace) -> bool:
         if not np.array_equal(left, right.T):
             return False
     return True
-
-
-def _tied_rows(replacements: Sequence[Replacement], tie: tuple[str, str]) -> list[Replacement]:
-    """Trained token rows of an embedding for its head, unless the adapter has other ones there.
-
-    PEFT puts the rows of the one into the other, and adds the head's own update to them.
-    """
-    embedding, head = ([r for r in replacements if r.is_tokens and r.target == n] for n in tie)
-    own = {id(r.adapter) for r in head}
-    return [replace(r, target=tie[1]) for r in embedding if id(r.adapter) not in own]
 
 
 def _is_still_tied(

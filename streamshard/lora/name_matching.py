@@ -45,11 +45,13 @@ class OtherNames:
     `spelled` brings a name into the one spelling in which names are compared. `places` finds the
     places of a tensor of another layout, given its name and its rows (none if unknown); without it
     there is no other layout. `parts` is how names there begin, of models that are parts of one.
+    `never_ties` says whether names are of a class that never has embedding and head as one tensor.
     """
 
     spelled: Callable[[str], str]
     places: Callable[[str, int], Sequence[Place]] | None = None
     parts: Callable[[], Iterable[str]] = tuple
+    never_ties: Callable[[Iterable[str], str | None], bool] = lambda _names, _class: False
 
 
 Homes: TypeAlias = dict[str, list[Place]]

@@ -72,7 +72,7 @@ CAUSES: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("cause", CAUSES)
 @pytest.mark.parametrize("saved", SAVED)
-def test_S10_no_pair_has_an_effect(saved, cause, tmp_path):  # noqa: N802
+def test_S10_no_pair_has_an_effect(saved, cause, tmp_path):
     wrapped = adapted(fill(Model()), target_modules=TARGETS, **SAVED[saved])
     adapter = save_adapter(tmp_path / "adapter", wrapped)
     change, config, told = CAUSES[cause]
@@ -91,7 +91,7 @@ def test_S10_no_pair_has_an_effect(saved, cause, tmp_path):  # noqa: N802
         assert same_tensor(read(tmp_path / "out")[name], read(base)[name])
 
 
-def test_S10_some_pairs_have_no_effect(tmp_path):  # noqa: N802
+def test_S10_some_pairs_have_no_effect(tmp_path):
     adapter = save_adapter(tmp_path / "adapter", adapted(fill(Model()), target_modules=TARGETS))
     configure(adapter, alpha_pattern={"q_proj": 0})
     base = save_base(tmp_path / "base", fill(Model()))
@@ -100,7 +100,7 @@ def test_S10_some_pairs_have_no_effect(tmp_path):  # noqa: N802
     assert "lora_alpha is 0 (1 of 2): 'q_proj'" in warning
 
 
-def test_S10_dora_without_direction_and_biases_of_zero(tmp_path):  # noqa: N802
+def test_S10_dora_without_direction_and_biases_of_zero(tmp_path):
     wrapped = adapted(fill(Model()), target_modules=TARGETS, use_dora=True)
     adapter = save_adapter(tmp_path / "adapter", wrapped)
     edited(adapter, zero("B"))
@@ -113,7 +113,7 @@ def test_S10_dora_without_direction_and_biases_of_zero(tmp_path):  # noqa: N802
     raises(tmp_path, "lora_B is zero", base=base, adapter=other)
 
 
-def test_S10_a_weight_of_zero_among_several(tmp_path):  # noqa: N802
+def test_S10_a_weight_of_zero_among_several(tmp_path):
     one = save_adapter(tmp_path / "one", adapted(fill(Model()), target_modules=["q_proj"]))
     two = save_adapter(tmp_path / "two", adapted(fill(Model()), target_modules=["v_proj"]))
     base = save_base(tmp_path / "base", fill(Model()))
@@ -125,7 +125,7 @@ def test_S10_a_weight_of_zero_among_several(tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("entry", ["classifier", "score", "v_head", "mlp1", "vision.mlp"])
-def test_R2_modules_that_peft_did_not_find(entry, tmp_path):  # noqa: N802
+def test_R2_modules_that_peft_did_not_find(entry, tmp_path):
     model = language_model()
     wrapped = adapted(model, target_modules=["q_proj"], modules_to_save=[entry])
     adapter = save_adapter(tmp_path / "adapter", wrapped)
@@ -138,7 +138,7 @@ def test_R2_modules_that_peft_did_not_find(entry, tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("entry", ["lm_head", "head", "norm", "layers.1.mlp", "1.mlp.up_proj"])
-def test_R2_modules_that_the_base_has_are_missed(entry, tmp_path):  # noqa: N802
+def test_R2_modules_that_the_base_has_are_missed(entry, tmp_path):
     """By the ends of names, as peft finds them."""
     model = language_model()
     adapter = save_adapter(tmp_path / "adapter", adapted(model, target_modules=["q_proj"]))
@@ -147,7 +147,7 @@ def test_R2_modules_that_the_base_has_are_missed(entry, tmp_path):  # noqa: N802
     raises(tmp_path, f"modules_to_save has '{entry}'", base=base, adapter=adapter)
 
 
-def test_R2_a_new_head_is_refused_by_name(tmp_path):  # noqa: N802
+def test_R2_a_new_head_is_refused_by_name(tmp_path):
     model = language_model()
     adapter = save_adapter(tmp_path / "adapter", adapted(model, target_modules=["q_proj"]))
     score = {"base_model.model.score.weight": normal((2, 64), 1, seed=1)}
@@ -208,7 +208,7 @@ def pair_of(folder: Any, *modules: str) -> Any:
 
 @pytest.mark.parametrize("word", WORDS)
 @pytest.mark.parametrize("chosen", [["foo"], ["W.foo"], ["foo", "W.foo"]], ids=str)
-def test_S12_names_as_they_are_come_first(chosen, word, tmp_path):  # noqa: N802
+def test_S12_names_as_they_are_come_first(chosen, word, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text('{"model_type": "other"}')
@@ -222,7 +222,7 @@ def test_S12_names_as_they_are_come_first(chosen, word, tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("word", WORDS[:3])
-def test_S12_then_names_without_words_of_training(word, tmp_path):  # noqa: N802
+def test_S12_then_names_without_words_of_training(word, tmp_path):
     """Of an adapter all names or none: `bar` has no twin with the word, so it is a wrapper's."""
     base = tmp_path / "base"
     base.mkdir()
