@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.lora.adapter import GATHER, Adapter, AdapterPlan, pattern_key
+from streamshard.lora.experts import Fused
 from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
@@ -32,10 +33,16 @@ def check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
         raise _disagreement(plan, f"bias is '{bias}'", "biases", lacking, lacks=True)
 
 
-def check_flags(plan: AdapterPlan, base: Iterable[str], spelled: Callable[[str], str]) -> list[str]:
+def check_flags(
+    plan: AdapterPlan,
+    base: Iterable[str],
+    spelled: Callable[[str], str],
+    fused: Fused | None,
+) -> list[str]:
     """Raise `AdapterError` where config and tensors say different things; returns warnings.
 
-    `base` are the names of the base's tensors, which an adapter may have `spelled` otherwise.
+    `base` are the names of the base's tensors, which an adapter may have `spelled` otherwise, `fused`
+    the parameters that it has, if any are targets.
     """
     settings, keys = plan.adapter.settings, plan.keys
     pairs = {name: module for name, module in keys.modules.items() if module.A}
@@ -61,6 +68,12 @@ def check_flags(plan: AdapterPlan, base: Iterable[str], spelled: Callable[[str],
         ]
         if wrong:
             raise _disagreement(plan, f"{flag} is {str(on).lower()}", what, wrong, lacks=on)
+    warnings = []
+    if absent and not lost:
+        warnings.append(
+            f"{plan.adapter.where}: modules_to_save has {listed(absent)}, which neither the file nor "
+            "the base has: PEFT ignored that, and so does this merge"
+        )
     impossible = ("use_dora", "lora_bias", "fan_in_fan_out")
     for flag in impossible if plan.parameters else ():
         if getattr(settings, flag):
@@ -92,12 +105,14 @@ def check_flags(plan: AdapterPlan, base: Iterable[str], spelled: Callable[[str],
             for target in settings.target_parameters
         )
     ):
-        raise _disagreement(
-            plan,
-            f"target_parameters has {listed(settings.target_parameters)}",
-            "pairs for them",
-            [],
-            lacks=True,
+        there = [t for t in settings.target_parameters if fused is None or fused.has_any(t)]
+        if there or not pairs:
+            raise _disagreement(
+                plan, f"target_parameters has {listed(there)}", "pairs for them", [], lacks=True
+            )
+        warnings.append(
+            f"{plan.adapter.where}: target_parameters has {listed(settings.target_parameters)}, which "
+            "the base has not: PEFT ignored that, and so does this merge"
         )
     allowed = {name for names in saved.values() for name in names}
     if settings.bias != "none":
@@ -111,12 +126,7 @@ def check_flags(plan: AdapterPlan, base: Iterable[str], spelled: Callable[[str],
             unasked,
             lacks=False,
         )
-    if not absent:
-        return []
-    return [
-        f"{plan.adapter.where}: modules_to_save has {listed(absent)}, which neither the file nor the "
-        "base has: PEFT ignored that, and so does this merge"
-    ]
+    return warnings
 
 
 def _check_nesting(plan: AdapterPlan) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.lora.adapter import Adapter, AdapterPlan, factors_of, no_sum, wanted_tensors
 from streamshard.lora.adapter_checks import check_biases, check_factors, check_flags
-from streamshard.lora.experts import parameter_names
+from streamshard.lora.experts import Fused, parameter_names
 from streamshard.lora.keys import BASE_LAYER, Keys, are_own_names, read_keys
 from streamshard.lora.name_matching import Homes, OtherNames, Place, find_homes
 from streamshard.lora.pattern_eras import ERAS
@@ -31,7 +31,8 @@ def plan_adapter(
     keys = read_keys(adapter.tensors, adapter.where, adapter.name, bare=bare)
     settings, where = adapter.settings, adapter.where
     adapted = [name for name, module in keys.modules.items() if module.A]
-    parameters = parameter_names(adapted, settings.target_parameters, where)
+    fused = Fused(base) if settings.target_parameters else None
+    parameters = parameter_names(adapted, settings.target_parameters, where, fused)
     nested = [name for name in keys.modules if name.endswith(BASE_LAYER) and name not in parameters]
     if nested:
         raise AdapterError(
@@ -47,7 +48,7 @@ def plan_adapter(
                 "modules_to_save."
             )
     plan = AdapterPlan(_of_its_release(adapter, keys, parameters), keys, parameters, homes={})
-    warnings = check_flags(plan, base, others.spelled)
+    warnings = check_flags(plan, base, others.spelled, fused)
     magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
     if magnitudes and adapter.weight != 1:
         raise no_sum(adapter, magnitudes)
