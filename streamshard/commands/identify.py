@@ -146,12 +146,17 @@ def dims_of(config: Mapping[str, Any], name: str = "", where: str = "config.json
     return dims_from_config(config, architecture=architecture_of(config, name), where=where)
 
 
+def is_of_internlm2(name: str) -> bool:
+    """Whether a tensor is of InternLM2's own class, by its name."""
+    return _INTERNLM2.search(name) is not None
+
+
 def architecture_of(config: Mapping[str, Any], name: str = "") -> str | None:
     """The custom class to take where an HF config does not say it; None where it does."""
     inner = config.get(INNER["hf"])
     if not isinstance(inner, dict) or inner.get("model_type") != "llama":
         return None
-    return "InternLM2ForCausalLM" if _INTERNLM2.search(name) else "LlamaForCausalLM"
+    return "InternLM2ForCausalLM" if is_of_internlm2(name) else "LlamaForCausalLM"
 
 
 def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:

@@ -202,7 +202,7 @@ def _fold(asked: Asked, inputs: Inputs) -> _Folded:
     with contextlib.closing(Files()) as opened:
         work = Workspace(opened)
         tie = _tie(base, work)
-        changes = changes_of(base.tensors, adapters, work, other_names(base), tie)
+        changes = changes_of(base.tensors, adapters, work, other_names(base), tie, _apart(base))
         note(*changes.warnings)
         merged = merge(changes, work)
         unchecked = asked.checkpoint is not None or asked.allow_merged_base
@@ -222,6 +222,14 @@ def _tie(base: Model, work: Workspace) -> tuple[str, str] | None:
         return tie
     embedding, head = (base.tensors[name] for name in tie)
     return tie if equal_bytes(embedding, head, work) else None
+
+
+def _apart(base: Model) -> tuple[str, str] | None:
+    """Embedding and head of a base of the custom layout, which never ties them."""
+    embedding, head = base.embedding_and_head
+    if base.layout != "custom" or embedding is None or head is None:
+        return None
+    return embedding, head
 
 
 def _described(folded: _Folded, folders: Sequence[AdapterFolder]) -> list[dict[str, Any]]:

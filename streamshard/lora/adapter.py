@@ -19,6 +19,7 @@ from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
 from streamshard.tensors.workspace import Workspace
 
 __all__ = [
+    "GATHER",
     "Adapter",
     "AdapterPlan",
     "check_target",
@@ -30,6 +31,12 @@ __all__ = [
     "pattern_key",
     "wanted_tensors",
 ]
+
+
+GATHER = (
+    "Gather the weights and save the adapter again (FSDP: with FULL_STATE_DICT; ZeRO-3: with "
+    "stage3_gather_16bit_weights_on_model_save)."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ class AdapterPlan:
     parameters: Mapping[str, str]
     """Module to the fused parameter that it adapts."""
     homes: Mapping[str, Sequence[Place]]
+    warnings: tuple[str, ...] = ()
 
     def weight(self, module: str) -> str:
         """The tensor that a module's pair updates, as the adapter names it."""
@@ -145,10 +153,18 @@ def misfit(
     plan: AdapterPlan, key: str, shape: list[int], target: str, tensor: Lazy
 ) -> AdapterError:
     """The error for an update that has not the shape of its target."""
+    other = [int(n) for n in tensor.shape]
+    alike = [n == m for n, m in zip(shape, other, strict=False)]
+    sliced = len(shape) == len(other) and sum(alike) == len(alike) - 1
+    sliced = sliced and all(m % max(n, 1) == 0 and n for n, m in zip(shape, other, strict=True))
     return AdapterError(
         f"{plan.adapter.where}: '{printable(key)}' and its lora_B make an update of shape {shape}, but "
-        f"base tensor '{printable(target)}' is {list(tensor.shape)}. The adapter belongs to another "
-        "model."
+        f"base tensor '{printable(target)}' is {other}. "
+        + (
+            f"The file may hold one slice of a sharded model's factors. {GATHER}"
+            if sliced
+            else "The adapter belongs to another model."
+        )
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from streamshard.errors import AdapterError, listed, printable
-from streamshard.lora.adapter import Adapter, AdapterPlan, pattern_key
+from streamshard.lora.adapter import GATHER, Adapter, AdapterPlan, pattern_key
+from streamshard.lora.experts import Fused
 from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
@@ -32,8 +33,17 @@ def check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
         raise _disagreement(plan, f"bias is '{bias}'", "biases", lacking, lacks=True)
 
 
-def check_flags(plan: AdapterPlan) -> None:
-    """Raise `AdapterError` where config and tensors say different things."""
+def check_flags(
+    plan: AdapterPlan,
+    base: Iterable[str],
+    spelled: Callable[[str], str],
+    fused: Fused | None,
+) -> list[str]:
+    """Raise `AdapterError` where config and tensors say different things; returns warnings.
+
+    `base` are the names of the base's tensors, which an adapter may have `spelled` otherwise, `fused`
+    the parameters that it has, if any are targets.
+    """
     settings, keys = plan.adapter.settings, plan.keys
     pairs = {name: module for name, module in keys.modules.items() if module.A}
     plain = {name: module for name, module in pairs.items() if name not in plan.parameters}
@@ -43,7 +53,10 @@ def check_flags(plan: AdapterPlan) -> None:
         entry: [name for name in keys.whole if _is_within(name, entry)]
         for entry in settings.modules_to_save
     }
-    lost = [entry for entry, names in saved.items() if not names]
+    # PEFT leaves out what it does not find: what the base has not either was not trained.
+    absent = [entry for entry, names in saved.items() if not names]
+    there = [spelling for name in base for spelling in (name, spelled(name))] if absent else []
+    lost = [entry for entry in absent if any(_is_within(name, entry) for name in there)]
     for flag, on, what, having in (
         ("use_dora", settings.use_dora, "magnitudes", {n for n in plain if plain[n].magnitude}),
         ("lora_bias", settings.lora_bias, "biases of lora_B", {n for n in plain if plain[n].bias}),
@@ -55,6 +68,12 @@ def check_flags(plan: AdapterPlan) -> None:
         ]
         if wrong:
             raise _disagreement(plan, f"{flag} is {str(on).lower()}", what, wrong, lacks=on)
+    warnings = []
+    if absent and not lost:
+        warnings.append(
+            f"{plan.adapter.where}: modules_to_save has {listed(absent)}, which neither the file nor "
+            "the base has: PEFT ignored that, and so does this merge"
+        )
     impossible = ("use_dora", "lora_bias", "fan_in_fan_out")
     for flag in impossible if plan.parameters else ():
         if getattr(settings, flag):
@@ -86,12 +105,14 @@ def check_flags(plan: AdapterPlan) -> None:
             for target in settings.target_parameters
         )
     ):
-        raise _disagreement(
-            plan,
-            f"target_parameters has {listed(settings.target_parameters)}",
-            "pairs for them",
-            [],
-            lacks=True,
+        there = [t for t in settings.target_parameters if fused is None or fused.has_any(t)]
+        if there or not pairs:
+            raise _disagreement(
+                plan, f"target_parameters has {listed(there)}", "pairs for them", [], lacks=True
+            )
+        warnings.append(
+            f"{plan.adapter.where}: target_parameters has {listed(settings.target_parameters)}, which "
+            "the base has not: PEFT ignored that, and so does this merge"
         )
     allowed = {name for names in saved.values() for name in names}
     if settings.bias != "none":
@@ -105,6 +126,7 @@ def check_flags(plan: AdapterPlan) -> None:
             unasked,
             lacks=False,
         )
+    return warnings
 
 
 def _check_nesting(plan: AdapterPlan) -> None:
@@ -164,20 +186,34 @@ def check_factors(plan: AdapterPlan) -> None:
             # Convolutions have a kernel in A, and a kernel of 1 in B.
             if len(factor.shape) < 2 or len(A.shape) != len(B.shape):
                 raise _partitioned(adapter, key)
-        rank, found = adapter.settings.rank(pattern_key(plan, name)), A.shape[0]
-        fits = found == B.shape[1] and math.prod(B.shape[2:]) == 1
-        fits = fits and (found % rank == 0 if name in plan.parameters else found == rank)
-        if not fits:
-            raise AdapterError(
-                f"{adapter.where}: '{printable(module.A)}' has rank {found} and its lora_B "
-                f"{B.shape[1]}, but adapter_config.json says {rank}. Config and tensors are not of one "
-                "adapter, or it is for a grouped convolution, which PEFT cannot merge either."
+        _check_rank(plan, name, A, B)
+
+
+def _check_rank(plan: AdapterPlan, name: str, A: Lazy, B: Lazy) -> None:
+    where, key = plan.adapter.where, printable(plan.keys.modules[name].A)
+    rank, found, other = plan.adapter.settings.rank(pattern_key(plan, name)), A.shape[0], B.shape[1]
+    if found != other:
+        convolves = len(A.shape) > 2 and found % max(other, 1) == 0 and found == rank
+        raise AdapterError(
+            f"{where}: '{key}' has rank {found} and its lora_B {other}. "
+            + (
+                "It is for a grouped convolution, which PEFT cannot merge either: train without "
+                "that layer."
+                if convolves
+                else f"They are slices of a sharded (FSDP, ZeRO-3) model, or of two files. {GATHER}"
             )
+        )
+    fits = found % rank == 0 if name in plan.parameters else found == rank
+    if not fits or math.prod(B.shape[2:]) != 1:
+        raise AdapterError(
+            f"{where}: '{key}' has rank {found} and its lora_B {other}, but adapter_config.json says "
+            f"{rank}. Config and tensors are not of one adapter: take both from one folder."
+        )
 
 
 def _partitioned(adapter: Adapter, key: str) -> AdapterError:
     return AdapterError(
         f"{adapter.where}: '{printable(key)}' has shape {list(adapter.tensors[key].shape)}; a "
         "matrix was expected. The adapter may have been saved from a partitioned (ZeRO-3, FSDP) "
-        "model: gather its weights and save it again."
+        f"model. {GATHER}"
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 
 from streamshard.errors import AdapterError, listed, printable
-from streamshard.lora.adapter import Adapter, AdapterPlan, no_sum, wanted_tensors
+from streamshard.lora.adapter import Adapter, AdapterPlan, factors_of, no_sum, wanted_tensors
 from streamshard.lora.adapter_checks import check_biases, check_factors, check_flags
-from streamshard.lora.experts import parameter_names
+from streamshard.lora.experts import Fused, parameter_names
 from streamshard.lora.keys import BASE_LAYER, Keys, are_own_names, read_keys
-from streamshard.lora.name_matching import OtherNames, Place, find_homes
+from streamshard.lora.name_matching import Homes, OtherNames, Place, find_homes
 from streamshard.lora.pattern_eras import ERAS
 from streamshard.lora.which_release import settled
+from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
@@ -28,7 +31,8 @@ def plan_adapter(
     keys = read_keys(adapter.tensors, adapter.where, adapter.name, bare=bare)
     settings, where = adapter.settings, adapter.where
     adapted = [name for name, module in keys.modules.items() if module.A]
-    parameters = parameter_names(adapted, settings.target_parameters, where)
+    fused = Fused(base) if settings.target_parameters else None
+    parameters = parameter_names(adapted, settings.target_parameters, where, fused)
     nested = [name for name in keys.modules if name.endswith(BASE_LAYER) and name not in parameters]
     if nested:
         raise AdapterError(
@@ -44,19 +48,20 @@ def plan_adapter(
                 "modules_to_save."
             )
     plan = AdapterPlan(_of_its_release(adapter, keys, parameters), keys, parameters, homes={})
-    check_flags(plan)
+    warnings = check_flags(plan, base, others.spelled, fused)
     magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
     if magnitudes and adapter.weight != 1:
         raise no_sum(adapter, magnitudes)
     check_factors(plan)
     try:
-        homes = find_homes(base, wanted_tensors(plan, turned=False), where, others)
+        wanted = wanted_tensors(plan, turned=False)
+        homes = find_homes(base, wanted, where, others, partial(_could_fit, plan, base))
     except AdapterError:
         if not parameters:
             raise
         # The factors of fused experts may have in and out the other way round.
         homes = find_homes(base, wanted_tensors(plan, turned=True), where, others)
-    found = replace(plan, homes=homes)
+    found = replace(plan, homes=homes, warnings=tuple(warnings))
     check_biases(found, base)
     biases = {
         f"{name}.bias": _bias_homes(found, name, base)
@@ -64,6 +69,24 @@ def plan_adapter(
         if module.bias
     }
     return replace(found, homes={**biases, **homes})
+
+
+def _could_fit(plan: AdapterPlan, base: Mapping[str, Lazy], homes: Homes) -> bool:
+    """Whether the shapes of whole tensors allow these homes, where names allow others, too."""
+    tensors = plan.adapter.tensors
+    sizes = {name: math.prod(tensors[key].shape) for name, key in plan.keys.whole.items()}
+    for name, module in plan.keys.modules.items():
+        if module.A and name not in plan.parameters:
+            A, B = factors_of(plan, name)
+            sizes.setdefault(plan.weight(name), B.rows * A.columns)
+    return all(
+        len(places) != 1
+        or not places[0].whole
+        or name not in sizes
+        or is_of_tokens(name)
+        or math.prod(base[places[0].target].shape) == sizes[name]
+        for name, places in homes.items()
+    )
 
 
 def _of_its_release(adapter: Adapter, keys: Keys, parameters: Collection[str]) -> Adapter:

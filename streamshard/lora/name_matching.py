@@ -13,7 +13,7 @@ from streamshard.errors import AdapterError, listed, nearest, printable
 from streamshard.lora.name_rewrites import REWRITES, part_rewrites
 from streamshard.tensors.lazy import Lazy
 
-__all__ = ["OtherNames", "Place", "Wanted", "find_homes"]
+__all__ = ["Homes", "OtherNames", "Place", "Wanted", "find_homes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,13 @@ class OtherNames:
     `spelled` brings a name into the one spelling in which names are compared. `places` finds the
     places of a tensor of another layout, given its name and its rows (none if unknown); without it
     there is no other layout. `parts` is how names there begin, of models that are parts of one.
+    `never_ties` says whether names are of a class that never has embedding and head as one tensor.
     """
 
     spelled: Callable[[str], str]
     places: Callable[[str, int], Sequence[Place]] | None = None
     parts: Callable[[], Iterable[str]] = tuple
+    never_ties: Callable[[Iterable[str], str | None], bool] = lambda _names, _class: False
 
 
 Homes: TypeAlias = dict[str, list[Place]]
@@ -284,5 +286,13 @@ def _no_home(
             f"  '{printable(wanted[name].key)}': nearest in the base: "
             + (listed(near) if near else "nothing like it")
         )
-    lines.append("Is this the base that the adapter was trained on, in the same layout?")
+    if all(".lora_" not in wanted[name].key for name in homeless):
+        lines.append(
+            "These are whole tensors, as of a new head (modules_to_save): a base that has no such "
+            "module has no place for them. Remove them from the file to merge the rest."
+        )
+    lines.append(
+        "Is this the base that the adapter was trained on? Names are read in one way for the whole "
+        "adapter. Give its own base, or rename its keys as this one has them."
+    )
     return AdapterError("\n".join(lines))
