@@ -20,6 +20,7 @@ from streamshard.checkpoint.vocabulary import (
     TokenizerJson,
     Vocabulary,
     of_vocab_json,
+    print_of,
     scan_tokenizer_json,
     sentencepiece,
 )
@@ -104,10 +105,26 @@ class Tokenizer:
         """The files of code that the settings name."""
         return list(modules_of(self.settings.get("auto_map")))
 
+    def scanned(self, *, merges: bool = False) -> TokenizerJson | None:
+        """`tokenizer.json`, if there is one that can be read: anew each time, as it is long."""
+        return self._read(JSON, lambda text: scan_tokenizer_json(text, merges=merges))
+
     @cached_property
-    def scanned(self) -> TokenizerJson | None:
-        """`tokenizer.json`, if there is one that can be read."""
-        return self._read(JSON, scan_tokenizer_json)
+    def _library(self) -> tuple[list[dict[str, Any]], bool, bytes | None]:
+        """Of `tokenizer.json` the added tokens, whether it has a vocabulary, and the print of that."""
+        found = self.scanned()
+        if found is None:
+            return [], False, None
+        added = self._told(JSON, found.added_tokens) or []
+        if found.vocab is None:
+            return added, False, None
+        return added, True, print_of(found.text, *found.vocab)
+
+    @cached_property
+    def print(self) -> bytes | None:
+        """What is equal for equal vocabularies that are written alike; None if there is none such."""
+        _, has_vocabulary, found = self._library
+        return found if has_vocabulary else self._read("vocab.json", print_of)
 
     @cached_property
     def added(self) -> dict[int, dict[str, Any]]:
@@ -115,11 +132,7 @@ class Tokenizer:
         found: dict[int, dict[str, Any]] = {}
         decoder = self.settings.get("added_tokens_decoder")
         entries = list(decoder.items()) if isinstance(decoder, dict) else []
-        if self.scanned is not None:
-            try:
-                entries += [(entry.get("id"), entry) for entry in self.scanned.added_tokens()]
-            except InputError as error:
-                self.problems.append(str(error))
+        entries += [(entry.get("id"), entry) for entry in self._library[0]]
         entries += [(number, {"content": token}) for token, number in self.json(ADDED).items()]
         seen = set()
         for given, entry in entries:
@@ -133,8 +146,8 @@ class Tokenizer:
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The tokens of the vocabulary proper; None if none can be read."""
-        if self.scanned is not None and self.scanned.vocab is not None:
-            found = self._told(JSON, self.scanned.vocabulary)
+        if self._library[1]:
+            found = self._read(JSON, lambda text: scan_tokenizer_json(text).vocabulary())
             if found is not None:
                 return found
         if "vocab.json" in self.files:
@@ -282,18 +295,20 @@ def differences(one: Tokenizer, other: Tokenizer) -> dict[int, tuple[str | None,
 
 def is_comparable(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether the vocabularies of two tokenizers, if they have some, can be compared."""
-    if not (one.is_whole and other.is_whole) or _same_file(one, other):
+    if not (one.is_whole and other.is_whole) or _same_bytes(one, other):
         return True
     return None not in (one.vocabulary, other.vocabulary)
 
 
 def _same_vocabulary(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether two tokenizers have the same tokens with the same ids, added ones aside."""
-    return _same_file(one, other) or one.vocabulary == other.vocabulary
+    return _same_bytes(one, other) or one.vocabulary == other.vocabulary
 
 
-def _same_file(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether both have the same bytes in the first file of a vocabulary that both have."""
+def _same_bytes(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two vocabularies are the same without a look at any token."""
+    if one.print is not None and one.print == other.print:
+        return True
     for name in one.files:
         if _VOCABULARIES.fullmatch(name) and name in other.files:
             mine = one.content(name)

@@ -236,9 +236,13 @@ def image_token_id(tokenizer: Tokenizer) -> int:
     return found
 
 
-def note_beyond(files: Mapping[str, Content], rows: int | None) -> None:
-    """Note the tokens of what is written that the weights have no rows for."""
+def note_beyond(files: Mapping[str, Content], rows: int | None, *known: Tokenizer) -> None:
+    """Note the tokens of what is written that the weights have no rows for.
+
+    Of `known` tokenizers, one with the same files has read them already.
+    """
     written = Tokenizer.of("the output", files)
+    written = next((one for one in known if one.files == written.files), written)
     found = {} if rows is None else written.beyond(rows)
     if found:
         note(
