@@ -19,6 +19,7 @@ from streamshard.checkpoint.json_files import MAX_TOKENIZER_BYTES, json_object
 from streamshard.checkpoint.vocabulary import (
     TokenizerJson,
     Vocabulary,
+    most_id,
     of_vocab_json,
     print_of,
     scan_tokenizer_json,
@@ -127,6 +128,15 @@ class Tokenizer:
         return found if has_vocabulary else self._read("vocab.json", print_of)
 
     @cached_property
+    def _most(self) -> int:
+        """No token of the vocabulary has a larger id, if it states ids."""
+        found = self.scanned() if self._library[1] else None
+        if found is not None and found.vocab is not None:
+            return most_id(found.text, *found.vocab)
+        most = self._read("vocab.json", most_id)
+        return -1 if most is None else most
+
+    @cached_property
     def added(self) -> dict[int, dict[str, Any]]:
         """Tokens beside the vocabulary, or named once more, by id: entries with their `content`."""
         found: dict[int, dict[str, Any]] = {}
@@ -219,9 +229,15 @@ class Tokenizer:
         return None if self.vocabulary is None else self.vocabulary.id_of(token)
 
     def beyond(self, rows: int) -> dict[int, str]:
-        """Added tokens whose ids no embedding of so many rows has, by id."""
-        found = {n: e["content"] for n, e in sorted(self.added.items()) if n >= rows}
-        return {n: token for n, token in found.items() if token not in self.placeholders}
+        """Tokens whose ids no embedding of so many rows has, by id.
+
+        Of a sentencepiece model or a list only the added ones, as their numbers are not written.
+        """
+        found = {n: entry["content"] for n, entry in self.added.items() if n >= rows}
+        if self._most >= rows and self.vocabulary is not None:
+            tokens = self.vocabulary.tokens()
+            found = {n: _text(tokens[n]) for n in range(rows, len(tokens)) if tokens[n]} | found
+        return {n: token for n, token in sorted(found.items()) if token not in self.placeholders}
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object of the tokenizer; empty if it is not there or cannot be read."""

@@ -18,6 +18,7 @@ from streamshard.checkpoint.json_files import parse_json
 __all__ = [
     "TokenizerJson",
     "Vocabulary",
+    "most_id",
     "of_vocab_json",
     "print_of",
     "scan_tokenizer_json",
@@ -45,6 +46,7 @@ _TIGHT = re.compile(
     rb"%s\{(?:%s%s%s:%s\d++%s[,}])*+%s"
     % (_SPACE, _SPACE, rb'"[^"\\\s]*+(?:\\[^\s][^"\\\s]*+)*+"', _SPACE, _SPACE, _SPACE, _SPACE)
 )
+_ID = re.compile(rb":[ \t\r\n]*(\d+)[ \t\r\n]*[,}]")
 _CLOSED = re.compile(rb"%s\}" % _SPACE)
 
 
@@ -115,6 +117,15 @@ def print_of(text: bytes, start: int = 0, stop: int | None = None) -> bytes | No
     digest = new_digest()
     digest.update(found[0].translate(None, _SPACES))
     return digest.digest()
+
+
+def most_id(text: bytes, start: int = 0, stop: int | None = None) -> int:
+    """A number that no id in an object of tokens with their ids exceeds; -1 where there is none.
+
+    It may be too large where a token looks like an id.
+    """
+    found = _ID.findall(text, start, len(text) if stop is None else stop)
+    return max((int(number[:18]) for number in found), default=-1)
 
 
 def of_vocab_json(text: bytes) -> Vocabulary:

@@ -136,6 +136,14 @@ def test_S3_a_placeholder_is_no_difference():
     assert FORMS["bpe"]().beyond(11) == {11: "<IMG_CONTEXT>"}
 
 
+@pytest.mark.parametrize("form", ["bpe", "spaced", "words", "slow", "reversed"])
+def test_S3_ids_beyond_the_rows(form):
+    """Tokens of the vocabulary proper too."""
+    found = FORMS[form]()
+    assert found.beyond(8) == {8: "😀", 9: 'q"\\', 10: "<img>", 11: "<IMG_CONTEXT>"}
+    assert found.beyond(12) == {}
+
+
 def test_what_cannot_be_read_is_told_and_not_compared():
     mine, broken = (
         FORMS["bpe"](),

@@ -470,6 +470,36 @@ def test_S5_one_pass_is_two(layout, whose, trained, rows, tmp_path):
     assert knows == (whose == "source")
 
 
+def test_S5_one_pass_is_two_for_training_checkpoints(tmp_path):
+    base, ref = make(tmp_path / "base", "tiny", "custom"), make(tmp_path / "ref", "tiny", "hf")
+    source = add_tokens(wrapped_checkpoint(tmp_path / "in", base), THINK)
+    how: dict[str, Any] = {"reference": ref, "layout": "hf", "tokenizer_from": "source"}
+    merge_lora(checkpoint=source, output=tmp_path / "one", **how)
+    merge_lora(checkpoint=source, output=tmp_path / "half")
+    convert("hf", tmp_path / "half", ref, tmp_path / "two", tokenizer_from="source")
+    one, two = digests(tmp_path / "one"), digests(tmp_path / "two")
+    del one["streamshard.json"], two["streamshard.json"]
+    assert one == two
+
+
+def test_S3_a_list_of_tokens_and_a_tokenizer_of_one_file(tmp_path):
+    """As transformers 5 saves it: the token is added where that file has tokens."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    tokenizer_json(base)
+    for name in FILES:
+        (base / name).unlink()
+    adapter = adapter_with(tmp_path / "a", base, "custom", {285: 1.0})
+    (adapter / "added_tokens.json").write_text('{"<think>": 285}')
+    merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    added = json_of(tmp_path / "out" / "tokenizer.json")["added_tokens"]
+    assert added[:-1] == json_of(base / "tokenizer.json")["added_tokens"]
+    assert (added[-1]["id"], added[-1]["content"]) == (285, "<think>")
+    assert (
+        json_of(tmp_path / "out" / "tokenizer.json")["model"]
+        == json_of(base / "tokenizer.json")["model"]
+    )
+
+
 def test_S3_an_extracted_adapter_takes_its_tokenizer_along(tmp_path):
     base = make(tmp_path / "base", "tiny", "custom")
     source = add_tokens(wrapped_checkpoint(tmp_path / "in", base), THINK)
