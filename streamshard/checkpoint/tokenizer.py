@@ -111,30 +111,30 @@ class Tokenizer:
         return self._read(JSON, lambda text: scan_tokenizer_json(text, merges=merges))
 
     @cached_property
-    def _library(self) -> tuple[list[dict[str, Any]], bool, bytes | None]:
-        """Of `tokenizer.json` the added tokens, whether it has a vocabulary, and the print of that."""
+    def _library(self) -> tuple[list[dict[str, Any]], bool]:
+        """Of `tokenizer.json` the added tokens, and whether it has a vocabulary."""
         found = self.scanned()
         if found is None:
-            return [], False, None
-        added = self._told(JSON, found.added_tokens) or []
-        if found.vocab is None:
-            return added, False, None
-        return added, True, print_of(found.text, *found.vocab)
+            return [], False
+        return self._told(JSON, found.added_tokens) or [], found.vocab is not None
 
     @cached_property
     def print(self) -> bytes | None:
         """What is equal for equal vocabularies that are written alike; None if there is none such."""
-        _, has_vocabulary, found = self._library
-        return found if has_vocabulary else self._read("vocab.json", print_of)
+        return self._of_vocab(print_of)
 
     @cached_property
     def _most(self) -> int:
         """No token of the vocabulary has a larger id, if it states ids."""
+        most = self._of_vocab(most_id)
+        return -1 if most is None else most
+
+    def _of_vocab(self, look: Callable[..., T]) -> T | None:
+        """What `look` makes of the JSON object of tokens, wherever it stands."""
         found = self.scanned() if self._library[1] else None
         if found is not None and found.vocab is not None:
-            return most_id(found.text, *found.vocab)
-        most = self._read("vocab.json", most_id)
-        return -1 if most is None else most
+            return look(found.text, *found.vocab)
+        return self._read("vocab.json", look)
 
     @cached_property
     def added(self) -> dict[int, dict[str, Any]]:

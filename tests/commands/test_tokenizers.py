@@ -281,6 +281,21 @@ def test_S3_a_conversion_tells_ids_beyond_the_rows(layout, tmp_path):
     assert told(report, "'<far>' (300)", "288 rows")
 
 
+def test_S3_a_list_of_some_tokens_says_nothing_of_others(tmp_path):
+    """A source with a part of a tokenizer: what it lists must agree, and no more."""
+    source, ref = make(tmp_path / "s", "tiny", "hf"), make(tmp_path / "r", "tiny", "custom")
+    for name in FILES:
+        (source / name).unlink()
+    (source / "added_tokens.json").write_text('{"<img>": 259}')
+    report = convert("custom", source, ref, tmp_path / "one")
+    assert report["warnings"] == []
+    (source / "added_tokens.json").write_text('{"<img>": 259, "<think>": 285}')
+    with pytest.raises(InputError, match=r"285.*tokenizer_from"):
+        convert("custom", source, ref, tmp_path / "two")
+    convert("custom", source, ref, tmp_path / "two", tokenizer_from="source")
+    assert tokens_of(tmp_path / "two") == tokens_of(ref) | {285: "<think>"}
+
+
 # --- S3: training checkpoints -----------------------------------------------------------------------
 
 
