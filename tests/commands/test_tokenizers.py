@@ -175,6 +175,37 @@ def test_S3_the_same_tokenizer_in_other_bytes_is_silent(tmp_path):
     assert all((tmp_path / "out" / n).read_bytes() == (base / n).read_bytes() for n in FILES)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("row", [285, 7])
+def test_S3_rows_that_an_update_trains(row, dora, tmp_path):
+    """A pair on the embedding: rows with a zero in lora_A are not trained."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    adapter = adapter_with(tmp_path / "a", base, "custom", {}, kind="pairs")
+    content = load_file(adapter / "adapter_model.safetensors")
+    name = f"base_model.model.{EMBED['custom']}"
+    A = torch.zeros(4, VOCAB)
+    A[:, row] = 1.0
+    content[f"{name}.lora_embedding_A"] = A
+    content[f"{name}.lora_embedding_B"] = torch.ones(64, 4)
+    config = json_of(adapter / "adapter_config.json")
+    if dora:
+        weight = read(base)[f"{EMBED['custom']}.weight"].float()
+        updated = weight + 32 / 4 * (torch.ones(64, 4) @ A).T
+        for key in [key for key in content if key.endswith("lora_A.weight")]:
+            plain = read(base)[key.split("base_model.model.")[1].replace("lora_A.", "")].float()
+            stem = key.removesuffix("lora_A.weight")
+            content[f"{stem}lora_magnitude_vector"] = plain.norm(dim=1)
+        content[f"{name}.lora_magnitude_vector"] = updated.norm(dim=0)
+        config["use_dora"] = True
+    config["target_modules"] = [*config["target_modules"], "embed_tokens"]
+    reference.save_file(content, adapter / "adapter_model.safetensors", {"format": "pt"})
+    put_json(adapter / "adapter_config.json", config)
+    add_tokens(copied(base, adapter), {285: "<think>"})
+    report = merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    assert (285 in tokens_of(tmp_path / "out")) == (row == 285)
+    assert told(report, "'<think>'")
+
+
 def test_S3_a_tokenizer_that_lacks_tokens_of_the_base(tmp_path):
     """It is taken for what was trained, and what it lacks is named."""
     base = make(tmp_path / "base", "tiny", "custom")
