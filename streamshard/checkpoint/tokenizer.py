@@ -8,9 +8,9 @@ are the same here, whatever their bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -36,13 +36,16 @@ __all__ = [
     "SETTINGS",
     "SPECIAL",
     "TEMPLATE_JSON",
+    "VOCABULARIES",
     "Content",
     "Tokenizer",
-    "differences",
-    "is_comparable",
     "is_processors",
     "modules_of",
+    "text_of",
 ]
+
+_ID = re.compile(r"[0-9]{1,18}")
+_NO_ID = 10**18  # what is larger, or less than 0, is no id
 
 T = TypeVar("T")
 Content: TypeAlias = Path | bytes
@@ -56,7 +59,7 @@ JINJA = "chat_template.jinja"
 TEMPLATE_JSON = "chat_template.json"
 
 # Files that hold a whole vocabulary, the one that loaders prefer first.
-_VOCABULARIES = re.compile(
+VOCABULARIES = re.compile(
     r"tokenizer\.json|vocab\.json|.*\.model(?:\..*)?|vocab\.txt|vocab\.bpe|.*\.tiktoken|tekken\.json"
 )
 # Tokens that every tokenizer has a name for; other names are those of a processor.
@@ -94,7 +97,7 @@ class Tokenizer:
     @cached_property
     def is_whole(self) -> bool:
         """Whether there is a vocabulary, without which no loader can build a tokenizer."""
-        return any(_VOCABULARIES.fullmatch(name) for name in self.files)
+        return any(VOCABULARIES.fullmatch(name) for name in self.files)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -146,9 +149,11 @@ class Tokenizer:
         entries += [(number, {"content": token}) for token, number in self.json(ADDED).items()]
         seen = set()
         for given, entry in entries:
-            number = int(given) if isinstance(given, str) and given.isdecimal() else given
+            number = int(given) if isinstance(given, str) and _ID.fullmatch(given) else given
             content = entry.get("content") if isinstance(entry, dict) else None
-            if isinstance(number, int) and isinstance(content, str) and content not in seen:
+            if type(number) is not int or not 0 <= number < _NO_ID:
+                continue
+            if isinstance(content, str) and content not in seen:
                 found.setdefault(number, entry)
                 seen.add(content)
         return found
@@ -236,7 +241,7 @@ class Tokenizer:
         found = {n: entry["content"] for n, entry in self.added.items() if n >= rows}
         if self._most >= rows and self.vocabulary is not None:
             tokens = self.vocabulary.tokens()
-            found = {n: _text(tokens[n]) for n in range(rows, len(tokens)) if tokens[n]} | found
+            found = {n: text_of(tokens[n]) for n in range(rows, len(tokens)) if tokens[n]} | found
         return {n: token for n, token in sorted(found.items()) if token not in self.placeholders}
 
     def json(self, name: str) -> dict[str, Any]:
@@ -289,60 +294,6 @@ def modules_of(auto_map: object) -> Iterator[str]:
                 yield f"{one.rpartition('.')[0].replace('.', '/')}.py"
 
 
-def differences(one: Tokenizer, other: Tokenizer) -> dict[int, tuple[str | None, str | None]]:
-    """The tokens by whose meaning two tokenizers differ, by id: what each of them has there.
-
-    None is no token. Where one of them has no vocabulary that can be read, only tokens that either of
-    them lists beside its vocabulary are compared. What a processor replaces does not count.
-    """
-    # Read where they are needed, which is not where two have the same files.
-    mine, theirs = cache(lambda: _table(one)), cache(lambda: _table(other))
-    numbers: Iterable[int] = one.added.keys() | other.added.keys()
-    if not _same_vocabulary(one, other) and None not in (one.vocabulary, other.vocabulary):
-        numbers = range(max(len(mine()), len(theirs()), *(n + 1 for n in numbers)))
-    ignored = {None, *one.placeholders, *other.placeholders}
-    found = {}
-    for number in sorted(numbers):
-        pair = _at(one, mine, number), _at(other, theirs, number)
-        if pair[0] != pair[1] and not ignored.issuperset(pair):
-            found[number] = pair
-    return found
-
-
-def is_comparable(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether the vocabularies of two tokenizers, if they have some, can be compared."""
-    if not (one.is_whole and other.is_whole) or _same_bytes(one, other):
-        return True
-    return None not in (one.vocabulary, other.vocabulary)
-
-
-def _same_vocabulary(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers have the same tokens with the same ids, added ones aside."""
-    return _same_bytes(one, other) or one.vocabulary == other.vocabulary
-
-
-def _same_bytes(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two vocabularies are the same without a look at any token."""
-    if one.print is not None and one.print == other.print:
-        return True
-    for name in one.files:
-        if _VOCABULARIES.fullmatch(name) and name in other.files:
-            mine = one.content(name)
-            return mine is not None and mine == other.content(name)
-    return False
-
-
-def _table(tokenizer: Tokenizer) -> list[bytes]:
-    return [] if tokenizer.vocabulary is None else tokenizer.vocabulary.tokens()
-
-
-def _at(tokenizer: Tokenizer, table: Callable[[], list[bytes]], number: int) -> str | None:
-    entry = tokenizer.added.get(number)
-    if entry is not None:
-        return str(entry["content"])
-    tokens = table()
-    return _text(tokens[number]) if number < len(tokens) and tokens[number] else None
-
-
-def _text(token: bytes) -> str:
+def text_of(token: bytes) -> str:
+    """A token of a vocabulary as text."""
     return token.decode("utf-8", "replace")

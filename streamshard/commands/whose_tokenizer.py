@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from streamshard.checkpoint.tokenizer import Content, Tokenizer, differences, is_comparable
+from streamshard.checkpoint.tokenizer import Content, Tokenizer
+from streamshard.checkpoint.tokenizer_differences import differences, is_comparable
 from streamshard.checkpoint.tokenizer_files import exchanged, with_tokens
 from streamshard.errors import AdapterError, InputError, printable
 from streamshard.internvl.families import Layout
