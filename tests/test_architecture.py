@@ -325,3 +325,17 @@ streamshard.merge_lora(
 )
 """
     assert "torch" in loaded_after(code)
+
+
+def test_S6_warnings_are_noted_where_they_arise():
+    """No value of a command carries them, so that none is left that nobody joins to a report."""
+    for file in FILES:
+        if room_of(name_of(file)) != "commands":
+            continue
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.ClassDef):
+                fields = {ast.unparse(n.target) for n in node.body if isinstance(n, ast.AnnAssign)}
+                assert "warnings" not in fields, f"{file}: {node.name} carries warnings"
+            if isinstance(node, ast.Dict):
+                keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+                assert "warnings" not in keys, f"{file}:{node.lineno} lists warnings by hand"

@@ -19,6 +19,7 @@ from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.lora_targets import FLAGS
+from streamshard.notes import note
 from streamshard.tensor_names import factors_among
 
 __all__ = ["inspect"]
@@ -51,9 +52,9 @@ def inspect(path: PathLike) -> Report:
             "packed_experts": seen.packed_experts,
             "evidence": list(seen.evidence),
         }
-        report["warnings"] += seen.warnings
+        note(*seen.warnings)
     except InputError as error:
-        report["warnings"].append(str(error))
+        note(str(error))
     report |= {
         **facts,
         "path": str(found.path),

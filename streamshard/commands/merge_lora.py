@@ -289,7 +289,7 @@ def _kept(asked: Asked, base: Model, folded: _Folded, beside: Beside, dtype: str
     """The result in the layout and the files of the base."""
     if asked.checkpoint is not None:
         beside = with_code(base, beside, asked.reference)
-    note_beyond(beside.side_files, beside.rows)
+    note_beyond(beside.side_files, beside.rows, base.tokenizer)
     files = dict(beside.side_files)
     if beside.config is None:
         note(f"{base.where}: has no config.json; the output has none either")

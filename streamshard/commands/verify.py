@@ -22,6 +22,7 @@ from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import share
 from streamshard.errors import UnreadError, UsageError, VerificationError, printable
 from streamshard.internvl.detection import layout_of
+from streamshard.notes import note
 
 __all__ = ["verify"]
 
@@ -67,10 +68,9 @@ def verify(
     check.shards(names)
     coverage = _coverage(found, check)
     model = as_model(found)
-    warnings = []
     if not found.listing.usable and found.listing.record == "missing":
         reason = _why_uncomparable(found)
-        warnings.append(f"no digests are recorded: {reason}")
+        note(f"no digests are recorded: {reason}")
         if strict:
             coverage["problems"].append(
                 f"{printable(str(given))}: nothing could be compared: {reason} (--strict)."
@@ -100,7 +100,6 @@ def verify(
             *model.problems,
             *coverage["problems"],
         ],
-        "warnings": warnings,
     }
     report = finished(report, started)
     if report["problems"] and set(report["problems"]) <= set(report["unreadable"]):
