@@ -19,7 +19,7 @@ __all__ = ["COMMANDS", "KEYWORDS", "command_line", "is_command_line", "spoken"]
 _READING = ("workers", "progress", "on_total")
 _WRITING = (
     *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "dry_run"),
-    *("progress", "on_plan"),
+    *("progress", "on_plan", "on_step"),
 )
 _MERGE = ("adapter", "base", "checkpoint", "output", "weight", "layout", "reference", "alpha")
 _MERGE_RARELY = ("adapter_name", "base_is_residual", "expert_order", "allow_merged_base")

@@ -57,9 +57,10 @@ def verify(
         found = open_anything(given)
     tensors = found.tensors
     names = _sampled(list(tensors), sample)
-    if on_total is not None:
-        on_total(sum(tensors[name].nbytes for name in names))
     check = Comparison(found, progress if callable(progress) else None)
+    if on_total is not None:
+        hashed = check.hashed_nbytes(whole=sample is None)
+        on_total(sum(tensors[name].nbytes for name in names) + hashed)
     check.names()
     tasks = check.tasks(names, whole=sample is None)
     share(tasks, lambda task, work: task(work), workers_or_default(workers), check.stop)

@@ -106,7 +106,7 @@ def for_checkpoint(
 
 
 def for_adapter(base: Tokenizer, own: Tokenizer) -> dict[str, Content]:
-    """The tokenizer for an adapter taken out of a checkpoint; none if it is the base's."""
+    """The tokenizer that an adapter from a checkpoint needs; none if it is the base's."""
     pairs = differences(base, own) if own.has_tokens else {}
     if not pairs:
         return {}

@@ -101,6 +101,9 @@ class OutputOptions(TypedDict, total=False):
     """Check everything and write nothing."""
     on_plan: Callable[[Plan], None] | None
     """Called once, before anything is written."""
+    on_step: Callable[[str, int, int], None] | None
+    """Called whenever something else is begun ("checking" what an earlier run has finished, "comparing",
+    "writing", "hashing", "syncing"), with its bytes and how many of these are done."""
     progress: Callable[[int, str], None] | bool | None
     """Called with the bytes and the tensor of each finished piece; True shows a bar."""
 
@@ -117,6 +120,7 @@ class Options:
     sha256: bool = False
     dry_run: bool = False
     on_plan: Callable[[Plan], None] | None = None
+    on_step: Callable[[str, int, int], None] | None = None
     progress: Callable[[int, str], None] | None = None
 
     @classmethod

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -30,9 +29,9 @@ from streamshard.engine.claims import (
     replaceable,
     strangers,
 )
-from streamshard.engine.fingerprint import Identity, differences
+from streamshard.engine.fingerprint import Identity
 from streamshard.engine.journal import FinishedShard, Journal
-from streamshard.engine.leftovers import Left, left_in, refuse_strangers
+from streamshard.engine.leftovers import Left, changed, left_in, refuse_strangers
 from streamshard.engine.lock import Lock, locked
 from streamshard.engine.ours import Ours
 from streamshard.engine.swap import discard, recover, swap
@@ -200,17 +199,8 @@ def _begun(
 ) -> Staging:
     """What an earlier run has left, if it can be continued, or a new beginning."""
     path, journal = Path(folder.path), left.journal
-    plan = json.loads(json.dumps(plan))
     refuse_strangers(path, left.strangers)
-    changed = [] if journal.plan is None else differences(journal.plan, plan)
-    if changed and not overwrite:
-        shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" * (len(changed) > 5))
-        raise OutputError(
-            f"{printable(str(target))}: an interrupted run left {printable(str(path))}, which "
-            f"cannot be continued: {shown}. Run the same command as then to continue it, or remove "
-            "that folder (or pass --overwrite) to begin anew."
-        )
-    if changed or journal.plan is None:
+    if journal.plan is None or changed(target, path, journal.plan, plan, overwrite=overwrite):
         remove_listed(path, left.names, last=left.last)
         journal = Journal(path, left.ours)
     staging = Staging(folder, journal)

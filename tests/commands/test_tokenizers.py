@@ -252,7 +252,7 @@ def test_S3_a_conversion_asks_whose_tokens(layout, weights, who, tmp_path):
         add_tokens(source, THINK)
     if who != "source":
         add_tokens(ref, {285: "<other>"})
-    with pytest.raises(InputError, match=r"285.*--tokenizer-from"):
+    with pytest.raises(InputError, match=r"285.*tokenizer_from"):
         convert(layout, source, ref, tmp_path / "out")
     for whose, folder in (("source", source), ("reference", ref)):
         out = tmp_path / f"of-{whose}"
@@ -313,7 +313,7 @@ def test_S3_a_training_checkpoint_that_becomes_hf(tmp_path):
     source = add_tokens(wrapped_checkpoint(tmp_path / "in", base), THINK)
     ref = make(tmp_path / "ref", "tiny", "hf")
     call = {"checkpoint": source, "reference": ref, "layout": "hf"}
-    with pytest.raises(InputError, match=r"<think>.*--tokenizer-from"):
+    with pytest.raises(InputError, match=r"<think>.*tokenizer_from"):
         merge_lora(**call, output=tmp_path / "out")
     merge_lora(**call, output=tmp_path / "out", tokenizer_from="source")
     assert tokens_of(tmp_path / "out") == tokens_of(source)
@@ -407,7 +407,7 @@ def test_S4_another_template_of_the_same_tokens_is_told(tmp_path):
 def test_S4_code_stays_where_nothing_replaces_it(has_code, tmp_path):
     base = make(tmp_path / "base", "tiny-internlm2", "custom")
     name = "tokenization_internlm2.py"
-    adapter = adapter_with(tmp_path / "a", base, "custom", {}, kind="pairs")
+    adapter = tmp_path / "a"
     write_adapter(adapter, "tiny-internlm2", layout="custom", targets="llm", r=4)
     content = load_file(adapter / "adapter_model.safetensors")
     key = "base_model.model.language_model.model.tok_embeddings.token_adapter"
@@ -457,7 +457,7 @@ def test_S5_one_pass_is_two(layout, whose, trained, rows, tmp_path):
     add_tokens(copied(base, adapter), {285: "<think>"} | ({299: "<last>"} if rows > VOCAB else {}))
     (adapter / "chat_template.jinja").write_text("with <IMG_CONTEXT> of the adapter")
     call: dict[str, Any] = {"base": base, "adapter": adapter, "layout": layout, "reference": ref}
-    with pytest.raises(InputError, match="--tokenizer-from"):
+    with pytest.raises(InputError, match="tokenizer_from"):
         merge_lora(**call, output=tmp_path / "one")
     merge_lora(**call, output=tmp_path / "one", tokenizer_from=whose)
     merge_lora(base=base, adapter=adapter, output=tmp_path / "half")
