@@ -13,6 +13,7 @@ from folders import OTHER, assert_same, command, config_of, edit, make, put, ref
 from make_checkpoint import write_adapter
 from marks import PEERS
 from peft_cases import trained
+from presets import tensor_shapes
 from reference import normal, read
 from safetensors.torch import load_file, save_file
 
@@ -140,14 +141,14 @@ def test_part5_training_checkpoints_of_relatives(kind, tmp_path, cli):
     assert cli(*again, "--output", tmp_path / "again").code == 0
     assert_same(read(tmp_path / "again"), merged)
     wrap = ["wrap-lora", "--base", base, "--llm-r", "2", "--output", tmp_path / "wrapped"]
-    if kind == "flash":
-        assert "mlp2" in cli(*wrap).err or "Flash" in cli(*wrap).err
-    assert cli(*wrap).code == 3
+    assert KINDS[kind][-1] in refused(cli, tmp_path, 3, *wrap)
 
 
 def test_part5_flash_in_memory():
-    content = flash({"mlp1.0.weight": torch.ones(128)})
-    with pytest.raises(InputError, match="names of the language model"):
+    content = flash(
+        {n: torch.ones(shape) for n, shape in tensor_shapes("tiny-qwen3", "custom").items()}
+    )
+    with pytest.raises(InputError, match="names of InternVL3_5-Flash, which no class"):
         streamshard.convert_keys_to_hf(content)
 
 
@@ -237,14 +238,12 @@ def test_part5_qianfan_names_that_were_written_by_mistake(qianfan, tmp_path, cli
     assert "'language_model.model.encoder.layers.0." in text
     assert "save_original_format=False" in text
     assert cli("verify", root / "broken").code == 8
-    hub = put(tmp_path / "m", {}) if False else root / "hub"
-    assert cli("verify", hub).code == 0
+    assert cli("verify", root / "hub").code == 0
 
 
 def test_part5_qianfan_wrapped_in_memory(qianfan, tmp_path):
     """A state dict of the live PEFT model: the adapter has the names of the live modules."""
     import peft
-    import transformers
 
     root = qianfan["root"]
     model = qianfan["class"].from_pretrained(root / "memory")
@@ -258,4 +257,3 @@ def test_part5_qianfan_wrapped_in_memory(qianfan, tmp_path):
     own = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     tuned.save_pretrained(tmp_path / "peft")
     assert own.keys() == load_file(tmp_path / "peft" / "adapter_model.safetensors").keys()
-    assert transformers.__version__
