@@ -29,7 +29,6 @@ from streamshard.internvl.row_parts import (
     split,
     wrong_rows,
 )
-from streamshard.internvl.shapes import check_shapes
 from streamshard.internvl.spelling import flat_names, spell
 from streamshard.internvl.tables import (
     MAX_MISSING,
@@ -169,7 +168,6 @@ def to_custom(tensors: Mapping[str, Any], dims: Dims, ops: Ops[Any] = LAZY) -> d
     `InternVLChatModel` has a head of its own, of random values where none is stored. Raises
     `InputError` where `convert` does, and for anything missing or unexpected.
     """
-    check_shapes("the state dict", tensors, flat_names(tensors, "hf"), dims, "hf")
     return _complete(convert(tensors, dims, "custom", ops), dims, "hf")
 
 
@@ -186,7 +184,6 @@ def to_hf(
 
     Raises `InputError` where `convert` does, and for anything missing or unexpected.
     """
-    check_shapes("the state dict", tensors, flat_names(tensors, "custom"), dims, "custom")
     return _complete(convert(tensors, dims, "hf", ops, spelling=spelling), dims, "custom")
 
 
