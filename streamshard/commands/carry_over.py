@@ -95,6 +95,7 @@ def carry_over(
     given = _given(tensors, source, OTHER[layout])
     check_names(source.where, tensors)
     check_shapes(source.where, tensors, given, dims, OTHER[layout])
+    reference.check()
     result = convert(tensors, dims, layout, given=given)
     known = _named_alike(reference, dims, layout) if reference.tensors else None
     missing, unexpected = list(result.missing), list(result.unexpected)

@@ -92,6 +92,8 @@ def _reconciled(one: Model, other: Model) -> tuple[Mapping[str, Lazy], Mapping[s
         if config is None or its_config is None:
             return one.tensors, other.tensors
         left, right = dims_of(config), dims_of(its_config)
+    elif one.relative is not None and one.relative == other.relative:
+        left, right = one.dims, other.dims
     else:
         left = right = model_dims(one, other, theirs)
     return _renamed(one, left, mine, theirs), _renamed(other, right, theirs, theirs)

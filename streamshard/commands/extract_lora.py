@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Unpack
 
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
@@ -33,7 +34,7 @@ from streamshard.errors import AdapterError, InputError, UsageError, listed, pri
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.internvl.lora_targets import TASK_TYPES, UPSTREAM_DROPOUT, upstream_alpha
-from streamshard.internvl.spelling import flat_name, flat_names, in_model
+from streamshard.internvl.spelling import flat_name, flat_names, in_model, is_qianfan
 from streamshard.lora.saved_adapter import adapter_config, adapter_key, selection
 from streamshard.lora.wrapped_names import Unwrapped
 from streamshard.notes import note
@@ -84,8 +85,8 @@ def extract_lora(
         note(*_left_out(plain, trained, found.depths, where))
     else:
         own = Model(open_checkpoint(base))
-        own.check()
         tokenizer = for_adapter(own.tokenizer, Model(source).tokenizer)
+        own.check()
         theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
@@ -94,22 +95,23 @@ def extract_lora(
         flat_name(f"{m}.weight").removesuffix(".weight") if layout == "hf" else m: m for m in ranks
     }
     saved = _saved_modules(trained, modules, plain, where)
+    in_memory = partial(in_model, layout=layout, qianfan=is_qianfan(source.tensors))
     tensors: dict[str, Lazy] = {}
     live_ranks = {}
     for flat, module in modules.items():
-        live = in_model(f"{flat}.weight", layout).removesuffix(".weight")
+        live = in_memory(f"{flat}.weight").removesuffix(".weight")
         live_ranks[live] = ranks[module]
         tensors[adapter_key(live, "lora_A")] = source.tensors[found.pairs[module].A]
         tensors[adapter_key(live, "lora_B")] = source.tensors[found.pairs[module].B]
     for name in plain:
         if any(name.startswith(f"{module}.") for module in saved):
             given_name = found.saved.get(plain[name], found.base[plain[name]])
-            tensors[PREFIX + in_model(name, layout)] = source.tensors[given_name]
-    weights = [in_model(n, layout).removesuffix(".weight") for n in plain if n.endswith(".weight")]
+            tensors[PREFIX + in_memory(name)] = source.tensors[given_name]
+    weights = [in_memory(n).removesuffix(".weight") for n in plain if n.endswith(".weight")]
     alphas = {
         m: float(upstream_alpha(r)) if alpha is None else alpha for m, r in live_ranks.items()
     }
-    entries = [in_model(f"{module}.weight", layout).removesuffix(".weight") for module in saved]
+    entries = [in_memory(f"{module}.weight").removesuffix(".weight") for module in saved]
     config = adapter_config(
         live_ranks,
         {m: int(value) if value == int(value) else value for m, value in alphas.items()},

@@ -23,7 +23,9 @@ from streamshard.internvl.model_config import (
     check_config,
     config_layout,
     dims_from_config,
+    inferred_architecture,
     llm_architecture,
+    section_of,
 )
 from streamshard.internvl.relatives import check_names, no_conversion, relative_of
 from streamshard.internvl.same_model import differences
@@ -212,8 +214,8 @@ def _check_layout(model: Model, side: Layout, where: str) -> None:
 
 def _check_inferred(custom: Model, architecture: str, where: str) -> None:
     """Raise `InputError` if the class is known by model_type only, and the names are of another."""
-    llm = (custom.config or {}).get(INNER["custom"]) or {}
-    if llm.get("architectures") not in (None, [], [""], [None]) or custom.layout != "custom":
+    llm = section_of(custom.config or {}, INNER["custom"], where)
+    if inferred_architecture(llm) is None or custom.layout != "custom":
         return
     found = custom.detected.family
     if found is not None and FAMILIES[found].architecture != architecture:

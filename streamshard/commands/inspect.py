@@ -43,8 +43,9 @@ def inspect(path: PathLike) -> Report:
     for name, tensor in found.tensors.items():
         files[found.shard_of(name)] += tensor.nbytes
     facts: dict[str, Any] = dict.fromkeys(("spelling", "family", "packed_experts", "evidence"))
+    model = Model(found)
     try:
-        seen = Model(found).detected
+        seen = model.detected
         facts = {
             "layout": seen.layout,
             "spelling": seen.spelling,
@@ -53,6 +54,8 @@ def inspect(path: PathLike) -> Report:
             "evidence": list(seen.evidence),
         }
         note(*seen.warnings)
+        if not factors_among(found.tensors):  # `verify` looks at wrapped ones, too
+            model.check()
     except InputError as error:
         note(str(error))
     report |= {
