@@ -279,6 +279,22 @@ except SystemExit as error:
     assert not loaded & {*HEAVY, "numpy", "tqdm", "psutil", "threadpoolctl"}
 
 
+def test_inspecting_imports_little(pair):
+    """What starts in a third of a second: nothing of networks, processes, progress and digests."""
+    code = f"""
+import sys
+sys.argv = ["streamshard", "inspect", {str(pair.base)!r}, "--json"]
+from streamshard.cli import main
+try:
+    main()
+except SystemExit as error:
+    assert not error.code
+"""
+    heavy = {"torch", "transformers", "peft", "huggingface_hub", "tqdm", "psutil", "threadpoolctl"}
+    slow = {"asyncio", "concurrent", "email", "hashlib", "http", "multiprocessing", "socket", "ssl"}
+    assert not loaded_after(code) & (heavy | slow)
+
+
 def test_a_run_without_a_terminal_imports_no_progress_bar_and_no_hashlib(pair):
     """Both cost megabytes."""
     code = f"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -92,7 +92,8 @@ def merge_lora(
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
     started, chosen = time.perf_counter(), Options.of(options)
-    weights = [weight] if isinstance(weight, (int, float)) else list(weight or [])
+    given = [] if weight is None else weight
+    weights = [float(one) for one in (given if isinstance(given, Iterable) else [given])]
     asked = Asked(
         base=base,
         adapter=adapter,
