@@ -90,7 +90,7 @@ def _convert(
 def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
     started = time.perf_counter()
     source = Model(open_checkpoint(asked.source))
-    check_base(source.tensors, source.config)
+    check_base(source.tensors, source.config, source.where, goal="converted")
     reference = Model(open_checkpoint(asked.reference, needs_weights=False))
     inputs = [source.path, reference.path]
     output = check_places(asked.output, inputs, overwrite=chosen.overwrite)
@@ -110,7 +110,7 @@ def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
             "source": str(source.path),
             "missing": converted.missing,
             "unexpected": converted.unexpected,
-            "warnings": converted.warnings,
+            "warnings": [*source.checkpoint.warnings, *converted.warnings],
         },
         choices=asdict(allowed),
     )

@@ -70,6 +70,7 @@ def diff(
     different.sort(key=lambda row: (not math.isnan(row["l2"]), -row["l2"]))
     report = {
         **new_report("diff", ours, other.layout),
+        "warnings": [*one.checkpoint.warnings, *other.checkpoint.warnings],
         "l2": distances.report(),
         "missing": sorted(theirs.keys() - ours.keys()),
         "unexpected": sorted(ours.keys() - theirs.keys()),

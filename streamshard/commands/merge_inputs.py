@@ -64,7 +64,7 @@ def open_inputs(asked: Asked) -> Inputs:
     if order not in EXPERT_ORDERS:
         raise UsageError(f"--expert-order is {order!r}; {' or '.join(EXPERT_ORDERS)} it is.")
     inputs = _training_checkpoint(asked) if asked.checkpoint is not None else _folders(asked)
-    check_base(inputs.base.tensors, inputs.base.config)
+    check_base(inputs.base.tensors, inputs.base.config, inputs.base.where)
     return inputs
 
 
@@ -92,7 +92,8 @@ def _folders(asked: Asked) -> Inputs:
         )
     base = open_checkpoint(asked.base)
     folders = _open_adapters(asked.adapter)
-    return Inputs(Model(base), _adapters(folders, asked), folders, [])
+    warnings = [warning for folder in folders for warning in folder.warnings]
+    return Inputs(Model(base), _adapters(folders, asked), folders, [*base.warnings, *warnings])
 
 
 def _open_adapters(adapter: PathLike | Sequence[PathLike]) -> list[AdapterFolder]:
@@ -124,6 +125,7 @@ def _adapters(folders: Sequence[AdapterFolder], asked: Asked) -> list[Adapter]:
             factor,
             asked.adapter_name,
             asked.expert_order,
+            {printable(str(beside.file)): beside.tensors for beside in folder.beside},
         )
         for folder, factor in zip(folders, weights, strict=True)
     ]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.commands.beside_wrapped import check_beside_wrapped
 from streamshard.disk.paths import PathLike
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.internvl.lora_targets import FLAGS, PARTS, upstream_alpha
@@ -76,8 +77,9 @@ def read_wrapped(
             f"{where}: its names are those of a wrapped model, but it has no lora_A and lora_B: the "
             "pairs are lost, or were merged before. Save the checkpoint again."
         )
+    found = check_beside_wrapped(found, inside.base)
     ranks = {module: _rank(found, pair.A, where) for module, pair in inside.pairs.items()}
-    warnings = check_flags(found, ranks, where, alpha=alpha)
+    warnings = [*found.warnings, *check_flags(found, ranks, where, alpha=alpha)]
     for part, depth in inside.depths.items():
         if depth > 1:
             warnings.append(

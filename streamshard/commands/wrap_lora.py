@@ -77,7 +77,7 @@ def wrap_lora(
     ranks, alphas = _ranks(llm_r, llm_alpha, backbone_r, backbone_alpha)
     _check_options(format, ranks, alphas, dropout, seed)
     source = Model(open_checkpoint(base))
-    check_base(source.tensors, source.config)
+    check_base(source.tensors, source.config, source.where, goal="wrapped")
     target = check_places(output, [source.path], overwrite=chosen.overwrite)
     layout = source.layout
     if layout is None:
@@ -100,7 +100,7 @@ def wrap_lora(
         "lora_alpha": {part: alphas.get(part) for part in PARTS},
         "seed": seed,
         "trainable": _trainable(tensors, pairs, dims, layout, ranks if wraps else ["model"]),
-        "warnings": _warnings(tensors, dims, ranks, wraps=wraps),
+        "warnings": source.checkpoint.warnings + _warnings(tensors, dims, ranks, wraps=wraps),
     }
     choices = {
         "format": format,

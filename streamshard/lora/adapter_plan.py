@@ -7,10 +7,17 @@ from dataclasses import replace
 
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.lora.adapter import Adapter, AdapterPlan, no_sum, wanted_tensors
-from streamshard.lora.adapter_checks import check_biases, check_factors, check_flags
+from streamshard.lora.adapter_checks import (
+    check_biases,
+    check_factors,
+    check_flags,
+    not_asked,
+    unasked,
+)
+from streamshard.lora.beside import homes_beside, with_beside
 from streamshard.lora.experts import parameter_names
 from streamshard.lora.keys import BASE_LAYER, read_keys
-from streamshard.lora.name_matching import OtherNames, Place, find_homes
+from streamshard.lora.name_matching import Homes, OtherNames, Place, find_homes
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
@@ -23,6 +30,8 @@ def plan_adapter(
 ) -> AdapterPlan:
     """Read an adapter's keys and find their places; raises `AdapterError` for what does not fit."""
     keys = read_keys(adapter.tensors, adapter.where, adapter.name)
+    own = keys.whole
+    adapter, keys = with_beside(adapter, keys, work)
     settings, where = adapter.settings, adapter.where
     adapted = [name for name, module in keys.modules.items() if module.A]
     parameters = parameter_names(adapted, settings.target_parameters, where)
@@ -41,26 +50,35 @@ def plan_adapter(
                 "modules_to_save."
             )
     plan = AdapterPlan(adapter, keys, parameters, homes={})
-    check_flags(plan)
+    check_flags(replace(plan, keys=replace(keys, whole=own)))
+    plan = replace(plan, unasked=unasked(plan, own))
     magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
     if magnitudes and adapter.weight != 1:
         raise no_sum(adapter, magnitudes)
     check_factors(plan)
-    try:
-        homes = find_homes(base, wanted_tensors(plan, turned=False), where, others)
-    except AdapterError:
-        if not parameters:
-            raise
-        # The factors of fused experts may have in and out the other way round.
-        homes = find_homes(base, wanted_tensors(plan, turned=True), where, others)
-    found = replace(plan, homes=homes)
+    found = replace(plan, homes=_homes(plan, base, others))
     check_biases(found, base)
     biases = {
         f"{name}.bias": _bias_homes(found, name, base)
         for name, module in keys.modules.items()
         if module.bias
     }
-    return replace(found, homes={**biases, **homes})
+    return replace(found, homes={**biases, **found.homes})
+
+
+def _homes(plan: AdapterPlan, base: Mapping[str, Lazy], others: OtherNames) -> Homes:
+    where = plan.adapter.where
+    try:
+        return find_homes(base, wanted_tensors(plan, turned=False), where, others)
+    except AdapterError as error:
+        if plan.parameters:
+            # The factors of fused experts may have in and out the other way round.
+            return find_homes(base, wanted_tensors(plan, turned=True), where, others)
+        if plan.adapter.beside:
+            return homes_beside(plan, base, others)
+        if plan.unasked:
+            raise not_asked(plan, plan.unasked) from error
+        raise
 
 
 def _bias_homes(plan: AdapterPlan, module: str, base: Mapping[str, Lazy]) -> list[Place]:

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 from streamshard.errors import AdapterError, listed, nearest, printable
 from streamshard.tensors.lazy import Lazy
 
-__all__ = ["OtherNames", "Place", "Wanted", "find_homes"]
+__all__ = ["Homes", "OtherNames", "Place", "Wanted", "find_homes", "refuse_overlap"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Place:
     """Where rows of a change go: `rows` from `source_start` on, to `target` from `start` on.
 
     Rows of a target of experts, (experts, rows, columns), are counted over all experts. `whole`
-    says that they must be all rows of the target.
+    says that they must be all rows of the target, `turned` that the target has the transpose.
     """
 
     target: str
@@ -27,6 +27,7 @@ class Place:
     source_start: int
     rows: int
     whole: bool
+    turned: bool = False
 
 
 class Wanted(NamedTuple):
@@ -61,6 +62,10 @@ Homes: TypeAlias = dict[str, list[Place]]
 _EXPERTS = re.compile(r"(?P<experts>.+\.experts)\.(?P<name>gate_up_proj|down_proj)")
 _EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d{1,6})\.(?P<part>gate|up|down)_proj\.weight"
+)
+# GPT-OSS as unsloth loads it: a layer for each expert, with the transpose of what the model has.
+_LISTED = re.compile(
+    r"(?P<experts>.+\.experts)\.(?P<name>gate_up_proj|down_proj)s\.(?P<number>\d{1,6})\.weight"
 )
 
 
@@ -111,12 +116,12 @@ def find_homes(
         homes = {name: list(others.places(name, own.rows)) for name, own in wanted.items()}
         homeless = [name for name, places in homes.items() if not places]
         if not homeless:
-            _refuse_overlap(homes, where)
+            refuse_overlap(homes, where)
             return homes
         if len(wanted) - len(homeless) > best[0]:
             best = (len(wanted) - len(homeless), "by the names of the other layout", homeless)
     if not best[2]:  # all have homes, but two have the same
-        _refuse_overlap(
+        refuse_overlap(
             {n: _places(spelled(n), w.rows, flat, base) for n, w in wanted.items()}, where
         )
     raise _no_home(base, where, wanted, best)
@@ -157,6 +162,13 @@ def _places(name: str, rows: int, known: Known, base: Mapping[str, Lazy]) -> lis
     if match is not None:
         parts = ("gate", "up") if match["name"] == "gate_up_proj" else ("down",)
         return _one_by_one(match["experts"], parts, known, base)
+    match = _LISTED.fullmatch(name)
+    if match is not None:
+        target = known.get(f"{match['experts']}.{match['name']}")
+        if target is None or len(base[target].shape) != 3:
+            return []
+        height = base[target].shape[1]
+        return [Place(target, int(match["number"]) * height, 0, height, whole=False, turned=True)]
     match = _EXPERT.fullmatch(name)
     if match is None:
         return []
@@ -201,7 +213,8 @@ def _overlap(homes: Mapping[str, Sequence[Place]]) -> tuple[str, str, str] | Non
     return None
 
 
-def _refuse_overlap(homes: Mapping[str, Sequence[Place]], where: str) -> None:
+def refuse_overlap(homes: Mapping[str, Sequence[Place]], where: str) -> None:
+    """Raise `AdapterError` if two names go to the same rows of one tensor."""
     twice = _overlap(homes)
     if twice is not None:
         one, other, target = map(printable, twice)

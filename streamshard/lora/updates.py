@@ -102,7 +102,9 @@ def _turned(plan: AdapterPlan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:
     for name, module in plan.keys.modules.items():
         if name in found or not module.A:
             continue
-        found[name] = module.is_embedding
+        found[name] = module.is_embedding or plan.homes[plan.weight(name)][0].turned
+        if found[name]:
+            continue
         if settings.fan_in_fan_out and not module.is_embedding:
             A, B = factors_of(plan, name)
             shape = tensors[plan.homes[plan.weight(name)][0].target].shape
@@ -115,6 +117,7 @@ def _turned(plan: AdapterPlan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:
         if name not in open_names
         and name not in stacks
         and not plan.keys.modules[name].is_embedding
+        and not plan.homes[plan.weight(name)][0].turned
     }
     if open_names and len(told) != 1:
         raise AdapterError(
