@@ -17,6 +17,8 @@ from streamshard.checkpoint.file_names import (
     NOT_CARRIED,
     NOT_ENTERED,
     SUFFIX,
+    TEMPLATE,
+    TEMPLATES,
     TOKENIZER,
     TRAINING_STATE,
     written_name,
@@ -56,7 +58,7 @@ class Checkpoint:
     `tensors` are in file order, shard after shard; `metadata` is each file's, by the file's name.
     `config` is None where there is no `config.json`; `side_files` are what lies beside the weights
     and is carried along, by name relative to the folder. `unlisted` are names of weight files beside
-    those of the checkpoint, which are no part of it.
+    those of the checkpoint, in the same folder, which are no part of it.
     """
 
     path: Path
@@ -155,14 +157,13 @@ def _beside(folder: Path) -> tuple[dict[str, Path], list[str]]:
             )
         for name in sorted(names):
             file = parent / name
-            relative = file.relative_to(folder).as_posix()
             if NOT_CARRIED.fullmatch(name):
-                if _is_stranger(name):
-                    weights.append(relative)
+                if parent == folder and _is_stranger(name):
+                    weights.append(name)
             elif has(file):
                 _check_link(folder, file)
                 _check_fetched(file)
-                carried[relative] = file
+                carried[file.relative_to(folder).as_posix()] = file
     return carried, weights
 
 
@@ -184,13 +185,22 @@ def _check_fetched(file: Path) -> None:
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """The tokenizer's files of a folder, by name."""
+    """The files of a folder that may be a tokenizer's, by name: also code, which its settings name."""
     with reading(folder):
-        paths = [folder / name for name in names_in(folder) if TOKENIZER.fullmatch(name)]
-        for path in filter(has, paths):
-            _check_link(folder, path)
-            _check_fetched(path)
-        return {path.name: path for path in paths}
+        names = names_in(folder)
+        if TEMPLATES in names and is_folder(folder / TEMPLATES):
+            names = [*names, *(f"{TEMPLATES}/{name}" for name in names_in(folder / TEMPLATES))]
+        files = {}
+        for name in sorted(names):
+            path = folder / name
+            tokenizers = TOKENIZER.fullmatch(name) or TEMPLATE.fullmatch(name)
+            if tokenizers and has(path):
+                _check_link(folder, path)
+                _check_fetched(path)
+                files[name] = path
+            elif name.endswith(".py") and is_file(path) and not is_link(path):
+                files[name] = path
+        return files
 
 
 def _check_link(folder: Path, file: Path) -> None:

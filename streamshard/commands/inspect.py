@@ -11,22 +11,21 @@ from streamshard.checkpoint.adapter_folder import AdapterFolder, is_adapter, ope
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.commands.identify import Model, dimensions
+from streamshard.commands.public import public
 from streamshard.disk.existence import is_folder
-from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading, system
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError, printable
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.lora_targets import FLAGS
-from streamshard.limits import told
+from streamshard.notes import note
 from streamshard.tensor_names import factors_among
 
 __all__ = ["inspect"]
 
 
-@told
-@watched
+@public
 def inspect(path: PathLike) -> Report:
     """What a checkpoint or adapter is: layout, spelling, family, dimensions, dtypes, files, LoRA.
 
@@ -40,7 +39,7 @@ def inspect(path: PathLike) -> Report:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)
     report = new_report("inspect", found.tensors, None)
-    report["warnings"] += found.warnings
+    note(*found.warnings)
     files = Counter(dict.fromkeys(found.metadata, 0))
     for tensor in found.tensors.values():
         files[Path(tensor.path).name] += tensor.nbytes
@@ -54,9 +53,9 @@ def inspect(path: PathLike) -> Report:
             "packed_experts": seen.packed_experts,
             "evidence": list(seen.evidence),
         }
-        report["warnings"] += seen.warnings
+        note(*seen.warnings)
     except InputError as error:
-        report["warnings"].append(str(error))
+        note(str(error))
     report |= {
         **facts,
         "path": str(found.path),
@@ -71,6 +70,7 @@ def inspect(path: PathLike) -> Report:
 
 def _inspect_adapter(folder: Path, started: float) -> Report:
     adapter = open_adapter(folder)
+    note(*adapter.warnings, *_beside(adapter))
     keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
     report = {
         **new_report("inspect", adapter.tensors, layout_of(adapter.tensors)),
@@ -85,7 +85,6 @@ def _inspect_adapter(folder: Path, started: float) -> Report:
             },
         },
         "shards": len(adapter.files),
-        "warnings": [*adapter.warnings, *_beside(adapter)],
     }
     return finished(report, started)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from streamshard.errors import AdapterError, listed, printable
@@ -16,8 +16,10 @@ from streamshard.lora.adapter_checks import (
 )
 from streamshard.lora.beside import homes_beside, with_beside
 from streamshard.lora.experts import parameter_names
-from streamshard.lora.keys import BASE_LAYER, read_keys
+from streamshard.lora.keys import BASE_LAYER, Keys, read_keys
 from streamshard.lora.name_matching import Homes, OtherNames, Place, find_homes
+from streamshard.lora.pattern_eras import ERAS
+from streamshard.lora.which_release import settled
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
@@ -49,7 +51,7 @@ def plan_adapter(
                 "differ. Save the adapter again, with bias='none' or without that module in "
                 "modules_to_save."
             )
-    plan = AdapterPlan(adapter, keys, parameters, homes={})
+    plan = AdapterPlan(_of_its_release(adapter, keys, parameters), keys, parameters, homes={})
     check_flags(replace(plan, keys=replace(keys, whole=own)))
     plan = replace(plan, unasked=unasked(plan, own))
     magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
@@ -79,6 +81,19 @@ def _homes(plan: AdapterPlan, base: Mapping[str, Lazy], others: OtherNames) -> H
         if plan.unasked:
             raise not_asked(plan, plan.unasked) from error
         raise
+
+
+def _of_its_release(adapter: Adapter, keys: Keys, parameters: Collection[str]) -> Adapter:
+    """The adapter, its patterns read as the release did that trained these ranks."""
+    settings = adapter.settings
+    if parameters and settings.version is None:  # nobody had these before
+        settings = replace(settings, version=ERAS[0])
+    ranks = {
+        name: adapter.tensors[module.A].shape[0]
+        for name, module in keys.modules.items()
+        if module.A and name not in parameters and adapter.tensors[module.A].shape
+    }
+    return replace(adapter, settings=settled(settings, ranks, adapter.where))
 
 
 def _bias_homes(plan: AdapterPlan, module: str, base: Mapping[str, Lazy]) -> list[Place]:

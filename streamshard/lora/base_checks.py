@@ -19,7 +19,7 @@ from streamshard.tensors.lazy import Lazy, read_float32
 from streamshard.tensors.low_rank import SPAN_COLUMNS, TILE_COLUMNS, TILE_ROWS
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["check_base", "check_not_merged", "projection"]
+__all__ = ["check_base", "check_not_merged", "projection", "quantization_keys"]
 
 
 _QUANTIZED = re.compile(
@@ -99,6 +99,15 @@ def _tiles(
                 yield W, D
 
 
+def quantization_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    """Where a config says that weights are quantized: at its top, or for a part of the model."""
+    if config.get("quantization_config"):
+        yield "quantization_config"
+    for part, inner in config.items():
+        if isinstance(inner, dict):
+            yield from (f"{part}.{key}" for key in quantization_keys(inner))
+
+
 def check_base(
     base: Mapping[str, Lazy],
     config: Mapping[str, Any] | None,
@@ -107,16 +116,16 @@ def check_base(
 ) -> None:
     """Raise `InputError` if a checkpoint is quantized or wrapped by LoRA, and so cannot be `goal`."""
     quantized = [name for name in base if _QUANTIZED.fullmatch(name)]
-    if not quantized and config is not None and config.get("quantization_config"):
-        packed = [n for n, t in base.items() if len(t.shape) > 1 and t.dtype not in FLOATS]
-        if not packed:
+    key = next(quantization_keys(config or {}), None)
+    if key is not None and not quantized:
+        quantized = [n for n, t in base.items() if len(t.shape) > 1 and t.dtype not in FLOATS]
+        if not quantized:
             kinds = ", ".join(sorted({tensor.dtype for tensor in base.values()}))
             raise InputError(
-                f"{where}: its config.json has a quantization_config, but its weights are not quantized "
-                f"({kinds}): it is left over. Loaders would quantize, or fail: remove that key from "
-                "config.json and try again."
+                f"{where}: its config.json has a {key}, but its weights are not quantized ({kinds}): it "
+                "is left over. Loaders would quantize, or fail: remove that key from config.json and "
+                "try again."
             )
-        quantized = packed
     if quantized:
         raise InputError(
             f"{where}: is quantized: it has {listed(quantized, 3)}. What is quantized cannot be {goal} "

@@ -194,9 +194,9 @@ def _check_alone(target: str, own: Sequence[Replacement]) -> None:
             continue
         if one.start + one.rows.rows > other.start or one.whole or other.whole:
             files = dict.fromkeys([one.adapter.where, other.adapter.where])
-            whose = " and ".join(files) + (": both bring" if len(files) > 1 else ": twice brings")
+            whose = "both bring" if len(files) > 1 else "two of its tensors bring"
             raise AdapterError(
-                f"{whose} values of their own for "
+                f"{' and '.join(files)}: {whose} values of their own for "
                 f"'{printable(target)}' (modules_to_save, biases or token rows). Only one of them "
                 "can hold: merge one adapter, or remove these tensors from the other."
             )

@@ -49,7 +49,7 @@ def equal(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_R8_as_a_base(shards, tmp_path):  # noqa: N802
+def test_R8_as_a_base(shards, tmp_path):
     base = make(tmp_path / "base", "tiny", "custom")
     adapter = adapter_of(tmp_path / "adapter", "tiny", "custom", targets="llm")
     hf = make(tmp_path / "hf", "tiny", "hf")
@@ -70,7 +70,7 @@ def test_R8_as_a_base(shards, tmp_path):  # noqa: N802
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("side", ["custom", "hf"])
-def test_R8_as_source_and_as_reference(side, shards, tmp_path):  # noqa: N802
+def test_R8_as_source_and_as_reference(side, shards, tmp_path):
     folders = {s: make(tmp_path / s, "tiny", s) for s in ("custom", "hf")}
     convert = streamshard.custom_to_hf if side == "custom" else streamshard.hf_to_custom
     paths = {f"{name}_path": path for name, path in folders.items()}
@@ -88,7 +88,7 @@ def test_R8_as_source_and_as_reference(side, shards, tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_R8_to_look_at_and_to_verify(shards, tmp_path):  # noqa: N802
+def test_R8_to_look_at_and_to_verify(shards, tmp_path):
     base = as_bin(make(tmp_path / "base", "tiny", "custom"), shards)
     seen = streamshard.inspect(base)
     assert sorted(seen["files"]) == sorted(path.name for path in base.glob("*.bin"))
@@ -103,7 +103,7 @@ def test_R8_to_look_at_and_to_verify(shards, tmp_path):  # noqa: N802
         streamshard.verify(base)
 
 
-def test_R8_wrapped_and_extracted(tmp_path):  # noqa: N802
+def test_R8_wrapped_and_extracted(tmp_path):
     base = make(tmp_path / "base", "tiny", "custom")
     streamshard.wrap_lora(base=base, output=tmp_path / "wrapped", llm_r=4)
     as_bin(base, 2)
@@ -120,7 +120,7 @@ def test_R8_wrapped_and_extracted(tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("end", [".bin", ".pt", ".pth"])
-def test_R8_a_file_itself(end, tmp_path):  # noqa: N802
+def test_R8_a_file_itself(end, tmp_path):
     base = as_bin(make(tmp_path / "base", "tiny", "custom"))
     file = base / f"mine{end}"
     (base / "pytorch_model.bin").rename(file)
@@ -131,7 +131,7 @@ def test_R8_a_file_itself(end, tmp_path):  # noqa: N802
     assert reference.read(tmp_path / "out").keys() == torch.load(file, weights_only=True).keys()
 
 
-def test_R8_tied_tensors_share_their_bytes(tmp_path):  # noqa: N802
+def test_R8_tied_tensors_share_their_bytes(tmp_path):
     base = make(tmp_path / "base", "tiny", "custom")
     tensors = reference.read(base)
     names = ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"]
@@ -144,7 +144,7 @@ def test_R8_tied_tensors_share_their_bytes(tmp_path):  # noqa: N802
     assert all(reference.same_tensor(found[name], tensors[name]) for name in names)
 
 
-def test_R8_safetensors_come_first(tmp_path):  # noqa: N802
+def test_R8_safetensors_come_first(tmp_path):
     base = make(tmp_path / "base", "tiny", "custom")
     (base / "pytorch_model.bin").write_bytes(b"stale")
     adapter = adapter_of(tmp_path / "adapter", "tiny", "custom", targets="llm")
@@ -153,7 +153,7 @@ def test_R8_safetensors_come_first(tmp_path):  # noqa: N802
     ]
 
 
-def test_R8_heads_beside_a_bin_are_no_checkpoint(tmp_path):  # noqa: N802
+def test_R8_heads_beside_a_bin_are_no_checkpoint(tmp_path):
     """A file of safetensors of an unknown name is one only if there is nothing of a known name."""
     base = as_bin(make(tmp_path / "base", "tiny", "custom"))
     reference.save_file({"v_head.weight": torch.ones(2)}, base / "value_head.safetensors", {})
@@ -190,7 +190,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_R8_what_is_refused_is_told(kind, tmp_path):  # noqa: N802
+def test_R8_what_is_refused_is_told(kind, tmp_path):
     base = as_bin(make(tmp_path / "base", "tiny", "custom"))
     adapter = adapter_of(tmp_path / "adapter", "tiny", "custom", targets="llm")
     change, expected = REFUSED[kind]
@@ -201,7 +201,7 @@ def test_R8_what_is_refused_is_told(kind, tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("kind", ["legacy", "views"])
-def test_R8_the_command_that_is_told_makes_it_readable(kind, tmp_path):  # noqa: N802
+def test_R8_the_command_that_is_told_makes_it_readable(kind, tmp_path):
     base = as_bin(make(tmp_path / "base", "tiny", "custom"))
     REFUSED[kind][0](base / "pytorch_model.bin")
     with pytest.raises(InputError) as caught:
@@ -212,7 +212,7 @@ def test_R8_the_command_that_is_told_makes_it_readable(kind, tmp_path):  # noqa:
     assert [path.name for path in base.glob("*.bin*")] == ["pytorch_model.bin"]
 
 
-def test_R8_an_index_that_leads_elsewhere_is_refused(tmp_path):  # noqa: N802
+def test_R8_an_index_that_leads_elsewhere_is_refused(tmp_path):
     base = as_bin(make(tmp_path / "base", "tiny", "custom"), 2)
     index = json.loads((base / BIN_INDEX).read_text())
     for name in ("../x.bin", "x.safetensors", "a/b.bin"):

@@ -81,7 +81,7 @@ class Case:
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])
 @pytest.mark.parametrize("file", FILES)
-def test_S2_trained_weights_take_the_place_of_the_bases(file, layout, tmp_path):  # noqa: N802
+def test_S2_trained_weights_take_the_place_of_the_bases(file, layout, tmp_path):
     case = Case(tmp_path, layout)
     put(case.adapter / file, {PREFIX + n: t for n, t in case.live(case.trained).items()})
     case.expect(case.trained)
@@ -89,7 +89,7 @@ def test_S2_trained_weights_take_the_place_of_the_bases(file, layout, tmp_path):
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])
 @pytest.mark.parametrize("spelling", ["live", "flat", "peft-flat", "wrapped", "state_dict"])
-def test_S2_by_any_name_that_an_adapter_may_use(spelling, layout, tmp_path):  # noqa: N802
+def test_S2_by_any_name_that_an_adapter_may_use(spelling, layout, tmp_path):
     case = Case(tmp_path, layout)
     live = case.live(case.trained)
     content: Any = {
@@ -107,7 +107,7 @@ def test_S2_by_any_name_that_an_adapter_may_use(spelling, layout, tmp_path):  # 
 
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])
-def test_S2_trained_in_the_other_layout(layout, tmp_path):  # noqa: N802
+def test_S2_trained_in_the_other_layout(layout, tmp_path):
     other = {"custom": "hf", "hf": "custom"}[layout]
     case = Case(tmp_path, layout, adapted=other)
     names = {
@@ -126,7 +126,7 @@ def test_S2_trained_in_the_other_layout(layout, tmp_path):  # noqa: N802
     case.expect(case.trained)
 
 
-def test_S2_a_vision_encoder_as_ms_swift_saves_it(tmp_path):  # noqa: N802
+def test_S2_a_vision_encoder_as_ms_swift_saves_it(tmp_path):
     """Every `vision_model.*` and `mlp1.*`, of which training changed some; others are inert."""
     case = Case(tmp_path, "custom")
     parts = ("vision_model.", "mlp1.")
@@ -149,21 +149,21 @@ def test_S2_a_vision_encoder_as_ms_swift_saves_it(tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16"])
-def test_S2_values_in_another_dtype_are_rounded_once(dtype, tmp_path):  # noqa: N802
+def test_S2_values_in_another_dtype_are_rounded_once(dtype, tmp_path):
     case = Case(tmp_path, "custom")
     wide = {n: t.to(reference.TORCH[dtype]) * 1.001 for n, t in case.trained.items()}
     put(case.adapter / "non_lora_state_dict.bin", wide)
     case.expect({n: wide[n].to(t.dtype) for n, t in case.trained.items()})
 
 
-def test_S2_equal_values_are_inert(tmp_path):  # noqa: N802
+def test_S2_equal_values_are_inert(tmp_path):
     case = Case(tmp_path, "custom")
     same = {n: case.weights[n].float() for n in case.trained}
     put(case.adapter / "non_lora_trainables.bin", same)
     case.expect({})
 
 
-def test_S2_a_file_with_all_that_the_trainer_had(tmp_path):  # noqa: N802
+def test_S2_a_file_with_all_that_the_trainer_had(tmp_path):
     """As accelerate saves a wrapped model: pairs as well, which are those of the adapter."""
     case = Case(tmp_path, "custom")
     pairs = load_file(case.adapter / "adapter_model.safetensors")
@@ -187,7 +187,7 @@ STATES = [
 
 
 @pytest.mark.parametrize("file", STATES)
-def test_S2_what_a_trainer_needs_is_left_alone(file, tmp_path):  # noqa: N802
+def test_S2_what_a_trainer_needs_is_left_alone(file, tmp_path):
     case = Case(tmp_path, "custom")
     plain = case.merged("plain")
     path = case.adapter / file
@@ -203,7 +203,7 @@ def test_S2_what_a_trainer_needs_is_left_alone(file, tmp_path):  # noqa: N802
     assert not case.report["warnings"]
 
 
-def test_S2_a_state_by_what_is_in_it(tmp_path):  # noqa: N802
+def test_S2_a_state_by_what_is_in_it(tmp_path):
     case = Case(tmp_path, "custom")
     layer = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(layer.parameters())
@@ -239,7 +239,7 @@ NOWHERE: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", NOWHERE)
-def test_S2_without_a_place_the_file_is_named(kind, tmp_path, cli):  # noqa: N802
+def test_S2_without_a_place_the_file_is_named(kind, tmp_path, cli):
     case = Case(tmp_path, "custom")
     file, content, expected = NOWHERE[kind]
     put(case.adapter / file, content)
@@ -254,7 +254,7 @@ def test_S2_without_a_place_the_file_is_named(kind, tmp_path, cli):  # noqa: N80
 
 
 @pytest.mark.parametrize("how", ["garbage", "legacy", "cut", "lfs"])
-def test_S2_what_cannot_be_read_is_named(how, tmp_path):  # noqa: N802
+def test_S2_what_cannot_be_read_is_named(how, tmp_path):
     case = Case(tmp_path, "custom")
     path = case.adapter / "non_lora_trainables.bin"
     torch.save(case.trained, path, _use_new_zipfile_serialization=how != "legacy")
@@ -268,14 +268,14 @@ def test_S2_what_cannot_be_read_is_named(how, tmp_path):  # noqa: N802
         case.merged()
 
 
-def test_S2_a_weight_can_not_scale_what_replaces(tmp_path):  # noqa: N802
+def test_S2_a_weight_can_not_scale_what_replaces(tmp_path):
     case = Case(tmp_path, "custom")
     put(case.adapter / "vit.safetensors", case.trained)
     with pytest.raises(AdapterError, match="weight 1"):
         case.merged(weight=[0.5])
 
 
-def test_S2_an_adapter_of_its_own_in_a_folder_below_is_told(tmp_path):  # noqa: N802
+def test_S2_an_adapter_of_its_own_in_a_folder_below_is_told(tmp_path):
     case = Case(tmp_path, "custom")
     (case.adapter / "reference").mkdir()
     for file in case.adapter.glob("adapter_*"):
@@ -284,7 +284,7 @@ def test_S2_an_adapter_of_its_own_in_a_folder_below_is_told(tmp_path):  # noqa: 
     assert any("'reference'" in warning for warning in case.report["warnings"])
 
 
-def test_S2_resized_tables_beside_the_adapter(tmp_path):  # noqa: N802
+def test_S2_resized_tables_beside_the_adapter(tmp_path):
     """As LongLoRA saves them: the vocabulary grows, and the config says so."""
     case = Case(tmp_path, "custom")
     names = ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"]
@@ -299,7 +299,7 @@ def test_S2_resized_tables_beside_the_adapter(tmp_path):  # noqa: N802
     assert config["llm_config"]["vocab_size"] == rows
 
 
-def test_S2_inspect_and_verify_look_at_it(tmp_path):  # noqa: N802
+def test_S2_inspect_and_verify_look_at_it(tmp_path):
     case = Case(tmp_path, "custom")
     put(case.adapter / "vit.safetensors", case.trained)
     assert "vit.safetensors" in inspect(case.adapter)["files"]
@@ -318,7 +318,7 @@ def test_S2_inspect_and_verify_look_at_it(tmp_path):  # noqa: N802
 @pytest.mark.parametrize("how", ["same", "other", "more"])
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 @pytest.mark.parametrize("file", ["non_lora_trainables.bin", "vit.safetensors"])
-def test_S2_beside_a_training_checkpoint(file, prefix, how, tmp_path, cli):  # noqa: N802
+def test_S2_beside_a_training_checkpoint(file, prefix, how, tmp_path, cli):
     """Its weights are all inside: other values for the same names are refused, unknown names told."""
     case = Case(tmp_path, "custom")
     wrap_lora(base=case.base, output=tmp_path / "wrapped", llm_r=4)

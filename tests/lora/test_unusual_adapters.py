@@ -44,7 +44,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("indices", [[290, 299, 3], {"embed_tokens": [5, 298], "lm_head": [291]}])
-def test_R3_a_resized_table_and_rows_of_it(indices, tied, tmp_path):  # noqa: N802
+def test_R3_a_resized_table_and_rows_of_it(indices, tied, tmp_path):
     """peft PR 2376, 2863: first the table, then its rows."""
     language_model(tied=tied).save_pretrained(tmp_path / "base")
     model = language_model(tied=tied)
@@ -70,7 +70,7 @@ def test_R3_a_resized_table_and_rows_of_it(indices, tied, tmp_path):  # noqa: N8
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pairs", ["none", "zero"])
 @pytest.mark.parametrize("saved", [[], ["embed_tokens", "lm_head"]])
-def test_R4_an_adapter_that_only_resizes(saved, pairs, tied, tmp_path):  # noqa: N802
+def test_R4_an_adapter_that_only_resizes(saved, pairs, tied, tmp_path):
     """Old rows are as they were; that there are more counts as a change."""
     model = language_model(tied=tied)
     model.save_pretrained(tmp_path / "base")
@@ -117,7 +117,7 @@ def sharded(folder: Path, *, pickled: bool = False, count: int = 3) -> list[Path
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-def test_R11_an_adapter_in_several_files(pickled, tmp_path):  # noqa: N802
+def test_R11_an_adapter_in_several_files(pickled, tmp_path):
     base = make(tmp_path / "base", "tiny", "custom")
     adapter = adapter_of(tmp_path / "adapter", "tiny", "custom", targets="llm")
     before = inspect(adapter)
@@ -140,7 +140,7 @@ def test_R11_an_adapter_in_several_files(pickled, tmp_path):  # noqa: N802
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])
 @pytest.mark.parametrize("wide", [False, True])
-def test_R11_base_tensors_in_an_adapter_are_inert(wide, layout, tmp_path):  # noqa: N802
+def test_R11_base_tensors_in_an_adapter_are_inert(wide, layout, tmp_path):
     base = make(tmp_path / "base", "tiny", layout)
     adapter = adapter_of(tmp_path / "adapter", "tiny", layout, targets="llm")
     merge_lora(base=base, adapter=adapter, output=tmp_path / "expected")
@@ -168,7 +168,7 @@ def test_R11_base_tensors_in_an_adapter_are_inert(wide, layout, tmp_path):  # no
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("layout", ["custom", "hf"])
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
-def test_R11_experts_of_gpt_oss_in_a_list(prefix, layout, name, tmp_path):  # noqa: N802
+def test_R11_experts_of_gpt_oss_in_a_list(prefix, layout, name, tmp_path):
     """unsloth has a layer an expert, with the transpose of the expert's matrix."""
     base = make(tmp_path / "base", "tiny-gpt-oss", layout)
     weights = reference.read(base)
@@ -194,7 +194,7 @@ def test_R11_experts_of_gpt_oss_in_a_list(prefix, layout, name, tmp_path):  # no
         assert other == f"{stem}.{name}" or reference.same_tensor(found[other], tensor)
 
 
-def test_R11_an_expert_that_the_base_does_not_have(tmp_path):  # noqa: N802
+def test_R11_an_expert_that_the_base_does_not_have(tmp_path):
     base = make(tmp_path / "base", "tiny-gpt-oss", "custom")
     stem = f"{PREFIX}language_model.model.layers.0.mlp.experts.down_projs.99"
     weights = reference.read(base)
@@ -213,7 +213,7 @@ def test_R11_an_expert_that_the_base_does_not_have(tmp_path):  # noqa: N802
 
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("counted", [7, 0])
-def test_R12_counters_of_a_saved_module(counted, beside, tmp_path):  # noqa: N802
+def test_R12_counters_of_a_saved_module(counted, beside, tmp_path):
     """BatchNorm counts batches in an integer, which PEFT saves with its module."""
     norm = torch.nn.BatchNorm1d(8)
     base = reference.save_checkpoint(
@@ -247,7 +247,7 @@ def test_R12_counters_of_a_saved_module(counted, beside, tmp_path):  # noqa: N80
         assert reference.same_tensor(found[f"head.norm.{name}"], tensor), name
 
 
-def test_R12_only_a_counter_has_changed(tmp_path):  # noqa: N802
+def test_R12_only_a_counter_has_changed(tmp_path):
     """No distance tells of integers, and it is a change all the same."""
     base = reference.save_checkpoint(
         tmp_path / "base",
@@ -269,7 +269,7 @@ def test_R12_only_a_counter_has_changed(tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
-def test_R12_a_counter_of_another_dtype_is_refused(dtype, tmp_path):  # noqa: N802
+def test_R12_a_counter_of_another_dtype_is_refused(dtype, tmp_path):
     base = reference.save_checkpoint(
         tmp_path / "base", {"norm.count": torch.tensor(0), "norm.weight": torch.ones(4)}
     )
@@ -288,7 +288,7 @@ def test_R12_a_counter_of_another_dtype_is_refused(dtype, tmp_path):  # noqa: N8
 
 
 @pytest.mark.parametrize("command", ["merge", "convert", "reference", "inspect"])
-def test_R12_a_bare_file_beside_a_config(command, tmp_path):  # noqa: N802
+def test_R12_a_bare_file_beside_a_config(command, tmp_path):
     folders = {side: make(tmp_path / side, "tiny", side) for side in ("custom", "hf")}
     bare = {side: folder / "model.safetensors" for side, folder in folders.items()}
     assert all(file.exists() for file in bare.values())
