@@ -19,6 +19,7 @@ from streamshard.checkpoint.file_names import (
 from streamshard.checkpoint.folder import no_such
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
+from streamshard.checkpoint.no_adapter import checkpoint_instead
 from streamshard.checkpoint.other_folders import what_instead
 from streamshard.checkpoint.trained_beside import TrainedFile, trained_beside
 from streamshard.checkpoint.weight_files import find_weights, has, open_listed
@@ -77,6 +78,9 @@ def open_adapter(path: PathLike) -> AdapterFolder:
 def _open_adapter(path: Path) -> AdapterFolder:
     if is_file(path) and path.name.startswith("adapter_model"):
         path = path.parent
+    if is_file(path):
+        hint = checkpoint_instead(path) or "Give the folder that it is in."
+        raise InputError.at(path, f"is a file; an adapter is a folder. {hint}")
     if not is_folder(path):
         raise no_such(path, "adapter folder")
     if not has(path / ADAPTER_CONFIG_NAME):
@@ -84,7 +88,9 @@ def _open_adapter(path: Path) -> AdapterFolder:
         hint = (
             f"Adapters lie in its sub-folders {listed(inner)}: give one of these."
             if inner
-            else what_instead(path) or "Give the folder that PEFT's save_pretrained wrote."
+            else what_instead(path)
+            or checkpoint_instead(path)
+            or "Give the folder that PEFT's save_pretrained wrote."
         )
         raise InputError.at(path, f"has no {ADAPTER_CONFIG_NAME}. {hint}")
     config = read_json_object(path / ADAPTER_CONFIG_NAME)

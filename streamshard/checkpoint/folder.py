@@ -26,6 +26,7 @@ from streamshard.checkpoint.file_names import (
 from streamshard.checkpoint.header import Header
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.checkpoint.lfs_pointers import MAX_POINTER_NBYTES, check_pointer
+from streamshard.checkpoint.nothing_there import instead
 from streamshard.checkpoint.weight_files import (
     has,
     has_weights,
@@ -43,6 +44,7 @@ from streamshard.disk.existence import (
     walked,
 )
 from streamshard.disk.files import open_source
+from streamshard.disk.inputs import Inputs
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, listed, printable
@@ -118,10 +120,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 def no_such(path: Path, what: str) -> InputError:
     """The error for a path at which nothing is."""
-    hint = "Check the path."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(path)):
-        hint = "Hub ids are not supported yet: download it (hf download) and give the folder."
-    return InputError.at(path, f"no such {what}. {hint}")
+    return InputError.at(path, f"no such {what}. {instead(path)}")
 
 
 def _checkpoint(
@@ -180,7 +179,10 @@ def _check_fetched(file: Path) -> None:
     """Refuse to carry what only stands for a file: the output would be without that."""
     there = found(file)
     if there is not None and 0 < there.st_size <= MAX_POINTER_NBYTES:
-        with open_source(file) as opened:
+        # No input by that: it may never be carried.
+        ended = Inputs()
+        ended.close()
+        with open_source(file, ended) as opened:
             check_pointer(file, opened.read(0, MAX_POINTER_NBYTES))
 
 

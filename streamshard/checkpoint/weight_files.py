@@ -25,7 +25,7 @@ from streamshard.checkpoint.lfs_pointers import check_pointer
 from streamshard.checkpoint.other_folders import what_instead
 from streamshard.disk.existence import is_file, is_folder, is_link, is_there, names_in
 from streamshard.disk.files import read_bytes
-from streamshard.errors import InputError, listed, printable
+from streamshard.errors import InputError, argument, listed, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = [
@@ -119,8 +119,8 @@ def _only_other(folder: Path) -> Path:
     if instead is None and is_file(folder / ADAPTER_CONFIG_NAME):
         raise InputError.at(
             folder,
-            "is a PEFT adapter, not a checkpoint. "
-            "Pass it as --adapter and the model it was trained on as --base.",
+            "is a PEFT adapter, not a checkpoint. It goes with the model it was trained on: "
+            f"`merge-lora --adapter {argument(folder)} --base MODEL`.",
         )
     hint = instead or f"Give a folder with {names.single} or an index."
     raise InputError.at(folder, f"has no weights of a model. {hint}")

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.commands.beside_wrapped import check_beside_wrapped
+from streamshard.commands.identify import Model
 from streamshard.disk.paths import PathLike
-from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
+from streamshard.errors import AdapterError, InputError, UsageError, argument, listed, printable
 from streamshard.internvl.lora_targets import FLAGS, PARTS, upstream_alpha
+from streamshard.internvl.shapes import GATHER
 from streamshard.lora.adapter import Adapter
 from streamshard.lora.settings import LoraSettings
 from streamshard.lora.wrapped_names import Unwrapped, unwrap
@@ -19,12 +21,6 @@ from streamshard.notes import note
 from streamshard.tensor_names import is_wrapped
 
 __all__ = ["Wrapped", "WrappedSettings", "check_flags", "open_wrapped", "read_wrapped"]
-
-
-_PARTITIONED = (
-    "The checkpoint was saved from a partitioned (ZeRO-3) model: gather its weights "
-    "(zero_to_fp32.py) and try again."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +62,12 @@ def read_wrapped(
     if not is_wrapped(found.tensors):
         raise InputError(
             f"{where}: no LoRA found: it has no lora_A and lora_B tensors, so there is nothing to do. "
-            "A full fine-tune is complete as it is; for a PEFT adapter give --adapter and --base."
+            "A full fine-tune is complete as it is; for a PEFT adapter: "
+            f"`merge-lora --adapter ADAPTER --base {argument(found.path)}`."
         )
     empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
     if empty:
-        raise InputError(f"{where}: {listed(empty)} have no elements. {_PARTITIONED}")
+        raise InputError(f"{where}: {listed(empty)} have no elements. {GATHER}.")
     inside = unwrap(found.tensors, adapter_name)
     if not inside.pairs:
         raise InputError(
@@ -78,6 +75,7 @@ def read_wrapped(
             "pairs are lost, or were merged before. Save the checkpoint again."
         )
     found = check_beside_wrapped(found, inside.base)
+    Model(found).check(inside.base)
     ranks = {module: _rank(found, pair.A, where) for module, pair in inside.pairs.items()}
     note(*found.warnings, *check_flags(found, ranks, where, alpha=alpha))
     for part, depth in inside.depths.items():
@@ -126,7 +124,7 @@ def _rank(found: Checkpoint, name: str, where: str) -> int:
     if len(shape) != 2 or not all(shape):
         raise AdapterError(
             f"{where}: '{printable(name)}' has shape {list(shape)}; a matrix was expected. "
-            f"{_PARTITIONED}"
+            f"{GATHER}."
         )
     return shape[0]
 
@@ -141,7 +139,7 @@ def _refuse_others(inside: Unwrapped, where: str) -> None:
         raise AdapterError(
             f"{where}: '{printable(given)}' is {kind}, which InternVL's trainer does not save and "
             "which cannot be understood without the adapter's config. Save the adapter with PEFT's "
-            "save_pretrained, and give it as --adapter with its --base."
+            "save_pretrained, and fold it in: `merge-lora --adapter ADAPTER --base MODEL`."
         )
 
 

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from streamshard.checkpoint.file_names import REPORT_NAME, SUFFIX
+from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.open_anything import Opened, open_anything
 from streamshard.checkpoint.unlisted_files import Entry, contents, harm
+from streamshard.checkpoint.weight_files import is_weight_file
 from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
+from streamshard.commands.verify_model import AsModel, as_model
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
@@ -37,7 +39,8 @@ def verify(
 ) -> Report:
     """Read a checkpoint or adapter again, and say whether it is what was written.
 
-    Checks headers, the index against the files both ways, and that no value is infinite or NaN; where
+    Checks headers, the index against the files both ways, that no value is infinite or NaN, and, of
+    InternVL checkpoints, that all tensors that `config.json` describes are there, in their shapes; where
     there is a `streamshard.json`, also that record itself, every file and tensor against its digests,
     and that nothing was added which could be run or loaded. `sample` reads only so many tensors
     ("10%" or a number), chosen at random, and no SHA-256. With `strict` it is a problem if there is
@@ -64,6 +67,7 @@ def verify(
     share(tasks, lambda task, work: task(work), workers_or_default(workers), check.stop)
     check.shards(names)
     coverage = _coverage(found, check)
+    model = as_model(found)
     warnings = []
     if not found.listing.usable and found.listing.record == "missing":
         reason = _why_uncomparable(found)
@@ -85,12 +89,18 @@ def verify(
             "files": len(check.compared),
         },
         **coverage,
-        "missing": check.missing,
+        "checks": _checks(found, model),
+        "missing": sorted({*check.missing, *model.missing}),
         "unexpected": check.unexpected,
         "different": sorted(check.different),
         "nonfinite": dict(sorted(check.nonfinite.items())),
         "unreadable": sorted(found.unreadable | check.unreadable),
-        "problems": [*found.problems, *sorted(check.problems), *coverage["problems"]],
+        "problems": [
+            *found.problems,
+            *sorted(check.problems),
+            *model.problems,
+            *coverage["problems"],
+        ],
         "warnings": warnings,
     }
     report = finished(report, started)
@@ -107,6 +117,20 @@ def verify(
             report,
         )
     return report
+
+
+def _checks(found: Opened, model: AsModel) -> list[dict[str, str | None]]:
+    """What was checked, and what could not be, with the reason."""
+    done = ["headers", *([] if found.bare else ["index against files"]), "infinite and NaN values"]
+    why_not = dict(model.unchecked)
+    if found.listing.usable:
+        done.append("digests")
+    elif found.listing.record == "missing":
+        why_not["digests"] = _why_uncomparable(found)
+    else:
+        why_not["digests"] = f"the {REPORT_NAME} cannot be used"
+    all_of_it = {**dict.fromkeys([*done, *model.checked]), **why_not}
+    return [{"what": what, "why_not": why} for what, why in all_of_it.items()]
 
 
 def _coverage(found: Opened, check: Comparison) -> dict[str, Any]:
@@ -146,7 +170,7 @@ def _why_not(found: Opened, check: Comparison, name: str) -> str:
         return "it cannot be read" if unread else "it is not as it was written"
     if name in found.headers:
         return "its values were read, but no digest of it is recorded"
-    if name.endswith(SUFFIX):
+    if is_weight_file(name):
         return "it is no part of this checkpoint, and no digest of it is recorded"
     return "no digest of it is recorded"
 

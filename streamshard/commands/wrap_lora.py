@@ -88,7 +88,13 @@ def wrap_lora(
         )
     given = source.given(layout)
     tensors: dict[str, Lazy] = {name: source.tensors[own] for name, own in given.items()}
+    if source.relative is not None:
+        raise InputError(
+            f"{source.where}: is of {source.relative}, a relative of InternVL, whose classes InternVL's "
+            "trainer does not know: wrap the model with peft."
+        )
     dims = source.dims
+    source.check()
     check_complete(tensors, dims, layout)
     targets = target_modules(tensors, dims, layout, ranks)
     pairs = initial_pairs(tensors, {target.module: target.r for target in targets}, seed)
@@ -231,7 +237,7 @@ def _wrapped_config(source: Model, layout: Layout, ranks: Mapping[str, int]) -> 
     if layout != "custom":
         raise InputError(
             f"{where}: is of the HF layout, but the trainer that loads wrapped checkpoints knows "
-            "only the custom layout. Convert it with hf2custom, or write an adapter (--format peft)."
+            "only the custom layout. Convert it with `hf2custom`, or write an adapter (--format peft)."
         )
     if source.config is None:
         raise InputError(

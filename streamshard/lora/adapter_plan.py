@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.lora.adapter import Adapter, AdapterPlan, no_sum, wanted_tensors
@@ -16,7 +17,7 @@ from streamshard.lora.adapter_checks import (
 )
 from streamshard.lora.beside import homes_beside, with_beside
 from streamshard.lora.experts import parameter_names
-from streamshard.lora.keys import BASE_LAYER, Keys, read_keys
+from streamshard.lora.keys import BASE_LAYER, Keys, are_own_names, read_keys
 from streamshard.lora.name_matching import Homes, OtherNames, Place, find_homes
 from streamshard.lora.pattern_eras import ERAS
 from streamshard.lora.which_release import settled
@@ -31,7 +32,8 @@ def plan_adapter(
     adapter: Adapter, base: Mapping[str, Lazy], work: Workspace, others: OtherNames
 ) -> AdapterPlan:
     """Read an adapter's keys and find their places; raises `AdapterError` for what does not fit."""
-    keys = read_keys(adapter.tensors, adapter.where, adapter.name)
+    bare = not are_own_names(adapter.tensors, base)
+    keys = read_keys(adapter.tensors, adapter.where, adapter.name, bare=bare)
     own = keys.whole
     adapter, keys = with_beside(adapter, keys, work)
     settings, where = adapter.settings, adapter.where
@@ -69,18 +71,19 @@ def plan_adapter(
 
 
 def _homes(plan: AdapterPlan, base: Mapping[str, Lazy], others: OtherNames) -> Homes:
-    where = plan.adapter.where
-    try:
-        return find_homes(base, wanted_tensors(plan, turned=False), where, others)
-    except AdapterError as error:
-        if plan.parameters:
-            # The factors of fused experts may have in and out the other way round.
-            return find_homes(base, wanted_tensors(plan, turned=True), where, others)
-        if plan.adapter.beside:
-            return homes_beside(plan, base, others)
-        if plan.unasked:
-            raise not_asked(plan, plan.unasked) from error
-        raise
+    """The places of all tensors: by one way to read the names, or else file by file."""
+    # The factors of fused experts may have in and out the other way round.
+    ways = [wanted_tensors(plan, turned=turned) for turned in {False, bool(plan.parameters)}]
+    problem = None
+    for find in (find_homes, partial(homes_beside, plan)) if plan.adapter.beside else (find_homes,):
+        for wanted in ways:
+            try:
+                return find(base, wanted, plan.adapter.where, others)
+            except AdapterError as error:
+                problem = error
+    if plan.unasked and not plan.adapter.beside:
+        raise not_asked(plan, plan.unasked) from problem
+    raise problem or AdapterError(f"{plan.adapter.where}: has no tensors.")
 
 
 def _of_its_release(adapter: Adapter, keys: Keys, parameters: Collection[str]) -> Adapter:

@@ -136,9 +136,9 @@ def check_base(
         raise InputError(
             f"{where}: is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. "
             + (
-                "Merge its pairs first, and convert the result: merge-lora CHECKPOINT --output O."
+                "Merge its pairs first, and convert the result: `merge-lora CHECKPOINT --output O`."
                 if goal == "converted"
                 else "Use the checkpoint that the training started from, or merge its own pairs: "
-                "merge-lora CHECKPOINT --output O."
+                "`merge-lora CHECKPOINT --output O`."
             )
         )

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 
 from streamshard.errors import AdapterError, printable
-from streamshard.lora.adapter import Adapter, AdapterPlan, wanted_tensors
+from streamshard.lora.adapter import Adapter, AdapterPlan
 from streamshard.lora.keys import Keys, Module, read_keys
-from streamshard.lora.name_matching import Homes, OtherNames, find_homes, refuse_overlap
+from streamshard.lora.name_matching import Homes, OtherNames, Wanted, find_homes, refuse_overlap
 from streamshard.tensor_names import factors_among, is_of_tokens
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Lazy
@@ -70,14 +70,19 @@ def _same(one: Lazy, other: Lazy, work: Workspace) -> bool:
     return alike and equal_bytes(one, other, work)
 
 
-def homes_beside(plan: AdapterPlan, base: Mapping[str, Lazy], others: OtherNames) -> Homes:
+def homes_beside(
+    plan: AdapterPlan,
+    base: Mapping[str, Lazy],
+    wanted: Mapping[str, Wanted],
+    where: str,
+    others: OtherNames,
+) -> Homes:
     """The places of everything, where the names of the files do not fit in one way: file by file."""
-    wanted = wanted_tensors(plan, turned=False)
     origin = {name: _file_of(plan.adapter, key) for name, key in plan.keys.whole.items()}
     homes = find_homes(
         base,
         {n: w for n, w in wanted.items() if origin.get(n) is None},
-        plan.adapter.where,
+        where,
         others,
     )
     for file, tensors in plan.adapter.beside.items():
@@ -86,7 +91,7 @@ def homes_beside(plan: AdapterPlan, base: Mapping[str, Lazy], others: OtherNames
             homes |= find_homes(base, own, file, others) if own else {}
         except AdapterError as error:
             raise _unplaced(file, tensors, str(error)) from error
-    refuse_overlap(homes, plan.adapter.where)
+    refuse_overlap(homes, where)
     return homes
 
 

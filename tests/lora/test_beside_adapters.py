@@ -338,7 +338,7 @@ def test_S2_beside_a_training_checkpoint(file, prefix, how, tmp_path, cli):
     assert bool(told) == (how == "more")
 
 
-@pytest.mark.parametrize("name", ["vit.safetensors", "x/extra.bin", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["vit.safetensors", "extra.bin", "adapter_model.safetensors"])
 def test_weights_beside_a_base_are_told(name, tmp_path):
     """The rule for checkpoints: what the index does not name is no part of it, and said."""
     case = Case(tmp_path, "custom")
