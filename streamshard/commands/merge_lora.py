@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder
-from streamshard.checkpoint.digests import file_digest
+from streamshard.checkpoint.digests import files_digest
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, SUFFIX
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.tokenizer import Content
@@ -45,6 +45,7 @@ from streamshard.lora.base_checks import check_not_merged
 from streamshard.lora.merge import Merged, alone, changes_of, merge
 from streamshard.notes import note
 from streamshard.tensors.comparing import equal_bytes
+from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy, Stored
 from streamshard.tensors.workspace import Workspace
 
@@ -140,7 +141,7 @@ def merge_lora(
         l2_from=str(inputs.base.path),
         reference=written.reference,
         compares_sources=True,
-        must_change=True,
+        must_change=not _has_unmeasured(inputs.base, folded.merged),
         facts={
             "merged": len({*folded.merged.updated, *folded.merged.replaced}),
             "base": str(inputs.base.path),
@@ -216,6 +217,15 @@ def _fold(asked: Asked, inputs: Inputs) -> _Folded:
     return _Folded(merged, tie, changes.facts)
 
 
+def _has_unmeasured(base: Model, merged: Merged) -> bool:
+    """Whether something is changed that no distance tells: a shape, or values that are no floats."""
+    before = ((base.tensors.get(name), merged.tensors[name]) for name in merged.replaced)
+    return any(
+        old is not None and (old.shape != new.shape or new.dtype not in FLOATS)
+        for old, new in before
+    )
+
+
 def _tie(base: Model, work: Workspace) -> tuple[str, str] | None:
     """Embedding and head of a base where these are one tensor, stored once or twice."""
     tie = base.tie
@@ -240,7 +250,7 @@ def _described(folded: _Folded, folders: Sequence[AdapterFolder]) -> list[dict[s
     return [
         {
             **facts,
-            "digest": file_digest(folder.file),
+            "digest": files_digest([folder.path / name for name in folder.files]),
             NAMED: folder.config.get(NAMED),
         }
         for facts, folder in zip(folded.facts, folders, strict=True)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from streamshard.checkpoint.file_names import REPORT_NAME, SUFFIX
+from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.open_anything import Opened, open_anything
 from streamshard.checkpoint.unlisted_files import Entry, contents, harm
+from streamshard.checkpoint.weight_files import is_weight_file
 from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
 from streamshard.commands.verify_model import AsModel, as_model
@@ -168,7 +169,7 @@ def _why_not(found: Opened, check: Comparison, name: str) -> str:
         return "it cannot be read" if unread else "it is not as it was written"
     if name in found.headers:
         return "its values were read, but no digest of it is recorded"
-    if name.endswith(SUFFIX):
+    if is_weight_file(name):
         return "it is no part of this checkpoint, and no digest of it is recorded"
     return "no digest of it is recorded"
 

@@ -78,7 +78,8 @@ def wrap_lora(
     ranks, alphas = _ranks(llm_r, llm_alpha, backbone_r, backbone_alpha)
     _check_options(format, ranks, alphas, dropout, seed)
     source = Model(open_checkpoint(base))
-    check_base(source.tensors, source.config)
+    note(*source.checkpoint.warnings)
+    check_base(source.tensors, source.config, source.where, goal="wrapped")
     target = check_places(output, [source.path], overwrite=chosen.overwrite)
     layout = source.layout
     if layout is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ class Adapter:
     """One adapter: what messages call it, its settings, its tensors, and a factor on its scale.
 
     `name` chooses among several adapters in one file; `expert_order` is one of
-    `experts.EXPERT_ORDERS`.
+    `experts.EXPERT_ORDERS`. `beside` are the tensors of files that lie beside the adapter's own, by what
+    messages call each file.
     """
 
     where: str
@@ -53,6 +54,7 @@ class Adapter:
     weight: float = 1.0
     name: str | None = None
     expert_order: str = "peft"
+    beside: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class AdapterPlan:
     """Module to the fused parameter that it adapts."""
     homes: Mapping[str, Sequence[Place]]
     warnings: tuple[str, ...] = ()
+    unasked: Sequence[str] = ()
+    """Keys of whole tensors that the config does not ask for: they may only repeat the base."""
 
     def weight(self, module: str) -> str:
         """The tensor that a module's pair updates, as the adapter names it."""
@@ -87,7 +91,9 @@ def wanted_tensors(plan: AdapterPlan, *, turned: bool) -> dict[str, Wanted]:
             rows *= max(A.rows // plan.adapter.settings.rank(pattern_key(plan, name)), 1)
         wanted[weight] = Wanted(rows, module.A)
     for name, key in plan.keys.whole.items():
-        wanted.setdefault(name, Wanted(tensors[key].rows, key))
+        # Of a table and rows of it the table says how many there are.
+        if name not in wanted or wanted[name].rows == 1:
+            wanted[name] = Wanted(tensors[key].rows, key)
     return wanted
 
 

@@ -13,7 +13,7 @@ from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
 
-__all__ = ["check_biases", "check_factors", "check_flags"]
+__all__ = ["check_biases", "check_factors", "check_flags", "not_asked", "unasked"]
 
 
 def check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
@@ -48,7 +48,6 @@ def check_flags(
     pairs = {name: module for name, module in keys.modules.items() if module.A}
     plain = {name: module for name, module in pairs.items() if name not in plan.parameters}
     tokens = [name for name, module in keys.modules.items() if module.tokens]
-    biases = [name for name in keys.whole if name.endswith(".bias")]
     saved = {
         entry: [name for name in keys.whole if _is_within(name, entry)]
         for entry in settings.modules_to_save
@@ -114,19 +113,35 @@ def check_flags(
             f"{plan.adapter.where}: target_parameters has {listed(settings.target_parameters)}, which "
             "the base has not: PEFT ignored that, and so does this merge"
         )
-    allowed = {name for names in saved.values() for name in names}
-    if settings.bias != "none":
-        allowed |= set(biases)
-    unasked = [k for n, k in keys.whole.items() if n not in allowed and not is_of_tokens(n)]
-    if unasked:
-        raise _disagreement(
-            plan,
-            "neither modules_to_save nor bias of the config asks for them",
-            "whole tensors",
-            unasked,
-            lacks=False,
-        )
     return warnings
+
+
+def unasked(plan: AdapterPlan, whole: Mapping[str, str]) -> list[str]:
+    """The keys, of those of `whole` tensors, that the config does not ask for.
+
+    Trainers that save all that they have save weights of the base, too; other values than the base's
+    were trained, and the config would say so.
+    """
+    settings = plan.adapter.settings
+    return [
+        key
+        for name, key in whole.items()
+        if not is_of_tokens(name)
+        and not any(_is_within(name, entry) for entry in settings.modules_to_save)
+        and (settings.bias == "none" or not name.endswith(".bias"))
+    ]
+
+
+def not_asked(plan: AdapterPlan, keys: Sequence[str]) -> AdapterError:
+    """The error for whole tensors that the config does not ask for, and that are not the base's."""
+    return _disagreement(
+        plan,
+        "neither modules_to_save nor bias of the config asks for them, and they are not what the base "
+        "has",
+        "whole tensors",
+        keys,
+        lacks=False,
+    )
 
 
 def _check_nesting(plan: AdapterPlan) -> None:
@@ -170,8 +185,10 @@ def check_factors(plan: AdapterPlan) -> None:
     used = [
         k for m in plan.keys.modules.values() for k in (m.A, m.B, m.magnitude, m.bias, m.tokens)
     ]
-    for key in filter(None, [*used, *plan.keys.whole.values()]):
-        if tensors[key].dtype not in FLOATS:
+    whole = set(plan.keys.whole.values())
+    for key in filter(None, [*used, *whole]):
+        # Whole modules may have counters, too, which are compared with the base's later.
+        if tensors[key].dtype not in FLOATS and not (key in whole and is_count(tensors[key])):
             raise AdapterError(
                 f"{adapter.where}: '{printable(key)}' is {tensors[key].dtype}; "
                 f"one of {', '.join(FLOATS)} was expected. Save the adapter as float32."
@@ -209,6 +226,11 @@ def _check_rank(plan: AdapterPlan, name: str, A: Lazy, B: Lazy) -> None:
             f"{where}: '{key}' has rank {found} and its lora_B {other}, but adapter_config.json says "
             f"{rank}. Config and tensors are not of one adapter: take both from one folder."
         )
+
+
+def is_count(tensor: Lazy) -> bool:
+    """Whether a tensor has integers or truth values, like the counters of BatchNorm."""
+    return tensor.dtype == "BOOL" or tensor.dtype[0] in "IU"
 
 
 def _partitioned(adapter: Adapter, key: str) -> AdapterError:

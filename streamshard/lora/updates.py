@@ -142,7 +142,7 @@ def _turned(plan: AdapterPlan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:
             A, B = factors_of(plan, name)
             first, *others = plan.homes[plan.weight(name)]
             alone = first.whole and not others and not module.is_embedding
-            found[name] = module.is_embedding
+            found[name] = module.is_embedding or first.turned
             if alone and len(tensors[first.target].shape) == 2:
                 linear[name] = Linear(tensors[first.target].shape, B.rows, A.columns)
     says = plan.adapter.settings.fan_in_fan_out
