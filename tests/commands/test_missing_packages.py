@@ -85,7 +85,8 @@ def test_c3_a_live_model_says_what_it_needs():
     code = BLOCK.format(names=["peft"], arguments=[]) + (
         "import streamshard\n"
         "from types import SimpleNamespace as S\n"
-        "model = S(language_model=S(config=None, named_parameters=dict), llm_arch_name='Qwen2ForCausalLM')\n"
+        "llm = S(config=None, named_parameters=dict)\n"
+        "model = S(language_model=llm, llm_arch_name='Qwen2ForCausalLM')\n"
         "try:\n"
         "    streamshard.wrap_llm_lora(model)\n"
         "except streamshard.StreamshardError as error:\n"
