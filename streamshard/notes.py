@@ -1,7 +1,8 @@
 """What a run has to say besides its result: warnings, which nobody passes on and nobody can lose.
 
-Whoever finds something notes it here at once, and the report of the command that is running lists it. No
-value carries warnings that someone must remember to join.
+Whoever finds something notes it here at once, and the report of the command that is running lists it.
+What is of use without a command too (opening files, an adapter's plan) returns its warnings, and the
+command that asked notes them at once.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from streamshard.cli.options import (
     BASE,
     CONVERSION,
     REFERENCE,
+    SPLITTING,
     TOKENIZER_FROM,
     WRITING,
     output,
@@ -111,6 +112,7 @@ def cli() -> None:
     is_flag=True,
     help="Merge although the base seems to hold the adapter already.",
 )
+@SPLITTING()
 @WRITING
 def merge_lora(adapters: tuple[str, ...], weights: tuple[float, ...], **options: Any) -> None:
     """Fold LoRA adapters into a base checkpoint.
@@ -222,6 +224,7 @@ def custom2hf(**options: Any) -> None:
     show_default=True,
     help="As of torch.manual_seed before wrapping.",
 )
+@SPLITTING()
 @WRITING
 def wrap_lora(**options: Any) -> None:
     """Put fresh LoRA pairs into a checkpoint, as wrap_llm_lora and wrap_backbone_lora do.
@@ -249,6 +252,7 @@ def wrap_lora(**options: Any) -> None:
 @output("New, or empty, folder to write the adapter to.", required=True)
 @ALPHA()
 @ADAPTER_NAME
+@SPLITTING(hidden=True)  # an adapter is one file, as is told where it is given
 @WRITING
 def extract_lora(**options: Any) -> None:
     """Take the LoRA pairs out of a training checkpoint of InternVL, as a PEFT adapter folder.

@@ -22,7 +22,7 @@ from streamshard.cli.command import (
 )
 
 __all__ = ["ADAPTER_NAME", "ALPHA", "BASE", "CONVERSION", "READING", "REFERENCE", "TOKENIZER_FROM"]
-__all__ += ["WORKERS", "WRITING", "output"]
+__all__ += ["SPLITTING", "WORKERS", "WRITING", "output"]
 
 
 BASE = partial(option, INPUTS, "--base", metavar="CHECKPOINT")
@@ -65,14 +65,15 @@ READING = with_options(
 )
 """Also of the commands that write."""
 
+SPLITTING = partial(
+    option,
+    OUTPUT,
+    "--max-shard-size",
+    type=SIZE,
+    metavar="SIZE",
+    help="Split the output anew, like 5GB, 500MB, 2GiB.  [default: files as in the source]",
+)
 WRITING = with_options(
-    option(
-        OUTPUT,
-        "--max-shard-size",
-        type=SIZE,
-        metavar="SIZE",
-        help="Split the output anew, like 5GB, 500MB, 2GiB.  [default: files as in the source]",
-    ),
     option(
         OUTPUT,
         "--dtype",
@@ -132,6 +133,7 @@ CONVERSION = with_options(
         is_flag=True,
         help="Write although the source has tensors with no place; report them.",
     ),
+    SPLITTING(),
     WRITING,
 )
 """Of both conversions."""

@@ -85,6 +85,7 @@ def extract_lora(
         note(*_left_out(plain, trained, found.depths, where))
     else:
         own = Model(open_checkpoint(base))
+        note(*own.checkpoint.warnings)
         tokenizer = for_adapter(own.tokenizer, Model(source).tokenizer)
         theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}

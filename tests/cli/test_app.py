@@ -162,6 +162,13 @@ def test_help_lists_every_option(cli):
         assert option in text
 
 
+def test_help_lists_no_option_that_is_always_refused(cli):
+    """An adapter is one file; the option is understood, to be told so."""
+    assert "--max-shard-size" not in cli("extract-lora", "--help").out
+    done = cli("extract-lora", "x", "--output", "y", "--max-shard-size", "5 GB")
+    assert (done.code, "always one file" in done.err) == (2, True)
+
+
 def test_version(cli):
     assert cli("--version").out.strip().endswith(streamshard.__version__)
 
