@@ -175,7 +175,7 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
     architecture = None
     if custom.config is not None:
         where = printable(str(custom.path / MODEL_CONFIG_NAME))
-        _check_layout(custom, "custom", where)
+        _check_layout(custom, "custom", where, hf)
         check_config(custom.config, where)
         architecture = llm_architecture(custom.config, where)
         _check_inferred(custom, architecture, where)
@@ -184,7 +184,7 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
         config = configs[side].config
         if config is not None:
             where = printable(str(configs[side].path / MODEL_CONFIG_NAME))
-            _check_layout(configs[side], side, where)
+            _check_layout(configs[side], side, where, configs[OTHER[side]])
             found[side] = dims_from_config(config, architecture=architecture, where=where)
     if not found:
         raise InputError(
@@ -200,15 +200,21 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
     return replace(dims, tied=of_source is not None and of_source.tied)
 
 
-def _check_layout(model: Model, side: Layout, where: str) -> None:
+def _check_layout(model: Model, side: Layout, where: str, other: Model) -> None:
     found = config_layout(model.config or {})
     if found != side:
         kind = printable(str((model.config or {}).get("model_type")))
-        hint = " Are the two folders swapped?" if found else ""
+        what = "a custom" if side == "custom" else "an HF"
+        swapped = found is not None and config_layout(other.config or {}) == side
         raise InputError(
             f"{where}: model_type is '{kind}', {f'of the {found} layout' if found else 'not known'}, "
-            f"but a {side} model (model_type "
-            f"'{'internvl_chat' if side == 'custom' else 'internvl'}') was expected here.{hint}"
+            f"but {what} model (model_type "
+            f"'{'internvl_chat' if side == 'custom' else 'internvl'}') was expected here. "
+            + (
+                "Are the two folders swapped?"
+                if swapped
+                else f"Give {what} checkpoint of InternVL."
+            )
         )
 
 

@@ -137,17 +137,21 @@ def test_files_of_another_size(size, tmp_path):
 
 
 def test_a_bare_file_is_a_source(tmp_path):
+    """R12: with the config beside it, if there is one."""
     for layout in ("custom", "hf"):
         source = make(tmp_path / layout, "tiny-internlm2", OTHER[layout])
         ref = make(tmp_path / f"{layout}-ref", "tiny-internlm2", layout)
-        out = tmp_path / f"{layout}-out"
+        expected = carried(read(source), PRESETS["tiny-internlm2"], layout)
+        convert(layout, source / "model.safetensors", ref, tmp_path / f"{layout}-out")
+        assert_same(read(tmp_path / f"{layout}-out"), expected)
+        (source / "config.json").unlink()
         if layout == "custom":
-            convert(layout, source / "model.safetensors", ref, out)
-            assert_same(read(out), as_custom(read(source), PRESETS["tiny-internlm2"]))
+            convert(layout, source / "model.safetensors", ref, tmp_path / "alone")
+            assert_same(read(tmp_path / "alone"), expected)
         else:
             # An HF config does not tell InternLM2 from Llama.
             with pytest.raises(InputError, match="may be any of"):
-                convert(layout, source / "model.safetensors", ref, out)
+                convert(layout, source / "model.safetensors", ref, tmp_path / "alone-too")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

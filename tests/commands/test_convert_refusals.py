@@ -38,6 +38,14 @@ def test_swapped_folders(layout, folders, tmp_path, cli):
 
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])
+def test_one_folder_for_both_is_not_swapped(layout, folders, tmp_path, cli):
+    own = folders[OTHER[layout]]
+    text = refused(cli, tmp_path, 3, *command(layout, own, own, tmp_path / "out"))
+    assert f"Give {'a custom' if layout == 'custom' else 'an HF'} checkpoint of InternVL" in text
+    assert "swapped" not in text
+
+
+@pytest.mark.parametrize("layout", ["custom", "hf"])
 def test_weights_of_the_wrong_layout(layout, folders, tmp_path, cli):
     """The config is right, the weights are not."""
     source = folders[OTHER[layout]]
