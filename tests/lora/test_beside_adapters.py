@@ -178,6 +178,20 @@ def test_S2_a_file_with_all_that_the_trainer_had(tmp_path):
     case.expect(case.trained)
 
 
+def test_S2_pieces_of_the_adapter_itself_are_inert(tmp_path):
+    """As an earlier save left them: pairs are cut apart, but all values are the adapter's."""
+    case = Case(tmp_path, "custom")
+    pairs = load_file(case.adapter / "adapter_model.safetensors")
+    for number in range(3):
+        own = {key: pairs[key] for key in [*pairs][number::3]}
+        put(case.adapter / f"adapter_model-0000{number + 1}-of-00003.safetensors", own)
+    plain = case.merged()
+    for file in case.adapter.glob("adapter_model-*"):
+        file.unlink()
+    again = case.merged("again")
+    assert all(reference.same_tensor(plain[name], again[name]) for name in again)
+
+
 STATES = [
     "optimizer.pt", "optimizer.bin", "optimizer_0.bin", "scheduler.pt", "scheduler.bin",
     "rng_state.pth", "rng_state_0.pth", "scaler.pt", "training_args.bin", "value_head.bin",
