@@ -27,7 +27,7 @@ from streamshard.commands.merged_folder import (
     shard_of,
     with_code,
 )
-from streamshard.commands.provenance import check_given_twice, check_record, other_base
+from streamshard.commands.provenance import check_record, other_base
 from streamshard.commands.public import public
 from streamshard.commands.whose_tokenizer import note_beyond
 from streamshard.commands.written_config import config_bytes
@@ -123,7 +123,6 @@ def merge_lora(
     # 3. Match every tensor of the adapters with a weight, and 4. check that it is not in there yet.
     folded = _fold(asked, inputs)
     adapters = _described(folded, inputs.folders)
-    check_given_twice(adapters)
     if not allow_merged_base:
         check_record(inputs.base, adapters)
     for described in adapters:
