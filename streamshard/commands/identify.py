@@ -13,7 +13,7 @@ from typing import Any
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint
 from streamshard.checkpoint.tokenizer import Tokenizer
-from streamshard.errors import InputError, printable
+from streamshard.errors import InputError, listed, printable
 from streamshard.internvl.detection import Detected, detect, dims_from_names, layout_of
 from streamshard.internvl.families import FAMILIES, LAYOUTS, Layout
 from streamshard.internvl.model_config import (
@@ -31,7 +31,9 @@ from streamshard.internvl.relatives import check_names, no_conversion, relative_
 from streamshard.internvl.same_model import differences
 from streamshard.internvl.shapes import check_gathered, check_shapes
 from streamshard.internvl.spelling import flat_names
+from streamshard.internvl.tables import compared_names
 from streamshard.internvl.tied_embeddings import embedding_and_head, tied_names
+from streamshard.notes import note
 from streamshard.tensors.lazy import Stored
 
 __all__ = ["Model", "architecture_of", "dimensions", "dims_of", "model_dims"]
@@ -131,6 +133,21 @@ class Model:
             else:
                 check_shapes(self.where, self.tensors, given, dims, layout)
         check_gathered(self.where, self.tensors)
+
+    def note_incomplete(self) -> None:
+        """Note the tensors of a known model that the config describes and that are not there."""
+        layout = self.layout or config_layout(self.config or {})
+        if layout is None or self.config is None:
+            return
+        try:
+            lacking = compared_names(self.given(layout), self.dims, layout)[1]
+        except InputError:
+            return
+        if lacking:
+            note(
+                f"{self.where}: its config describes {listed(lacking)}, which it does not have: the "
+                f"output lacks these {len(lacking):,} tensors, too"
+            )
 
     @cached_property
     def dims(self) -> Dims:

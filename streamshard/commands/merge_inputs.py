@@ -67,6 +67,7 @@ def open_inputs(asked: Asked) -> Inputs:
     inputs = _training_checkpoint(asked) if asked.checkpoint is not None else _folders(asked)
     check_base(inputs.base.tensors, inputs.base.config, inputs.base.where)
     inputs.base.check()
+    inputs.base.note_incomplete()
     return inputs
 
 

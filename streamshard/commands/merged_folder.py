@@ -23,6 +23,7 @@ from streamshard.disk.paths import PathLike
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.internvl.config_edits import untied, with_vocabulary
 from streamshard.internvl.layouts import convert
+from streamshard.internvl.lora_targets import FLAGS
 from streamshard.internvl.model_config import config_layout
 from streamshard.internvl.tied_embeddings import is_stated_tied
 from streamshard.lora.merge import Merged
@@ -90,6 +91,12 @@ def beside_merged(base: Model, result: Merged, folders: Sequence[AdapterFolder])
     rows = max(sizes, default=None)
     if config is None:
         return Beside(config, base.checkpoint.side_files, rows)
+    if any(config.get(flag) for flag in FLAGS):
+        note(
+            "the base's config has LoRA flags (use_llm_lora, use_backbone_lora), but no pairs: they are "
+            "0 in the output's, which could not be loaded otherwise"
+        )
+        config = {**config, **dict.fromkeys(FLAGS, 0)}
     resized = old is not None and sizes != {old.shape[0]}
     if resized and rows is not None and old is not None:
         config = with_vocabulary(config, rows)

@@ -9,6 +9,7 @@ from typing import Any
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.open_anything import Opened
 from streamshard.commands.identify import dims_of
+from streamshard.commands.verify_pairs import flag_problems, pair_problems, wrapping_problems
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.internvl.detection import dims_from_names, layout_of
 from streamshard.internvl.dims import Dims
@@ -55,6 +56,9 @@ def as_model(found: Opened) -> AsModel:
             check(where, tensors)
         except InputError as error:
             seen.problems.append(str(error))
+    if not found.incomplete and not found.unread:
+        seen.problems += pair_problems(tensors)
+        seen.problems += flag_problems(tensors, found.config or {})
     if found.adapter:
         return seen.not_possible("this is an adapter")
     if found.incomplete or found.unread:
@@ -64,7 +68,7 @@ def as_model(found: Opened) -> AsModel:
     if layout is None:
         return seen.not_possible("by its names this is no whole InternVL checkpoint")
     try:
-        given = _given(tensors, layout)
+        given = _given(seen, tensors, layout)
     except AdapterError as error:  # as of two adapters at once
         return seen.not_possible(str(error))
     except InputError as error:
@@ -91,9 +95,13 @@ def as_model(found: Opened) -> AsModel:
     return seen
 
 
-def _given(tensors: Mapping[str, Lazy], layout: Layout) -> dict[str, str]:
+def _given(seen: AsModel, tensors: Mapping[str, Lazy], layout: Layout) -> dict[str, str]:
     """Flat names to those of the tensors; of a wrapped checkpoint those of the model inside."""
-    inside = unwrap(tensors).base if is_wrapped(tensors) else {name: name for name in tensors}
+    inside = {name: name for name in tensors}
+    if is_wrapped(tensors):
+        names = unwrap(tensors)
+        seen.problems += wrapping_problems(tensors, names)
+        inside = names.base
     return {flat: inside[name] for flat, name in flat_names(inside, layout).items()}
 
 

@@ -7,7 +7,7 @@ or asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from streamshard.checkpoint.tokenizer import Content, Tokenizer
@@ -286,11 +286,29 @@ def _note_settings(
         if None not in (written.special(name), other.special(name))
         and written.special(name) != other.special(name)
     ]
+    different += [
+        f"{key} ({printable(str(theirs))}, written is {printable(str(mine))})"
+        for key, mine, theirs in _behaviours(written, other)
+    ]
     if "pad_token" in names and other.template and other.template != written.template:
         different.append("the chat template")
     if different:
         note(f"the tokenizer in {other.where} has the same tokens but differs in {', '.join(different)}; "
              f"{which}")  # fmt: skip
+
+
+def _behaviours(one: Tokenizer, other: Tokenizer) -> Iterator[tuple[str, Any, Any]]:
+    """What both state and make other ids of the same text: the settings, and flags of added tokens."""
+    for key in ("add_bos_token", "add_eos_token", "add_prefix_space"):
+        mine, theirs = one.settings.get(key), other.settings.get(key)
+        if None not in (mine, theirs) and mine != theirs:
+            yield key, mine, theirs
+    for number, entry in one.added.items():
+        twin = other.added.get(number, {})
+        for key in ("lstrip", "rstrip", "single_word"):
+            mine, theirs = entry.get(key), twin.get(key)
+            if None not in (mine, theirs) and mine != theirs:
+                yield f"{key} of {_quoted(entry['content'])}", mine, theirs
 
 
 def _shows_images(tokenizer: Tokenizer) -> bool:

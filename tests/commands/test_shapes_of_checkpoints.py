@@ -17,7 +17,7 @@ from folders import OTHER, command, edit, make, put, refused, without_weights, w
 from make_checkpoint import write_adapter
 from presets import PRESETS, tensor_shapes
 from reference import INDEX, read
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import streamshard
 from streamshard.errors import VerificationError
@@ -422,3 +422,66 @@ def test_S1_presets_of_every_family_pass(tmp_path):
         for layout in ("custom", "hf"):
             folder = make(tmp_path / f"{preset}-{layout}", preset, layout)
             assert streamshard.verify(folder)["problems"] == []
+
+
+def test_S14_an_incomplete_base_is_told(tmp_path):
+    """A merge does not need it, but its output is as incomplete."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    content = read(base)
+    put(base, {n: t for n, t in content.items() if ".encoder.layers.1." not in n})
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    report = streamshard.merge_lora(
+        base=base, adapter=tmp_path / "adapter", output=tmp_path / "out"
+    )
+    (warning,) = report["warnings"]
+    assert "'vision_model.encoder.layers.1.attn.qkv.weight'" in warning
+    assert "lacks these 14 tensors" in warning
+
+
+# What is done to a wrapped checkpoint, and what `verify` says.
+PAIRS: dict[str, tuple[Callable[[dict[str, torch.Tensor], str, str], Any], str]] = {
+    "lone-A": (lambda c, _, b: c.pop(b), "the partner"),
+    "lone-B": (lambda c, a, _: c.pop(a), "the partner"),
+    "ranks": (lambda c, _, b: c.update({b: c[b][:, :2]}), "has the rank 4, but its lora_B 2"),
+    "rows": (lambda c, _, b: c.update({b: c[b][:-1]}), "make an update of the shape [63, 64]"),
+    "none": (
+        lambda c, *_: [c.pop(n) for n in list(c) if ".lora_" in n],
+        "the pairs are lost, or were merged before",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_S14_pairs_of_wrapped_checkpoints(case, tmp_path):
+    """What merge-lora refuses, `verify` does not call right."""
+    run = make(tmp_path / "run", "tiny", "custom")
+    content = wrapped(read(run))
+    a, b = (min(n for n in content if f".lora_{side}." in n) for side in "AB")
+    change, text = PAIRS[case]
+    change(content, a, b)
+    put(run, content)
+    assert any(text in problem for problem in found_by_verify(run)["problems"])
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_S14_pairs_of_adapters(side, tmp_path):
+    write_adapter(tmp_path / "a", "tiny", layout="custom", targets="llm")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    content = load_file(file)
+    assert streamshard.verify(tmp_path / "a")["problems"] == []
+    name = min(n for n in content if f".lora_{side}." in n)
+    save_file({n: t for n, t in content.items() if n != name}, file)
+    assert "the partner" in found_by_verify(tmp_path / "a")["problems"][0]
+
+
+def test_S14_flags_without_pairs(tmp_path):
+    """`InternVLChatModel` wraps by the flags, and then finds no weight under its name."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    edit(base, lambda c: c.update(use_llm_lora=16))
+    assert any("has use_llm_lora: 16" in p for p in found_by_verify(base)["problems"])
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    report = streamshard.merge_lora(
+        base=base, adapter=tmp_path / "adapter", output=tmp_path / "out"
+    )
+    assert "LoRA flags" in report["warnings"][0]
+    assert streamshard.verify(tmp_path / "out")["problems"] == []

@@ -449,6 +449,26 @@ def test_S4_another_template_of_the_same_tokens_is_told(tmp_path):
     assert (tmp_path / "two" / "chat_template.jinja").read_text() == "of the base"
 
 
+@pytest.mark.parametrize("key", ["add_prefix_space", "lstrip"])
+def test_S3_tokenizers_that_read_a_text_otherwise_are_told(key, tmp_path):
+    """The same tokens and ids, but not the same ids of a text."""
+
+    def change(folder):
+        settings = json_of(folder / "tokenizer_config.json")
+        entry = settings["added_tokens_decoder"]["261"]
+        (entry if key in entry else settings)[key] = True
+        put_json(folder / "tokenizer_config.json", settings)
+
+    base, ref = (make(tmp_path / side, "tiny", side) for side in ("custom", "hf"))
+    adapter = adapter_with(tmp_path / "adapter", base, "custom", {}, kind="pairs")
+    change(copied(base, adapter))
+    report = merge_lora(base=base, adapter=adapter, output=tmp_path / "merged")
+    assert any(key in warning for warning in report["warnings"])
+    change(base)
+    report = convert("hf", base, without_weights(ref), tmp_path / "out")
+    assert any(key in warning for warning in report["warnings"])
+
+
 @pytest.mark.parametrize("has_code", [True, False])
 def test_S4_code_stays_where_nothing_replaces_it(has_code, tmp_path):
     base = make(tmp_path / "base", "tiny-internlm2", "custom")
