@@ -37,7 +37,7 @@ from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
-from streamshard.errors import InputError, UsageError
+from streamshard.errors import InputError, UsageError, printable
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.internvl.model_config import OTHER
@@ -94,7 +94,12 @@ def merge_lora(
     """
     started, chosen = time.perf_counter(), Options.of(options)
     given = [] if weight is None else weight
-    weights = [float(one) for one in (given if isinstance(given, Iterable) else [given])]
+    try:
+        weights = [float(one) for one in (given if isinstance(given, Iterable) else [given])]
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"--weight is {printable(repr(weight))}; a number was expected."
+        ) from error
     asked = Asked(
         base=base,
         adapter=adapter,
