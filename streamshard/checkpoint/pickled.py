@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from streamshard.checkpoint.header import MAX_NAME_BYTES, MAX_RANK
-from streamshard.checkpoint.lfs_pointers import check_pointer
+from streamshard.checkpoint.other_kinds import check_beginning
 from streamshard.checkpoint.pickle_program import (
     Described,
     PickleError,
@@ -212,10 +212,16 @@ class _Mapping:
 def _mapping(file: Path, opened: Source) -> _Mapping:
     """The mapping that a file describes; nothing of the tensors is read."""
     beginning = opened.read(0, 64)
-    check_pointer(file, beginning)
+    check_beginning(file, beginning, b"PK\3\4")
+    if beginning.startswith(b"\x80"):
+        raise InputError.at(
+            file,
+            "is a pickle and no zip archive, as torch writes them since 1.6, so it cannot be read. "
+            f"{_again(file)}",
+        )
     if not beginning.startswith(b"PK"):
-        kind = "is no zip archive, as torch writes them since 1.6" if beginning else "is empty"
-        raise InputError.at(file, f"{kind}, so it cannot be read. {_again(file)}")
+        kind = "no file of torch" if beginning else "empty"
+        raise InputError.at(file, f"is {kind}. Fetch or copy it again.")
     try:
         entries = read_entries(opened)
         root = _root(entries)

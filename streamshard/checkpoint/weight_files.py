@@ -122,8 +122,18 @@ def _only_other(folder: Path) -> Path:
             "is a PEFT adapter, not a checkpoint. It goes with the model it was trained on: "
             f"`merge-lora --adapter {argument(folder)} --base MODEL`.",
         )
+    pickled = [name for name in names_in(folder) if _is_pickled(folder, name)]
+    if len(pickled) == 1:
+        instead = f"If they are in {printable(pickled[0])}, give that file itself."
+    elif pickled and instead is None:
+        instead = f"It has {listed(pickled, 3)}, but no {CHECKPOINT_NAMES[1].index_name}: add that."
     hint = instead or f"Give a folder with {names.single} or an index."
     raise InputError.at(folder, f"has no weights of a model. {hint}")
+
+
+def _is_pickled(folder: Path, name: str) -> bool:
+    """Whether a file of torch may have a model's weights, by its name."""
+    return name.endswith(PICKLED) and not TRAINING_STATE.fullmatch(name) and is_file(folder / name)
 
 
 def open_listed(found: Path, read: Callable[[Path], _F]) -> dict[str, _F]:

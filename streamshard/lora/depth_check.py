@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.lora.adapter import AdapterPlan
 from streamshard.lora.selection import with_number
+from streamshard.tensors.lazy import Lazy
 
 __all__ = ["check_depth"]
 
 
-def check_depth(plan: AdapterPlan, base: Iterable[str]) -> list[str]:
+def check_depth(plan: AdapterPlan, base: Mapping[str, Lazy]) -> list[str]:
     """Refuse an adapter for a model of fewer layers: it fits, and was trained on another base.
 
     PEFT adapts what the config selects: layers that are selected and have no updates were not there.
@@ -25,12 +26,12 @@ def check_depth(plan: AdapterPlan, base: Iterable[str]) -> list[str]:
         for place in plan.homes[plan.weight(module)] if keys.A else ():
             for name, numbers in _layers([place.target]).items():
                 here.setdefault(name, {}).update(dict.fromkeys(numbers, module))
-    lacking = {
+    absent = {
         name: missing
         for name, modules in here.items()
         if (missing := sorted(there.get(name, set()) - modules.keys()))
-        and _is_selected(plan, modules, missing[0])
     }
+    lacking = {n: m for n, m in absent.items() if _is_selected(plan, here[n], m[0])}
     for name, missing in lacking.items():
         stack = name.partition(".{}.")[0]
         used = {n for other, modules in here.items() if other.startswith(stack) for n in modules}
@@ -42,11 +43,39 @@ def check_depth(plan: AdapterPlan, base: Iterable[str]) -> list[str]:
                 "one as --base."
             )
     if not lacking:
-        return []
+        matrices = (n for n, t in base.items() if len(t.shape) == 2 and n.endswith(".weight"))
+        return _first_layers(plan, here, absent, _layers(matrices))
     names = [name.replace("{}", str(missing[0])) for name, missing in lacking.items()]
     return [
         f"{plan.adapter.where}: other layers have updates for the like of {listed(names, 3)}, "
         "which have none"
+    ]
+
+
+def _first_layers(
+    plan: AdapterPlan,
+    here: dict[str, dict[int, str]],
+    absent: dict[str, list[int]],
+    matrices: Iterable[str],
+) -> list[str]:
+    """Warnings of an adapter whose config lists all matrices of just the first layers, each in full.
+
+    PEFT writes "all-linear" so for a model of few modules: nobody chose these layers.
+    """
+    targets = plan.adapter.settings.selection.targets
+    stacks: dict[str, tuple[int, int]] = {}
+    for name, missing in absent.items():
+        used = here[name]
+        listed_all = not isinstance(targets, str) and {*used.values()} <= {*(targets or ())}
+        if listed_all and {*used} == {*range(missing[0])}:
+            stacks[name.partition(".{}.")[0]] = len(used), len(used) + len(missing)
+    chosen = {name.partition(".{}.")[0] for name in {*matrices} - absent.keys()}
+    return [
+        f"{plan.adapter.where}: has updates for the first {few} of the {all_} layers of "
+        f"'{printable(stack)}', whose modules target_modules lists one by one: if these are not chosen, "
+        "it was trained on another base"
+        for stack, (few, all_) in stacks.items()
+        if stack not in chosen
     ]
 
 

@@ -81,7 +81,7 @@ BASES: dict[str, tuple[Callable[[Pair], None], int, list[str]]] = {
     "cut-in-header": (edit(f"base/{SECOND}", lambda b: b[:40]), 3, [SECOND, "claims a header"]),
     "empty": (edit(f"base/{SECOND}", lambda b: b""), 3, [SECOND, "at least 8"]),
     "garbage-header": (edit(f"base/{FIRST}", lambda b: b[:9] + b"#" + b[10:]), 3, [FIRST, "JSON"]),
-    "html": (edit(f"base/{FIRST}", lambda b: b"<!DOCTYPE html>" * 20), 3, [FIRST, "limit"]),
+    "html": (edit(f"base/{FIRST}", lambda b: b"<!DOCTYPE html>" * 20), 3, [FIRST, "website"]),
     "lfs-pointer": (
         edit(f"base/{FIRST}", lambda b: b"version https://git-lfs.github.com/spec/v1\n"),
         3,
@@ -132,7 +132,7 @@ BASES: dict[str, tuple[Callable[[Pair], None], int, list[str]]] = {
         lambda p: [(p.base / f).unlink() for f in (INDEX, FIRST, SECOND)]
         + [(p.base / "pytorch_model.bin").write_bytes(b"x")],
         3,
-        ["pytorch_model.bin", "convert"],
+        ["pytorch_model.bin", "no file of torch"],
     ),
     "nothing": (lambda p: shutil.rmtree(p.base), 3, ["base", "no such file"]),
     "an-adapter": (

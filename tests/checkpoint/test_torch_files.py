@@ -22,6 +22,7 @@ import torch
 from streamshard.checkpoint import pickle_program
 from streamshard.checkpoint.pickle_program import PickleError, Unknown, run_program
 from streamshard.checkpoint.pickled import look_into, read_pickled
+from streamshard.checkpoint.weight_files import open_weights, read_weights
 from streamshard.disk.files import Files
 from streamshard.errors import InputError
 from streamshard.tensors.lazy import Lazy
@@ -247,3 +248,42 @@ def test_changed_files_are_read_as_torch_does_or_not_at_all(seed, tmp_path):
             continue
         assert values == expected
     assert read > 5
+
+
+KINDS: dict[str, tuple[bytes, str]] = {
+    "website": (b"\n<!DOCTYPE html><html>" + bytes(99), "website"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(99), "compressed"),
+    "gguf": (b"GGUF\x03" + bytes(99), "GGUF"),
+    "zeros": (bytes(5000), "not finished"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n" + bytes(99), "git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("end", [".bin", ".safetensors"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_part_4_a_file_of_another_kind_is_told_as_that(kind, end, tmp_path):
+    content, expected = KINDS[kind]
+    (tmp_path / f"x{end}").write_bytes(content)
+    with pytest.raises(InputError, match=expected) as caught:
+        read_weights(tmp_path / f"x{end}")
+    assert "python -c" not in str(caught.value)
+
+
+def test_part_4_each_format_under_the_name_of_the_other(tmp_path):
+    torch.save(model(), tmp_path / "x.safetensors")
+    reference.save_file({"a": torch.ones(2)}, tmp_path / "x.bin", {"format": "pt"})
+    for name, expected in (("x.safetensors", r"zip.*\.bin"), ("x.bin", r"safetensors.*\.safet")):
+        with pytest.raises(InputError, match=expected):
+            read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [(["m.pt"], "give that"), (["a.bin", "b.bin"], "index")]
+)
+def test_part_4_a_folder_of_torch_files_of_other_names(names, expected, tmp_path):
+    for name in [*names, "optimizer.pt"]:
+        torch.save(model(), tmp_path / name)
+    with pytest.raises(InputError, match=expected) as caught:
+        open_weights(tmp_path)
+    assert names[0] in str(caught.value)
+    assert "optimizer" not in str(caught.value)

@@ -134,6 +134,17 @@ def test_R7_fused_parameters_of_every_layer_choose_none(target, tmp_path):
     raises(tmp_path, "3 layers", base=deep, adapter=adapter)
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_S11_all_linear_of_a_model_of_few_modules(depth, tmp_path):
+    """PEFT lists their names in full then, which are those of layers that somebody chose, too."""
+    shallow = language_model(num_hidden_layers=2)
+    adapter = save_adapter(tmp_path / "adapter", adapted(shallow, target_modules="all-linear"))
+    base = save_base(tmp_path / "base", language_model(num_hidden_layers=depth))
+    report = merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    told = [warning for warning in report["warnings"] if "first 2 of the 3 layers" in warning]
+    assert len(told) == (depth == 3)
+
+
 @pytest.mark.parametrize(
     ("config", "taken"),
     [
