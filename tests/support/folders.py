@@ -248,6 +248,9 @@ def sparse(folder: Path, preset: Preset, layout: str, size: float = 5e9) -> Path
     folder.mkdir(parents=True)
     config = model_config(preset, layout, tied=False, torch_dtype="bfloat16")
     (folder / "config.json").write_text(json.dumps(config))
+    for part in (config, config.get("llm_config", {})):
+        for code in part.get("auto_map", {}).values():
+            (folder / f"{code.partition('.')[0]}.py").write_text("")
     shards: list[dict[str, Any]] = [{}]
     filled = 0
     for name, shape in tensor_shapes(preset, layout).items():
