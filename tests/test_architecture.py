@@ -49,7 +49,7 @@ def room_of(name: str) -> str:
     return FACE if name in {"__init__", ""} else name.partition(".")[0]
 
 
-NAMES = {name_of(file) for file in FILES} | {"tensors._kernels"}
+NAMES = {name_of(file) for file in FILES} | {"tensors._kernels", "disk._mapping"}
 
 
 def tree_of(file: Path) -> ast.Module:

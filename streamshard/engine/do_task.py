@@ -148,17 +148,15 @@ class _Part:
         """Write bytes of a file as they are."""
         files = self.work.files
         files.check(source)
-        buffer = self.work.bytes("out", WRITE_BYTES)
         for place in range(0, source.nbytes, WRITE_BYTES):
             start = max(place, self.first - at)
             stop = min(place + WRITE_BYTES, source.nbytes, self.last - at)
             if start < stop:
-                block = buffer[: stop - start]
                 span = ByteRange(
                     source.path, source.offset + start, stop - start, source.file_nbytes
                 )
-                files.read_into(span, block.data)
-                self._put(block, at + start)
+                with self.work.view(span, "out") as block:
+                    self._put(block, at + start)
 
     def _compute(
         self, piece: Lazy, window: Window, at: int, changes: Changes, *, scattered: bool
@@ -214,11 +212,11 @@ class _Part:
         """Squared distance of the next block from the same elements of another tensor."""
         dtype = self.member.tensor.dtype
         bits, own_bits = DTYPE_BITS[reference.dtype], DTYPE_BITS[dtype]
-        theirs = self.work.bytes("reference", block.nbytes * bits // own_bits)
         offset = reference.offset + self.measured * bits // own_bits
-        span = ByteRange(reference.path, offset, theirs.nbytes, reference.file_nbytes)
-        self.work.files.read_into(span, theirs.data)
-        return squared_distance(block, dtype, theirs, reference.dtype)
+        nbytes = block.nbytes * bits // own_bits
+        span = ByteRange(reference.path, offset, nbytes, reference.file_nbytes)
+        with self.work.view(span, "reference", max(bits // 8, 1)) as theirs:
+            return squared_distance(block, dtype, theirs, reference.dtype)
 
 
 def is_scattered(piece: Lazy) -> bool:

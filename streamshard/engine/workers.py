@@ -73,6 +73,8 @@ def share(
                 work(item, workspace)  # type: ignore[arg-type]
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             stop.fail(error)
+        finally:
+            workspace.reader.leave()
 
     with (
         contextlib.closing(Files()) as files,
