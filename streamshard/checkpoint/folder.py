@@ -20,6 +20,8 @@ from streamshard.checkpoint.file_names import (
     NOT_ENTERED,
     SINGLE_NAME,
     SUFFIX,
+    TEMPLATE,
+    TEMPLATES,
     TOKENIZER,
 )
 from streamshard.checkpoint.header import Header, read_header
@@ -230,12 +232,21 @@ def _side_files(folder: Path) -> dict[str, Path]:
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """The tokenizer's files of a folder, by name."""
+    """The files of a folder that may be a tokenizer's, by name: also code, which its settings name."""
     with reading(folder):
-        found = [folder / name for name in names_in(folder) if TOKENIZER.fullmatch(name)]
-        for path in filter(has, found):
-            _check_link(folder, path)
-        return {path.name: path for path in found}
+        names = names_in(folder)
+        if TEMPLATES in names and is_folder(folder / TEMPLATES):
+            names = [*names, *(f"{TEMPLATES}/{name}" for name in names_in(folder / TEMPLATES))]
+        found = {}
+        for name in sorted(names):
+            path = folder / name
+            tokenizers = TOKENIZER.fullmatch(name) or TEMPLATE.fullmatch(name)
+            if tokenizers and has(path):
+                _check_link(folder, path)
+                found[name] = path
+            elif name.endswith(".py") and is_file(path) and not is_link(path):
+                found[name] = path
+        return found
 
 
 def has(file: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint
+from streamshard.checkpoint.tokenizer import Tokenizer
 from streamshard.errors import InputError, printable
 from streamshard.internvl.detection import Detected, detect, dims_from_names, layout_of
 from streamshard.internvl.families import LAYOUTS, Layout
@@ -83,6 +84,11 @@ class Model:
     @property
     def config(self) -> Mapping[str, Any] | None:
         return self.checkpoint.config
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer among the folder's files."""
+        return Tokenizer.of(self.where, self.checkpoint.side_files)
 
     @cached_property
     def layout(self) -> Layout | None:

@@ -14,6 +14,7 @@ from streamshard.internvl.lora_targets import FLAGS, PARTS, upstream_alpha
 from streamshard.lora.adapter import Adapter
 from streamshard.lora.settings import LoraSettings
 from streamshard.lora.wrapped_names import Unwrapped, unwrap
+from streamshard.notes import note
 from streamshard.tensor_names import is_wrapped
 
 __all__ = ["Wrapped", "WrappedSettings", "check_flags", "open_wrapped", "read_wrapped"]
@@ -42,12 +43,11 @@ class WrappedSettings(LoraSettings):
 
 @dataclass(frozen=True, slots=True)
 class Wrapped:
-    """A wrapped checkpoint, its names told apart, the rank of every pair, and warnings."""
+    """A wrapped checkpoint, its names told apart, and the rank of every pair."""
 
     checkpoint: Checkpoint
     names: Unwrapped
     ranks: Mapping[str, int]
-    warnings: tuple[str, ...]
 
 
 def read_wrapped(
@@ -77,22 +77,22 @@ def read_wrapped(
             "pairs are lost, or were merged before. Save the checkpoint again."
         )
     ranks = {module: _rank(found, pair.A, where) for module, pair in inside.pairs.items()}
-    warnings = check_flags(found, ranks, where, alpha=alpha)
+    note(*check_flags(found, ranks, where, alpha=alpha))
     for part, depth in inside.depths.items():
         if depth > 1:
-            warnings.append(
+            note(
                 f"{part or 'the model'} is wrapped {depth} times: a training that was resumed from a "
                 "wrapped checkpoint. PEFT then begins the pairs anew, so what the earlier training had "
                 "learned in them is NOT in this file; the pairs that are in it are used"
             )
     _refuse_others(inside, where)
-    return Wrapped(found, inside, ranks, tuple(warnings))
+    return Wrapped(found, inside, ranks)
 
 
 def open_wrapped(
     path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
-) -> tuple[Checkpoint, list[Adapter], list[str]]:
-    """The base inside a wrapped checkpoint, its adapter, and warnings.
+) -> tuple[Checkpoint, list[Adapter]]:
+    """The base inside a wrapped checkpoint, and its adapter.
 
     The flags of the base's config are 0. Raises what `read_wrapped` does.
     """
@@ -116,7 +116,7 @@ def open_wrapped(
     )
     tensors = {key: found.tensors[given] for key, given in inside.tensors.items()}
     adapter = Adapter(printable(str(found.path)), settings, tensors)
-    return base, [adapter], list(wrapped.warnings)
+    return base, [adapter]
 
 
 def _rank(found: Checkpoint, name: str, where: str) -> int:

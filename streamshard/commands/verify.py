@@ -12,8 +12,8 @@ from typing import Any
 from streamshard.checkpoint.file_names import REPORT_NAME, SUFFIX
 from streamshard.checkpoint.open_anything import Opened, open_anything
 from streamshard.checkpoint.unlisted_files import Entry, contents, harm
+from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
-from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
@@ -21,20 +21,18 @@ from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import share
 from streamshard.errors import UnreadError, UsageError, VerificationError, printable
 from streamshard.internvl.detection import layout_of
-from streamshard.limits import told
 
 __all__ = ["verify"]
 
 
-@told
-@watched
+@public
 def verify(
     path: PathLike,
     *,
     sample: str | int | None = None,
     strict: bool = False,
     workers: int | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    progress: Callable[[int, str], None] | bool | None = None,
     on_total: Callable[[int], None] | None = None,
 ) -> Report:
     """Read a checkpoint or adapter again, and say whether it is what was written.
@@ -57,9 +55,10 @@ def verify(
         found = open_anything(given)
     tensors = found.tensors
     names = _sampled(list(tensors), sample)
+    check = Comparison(found, progress if callable(progress) else None)
     if on_total is not None:
-        on_total(sum(tensors[name].nbytes for name in names))
-    check = Comparison(found, progress)
+        hashed = check.hashed_nbytes(whole=sample is None)
+        on_total(sum(tensors[name].nbytes for name in names) + hashed)
     check.names()
     tasks = check.tasks(names, whole=sample is None)
     share(tasks, lambda task, work: task(work), workers_or_default(workers), check.stop)
@@ -71,11 +70,11 @@ def verify(
         warnings.append(f"no digests are recorded: {reason}")
         if strict:
             coverage["problems"].append(
-                f"{printable(str(path))}: nothing could be compared: {reason} (--strict)."
+                f"{printable(str(given))}: nothing could be compared: {reason} (--strict)."
             )
     report = {
         **new_report("verify", tensors, layout_of(tensors)),
-        "path": str(path),
+        "path": str(given),
         "shards": len(found.headers),
         "recorded": found.listing.usable,
         "record": found.listing.record,
@@ -97,12 +96,13 @@ def verify(
     report = finished(report, started)
     if report["problems"] and set(report["problems"]) <= set(report["unreadable"]):
         raise UnreadError(
-            f"{printable(str(path))}: could not be read as a whole: {report['problems'][0]}", report
+            f"{printable(str(given))}: could not be read as a whole: {report['problems'][0]}",
+            report,
         )
     if report["problems"]:
         count = len(report["problems"])
         raise VerificationError(
-            f"{printable(str(path))}: {count} {'problem' if count == 1 else 'problems'} found: "
+            f"{printable(str(given))}: {count} {'problem' if count == 1 else 'problems'} found: "
             f"{report['problems'][0]}" + (" (and more)" if count > 1 else ""),
             report,
         )

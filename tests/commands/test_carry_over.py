@@ -138,7 +138,7 @@ def test_other_vocabularies_need_a_word(layout, weights, tmp_path, cli):
     if not weights:
         without_weights(ref)
     text = refused(cli, tmp_path, 3, *command(layout, source, ref, tmp_path / "out"))
-    assert "--tokenizer-from" in text
+    assert "tokenizer_from" in text
     assert "297" in text
     assert "288" in text
 
@@ -203,7 +203,7 @@ def test_a_source_without_tokenizer(tmp_path, cli):
 
 def test_an_unknown_tokenizer_choice(tmp_path):
     source, ref = make(tmp_path / "s", "tiny", "custom"), make(tmp_path / "r", "tiny", "hf")
-    with pytest.raises(UsageError, match="tokenizer-from"):
+    with pytest.raises(UsageError, match="`tokenizer_from` is"):
         convert("hf", source, ref, tmp_path / "out", tokenizer_from="both")
 
 
