@@ -67,6 +67,14 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Keep the SHA-256 of every file in streamshard.json; files are read once more.",
         ),
         click.option(
+            "--io",
+            type=click.Choice(["auto", "buffered", "direct"]),
+            default="auto",
+            show_default=True,
+            help="Write through the page cache or around it; auto goes around with what is large against "
+            "the memory that is free. Same bytes.",
+        ),
+        click.option(
             "--dry-run", is_flag=True, help="Check everything, show the plan, write nothing."
         ),
     ]

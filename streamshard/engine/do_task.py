@@ -14,6 +14,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
+import numpy as np
+
 from streamshard.checkpoint.digests import new_digest
 from streamshard.disk.files import BLOCK_NBYTES, ByteRange, Files
 from streamshard.disk.new_files import OutputFile
@@ -155,8 +157,29 @@ class _Part:
                 span = ByteRange(
                     source.path, source.offset + start, stop - start, source.file_nbytes
                 )
-                with self.work.view(span, "out") as block:
-                    self._put(block, at + start)
+                self._copy_block(span, at + start)
+
+    def _copy_block(self, span: ByteRange, at: int) -> None:
+        place, source = self.member.begin + at, span.offset
+        while source < span.offset + span.nbytes:
+            nbytes = span.offset + span.nbytes - source
+            room = self.output.room(place, nbytes)
+            nbytes = nbytes if room is None else len(room)
+            part = ByteRange(span.path, source, nbytes, span.file_nbytes)
+            if room is None:
+                with self.work.view(part, "out") as block:
+                    self._put(block, place - self.member.begin)
+            else:
+                self.work.reader.read_into(part, room)
+                if self.whole:
+                    self._measure(np.frombuffer(room, np.uint8))
+                self._filled(place, nbytes)
+            place, source = place + nbytes, source + nbytes
+
+    def _filled(self, place: int, nbytes: int) -> None:
+        self.output.filled(place, nbytes)
+        if self.on_block is not None:
+            self.on_block(place, nbytes, self.member.name)
 
     def _compute(
         self, piece: Lazy, window: Window, at: int, changes: Changes, *, scattered: bool
@@ -176,8 +199,11 @@ class _Part:
             for place in range(0, len(out), WRITE_BYTES):
                 self._put(out[place : place + WRITE_BYTES], begin + place)
             return
+        ends = max(at, self.first), min(at + piece.nbytes, self.last)
+        among = self.member.begin + ends[0], self.member.begin + ends[1]
         for row in range(stop - start):
-            self._write_block(out[row * width : (row + 1) * width], begin + row * step)
+            block = out[row * width : (row + 1) * width]
+            self._write_block(block, begin + row * step, among)
 
     def _put(self, block: Bytes, at: int) -> None:
         """Write a block that follows the last one, and measure it if its tensor is whole."""
@@ -185,11 +211,14 @@ class _Part:
         if self.whole:
             self._measure(block)
 
-    def _write_block(self, block: Bytes, at: int) -> None:
+    def _write_block(self, block: Bytes, at: int, among: tuple[int, int] | None = None) -> None:
         start, stop = max(self.first - at, 0), min(self.last - at, len(block))
         if start < stop:
-            place = self.member.begin + at + start
-            self.output.write(block[start:stop].data, place)
+            place, data = self.member.begin + at + start, block[start:stop].data
+            if among is None:
+                self.output.write(data, place)
+            else:
+                self.output.write_among(data, place, *among)
             if self.on_block is not None:
                 self.on_block(place, stop - start, self.member.name)
 

@@ -104,7 +104,7 @@ def test_wrong_bytes_are_noticed(scenarios, made, monkeypatch):
     (at, *_) = numbers(scenario, made, "pwrite", "vocab.json")
     assert problems(scenario, Faults(Kind(("pwrite",), part=0.5), at, made)) == ""
     monkeypatch.setattr(
-        new_files, "_write_all", lambda descriptor, _, data, at: system.pwrite(descriptor, data, at)
+        new_files, "write_all", lambda descriptor, _, data, at: system.pwrite(descriptor, data, at)
     )
     found = problems(scenario, Faults(Kind(("pwrite",), part=0.5), at, made))
     assert "the output is neither old nor complete" in found
