@@ -109,7 +109,7 @@ def no_such(path: Path, what: str) -> InputError:
 
 def _find_weights(folder: Path) -> Path:
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
-    if has(index) and has(single):
+    if has(index) and has(single) and not _lists_only(index, SINGLE_NAME):
         raise InputError.at(
             folder,
             f"has both {INDEX_NAME} and {SINGLE_NAME}, and loaders "
@@ -140,6 +140,12 @@ def _find_weights(folder: Path) -> Path:
         else f"Give a folder with {SINGLE_NAME} or an index."
     )
     raise InputError.at(folder, f"has no .safetensors weights. {hint}")
+
+
+def _lists_only(index: Path, name: str) -> bool:
+    """Whether an index says that all tensors are in the one file of this name."""
+    weight_map = parse_index(read_bytes(index, MAX_JSON_BYTES), index).get("weight_map")
+    return isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {name}
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -37,6 +37,7 @@ __all__ = [
     "Content",
     "Tokenizer",
     "differences",
+    "is_comparable",
     "is_processors",
     "modules_of",
 ]
@@ -214,21 +215,28 @@ class Tokenizer:
         found = self._read(name, lambda text: json_object(text, Path(name), MAX_TOKENIZER_BYTES))
         return found or {}
 
-    def bytes_of(self, name: str) -> bytes:
-        """The content of a file."""
-        content = self.files[name]
-        return content if isinstance(content, bytes) else read_bytes(content, MAX_TOKENIZER_BYTES)
+    def content(self, name: str) -> bytes | None:
+        """The bytes of a file; None if it is not there or too long."""
+        return self._read(name, bytes)
 
     def _read(self, name: str, parse: Callable[[bytes], T]) -> T | None:
         if name not in self.files:
             return None
-        return self._told(name, lambda: parse(self.bytes_of(name)))
+        found = self.files[name]
+        return self._told(
+            name,
+            lambda: parse(
+                found if isinstance(found, bytes) else read_bytes(found, MAX_TOKENIZER_BYTES)
+            ),
+        )
 
     def _told(self, name: str, read: Callable[[], T]) -> T | None:
         try:
             return read()
         except (InputError, ValueError) as error:
-            self.problems.append(f"{self.where}: {name} cannot be read as a tokenizer's ({error})")
+            told = f"{self.where}: {name} cannot be read as a tokenizer's ({error})"
+            if told not in self.problems:
+                self.problems.append(told)
             return None
 
 
@@ -272,12 +280,25 @@ def differences(one: Tokenizer, other: Tokenizer) -> dict[int, tuple[str | None,
     return found
 
 
+def is_comparable(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether the vocabularies of two tokenizers, if they have some, can be compared."""
+    if not (one.is_whole and other.is_whole) or _same_file(one, other):
+        return True
+    return None not in (one.vocabulary, other.vocabulary)
+
+
 def _same_vocabulary(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether two tokenizers have the same tokens with the same ids, added ones aside."""
-    for name in (JSON, "vocab.json"):
-        if name in one.files and name in other.files:
-            return one.bytes_of(name) == other.bytes_of(name) or one.vocabulary == other.vocabulary
-    return one.vocabulary == other.vocabulary
+    return _same_file(one, other) or one.vocabulary == other.vocabulary
+
+
+def _same_file(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether both have the same bytes in the first file of a vocabulary that both have."""
+    for name in one.files:
+        if _VOCABULARIES.fullmatch(name) and name in other.files:
+            mine = one.content(name)
+            return mine is not None and mine == other.content(name)
+    return False
 
 
 def _table(tokenizer: Tokenizer) -> list[bytes]:

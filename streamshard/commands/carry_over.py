@@ -7,7 +7,7 @@ What the two disagree on is an error, as it would be a wrong model.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
@@ -21,6 +21,9 @@ from streamshard.internvl.detection import check_side
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import Converted, convert
 from streamshard.internvl.model_config import INNER, OTHER, Dims
+from streamshard.internvl.relatives import check_names
+from streamshard.internvl.same_model import rope_scaling
+from streamshard.internvl.shapes import check_shapes
 from streamshard.internvl.spelling import flat_names
 from streamshard.internvl.tables import counterparts, table_of
 from streamshard.internvl.tied_embeddings import embedding_and_head
@@ -89,7 +92,10 @@ def carry_over(
             f"--tokenizer-from is {tokenizer_from!r}; source or reference was expected."
         )
     dims = model_dims(source, reference, layout)
-    result = convert(tensors, dims, layout, given=_given(tensors, source, OTHER[layout]))
+    given = _given(tensors, source, OTHER[layout])
+    check_names(source.where, tensors)
+    check_shapes(source.where, tensors, given, dims, OTHER[layout])
+    result = convert(tensors, dims, layout, given=given)
     known = _named_alike(reference, dims, layout) if reference.tensors else None
     missing, unexpected = list(result.missing), list(result.unexpected)
     if known is not None:
@@ -104,13 +110,13 @@ def carry_over(
     _refuse(missing, "missing", "--allow-missing", allowed.allow_missing, result, source)
     may = allowed.allow_unexpected
     _refuse(unexpected, "unexpected", "--allow-unexpected", may, result, source)
-    config = config_fixes(reference.config, layout)
+    embedding, head_name = embedding_and_head(result.tensors)
+    config = config_fixes(reference.config, layout, has_head=head_name is not None)
     for key in quantization_keys(config):
         raise InputError(
             f"{reference.where}: its config.json has a {key}, but the "
             "weights to write are not quantized. Give the unquantized original model."
         )
-    embedding, head_name = embedding_and_head(result.tensors)
     rows = None if embedding is None else result.tensors[embedding].shape[0]
     head = rows if head_name is None else result.tensors[head_name].shape[0]
     if rows != head:
@@ -132,7 +138,7 @@ def carry_over(
     note_beyond(side_files, rows)
     if rows is not None:
         config[INNER[layout]]["vocab_size"] = rows
-    note(*_rope_warnings(source, reference))
+    note(*_rope_warnings(source, reference, dims.family))
     config = _true_dtype(config, result.tensors)
     return Target(
         tensors=result.tensors,
@@ -165,7 +171,8 @@ def _true_dtype(config: dict[str, Any], tensors: Mapping[str, Lazy]) -> dict[str
 def _named_alike(reference: Model, dims: Dims, layout: Layout) -> dict[str, Stored]:
     """The reference's tensors under the names that are written here, whatever its spelling."""
     given = _given(reference.tensors, reference, layout)
-    found = convert(reference.tensors, dims, layout, side=layout, given=given).tensors
+    own = replace(dims, tied=reference.dims.tied)
+    found = convert(reference.tensors, own, layout, side=layout, given=given).tensors
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Stored)}
 
 
@@ -209,20 +216,12 @@ def _check_shapes(
             )
 
 
-def _rope_warnings(source: Model, reference: Model) -> list[str]:
+def _rope_warnings(source: Model, reference: Model, family: str) -> list[str]:
     """A hint where source and reference scale rotary positions in different ways."""
     if source.config is None or reference.config is None:
         return []
-    one, other = _rope_scaling(source.config), _rope_scaling(reference.config)
+    one, other = rope_scaling(source.config, family), rope_scaling(reference.config, family)
     if one == other:
         return []
     mine, theirs = printable(str(one)), printable(str(other))
     return [f"rope_scaling is {mine} in the source but {theirs} in the reference, which is written"]
-
-
-def _rope_scaling(config: Mapping[str, Any]) -> tuple[Any, Any] | None:
-    """Kind and factor of the scaling, in the words of any version of transformers."""
-    inner = config.get("llm_config") or config.get("text_config") or {}
-    stated = inner.get("rope_scaling") or inner.get("rope_parameters") or {}
-    kind = stated.get("rope_type", stated.get("type", "default"))
-    return None if kind == "default" else (kind, stated.get("factor"))

@@ -7,7 +7,6 @@ computed.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +14,6 @@ from typing import Unpack
 
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
-from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.tokenizer import Content
 from streamshard.commands.identify import Model
 from streamshard.commands.public import public
@@ -41,7 +39,6 @@ from streamshard.tensor_names import PREFIX
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
-from streamshard.tensors.workspace import Workspace
 
 __all__ = ["extract_lora"]
 
@@ -84,11 +81,13 @@ def extract_lora(
         note(*_left_out(plain, trained, found.depths, where))
     else:
         own = Model(open_checkpoint(base))
+        own.check()
         tokenizer = for_adapter(own.tokenizer, Model(source).tokenizer)
         theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
-        trained |= _differing(mine, given, (where, own.where), chosen)
+        workers = workers_or_default(chosen.workers)
+        trained |= _differing(mine, given, (where, own.where), workers)
     modules = {
         flat_name(f"{m}.weight").removesuffix(".weight") if layout == "hf" else m: m for m in ranks
     }
@@ -186,7 +185,7 @@ def _left_out(
 
 
 def _differing(
-    mine: Mapping[str, Lazy], theirs: Mapping[str, Lazy], where: tuple[str, str], chosen: Options
+    mine: Mapping[str, Lazy], theirs: Mapping[str, Lazy], where: tuple[str, str], workers: int
 ) -> set[str]:
     """Names of tensors whose bytes are not those of the base, which must have the same names."""
     only = sorted(set(mine) - set(theirs)) or sorted(set(theirs) - set(mine))
@@ -204,18 +203,7 @@ def _differing(
                 f"{other.dtype} {list(other.shape)} in {where[1]}. Give the model that the training "
                 "started from, in the dtype of the training; an adapter cannot change a shape."
             )
-    lock = threading.Lock()
-
-    def is_equal(name: str, work: Workspace) -> bool:
-        same = equal_bytes(mine[name], theirs[name], work)
-        if chosen.progress is not None:
-            with lock:
-                chosen.progress(mine[name].nbytes, name)
-        return same
-
-    if chosen.on_step is not None:
-        chosen.on_step("comparing", total_nbytes(mine), 0)
-    equal = collect(mine, is_equal, workers_or_default(chosen.workers))
+    equal = collect(mine, lambda name, work: equal_bytes(mine[name], theirs[name], work), workers)
     return {name for name, same in zip(mine, equal, strict=True) if not same}
 
 

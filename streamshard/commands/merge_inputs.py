@@ -64,6 +64,7 @@ def open_inputs(asked: Asked) -> Inputs:
         raise UsageError(f"--expert-order is {order!r}; {' or '.join(EXPERT_ORDERS)} it is.")
     inputs = _training_checkpoint(asked) if asked.checkpoint is not None else _folders(asked)
     check_base(inputs.base.tensors, inputs.base.config)
+    inputs.base.check()
     return inputs
 
 

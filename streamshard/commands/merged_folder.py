@@ -15,8 +15,8 @@ from streamshard.commands.carry_over import Target
 from streamshard.commands.identify import Model
 from streamshard.commands.whose_tokenizer import (
     after_merge,
+    context_token,
     for_checkpoint,
-    image_token_id,
 )
 from streamshard.disk.files import Files
 from streamshard.disk.paths import PathLike
@@ -109,7 +109,8 @@ def beside_merged(base: Model, result: Merged, folders: Sequence[AdapterFolder])
             "no adapter folder has a tokenizer with tokens for the new rows: the base's is written"
         )
     if found != base.checkpoint.side_files and config_layout(config) == "hf":
-        config = {**config, "image_token_id": image_token_id(written)}
+        number = written.id_of(context_token(written))
+        config = config if number is None else {**config, "image_token_id": number}
     return Beside(config, found, rows)
 
 

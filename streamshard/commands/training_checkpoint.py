@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.commands.identify import Model
 from streamshard.disk.paths import PathLike
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.internvl.lora_targets import FLAGS, PARTS, upstream_alpha
+from streamshard.internvl.shapes import GATHER
 from streamshard.lora.adapter import Adapter
 from streamshard.lora.settings import LoraSettings
 from streamshard.lora.wrapped_names import Unwrapped, unwrap
@@ -18,12 +20,6 @@ from streamshard.notes import note
 from streamshard.tensor_names import is_wrapped
 
 __all__ = ["Wrapped", "WrappedSettings", "check_flags", "open_wrapped", "read_wrapped"]
-
-
-_PARTITIONED = (
-    "The checkpoint was saved from a partitioned (ZeRO-3) model: gather its weights "
-    "(zero_to_fp32.py) and try again."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +65,14 @@ def read_wrapped(
         )
     empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
     if empty:
-        raise InputError(f"{where}: {listed(empty)} have no elements. {_PARTITIONED}")
+        raise InputError(f"{where}: {listed(empty)} have no elements. {GATHER}.")
     inside = unwrap(found.tensors, adapter_name)
     if not inside.pairs:
         raise InputError(
             f"{where}: its names are those of a wrapped model, but it has no lora_A and lora_B: the "
             "pairs are lost, or were merged before. Save the checkpoint again."
         )
+    Model(found).check(inside.base)
     ranks = {module: _rank(found, pair.A, where) for module, pair in inside.pairs.items()}
     note(*check_flags(found, ranks, where, alpha=alpha))
     for part, depth in inside.depths.items():
@@ -124,7 +121,7 @@ def _rank(found: Checkpoint, name: str, where: str) -> int:
     if len(shape) != 2 or not all(shape):
         raise AdapterError(
             f"{where}: '{printable(name)}' has shape {list(shape)}; a matrix was expected. "
-            f"{_PARTITIONED}"
+            f"{GATHER}."
         )
     return shape[0]
 

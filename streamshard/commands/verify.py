@@ -14,6 +14,7 @@ from streamshard.checkpoint.open_anything import Opened, open_anything
 from streamshard.checkpoint.unlisted_files import Entry, contents, harm
 from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
+from streamshard.commands.verify_model import AsModel, as_model
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
@@ -37,7 +38,8 @@ def verify(
 ) -> Report:
     """Read a checkpoint or adapter again, and say whether it is what was written.
 
-    Checks headers, the index against the files both ways, and that no value is infinite or NaN; where
+    Checks headers, the index against the files both ways, that no value is infinite or NaN, and, of
+    InternVL checkpoints, that all tensors that `config.json` describes are there, in their shapes; where
     there is a `streamshard.json`, also that record itself, every file and tensor against its digests,
     and that nothing was added which could be run or loaded. `sample` reads only so many tensors
     ("10%" or a number), chosen at random, and no SHA-256. With `strict` it is a problem if there is
@@ -64,6 +66,7 @@ def verify(
     share(tasks, lambda task, work: task(work), workers_or_default(workers), check.stop)
     check.shards(names)
     coverage = _coverage(found, check)
+    model = as_model(found)
     warnings = []
     if not found.listing.usable and found.listing.record == "missing":
         reason = _why_uncomparable(found)
@@ -85,12 +88,18 @@ def verify(
             "files": len(check.compared),
         },
         **coverage,
-        "missing": check.missing,
+        "checks": _checks(found, model),
+        "missing": sorted({*check.missing, *model.missing}),
         "unexpected": check.unexpected,
         "different": sorted(check.different),
         "nonfinite": dict(sorted(check.nonfinite.items())),
         "unreadable": sorted(found.unreadable | check.unreadable),
-        "problems": [*found.problems, *sorted(check.problems), *coverage["problems"]],
+        "problems": [
+            *found.problems,
+            *sorted(check.problems),
+            *model.problems,
+            *coverage["problems"],
+        ],
         "warnings": warnings,
     }
     report = finished(report, started)
@@ -107,6 +116,20 @@ def verify(
             report,
         )
     return report
+
+
+def _checks(found: Opened, model: AsModel) -> list[dict[str, str | None]]:
+    """What was checked, and what could not be, with the reason."""
+    done = ["headers", *([] if found.bare else ["index against files"]), "infinite and NaN values"]
+    why_not = dict(model.unchecked)
+    if found.listing.usable:
+        done.append("digests")
+    elif found.listing.record == "missing":
+        why_not["digests"] = _why_uncomparable(found)
+    else:
+        why_not["digests"] = f"the {REPORT_NAME} cannot be used"
+    all_of_it = {**dict.fromkeys([*done, *model.checked]), **why_not}
+    return [{"what": what, "why_not": why} for what, why in all_of_it.items()]
 
 
 def _coverage(found: Opened, check: Comparison) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from streamshard.checkpoint.tokenizer import Content, Tokenizer, differences
+from streamshard.checkpoint.tokenizer import Content, Tokenizer, differences, is_comparable
 from streamshard.checkpoint.tokenizer_files import exchanged, with_tokens
 from streamshard.errors import AdapterError, InputError, printable
 from streamshard.internvl.families import Layout
@@ -19,6 +19,7 @@ from streamshard.notes import note
 __all__ = [
     "after_conversion",
     "after_merge",
+    "context_token",
     "for_adapter",
     "for_checkpoint",
     "image_token_id",
@@ -44,7 +45,7 @@ def after_merge(
     """
     found: list[tuple[Tokenizer, Pairs, dict[int, str]]] = []
     for own in adapters:
-        pairs = differences(base, own) if own.has_tokens else {}
+        pairs = _compared(base, own)
         new = {n: token for n, (_, token) in pairs.items() if token is not None}
         learned = {n: token for n, token in new.items() if trained(n)} if base.has_tokens else new
         if learned:
@@ -96,7 +97,7 @@ def for_checkpoint(
     """The files of a donor beside a training checkpoint, whose own tokenizer belongs to its weights."""
     if not own.files:
         return dict(side_files)
-    pairs = differences(donor, own) if own.has_tokens and donor.has_tokens else {}
+    pairs = _compared(donor, own) if donor.has_tokens else {}
     if pairs:
         note(
             f"the tokenizer is that of the checkpoint, which differs from the reference's: "
@@ -107,7 +108,7 @@ def for_checkpoint(
 
 def for_adapter(base: Tokenizer, own: Tokenizer) -> dict[str, Content]:
     """The tokenizer that an adapter from a checkpoint needs; none if it is the base's."""
-    pairs = differences(base, own) if own.has_tokens else {}
+    pairs = _compared(base, own)
     if not pairs:
         return {}
     note(
@@ -131,7 +132,7 @@ def after_conversion(
     is not said where rows or tokens differ, or cannot be done.
     """
     have, theirs = rows
-    pairs = differences(source, reference) if source.has_tokens and reference.has_tokens else {}
+    pairs = _compared(source, reference) if source.has_tokens else {}
     known = {n: pair for n, pair in pairs.items() if have is None or n < have}
     question = (
         "Say whose tokenizer belongs to the weights: --tokenizer-from source (usual after adding "
@@ -218,9 +219,14 @@ def replaced(
     return files
 
 
+def context_token(tokenizer: Tokenizer) -> str:
+    """The token that stands for a part of an image."""
+    return tokenizer.named.get("context_image_token", _CONTEXT)
+
+
 def image_token_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that stands for a part of an image, which the HF config states."""
-    token = tokenizer.named.get("context_image_token", _CONTEXT)
+    """The id of that token, which the HF config states; raises `InputError` if there is none."""
+    token = context_token(tokenizer)
     found = tokenizer.id_of(token)
     if found is None:
         raise InputError(
@@ -240,6 +246,20 @@ def note_beyond(files: Mapping[str, Content], rows: int | None) -> None:
             "fail in the model. The tokenizer is of another model, or the rows are lost"
         )
     note(*(f"{problem}; it is carried as it is" for problem in written.problems))
+
+
+def _compared(one: Tokenizer, other: Tokenizer) -> Pairs:
+    """What two tokenizers differ in, if `other` has tokens; what cannot be compared is noted."""
+    if not other.has_tokens:
+        return {}
+    found = differences(one, other)
+    if not is_comparable(one, other):
+        note(
+            f"the vocabularies of {one.where} and {other.where} cannot be compared: only the tokens "
+            "that are listed beside them were"
+        )
+    note(*(f"{problem}; it is carried as it is" for problem in (*one.problems, *other.problems)))
+    return found
 
 
 def _note_settings(

@@ -87,7 +87,13 @@ def wrap_lora(
         )
     given = source.given(layout)
     tensors: dict[str, Lazy] = {name: source.tensors[own] for name, own in given.items()}
+    if source.relative is not None:
+        raise InputError(
+            f"{source.where}: is of {source.relative}, a relative of InternVL, whose classes InternVL's "
+            "trainer does not know: wrap the model with peft."
+        )
     dims = source.dims
+    source.check()
     check_complete(tensors, dims, layout)
     targets = target_modules(tensors, dims, layout, ranks)
     pairs = initial_pairs(tensors, {target.module: target.r for target in targets}, seed)

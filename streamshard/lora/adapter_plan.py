@@ -9,7 +9,7 @@ from streamshard.errors import AdapterError, listed, printable
 from streamshard.lora.adapter import Adapter, AdapterPlan, no_sum, wanted_tensors
 from streamshard.lora.adapter_checks import check_biases, check_factors, check_flags
 from streamshard.lora.experts import parameter_names
-from streamshard.lora.keys import BASE_LAYER, Keys, read_keys
+from streamshard.lora.keys import BASE_LAYER, Keys, are_own_names, read_keys
 from streamshard.lora.name_matching import OtherNames, Place, find_homes
 from streamshard.lora.pattern_eras import ERAS
 from streamshard.lora.which_release import settled
@@ -24,7 +24,8 @@ def plan_adapter(
     adapter: Adapter, base: Mapping[str, Lazy], work: Workspace, others: OtherNames
 ) -> AdapterPlan:
     """Read an adapter's keys and find their places; raises `AdapterError` for what does not fit."""
-    keys = read_keys(adapter.tensors, adapter.where, adapter.name)
+    bare = not are_own_names(adapter.tensors, base)
+    keys = read_keys(adapter.tensors, adapter.where, adapter.name, bare=bare)
     settings, where = adapter.settings, adapter.where
     adapted = [name for name, module in keys.modules.items() if module.A]
     parameters = parameter_names(adapted, settings.target_parameters, where)

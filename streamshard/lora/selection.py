@@ -22,12 +22,13 @@ _NO_NUMBERS = re.compile(r"\\[dDwWsSbB]|\{[\d,]*\}|[A-Za-z_]\w*")
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The fields of `LoraConfig` that choose modules; without any of them everything is chosen.
+    """The fields of `LoraConfig` that choose modules; everything, unless they say otherwise.
 
-    `targets` and `excluded` are ends of names, or one pattern for whole names.
+    `targets` and `excluded` are ends of names, or one pattern for whole names. A config that has no
+    targets selects nothing that is known.
     """
 
-    targets: str | tuple[str, ...] | None = None
+    targets: str | tuple[str, ...] | None = ".*"
     parameters: tuple[str, ...] = ()
     excluded: str | tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
@@ -42,14 +43,14 @@ class Selection:
         if _ends(self.excluded, module) or any(f".{s}." in f".{module}." for s in self.saved):
             return False
         if self.targets is None:
-            return not self.parameters
+            return False
         if isinstance(self.targets, str) or module in self.targets:
             return _ends(self.targets, module)
         return _ends(self.targets, module) and self._takes_layer(module)
 
     def takes_parameter(self, name: str) -> bool:
         """Whether PEFT adapts a parameter of this name, as one of `target_parameters`."""
-        return not self.parameters or _ends(self.parameters, name)
+        return _ends(self.parameters, name)
 
     def _takes_layer(self, module: str) -> bool:
         if not self.layers:

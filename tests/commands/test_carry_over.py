@@ -138,7 +138,7 @@ def test_other_vocabularies_need_a_word(layout, weights, tmp_path, cli):
     if not weights:
         without_weights(ref)
     text = refused(cli, tmp_path, 3, *command(layout, source, ref, tmp_path / "out"))
-    assert "tokenizer_from" in text
+    assert "--tokenizer-from" in text
     assert "297" in text
     assert "288" in text
 
