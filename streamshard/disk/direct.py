@@ -59,13 +59,14 @@ class DirectFile(OutputFile):
     """
 
     def __init__(self, path: Path, nbytes: int, sender: Sender) -> None:
-        super().__init__(path, nbytes)
         self._nbytes, self._sender = nbytes, sender
         self._chunks: dict[int, _Chunk] = {}
         self._changed = threading.Condition()
         self._sending = 0
         self._error: BaseException | None = None
         self._ended = False
+        self._direct = -1
+        super().__init__(path, nbytes)
         self._direct = self._open_direct()
 
     def _open_direct(self) -> int:
@@ -86,7 +87,7 @@ class DirectFile(OutputFile):
             try:
                 _check_same(system.fstat(self._descriptor), system.fstat(descriptor))
             except BaseException:
-                system.close(descriptor)
+                self._direct = descriptor
                 self.abandon()
                 raise
         return descriptor

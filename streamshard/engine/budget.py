@@ -40,7 +40,7 @@ _WORKER_NBYTES = 4_000_000
 _READER_NBYTES = 6_000_000
 # Where writing goes around the page cache: chunks that are being written, and those that have a place
 # for the ends of tensors.
-_DIRECT_NBYTES = (SENDERS + 2) * CHUNK_NBYTES
+_DIRECT_NBYTES = (SENDERS + 1) * CHUNK_NBYTES
 _DIRECT_WORKER_NBYTES = 3 * CHUNK_NBYTES
 _SMALL_NBYTES = 16_000_000  # so little is written that nothing has to make way for it
 
@@ -120,8 +120,9 @@ def _processors() -> int:
 def goes_around_cache(io: str, shards: Sequence[Shard], max_memory: int | None = None) -> bool:
     """Whether shards are written around the page cache, with that `--io`.
 
-    By default if they are more than a quarter of the memory that is free: about there Linux begins to
-    have those wait who write into the cache, and what others have there would have to go.
+    By default if they are more than a sixteenth of the memory that is free. The cache is good for those
+    who read the output next, but takes twice the processor time to write, and what others have in it
+    would have to go; before a tenth of it is to be written, Linux begins to write in any case.
     """
     nbytes = sum(shard.nbytes for shard in shards)
     if io != "auto" or nbytes < _SMALL_NBYTES:
@@ -131,7 +132,7 @@ def goes_around_cache(io: str, shards: Sequence[Shard], max_memory: int | None =
     import psutil
 
     free, group = psutil.virtual_memory().available, group_room()
-    return nbytes > (free if group is None else min(free, group)) // 4
+    return nbytes > (free if group is None else min(free, group)) // 16
 
 
 def peak_rss_bytes() -> int:

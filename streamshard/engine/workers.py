@@ -20,7 +20,7 @@ Progress: TypeAlias = Callable[[int, str], None]
 """Is told the bytes and the tensor of each finished piece."""
 OnStep: TypeAlias = Callable[[str, int, int], None]
 """Is told what is done from now on: a word, how many bytes that takes, and how many of them are done."""
-SENDERS = 4
+SENDERS = 3
 """Threads that write around the page cache: disks are as fast as they can with some writes at a time."""
 T = TypeVar("T")
 R = TypeVar("R")
@@ -188,7 +188,7 @@ class Senders:
         self.free: list[memoryview] = []
         self._stop = stop
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._room = threading.Semaphore(SENDERS + 1)
+        self._room = threading.Semaphore(SENDERS)
         self._threads = 0
         for _ in range(SENDERS):
             try:
@@ -200,7 +200,7 @@ class Senders:
             self._threads += 1
 
     def add(self, task: Callable[[], None]) -> None:
-        """Have something done; waits while there is more to do than there are threads."""
+        """Have something done; waits while every thread has something to do."""
         self._room.acquire()
         self._tasks.put(task)
 

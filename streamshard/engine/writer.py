@@ -183,7 +183,7 @@ class _Run:
                 tensor = shard.tensors[name]
                 member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
                 whole = ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
-                cuts = cuts_of(member, left, self.plan.workers)
+                cuts = cuts_of(member, left, self.plan.workers, direct=self.senders is not None)
                 left -= tensor.nbytes
                 if len(cuts) == 2:
                     yield _Item(opened, place, whole)
@@ -283,13 +283,17 @@ def write_shards(
         run.end()
 
 
-def cuts_of(member: Member, left: int, workers: int) -> list[int]:
+def cuts_of(member: Member, left: int, workers: int, *, direct: bool = False) -> list[int]:
     """Where a tensor is cut into parts, its two ends among that; `left` are all bytes not begun yet.
 
     Only one that is more than a worker's share of what is left: the others would have to wait for
-    it. Parts are measured in a second pass, which costs less than that, but not nothing.
+    it. Parts are measured in a second pass, which costs less than that, but not nothing. What goes
+    around the page cache (`direct`) would have to be read from the disk for it, and of what is only
+    copied one worker has more to write than the disk can: that is not cut.
     """
     most = parts_of(member.tensor)
+    if direct and all(piece.ranges() is not None for piece in member.tensor.pieces):
+        most = 1
     if member.tensor.nbytes * workers <= left or workers < 2 or most < 2:
         return [member.begin, member.end]
     step = max(left // (2 * workers), member.tensor.nbytes // most)
