@@ -18,6 +18,7 @@ from streamshard.checkpoint.file_names import (
 from streamshard.checkpoint.folder import has, no_such
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
+from streamshard.checkpoint.no_adapter import checkpoint_instead
 from streamshard.disk.existence import is_file, is_folder, is_there, names_in
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
@@ -63,6 +64,9 @@ def open_adapter(path: PathLike) -> AdapterFolder:
 def _open_adapter(path: Path) -> AdapterFolder:
     if is_file(path) and path.name.startswith("adapter_model."):
         path = path.parent
+    if is_file(path):
+        hint = checkpoint_instead(path) or "Give the folder that it is in."
+        raise InputError.at(path, f"is a file; an adapter is a folder. {hint}")
     if not is_folder(path):
         raise no_such(path, "adapter folder")
     if not has(path / ADAPTER_CONFIG_NAME):
@@ -70,7 +74,7 @@ def _open_adapter(path: Path) -> AdapterFolder:
         hint = (
             f"Adapters lie in its sub-folders {listed(inner)}: give one of these."
             if inner
-            else "Give the folder that PEFT's save_pretrained wrote."
+            else checkpoint_instead(path) or "Give the folder that PEFT's save_pretrained wrote."
         )
         raise InputError.at(path, f"has no {ADAPTER_CONFIG_NAME}. {hint}")
     config = read_json_object(path / ADAPTER_CONFIG_NAME)

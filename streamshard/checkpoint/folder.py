@@ -26,11 +26,12 @@ from streamshard.checkpoint.file_names import (
 )
 from streamshard.checkpoint.header import Header, read_header
 from streamshard.checkpoint.json_files import MAX_JSON_BYTES, parse_index, read_json_object
+from streamshard.checkpoint.nothing_there import instead
 from streamshard.disk.existence import is_file, is_folder, is_link, is_there, names_in, walked
 from streamshard.disk.files import read_bytes
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading, system
-from streamshard.errors import InputError, listed, printable
+from streamshard.errors import InputError, argument, listed, printable
 from streamshard.tensors.lazy import Stored
 
 __all__ = [
@@ -101,10 +102,7 @@ def open_weights(folder: Path) -> dict[str, Header]:
 
 def no_such(path: Path, what: str) -> InputError:
     """The error for a path at which nothing is."""
-    hint = "Check the path."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(path)):
-        hint = "Hub ids are not supported yet: download it (hf download) and give the folder."
-    return InputError.at(path, f"no such {what}. {hint}")
+    return InputError.at(path, f"no such {what}. {instead(path)}")
 
 
 def _find_weights(folder: Path) -> Path:
@@ -130,8 +128,8 @@ def _find_weights(folder: Path) -> Path:
     if is_file(folder / ADAPTER_CONFIG_NAME):
         raise InputError.at(
             folder,
-            "is a PEFT adapter, not a checkpoint. "
-            "Pass it as --adapter and the model it was trained on as --base.",
+            "is a PEFT adapter, not a checkpoint. It goes with the model it was trained on: "
+            f"`merge-lora --adapter {argument(folder)} --base MODEL`.",
         )
     pickles = [name for name in names_in(folder) if fnmatchcase(name, "pytorch_model*.bin")]
     hint = (

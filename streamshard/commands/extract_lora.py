@@ -222,7 +222,7 @@ def _saved_modules(
             f"{where}: {len(bad)} tensors differ from the base and cannot be part of an adapter: "
             f"{listed(bad)}. They are weights under a LoRA pair, or parameters that are no modules of "
             "their own. Is this the base that the training started from? If it is, merge the "
-            "checkpoint instead (merge-lora)."
+            "checkpoint instead: `merge-lora CHECKPOINT`."
         )
     # A numbered module is one of a Sequential, as mlp1.1, which goes as a whole.
     owners = {name.rpartition(".")[0] for name in trained if name in names}

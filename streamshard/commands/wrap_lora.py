@@ -236,7 +236,7 @@ def _wrapped_config(source: Model, layout: Layout, ranks: Mapping[str, int]) -> 
     if layout != "custom":
         raise InputError(
             f"{where}: is of the HF layout, but the trainer that loads wrapped checkpoints knows "
-            "only the custom layout. Convert it with hf2custom, or write an adapter (--format peft)."
+            "only the custom layout. Convert it with `hf2custom`, or write an adapter (--format peft)."
         )
     if source.config is None:
         raise InputError(

@@ -125,5 +125,5 @@ def check_base(base: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> No
         raise InputError(
             f"the base is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. Use the "
             "checkpoint that the training started from, or merge its own pairs: "
-            "merge-lora CHECKPOINT --output O."
+            "`merge-lora CHECKPOINT --output O`."
         )
