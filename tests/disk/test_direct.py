@@ -272,7 +272,8 @@ def mounted(tmp_path: Path, kind: str) -> Path:
         where = f"lowerdir={tmp_path}/low,upperdir={tmp_path}/up,workdir={tmp_path}/work"
         commands = [["mount", "-t", "overlay", "overlay", "-o", where, str(place)]]
     else:
-        image.write_bytes(bytes(40_000_000))
+        image.touch()
+        os.truncate(image, 400_000_000)
         commands = [[f"mkfs.{kind}", str(image)], ["mount", "-o", "loop", str(image), str(place)]]
     for command in commands:
         try:
