@@ -13,6 +13,7 @@ __all__ = [
     "HEADS",
     "PREFIX",
     "factors_among",
+    "has_words_of_training",
     "is_of_tokens",
     "is_wrapped",
     "peft_prefix",
@@ -81,6 +82,12 @@ def split_key(key: str, *, bare: bool = True) -> tuple[str, str]:
     match = _BEGINNING.match(plain)
     beginning = match[0] if match else ""
     return beginning, _PEFT_ANYWHERE.sub("", plain.removeprefix(beginning))
+
+
+def has_words_of_training(key: str) -> bool:
+    """Whether a key of an adapter has more words of training in it than PEFT's usual prefix."""
+    rest = key.removeprefix(PREFIX)
+    return "module." in rest or "_orig_mod." in rest or PREFIX in rest
 
 
 def split_module(name: str) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from streamshard.lora.adapter import Adapter
 from streamshard.lora.base_checks import check_base
 from streamshard.lora.experts import EXPERT_ORDERS
 from streamshard.lora.settings import read_settings
+from streamshard.notes import note
 
 __all__ = ["Asked", "Inputs", "open_inputs"]
 
@@ -64,7 +65,7 @@ def open_inputs(asked: Asked) -> Inputs:
     if order not in EXPERT_ORDERS:
         raise UsageError(f"--expert-order is {order!r}; {' or '.join(EXPERT_ORDERS)} it is.")
     inputs = _training_checkpoint(asked) if asked.checkpoint is not None else _folders(asked)
-    check_base(inputs.base.tensors, inputs.base.config)
+    check_base(inputs.base.tensors, inputs.base.config, inputs.base.where)
     inputs.base.check()
     return inputs
 
@@ -96,6 +97,7 @@ def _folders(asked: Asked) -> Inputs:
         )
     base = open_checkpoint(asked.base)
     folders = _open_adapters(asked.adapter)
+    note(*base.warnings, *(warning for folder in folders for warning in folder.warnings))
     return Inputs(Model(base), _adapters(folders, asked), folders)
 
 
@@ -158,6 +160,7 @@ def _adapters(folders: Sequence[AdapterFolder], asked: Asked) -> list[Adapter]:
             factor,
             asked.adapter_name,
             asked.expert_order,
+            {printable(str(beside.file)): beside.tensors for beside in folder.beside},
         )
         for folder, factor in zip(folders, weights, strict=True)
     ]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.commands.beside_wrapped import check_beside_wrapped
 from streamshard.commands.identify import Model
 from streamshard.disk.paths import PathLike
 from streamshard.errors import AdapterError, InputError, UsageError, argument, listed, printable
@@ -73,9 +74,10 @@ def read_wrapped(
             f"{where}: its names are those of a wrapped model, but it has no lora_A and lora_B: the "
             "pairs are lost, or were merged before. Save the checkpoint again."
         )
+    found = check_beside_wrapped(found, inside.base)
     Model(found).check(inside.base)
     ranks = {module: _rank(found, pair.A, where) for module, pair in inside.pairs.items()}
-    note(*check_flags(found, ranks, where, alpha=alpha))
+    note(*found.warnings, *check_flags(found, ranks, where, alpha=alpha))
     for part, depth in inside.depths.items():
         if depth > 1:
             note(
