@@ -74,6 +74,9 @@ def split_key(key: str, *, bare: bool = True) -> tuple[str, str]:
     >>> split_key("module.base_model.model.module.lm_head.weight", bare=False)
     ('module.base_model.model.', 'module.lm_head.weight')
     """
+    if not has_words_of_training(key):  # most keys, and searching for words is quick
+        rest = key.removeprefix(PREFIX)
+        return key[: len(key) - len(rest)], rest
     if not bare:
         match = _OUTSIDE.match(key)
         beginning = match[0] if match else ""
@@ -98,7 +101,9 @@ def split_module(name: str) -> tuple[str, str]:
     """
     mark = _BEHIND.search(name)
     at = len(name) if mark is None else mark.start()
-    return name[:at], _WRAPPERS_INSIDE.sub("", name[at:])
+    behind = name[at:]
+    wrapped = "module." in behind or "_orig_mod." in behind
+    return name[:at], _WRAPPERS_INSIDE.sub("", behind) if wrapped else behind
 
 
 def peft_prefix(name: str) -> re.Match[str] | None:

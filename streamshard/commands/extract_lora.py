@@ -86,7 +86,6 @@ def extract_lora(
     else:
         own = Model(open_checkpoint(base))
         tokenizer = for_adapter(own.tokenizer, Model(source).tokenizer)
-        own.check()
         theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
