@@ -211,10 +211,43 @@ MUTANTS = (
     ),
     Mutant(
         "background-errors-ignored",
-        "                self._stop.fail(error)",
-        "                del error",
+        """self._stop.going():
+            try:
+                task()
+            except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+                self._stop.fail(error)""",
+        """self._stop.going():
+            try:
+                task()
+            except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+                del error""",
         "a failed fsync is a success",
         ("test_what_is_finished_is_kept_when_a_disk_fails",),
+    ),
+    Mutant(
+        "errors-of-senders-ignored",
+        """                self._stop.fail(error)
+            finally:
+                self._room.release()""",
+        """                del error
+            finally:
+                self._room.release()""",
+        "a run goes on for hours after the disk is full",
+        ("test_an_error_of_the_disk_is_told_by_sync",),
+    ),
+    Mutant(
+        "sync-before-chunks-are-written",
+        "            self._changed.wait_for(lambda: not self._sending)\n",
+        "",
+        "a shard is finished while some of it is on the way to the disk",
+        ("test_pieces_in_any_order",),
+    ),
+    Mutant(
+        "lost-pages-believed",
+        "        if mapped.lost:\n            raise _gone(file, span)\n",
+        "",
+        "zeros in the place of what a file that shrank had",
+        ("test_a_file_that_is_cut_off",),
     ),
     Mutant(
         "last-error-told",
