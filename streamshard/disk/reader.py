@@ -59,9 +59,9 @@ class Reader:
     def read_into(self, span: ByteRange, out: memoryview) -> None:
         """Fill `out` (`span.nbytes` long) with a part of a file."""
         file = self.files.source(span.path, span.file_nbytes)
+        mapped = file.mapping() if file.spare else None  # knows what was in the cache before
         self.files.read_into(span, out)
-        mapped = file.mapping() if file.spare else None
-        if mapped is not None:
+        if mapped is not None and span.nbytes:
             self._enter(mapped, span, populate=False)
 
     def leave(self) -> None:

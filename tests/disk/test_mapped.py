@@ -301,3 +301,43 @@ def test_a_base_that_is_cut_off_at_the_worst_moments(at, pair, cli, monkeypatch)
     path.write_bytes(data)
     assert cli(*pair.command).code == 0
     assert weights_of(pair.output) == weights_of(merged)
+
+
+def absent(path: Path) -> list[int]:
+    """For each window, whether the page cache has nothing of it."""
+    with path.open("rb") as opened:
+        flags = module._mapping.Mapping(opened.fileno(), path.stat().st_size)
+        return [*flags.absent(WINDOW_NBYTES, PAGE)]
+
+
+@pytest.mark.parametrize("choice", ["mmap", "auto"])
+@pytest.mark.parametrize("spare", [True, False])
+@pytest.mark.parametrize("how", ["seen", "read"])
+def test_the_cache_is_left_as_it_was(choice, spare, how, tmp_path, monkeypatch):
+    """Windows 2 and 3 were there, 0, 1, 4 and 5 were not; tensors begin and end anywhere."""
+    monkeypatch.setenv("STREAMSHARD_READ", choice)
+    path, nbytes = tmp_path / "file", 6 * WINDOW_NBYTES
+    path.write_bytes(np.random.default_rng(2).bytes(nbytes))
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    for window in (0, 1, 4, 5):
+        os.posix_fadvise(descriptor, window * WINDOW_NBYTES, WINDOW_NBYTES, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    before = absent(path)
+    if before != [1, 1, 0, 0, 1, 1]:
+        pytest.skip("this file system keeps its cache")
+    files = Files(spare=spare)
+    reader, step, data = Reader(files), WINDOW_NBYTES // 3, bytearray(nbytes)
+    for start in range(0, nbytes, step):
+        part = span(path, start, min(step, nbytes - start))
+        room = memoryview(data)[start : start + part.nbytes]
+        if how == "read":
+            reader.read_into(part, room)
+        else:
+            with reader.view(part, lambda count: memoryview(bytearray(count))) as found:
+                room[:] = found
+    reader.leave()
+    files.close()
+    left = absent(path)
+    assert data == path.read_bytes()
+    assert left == before if spare else not any(left[:2])
