@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "streamshard"
 SOURCES = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
 TYPES = {"streamshard/py.typed", "streamshard/tensors/_kernels.pyi"}
-KERNEL = "streamshard/tensors/_kernels.c"
+KERNEL = {"streamshard/tensors/_kernels.c", "streamshard/tensors/_tiles.h"}
 # Nothing of this repository, and of what is installed here only the dependencies.
 ELSEWHERE = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME"}}
 
@@ -86,7 +86,7 @@ def has_compiler() -> bool:
 def test_the_sdist_has_all_that_a_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {*SOURCES, *TYPES, KERNEL, "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {*SOURCES, *TYPES, *KERNEL, "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
 def test_the_wheel_has_all_that_runs_and_nothing_else(wheel):
@@ -95,7 +95,7 @@ def test_the_wheel_has_all_that_runs_and_nothing_else(wheel):
         kernels = {name for name in names if name.endswith((".so", ".pyd"))}
         entries = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
         script = archive.read(entries).decode()
-    assert names - kernels - {KERNEL} == SOURCES | TYPES
+    assert names - kernels - KERNEL == SOURCES | TYPES
     assert len(kernels) == has_compiler()
     assert "streamshard = streamshard.__main__:main" in script
 

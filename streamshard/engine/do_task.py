@@ -21,9 +21,9 @@ from streamshard.engine.shard_task import Member, Result, ShardTask
 from streamshard.errors import AdapterError, printable
 from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.comparing import squared_distance
+from streamshard.tensors.computed import TILE_ROWS
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, Stored, Window
-from streamshard.tensors.low_rank import TILE_ROWS
 from streamshard.tensors.rounding import Changes
 from streamshard.tensors.workspace import Workspace
 

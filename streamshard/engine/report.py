@@ -10,11 +10,12 @@ from typing import Any, TypeAlias
 from streamshard.checkpoint.header import total_nbytes, total_parameters
 from streamshard.engine.budget import peak_rss_bytes
 from streamshard.engine.journal import FinishedShard
+from streamshard.tensors.kernel import chosen
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.rounding import Change
 from streamshard.version import __version__
 
-__all__ = ["Report", "Streamed", "finished", "new_report", "update"]
+__all__ = ["Report", "Streamed", "exactness", "finished", "new_report", "update"]
 
 
 Report: TypeAlias = dict[str, Any]
@@ -89,9 +90,7 @@ def update(finished: Sequence[FinishedShard]) -> dict[str, float] | None:
 
     `unchanged` is the share of elements that an update was added to and that are as before.
     """
-    change = Change()
-    for shard in finished:
-        change = change.plus(shard.change)
+    change = _change(finished)
     if not change.updated:
         return None
     return {
@@ -99,3 +98,18 @@ def update(finished: Sequence[FinishedShard]) -> dict[str, float] | None:
         "effected": math.sqrt(change.effected),
         "unchanged": change.unchanged / change.updated,
     }
+
+
+def exactness(finished: Sequence[FinishedShard]) -> dict[str, Any] | None:
+    """How many elements were computed, how many of them again as they were near a boundary, by what."""
+    change = _change(finished)
+    if not change.updated:
+        return None
+    return {"elements": change.updated, "rechecked": change.rechecked, "kernel": chosen()}
+
+
+def _change(finished: Sequence[FinishedShard]) -> Change:
+    change = Change()
+    for shard in finished:
+        change = change.plus(shard.change)
+    return change

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import statistics
@@ -13,9 +14,8 @@ import numpy as np
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensor_names import factors_among
 from streamshard.tensors.arrays import Float32
-from streamshard.tensors.computed import Computed
-from streamshard.tensors.lazy import Lazy, read_float32
-from streamshard.tensors.low_rank import SPAN_COLUMNS, TILE_COLUMNS, TILE_ROWS
+from streamshard.tensors.computed import TILE_ROWS, Computed
+from streamshard.tensors.lazy import Lazy, NotFiniteError, read_float32
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["check_base", "check_not_merged", "projection"]
@@ -29,6 +29,7 @@ _QUANTIZED = re.compile(
 # Elements of the base that are looked at, a tile of rows from each tensor, and tensors.
 SAMPLE_ELEMENTS = 32_000_000
 SAMPLE_TENSORS = 512
+SPAN_COLUMNS = 8192  # looked at at a time
 
 
 def check_not_merged(where: str, tensors: Iterable[Lazy], work: Workspace) -> None:
@@ -90,12 +91,8 @@ def _tiles(
     for first in range(0, piece.columns, SPAN_COLUMNS):
         span = first, min(first + SPAN_COLUMNS, piece.columns)
         base = read_float32(piece.source, start, stop, work, span)
-        for column in range(0, base.shape[1], TILE_COLUMNS):
-            W = base[:, column : column + TILE_COLUMNS]
-            height, width = W.shape
-            D = piece.update(start, first + column, height, width, work)
-            if D is not None:
-                yield W, D
+        with contextlib.suppress(NotFiniteError):  # told when it is merged
+            yield base, piece.update(start, stop, *span, work)
 
 
 def check_base(base: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> None:

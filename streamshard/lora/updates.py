@@ -53,10 +53,7 @@ class Update:
     @property
     def unweighted(self) -> Update:
         """The like as the adapter has it: with weight 1."""
-        weight = self.adapter.weight
-        if weight == 1:
-            return self
-        return replace(self, term=replace(self.term, scale=self.term.scale / weight))
+        return replace(self, term=replace(self.term, weight=1.0))
 
 
 def updates_of(
@@ -68,8 +65,9 @@ def updates_of(
     turned = _turned(plan, tensors)
     found: list[tuple[str, Update]] = []
     idle = []
+    weight = adapter.weight
     for name, module in pairs.items():
-        scale = adapter.settings.scaling(pattern_key(plan, name)) * adapter.weight
+        scale = adapter.settings.scaling(pattern_key(plan, name))
         # All factors are read in any case: a zero must not hide a NaN.
         peaks = [largest(adapter, key, work) for key in (module.A, module.B)]
         for key in filter(None, (module.magnitude, module.bias)):
@@ -78,12 +76,13 @@ def updates_of(
             new = _of_experts(plan, name, scale, tensors, turned=turned[name])
         else:
             new = _of_module(plan, name, module, scale, tensors, turned=turned[name])
-        if (not scale or not all(peaks)) and not module.magnitude:
+        if not (scale and adapter.weight and all(peaks)) and not module.magnitude:
             idle.append(name)
             new = []
-        if module.bias and scale:
+        if module.bias and scale and adapter.weight:
             new += _of_bias(plan, name, module, scale, tensors)
-        found += new
+        # The product of weight and scale is exact: they stay apart.
+        found += [(n, replace(u, term=replace(u.term, weight=weight))) for n, u in new]
     warnings = [
         f"{adapter.where}: {len(idle)} of {len(pairs)} updates are exactly zero and leave "
         f"their weights as they are: {listed(idle, 3)}"
