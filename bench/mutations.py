@@ -148,9 +148,9 @@ MUTANTS = (
     ),
     Mutant(
         "output-not-free",
-        "    if not exists(target):\n        return\n    if not overwrite:",
-        "    if True:\n        return\n    if not overwrite:",
-        "an empty folder that appears meanwhile is replaced",
+        "    if there:\n        check_replaceable(target, overwrite=overwrite)",
+        "    if False:\n        check_replaceable(target, overwrite=overwrite)",
+        "an output that appeared before the lock was held is found when all is written",
         ("test_an_output_that_appears_before_the_lock_is_held",),
     ),
     Mutant(
@@ -254,8 +254,8 @@ MUTANTS = (
     ),
     Mutant(
         "inputs-checked-too-late",
-        "progress, started)\n        inputs.end()\n",
-        "progress, started)\n",
+        "(lambda *_: None), started)\n        inputs.end()\n",
+        "(lambda *_: None), started)\n",
         "an output of changed inputs has its name before that is found",
         ("test_whenever_it_happens", "test_a_side_file_that_grows_while_it_is_copied"),
     ),

@@ -11,7 +11,11 @@ from streamshard.version import __version__
 
 __all__ = [
     "DTYPES",
+    "ConversionOptions",
+    "OutputOptions",
+    "Report",
     "StreamshardError",
+    "StreamshardWarning",
     "__version__",
     "compute_l2_distance",
     "convert_keys_back",
@@ -29,7 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from streamshard.commands.convert import custom_to_hf, hf_to_custom
+    from streamshard.commands.convert import ConversionOptions, custom_to_hf, hf_to_custom
     from streamshard.commands.diff import diff
     from streamshard.commands.extract_lora import extract_lora
     from streamshard.commands.inspect import inspect
@@ -42,14 +46,20 @@ if TYPE_CHECKING:
     )
     from streamshard.commands.verify import verify
     from streamshard.commands.wrap_lora import wrap_lora
-    from streamshard.errors import StreamshardError
+    from streamshard.engine.job import OutputOptions
+    from streamshard.engine.report import Report
+    from streamshard.errors import StreamshardError, StreamshardWarning
     from streamshard.tensors.dtypes import DTYPES
 
 _LIGHT = {"errors", "tensors.dtypes"}
 """What needs no numpy."""
 _HOMES = {
     "DTYPES": "tensors.dtypes",
+    "ConversionOptions": "commands.convert",
+    "OutputOptions": "engine.job",
+    "Report": "engine.report",
     "StreamshardError": "errors",
+    "StreamshardWarning": "errors",
     "compute_l2_distance": "commands.state_dicts",
     "convert_keys_back": "commands.state_dicts",
     "convert_keys_to_hf": "commands.state_dicts",
@@ -71,11 +81,20 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'streamshard' has no attribute {name!r}")
     from importlib import import_module
 
-    if _HOMES[name] not in _LIGHT:
-        from streamshard import limits
+    from streamshard import errors, extras, limits, wording
 
-        limits.import_numpy()
-    return getattr(import_module(f"streamshard.{_HOMES[name]}"), name)
+    try:
+        if _HOMES[name] not in _LIGHT:
+            limits.import_numpy()
+        return getattr(import_module(f"streamshard.{_HOMES[name]}"), name)
+    except errors.StreamshardError as error:
+        error.args = (wording.spoken(str(error), name),)
+        raise
+    except ImportError as error:
+        missing = extras.explained(error)
+        if missing is None:
+            raise
+        raise missing from error
 
 
 def __dir__() -> list[str]:

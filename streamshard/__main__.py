@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 
 __all__ = ["main"]
@@ -19,8 +20,17 @@ def main() -> None:
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    from streamshard.cli import main as run
+    from streamshard.extras import explained
 
+    try:
+        from streamshard.cli import main as run
+    except ImportError as error:
+        missing = explained(error)
+        if missing is None:
+            raise
+        if sys.stderr is not None:
+            sys.stderr.write(f"error: {missing}\n")
+        sys.exit(missing.exit_code)
     run()
 
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
-from typing import Any, TypeVar
-
-from typing_extensions import Self
+from typing import Any, Self
 
 __all__ = [
     "AdapterError",
@@ -19,6 +17,7 @@ __all__ = [
     "OutputError",
     "ReadError",
     "StreamshardError",
+    "StreamshardWarning",
     "UnreadError",
     "UsageError",
     "VerificationError",
@@ -28,9 +27,6 @@ __all__ = [
     "nearest",
     "printable",
 ]
-
-
-E = TypeVar("E", bound="StreamshardError")
 
 
 class StreamshardError(Exception):
@@ -46,6 +42,10 @@ class StreamshardError(Exception):
         a\nb: is empty.
         """
         return cls(f"{printable(str(path))}: {problem}")
+
+
+class StreamshardWarning(UserWarning):
+    """What a report lists under `warnings`, for the filters of Python's `warnings`."""
 
 
 class UsageError(StreamshardError):
@@ -102,6 +102,11 @@ class VerificationError(StreamshardError):
     def __init__(self, message: str, report: dict[str, Any]) -> None:
         super().__init__(message)
         self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default it would be made of the message alone, as an error that comes from another
+        # process, or is copied, would be.
+        return type(self), (*self.args, self.report), self.__dict__
 
 
 class UnreadError(VerificationError, ReadError):

@@ -18,6 +18,7 @@ __all__ = [
     "peft_prefix",
     "plain_name",
     "split_key",
+    "split_module",
     "without_wrappers",
 ]
 
@@ -40,6 +41,11 @@ _PEFT = re.compile(
     rf"^{_PREFIXES}|(?<=^language_model\.){_PREFIXES}|(?<=^vision_model\.){_PREFIXES}"
 )
 _PEFT_ANYWHERE = re.compile(rf"(?:^|(?<=\.)){_PREFIXES}")
+_OUTSIDE = re.compile(rf"^(?:(?:{_BEFORE}|\w+_wrapped_module)\.)*{re.escape(PREFIX)}")
+_BEHIND = re.compile(
+    r"\.(?:lora_\w+|base_layer|token_adapter|trainable_tokens_delta|modules_to_save|"
+    r"original_module)(?=\.|$)"
+)
 _BEGINNING = re.compile(rf"(?:module\.|{re.escape(PREFIX)})*")
 
 
@@ -56,16 +62,36 @@ def plain_name(name: str) -> str:
     return _PEFT.sub("", plain).replace(".base_layer.", ".") if "base_" in plain else plain
 
 
-def split_key(key: str) -> tuple[str, str]:
-    """A key of an adapter as what training and PEFT put before it, and the rest without wrappers.
+def split_key(key: str, *, bare: bool = True) -> tuple[str, str]:
+    """A key of an adapter as what training and PEFT put before it, and the rest.
+
+    The rest is `bare` of everything that training and PEFT put into names, or else the name that
+    the model had which PEFT wrapped: this may have such words of its own.
 
     >>> split_key("module.base_model.model.lm_head._fsdp_wrapped_module.weight")
     ('module.base_model.model.', 'lm_head.weight')
+    >>> split_key("module.base_model.model.module.lm_head.weight", bare=False)
+    ('module.base_model.model.', 'module.lm_head.weight')
     """
+    if not bare:
+        match = _OUTSIDE.match(key)
+        beginning = match[0] if match else ""
+        return beginning, key.removeprefix(beginning)
     plain = _WRAPPERS_INSIDE.sub("", key)
     match = _BEGINNING.match(plain)
     beginning = match[0] if match else ""
-    return beginning, plain.removeprefix(beginning)
+    return beginning, _PEFT_ANYWHERE.sub("", plain.removeprefix(beginning))
+
+
+def split_module(name: str) -> tuple[str, str]:
+    """A tensor of an adapter as its module, and what PEFT put behind that.
+
+    >>> split_module("model.layers.0.q_proj.lora_A.default._fsdp_wrapped_module.weight")
+    ('model.layers.0.q_proj', '.lora_A.default.weight')
+    """
+    mark = _BEHIND.search(name)
+    at = len(name) if mark is None else mark.start()
+    return name[:at], _WRAPPERS_INSIDE.sub("", name[at:])
 
 
 def peft_prefix(name: str) -> re.Match[str] | None:

@@ -21,7 +21,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.glob("**/*.py"))
 
 # Rooms that a room may import, itself aside. All may import the ground, and only the command line
 # the face: the package's public names.
-GROUND = {"errors", "limits", "tensor_names", "version"}
+GROUND = {"errors", "extras", "limits", "notes", "tensor_names", "version", "wording"}
 FACE = "streamshard"
 MAY = {
     "disk": set(),

@@ -103,7 +103,7 @@ def _encode(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     if dtype == "fp16":
         return values.astype(np.float16)
     bits = values.view(np.uint32)
-    rounded: NDArray[np.uint32] = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return rounded.astype(np.uint16)
 
 
@@ -269,7 +269,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _new_folder(path: str | Path) -> Path:
     """Create a folder; one that holds files is refused, as a stray shard would be loaded."""
-    folder = Path(path)
+    folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         msg = f"{folder} is not empty; choose a new folder or remove its files first"

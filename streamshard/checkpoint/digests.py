@@ -79,10 +79,15 @@ def tensor_digest(
     return digest.digest()
 
 
-def hash_file(path: Path, *hashes: Hash, going: Callable[[], bool] = lambda: True) -> int:
+def hash_file(
+    path: Path,
+    *hashes: Hash,
+    going: Callable[[], bool] = lambda: True,
+    told: Callable[[int], None] = lambda _: None,
+) -> int:
     """Add the content of a file to each of `hashes`; stops early when `going` says no.
 
-    Returns how many bytes that were.
+    `told` is told the bytes of each block. Returns how many bytes that were.
     """
     done = 0
     buffer = memoryview(bytearray(BLOCK_NBYTES))
@@ -91,6 +96,7 @@ def hash_file(path: Path, *hashes: Hash, going: Callable[[], bool] = lambda: Tru
             for one in hashes:
                 one.update(buffer[:count])
             done += count
+            told(count)
     return done
 
 

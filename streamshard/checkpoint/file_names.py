@@ -22,6 +22,8 @@ __all__ = [
     "REPORT_NAME",
     "SINGLE_NAME",
     "SUFFIX",
+    "TEMPLATE",
+    "TEMPLATES",
     "TOKENIZER",
     "WEIGHTS",
     "numbered",
@@ -66,10 +68,12 @@ NOT_CARRIED = re.compile(
 )
 NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb", re.DOTALL)
 TOKENIZER = re.compile(
-    r"tokenizer.*|vocab\.(?:json|txt)|merges\.txt|added_tokens\.json|special_tokens_map\.json"
-    r"|tokenization_.*\.py|spiece\.model|sentencepiece.*",
+    r"tokenizer.*|vocab\.(?:json|txt|bpe)|merges\.txt|added_tokens\.json|special_tokens_map\.json"
+    r"|tokenization_.*\.py|spiece\.model|sentencepiece.*|tekken\.json|[^/]*tiktoken[^/]*",
     re.DOTALL,
 )
+TEMPLATES = "additional_chat_templates"
+TEMPLATE = re.compile(rf"chat_template\.(?:jinja|json)|{TEMPLATES}/[^/]*\.jinja", re.DOTALL)
 
 # What loaders choose by name, in lower case: code, weights, and whatever else changes what is loaded.
 CODE = re.compile(

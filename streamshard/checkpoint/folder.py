@@ -20,6 +20,8 @@ from streamshard.checkpoint.file_names import (
     NOT_ENTERED,
     SINGLE_NAME,
     SUFFIX,
+    TEMPLATE,
+    TEMPLATES,
     TOKENIZER,
 )
 from streamshard.checkpoint.header import Header, read_header
@@ -107,7 +109,7 @@ def no_such(path: Path, what: str) -> InputError:
 
 def _find_weights(folder: Path) -> Path:
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
-    if has(index) and has(single):
+    if has(index) and has(single) and not _lists_only(index, SINGLE_NAME):
         raise InputError.at(
             folder,
             f"has both {INDEX_NAME} and {SINGLE_NAME}, and loaders "
@@ -138,6 +140,12 @@ def _find_weights(folder: Path) -> Path:
         else f"Give a folder with {SINGLE_NAME} or an index."
     )
     raise InputError.at(folder, f"has no .safetensors weights. {hint}")
+
+
+def _lists_only(index: Path, name: str) -> bool:
+    """Whether an index says that all tensors are in the one file of this name."""
+    weight_map = parse_index(read_bytes(index, MAX_JSON_BYTES), index).get("weight_map")
+    return isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {name}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -230,12 +238,21 @@ def _side_files(folder: Path) -> dict[str, Path]:
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """The tokenizer's files of a folder, by name."""
+    """The files of a folder that may be a tokenizer's, by name: also code, which its settings name."""
     with reading(folder):
-        found = [folder / name for name in names_in(folder) if TOKENIZER.fullmatch(name)]
-        for path in filter(has, found):
-            _check_link(folder, path)
-        return {path.name: path for path in found}
+        names = names_in(folder)
+        if TEMPLATES in names and is_folder(folder / TEMPLATES):
+            names = [*names, *(f"{TEMPLATES}/{name}" for name in names_in(folder / TEMPLATES))]
+        found = {}
+        for name in sorted(names):
+            path = folder / name
+            tokenizers = TOKENIZER.fullmatch(name) or TEMPLATE.fullmatch(name)
+            if tokenizers and has(path):
+                _check_link(folder, path)
+                found[name] = path
+            elif name.endswith(".py") and is_file(path) and not is_link(path):
+                found[name] = path
+        return found
 
 
 def has(file: Path) -> bool:

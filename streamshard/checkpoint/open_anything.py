@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from streamshard.checkpoint.adapter_folder import is_adapter, open_adapter
 from streamshard.checkpoint.file_names import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
+    INDEX_NAME,
     MODEL_CONFIG_NAME,
     PICKLED_ADAPTER_NAME,
     SUFFIX,
 )
 from streamshard.checkpoint.folder import open_checkpoint, open_weights
-from streamshard.checkpoint.header import read_header
-from streamshard.checkpoint.json_files import read_json_object
+from streamshard.checkpoint.header import read_header, total_nbytes
+from streamshard.checkpoint.json_files import MAX_JSON_BYTES, parse_index, read_json_object
 from streamshard.checkpoint.recorded_files import Listing, read_listing
 from streamshard.disk.existence import is_file, is_folder
+from streamshard.disk.files import read_bytes
 from streamshard.disk.system import is_unread, reading, system
 from streamshard.errors import AdapterError, InputError, ReadError, printable
 from streamshard.tensors.lazy import Lazy
@@ -33,15 +36,17 @@ _Errors = (InputError, ReadError, AdapterError)
 class Opened:
     """What is there, and what is recorded of it.
 
-    `headers` maps the name of each weight file to its tensors, in the order of their bytes;
-    `unread` maps names of files that could not be opened to why. Of the `problems` those in
-    `unreadable` are of the system, which did not read a file; `incomplete` says that one of these has
-    weights, so that it is not known which there are.
+    `config` is what the folder has. `headers` maps the name of each weight file to its tensors, in
+    the order of their bytes; `unread` maps names of files that could not be opened to why. Of the
+    `problems` those in `unreadable` are of the system, which did not read a file; `incomplete` says
+    that one of these has weights, so that it is not known which there are.
     """
 
     folder: Path
     listing: Listing
     bare: bool = False
+    adapter: bool = False
+    config: Mapping[str, Any] | None = None
     headers: dict[str, Mapping[str, Lazy]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -102,10 +107,13 @@ def _open_folder(path: Path) -> Opened:
     for name in (MODEL_CONFIG_NAME, ADAPTER_CONFIG_NAME):
         if name in names:
             try:
-                read_json_object(path / name)
+                content = read_json_object(path / name)
+                if name == MODEL_CONFIG_NAME:
+                    found.config = content
             except (InputError, ReadError) as error:
                 found.add(error)
-    if is_adapter(path, names):
+    found.adapter = is_adapter(path, names)
+    if found.adapter:
         _open_adapter(found, names)
     else:
         _open_checkpoint(found, names)
@@ -113,6 +121,21 @@ def _open_folder(path: Path) -> Opened:
         if is_shard(name) and name in names:
             found.header(name)
     return found
+
+
+def _check_total(found: Opened, names: list[str]) -> None:
+    """Compare the bytes that the index states with those of the tensors."""
+    if INDEX_NAME not in names:
+        return
+    index = parse_index(read_bytes(found.folder / INDEX_NAME, MAX_JSON_BYTES), found.folder)
+    metadata = index.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(total_nbytes(tensors) for tensors in found.headers.values())
+    if stated and stated != total:  # some writers leave it 0
+        found.add(
+            f"{INDEX_NAME}: total_size is {printable(str(stated))}, but the tensors have {total} bytes: "
+            "the index is of another checkpoint, or tensors were added or lost."
+        )
 
 
 def _open_adapter(found: Opened, names: list[str]) -> None:
@@ -144,5 +167,7 @@ def _open_checkpoint(found: Opened, names: list[str]) -> None:
         # Whatever is healthy is looked at all the same.
         for name in there:
             found.header(name)
+    else:
+        _check_total(found, names)
     if not found.headers and not found.unread and not found.problems:
         found.add(f"{printable(str(found.folder))}: holds no tensors.")

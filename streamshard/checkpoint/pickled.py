@@ -11,6 +11,7 @@ from streamshard.checkpoint.header import MAX_NAME_BYTES
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.errors import InputError, StreamshardError, printable
+from streamshard.extras import needed_for
 from streamshard.limits import Need, check_room
 from streamshard.tensors.dtypes import TORCH_DTYPES
 from streamshard.tensors.lazy import Array, Lazy
@@ -33,7 +34,11 @@ def read_pickled(file: Path) -> dict[str, Lazy]:
             nbytes = opened.nbytes
             _check_size(opened)
             content = _load(opened)
-    except (StreamshardError, MemoryError):  # the latter says nothing about the file
+    except (
+        StreamshardError,
+        MemoryError,
+        ImportError,
+    ):  # the latter two say nothing about the file
         raise
     except Exception as error:  # torch raises whatever its unpickler meets
         raise InputError.at(
@@ -72,7 +77,8 @@ def _check_size(file: Source) -> None:
 def _load(file: Source) -> Any:
     if "torch" not in sys.modules:
         check_room("torch, which reads this .bin; safetensors need none of it", _TORCH)
-    import torch
+    with needed_for("reading a .bin file"):
+        import torch
 
     return torch.load(file.stream(), map_location="cpu", weights_only=True)
 

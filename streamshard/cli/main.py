@@ -18,6 +18,7 @@ import streamshard.cli.reading_commands  # noqa: F401 - adds its commands
 from streamshard.cli.app import cli
 from streamshard.cli.console import end, open_streams, say, unprinted
 from streamshard.errors import StreamshardError, escaped
+from streamshard.extras import explained
 from streamshard.limits import told
 
 __all__ = ["main"]
@@ -106,6 +107,8 @@ def _end_of(error: BaseException, *, verbose: bool) -> int:
         with contextlib.suppress(OSError, ValueError):
             error.show()
         return error.exit_code
+    if isinstance(error, ImportError):
+        error = explained(error) or error
     if isinstance(error, StreamshardError):
         return _say_error(error, verbose=verbose)
     if isinstance(error, OSError) and error.filename is None and error.errno in _UNPRINTED:

@@ -47,7 +47,7 @@ def output_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--dtype",
-            type=click.Choice(["keep", *streamshard.DTYPES]),
+            metavar="|".join(["keep", *streamshard.DTYPES]),
             default="keep",
             show_default=True,
             help="Round every float tensor to this dtype, once.",

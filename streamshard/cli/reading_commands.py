@@ -13,6 +13,7 @@ from streamshard.cli.app import cli
 from streamshard.cli.options import reading_options, workers_option
 from streamshard.cli.screen import begin
 from streamshard.errors import VerificationError
+from streamshard.wording import KEYWORDS, command_line
 
 
 @cli.command("diff", short_help="Compare two checkpoints.")
@@ -28,7 +29,7 @@ def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
       streamshard diff ./merged ./InternVL3-8B
     """
     screen = begin(**output)
-    with contextlib.closing(screen):
+    with contextlib.closing(screen), command_line(KEYWORDS["diff"]):
         report = streamshard.diff(
             a, b, workers=workers, on_total=screen.begin, progress=screen.progress
         )
@@ -48,7 +49,9 @@ def inspect(path: str, **output: Any) -> None:
       streamshard inspect ./InternVL3-8B --json
     """
     screen = begin(**output)
-    screen.result(streamshard.inspect(path), texts.inspect_text)
+    with command_line(KEYWORDS["inspect"]):
+        report = streamshard.inspect(path)
+    screen.result(report, texts.inspect_text)
 
 
 @cli.command("verify", short_help="Read a checkpoint again and say what is wrong with it.")
@@ -84,7 +87,7 @@ def verify(
     """
     screen = begin(**output)
     try:
-        with contextlib.closing(screen):
+        with contextlib.closing(screen), command_line(KEYWORDS["verify"]):
             report = streamshard.verify(
                 path,
                 sample=sample,

@@ -14,6 +14,7 @@ import streamshard
 from streamshard.cli import texts
 from streamshard.cli.console import say, show
 from streamshard.errors import escaped
+from streamshard.wording import command_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -40,7 +41,7 @@ def write(
 ) -> None:
     """Run a writing command of the Python API and print its report."""
     screen = begin(as_json=as_json, quiet=quiet, verbose=verbose)
-    with contextlib.closing(screen):
+    with contextlib.closing(screen), command_line(options):
         report = getattr(streamshard, function)(
             on_plan=lambda plan: screen.begin(plan.tensor_nbytes),
             progress=screen.progress,

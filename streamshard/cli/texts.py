@@ -209,6 +209,13 @@ def verify_text(report: dict[str, Any]) -> str:
         f"{_bytes(checked['bytes'])} in {report['seconds']:.1f} s",
         f"  files compared with their digests: {_shortened(report['checked_files'])}",
     ]
+    done = [one["what"] for one in report["checks"] if one["why_not"] is None]
+    lines.append(f"  checked: {', '.join(done)}")
+    lines += [
+        f"  not checked: {one['what']}: {one['why_not']}"
+        for one in report["checks"]
+        if one["why_not"] is not None
+    ]
     why: dict[str, list[str]] = {}
     for one in report["not_checked"]:
         why.setdefault(one["why"], []).append(one["name"])

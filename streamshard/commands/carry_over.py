@@ -7,13 +7,13 @@ What the two disagree on is an error, as it would be a wrong model.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, TOKENIZER
-from streamshard.checkpoint.json_files import MAX_TOKENIZER_BYTES, read_json_object
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
+from streamshard.checkpoint.tokenizer import Content, Tokenizer
 from streamshard.commands.identify import Model, model_dims
+from streamshard.commands.whose_tokenizer import after_conversion, image_token_id, note_beyond
 from streamshard.commands.written_config import config_bytes
 from streamshard.errors import InputError, UsageError, listed, printable
 from streamshard.internvl.config_edits import config_fixes, with_dtype
@@ -21,9 +21,14 @@ from streamshard.internvl.detection import check_side
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import Converted, convert
 from streamshard.internvl.model_config import INNER, OTHER, Dims
+from streamshard.internvl.relatives import check_names
+from streamshard.internvl.same_model import rope_scaling
+from streamshard.internvl.shapes import check_shapes
 from streamshard.internvl.spelling import flat_names
 from streamshard.internvl.tables import counterparts, table_of
 from streamshard.internvl.tied_embeddings import embedding_and_head
+from streamshard.lora.base_checks import quantization_keys
+from streamshard.notes import note
 from streamshard.tensors.dtypes import TORCH_DTYPES
 from streamshard.tensors.lazy import Lazy, Stored
 
@@ -48,15 +53,14 @@ class Target:
     """`config.json` if the reference's must be changed; None if it can be copied."""
     base_config: dict[str, Any]
     """The reference's own."""
-    side_files: dict[str, Path]
+    side_files: Mapping[str, Content]
     reference: dict[str, Stored] | None
     missing: list[str]
     unexpected: list[str]
-    warnings: list[str]
     layout: Layout
     dims: Dims
 
-    def files(self, dtype: str) -> dict[str, Path | bytes]:
+    def files(self, dtype: str) -> dict[str, Content]:
         """What is to lie beside the tensors when they are written as `--dtype` says."""
         config = self.config if dtype == "keep" else self.config or self.base_config
         own = {} if config is None else {MODEL_CONFIG_NAME: config_bytes(config, dtype)}
@@ -69,12 +73,13 @@ def carry_over(
     reference: Model,
     layout: Layout,
     allowed: Differences,
+    tokenizer: Tokenizer | None = None,
 ) -> Target:
     """Bring `tensors` (those of `source`, perhaps merged) to `layout`, with what lies beside them.
 
-    Raises `InputError` for missing or unexpected tensors that are not allowed, shapes other than the
-    reference's, and vocabularies that differ while it is not said whose tokenizer belongs to the
-    weights.
+    `tokenizer` is that of the tensors, by default the source's. Raises `InputError` for missing or
+    unexpected tensors that are not allowed, shapes other than the reference's, and tokenizers that
+    differ while it is not said which of them belongs to the weights.
     """
     if reference.config is None:
         raise InputError(
@@ -87,7 +92,10 @@ def carry_over(
             f"--tokenizer-from is {tokenizer_from!r}; source or reference was expected."
         )
     dims = model_dims(source, reference, layout)
-    result = convert(tensors, dims, layout, given=_given(tensors, source, OTHER[layout]))
+    given = _given(tensors, source, OTHER[layout])
+    check_names(source.where, tensors)
+    check_shapes(source.where, tensors, given, dims, OTHER[layout])
+    result = convert(tensors, dims, layout, given=given)
     known = _named_alike(reference, dims, layout) if reference.tensors else None
     missing, unexpected = list(result.missing), list(result.unexpected)
     if known is not None:
@@ -102,13 +110,13 @@ def carry_over(
     _refuse(missing, "missing", "--allow-missing", allowed.allow_missing, result, source)
     may = allowed.allow_unexpected
     _refuse(unexpected, "unexpected", "--allow-unexpected", may, result, source)
-    config = config_fixes(reference.config, layout)
-    if config.get("quantization_config"):
+    embedding, head_name = embedding_and_head(result.tensors)
+    config = config_fixes(reference.config, layout, has_head=head_name is not None)
+    for key in quantization_keys(config):
         raise InputError(
-            f"{reference.where}: its config.json has a quantization_config, but the "
+            f"{reference.where}: its config.json has a {key}, but the "
             "weights to write are not quantized. Give the unquantized original model."
         )
-    embedding, head_name = embedding_and_head(result.tensors)
     rows = None if embedding is None else result.tensors[embedding].shape[0]
     head = rows if head_name is None else result.tensors[head_name].shape[0]
     if rows != head:
@@ -116,19 +124,21 @@ def carry_over(
             f"{source.where}: the embedding has {rows} rows, but the head has {head}. "
             "No model can load that: the checkpoint is damaged or was put together wrongly."
         )
-    own = _vocabulary(known or {}) or config[INNER[layout]].get("vocab_size")
-    if isinstance(own, int) and rows not in (None, own) and tokenizer_from is None:
-        raise InputError(
-            f"the embedding of {source.where} has {rows:,} rows, that of the reference "
-            f"{reference.where} {own:,}: the vocabularies differ. Say whose tokenizer "
-            "belongs to the weights: --tokenizer-from source (usual after adding tokens) or reference."
-        )
+    side_files = after_conversion(
+        source.tokenizer if tokenizer is None else tokenizer,
+        reference.tokenizer,
+        reference.checkpoint.side_files,
+        (rows, _vocabulary(known or {}) or config[INNER[layout]].get("vocab_size")),
+        tokenizer_from,
+        layout,
+    )
     _check_shapes(result.tensors, known or {}, (embedding, head_name), reference)
-    side_files = dict(reference.checkpoint.side_files)
-    if tokenizer_from == "source":
-        _take_tokenizer(source, side_files, config, layout)
+    if tokenizer_from == "source" and layout == "hf":
+        config["image_token_id"] = image_token_id(Tokenizer.of(source.where, side_files))
+    note_beyond(side_files, rows)
     if rows is not None:
         config[INNER[layout]]["vocab_size"] = rows
+    note(*_rope_warnings(source, reference, dims.family))
     config = _true_dtype(config, result.tensors)
     return Target(
         tensors=result.tensors,
@@ -138,7 +148,6 @@ def carry_over(
         reference=known,
         missing=missing,
         unexpected=unexpected,
-        warnings=_rope_warnings(source, reference),
         layout=layout,
         dims=dims,
     )
@@ -162,7 +171,8 @@ def _true_dtype(config: dict[str, Any], tensors: Mapping[str, Lazy]) -> dict[str
 def _named_alike(reference: Model, dims: Dims, layout: Layout) -> dict[str, Stored]:
     """The reference's tensors under the names that are written here, whatever its spelling."""
     given = _given(reference.tensors, reference, layout)
-    found = convert(reference.tensors, dims, layout, side=layout, given=given).tensors
+    own = replace(dims, tied=reference.dims.tied)
+    found = convert(reference.tensors, own, layout, side=layout, given=given).tensors
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Stored)}
 
 
@@ -206,61 +216,12 @@ def _check_shapes(
             )
 
 
-def _take_tokenizer(
-    source: Model, side_files: dict[str, Path], config: dict[str, Any], layout: Layout
-) -> None:
-    """Replace the reference's tokenizer by the source's, and the id that depends on it."""
-    own = {n: f for n, f in source.checkpoint.side_files.items() if TOKENIZER.fullmatch(n)}
-    if not own:
-        raise InputError(
-            f"{source.where}: has no tokenizer files, so --tokenizer-from source cannot "
-            "be done. Give the folder with the tokenizer, or --tokenizer-from reference."
-        )
-    for name in [name for name in side_files if TOKENIZER.fullmatch(name)]:
-        del side_files[name]
-    side_files |= own
-    if layout == "hf":
-        config["image_token_id"] = _image_token_id(source)
-
-
-def _image_token_id(source: Model) -> int:
-    token = "<IMG_CONTEXT>"  # noqa: S105 - the token of text that stands for a part of an image
-    files = source.checkpoint.side_files
-    found: Any = None
-    if "added_tokens.json" in files:
-        found = read_json_object(files["added_tokens.json"]).get(token)
-    if found is None and "tokenizer_config.json" in files:
-        decoder = read_json_object(files["tokenizer_config.json"]).get("added_tokens_decoder")
-        for number, entry in (decoder if isinstance(decoder, dict) else {}).items():
-            if isinstance(entry, dict) and entry.get("content") == token and number.isdigit():
-                found = int(number)
-    if found is None and "tokenizer.json" in files:
-        entries = read_json_object(files["tokenizer.json"], MAX_TOKENIZER_BYTES).get("added_tokens")
-        for entry in entries if isinstance(entries, list) else []:
-            if isinstance(entry, dict) and entry.get("content") == token:
-                found = entry.get("id")
-    if not isinstance(found, int) or isinstance(found, bool):
-        raise InputError(
-            f"{source.where}: its tokenizer files do not say which id {token} has, and "
-            "the HF config needs it as image_token_id. Use --tokenizer-from reference."
-        )
-    return found
-
-
-def _rope_warnings(source: Model, reference: Model) -> list[str]:
+def _rope_warnings(source: Model, reference: Model, family: str) -> list[str]:
     """A hint where source and reference scale rotary positions in different ways."""
     if source.config is None or reference.config is None:
         return []
-    one, other = _rope_scaling(source.config), _rope_scaling(reference.config)
+    one, other = rope_scaling(source.config, family), rope_scaling(reference.config, family)
     if one == other:
         return []
     mine, theirs = printable(str(one)), printable(str(other))
     return [f"rope_scaling is {mine} in the source but {theirs} in the reference, which is written"]
-
-
-def _rope_scaling(config: Mapping[str, Any]) -> tuple[Any, Any] | None:
-    """Kind and factor of the scaling, in the words of any version of transformers."""
-    inner = config.get("llm_config") or config.get("text_config") or {}
-    stated = inner.get("rope_scaling") or inner.get("rope_parameters") or {}
-    kind = stated.get("rope_type", stated.get("type", "default"))
-    return None if kind == "default" else (kind, stated.get("factor"))

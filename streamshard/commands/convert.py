@@ -1,61 +1,76 @@
 """`hf_to_custom` and `custom_to_hf`: the conversions of the Python API.
 
-They return the report as a dict; its keys are those of the command line's `--json`.
+They return the report, a mapping; its keys are those of the command line's `--json`.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Literal, Unpack
 
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.shards import shard_names
 from streamshard.commands.carry_over import Differences, carry_over
 from streamshard.commands.identify import Model
-from streamshard.disk.inputs import watched
+from streamshard.commands.left_behind import note_left_behind
+from streamshard.commands.public import public
 from streamshard.disk.paths import PathLike
-from streamshard.engine.job import Job, Options
+from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
-from streamshard.limits import told
 from streamshard.lora.base_checks import check_base
 
-__all__ = ["custom_to_hf", "hf_to_custom"]
+__all__ = ["ConversionOptions", "custom_to_hf", "hf_to_custom"]
 
 
-@told
-@watched
+class ConversionOptions(OutputOptions, total=False):
+    """Keywords of the conversions, beside their paths."""
+
+    tokenizer_from: Literal["source", "reference"] | None
+    """Whose tokenizer is meant where the vocabularies differ."""
+    allow_missing: bool
+    """Write although tensors are missing; the report lists them."""
+    allow_unexpected: bool
+    """Write although the source has tensors with no place; the report lists them."""
+
+
+@public
 def hf_to_custom(
-    *, hf_path: PathLike, custom_path: PathLike, save_path: PathLike, **options: Any
+    *,
+    hf_path: PathLike,
+    custom_path: PathLike,
+    save_path: PathLike,
+    **options: Unpack[ConversionOptions],
 ) -> Report:
     """Convert HF weights (`InternVLForConditionalGeneration`) to the custom layout.
 
     Config, remote code and tokenizer come from `custom_path`, which may have no weights; if it has
-    some, the report's `l2` is the distance from them. `tokenizer_from` ("source" or "reference")
-    says whose tokenizer is meant where the vocabularies differ; `allow_missing` and `allow_unexpected`
-    turn tensors that only one side has from an error into an entry of the report. Further
-    keywords are those of `streamshard.engine.job.Options`.
+    some, the report's `l2` is the distance from them. Further keywords are those of
+    `streamshard.ConversionOptions`.
 
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
-    return _convert(_Asked("hf2custom", hf_path, custom_path, save_path, "custom"), **options)
+    return _convert(_Asked("hf2custom", hf_path, custom_path, save_path, "custom"), options)
 
 
-@told
-@watched
+@public
 def custom_to_hf(
-    *, custom_path: PathLike, hf_path: PathLike, save_path: PathLike, **options: Any
+    *,
+    custom_path: PathLike,
+    hf_path: PathLike,
+    save_path: PathLike,
+    **options: Unpack[ConversionOptions],
 ) -> Report:
     """Convert custom weights (`InternVLChatModel`) to the HF layout, in the *flat* spelling.
 
     The inverse of `hf_to_custom`, with the same keywords; config, tokenizer and processor come
     from `hf_path`.
     """
-    return _convert(_Asked("custom2hf", custom_path, hf_path, save_path, "hf"), **options)
+    return _convert(_Asked("custom2hf", custom_path, hf_path, save_path, "hf"), options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +84,12 @@ class _Asked:
     layout: Layout
 
 
-def _convert(
-    asked: _Asked,
-    *,
-    tokenizer_from: str | None = None,
-    allow_missing: bool = False,
-    allow_unexpected: bool = False,
-    **options: Any,
-) -> Report:
-    chosen = Options(**options)
+def _convert(asked: _Asked, options: ConversionOptions) -> Report:
+    chosen = Options.of(options)
     allowed = Differences(
-        tokenizer_from=tokenizer_from,
-        allow_missing=allow_missing,
-        allow_unexpected=allow_unexpected,
+        tokenizer_from=options.get("tokenizer_from"),
+        allow_missing=options.get("allow_missing", False),
+        allow_unexpected=options.get("allow_unexpected", False),
     )
     # Planned in a function of its own: of 40,000 tensors each mapping that is left behind counts.
     return run(_conversion(asked, allowed, chosen), chosen)
@@ -95,6 +103,8 @@ def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
     inputs = [source.path, reference.path]
     output = check_places(asked.output, inputs, overwrite=chosen.overwrite)
     converted = carry_over(source.tensors, source, reference, asked.layout, allowed)
+    files = converted.files(chosen.dtype)
+    note_left_behind(files, inputs)
     return Job(
         command=asked.command,
         output=output,
@@ -103,14 +113,13 @@ def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
         layout=layout_of(converted.tensors),
         shard_of=shard_names(converted.tensors, source.checkpoint),
         metadata={},
-        files=converted.files(chosen.dtype),
+        files=files,
         l2_from=None if converted.reference is None else str(reference.path),
         reference=converted.reference,
         facts={
             "source": str(source.path),
             "missing": converted.missing,
             "unexpected": converted.unexpected,
-            "warnings": converted.warnings,
         },
         choices=asdict(allowed),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from streamshard.commands.identify import Model, architecture_of
@@ -9,6 +10,7 @@ from streamshard.errors import InputError
 from streamshard.internvl.layouts import pieces
 from streamshard.internvl.model_config import OTHER, Dims, dims_from_config
 from streamshard.internvl.spelling import flat_parts
+from streamshard.internvl.tables import table_of
 from streamshard.lora.name_matching import OtherNames, Place
 
 __all__ = ["other_names"]
@@ -40,7 +42,22 @@ def other_names(base: Model) -> OtherNames:
             made.append(Place(target, piece.target_start, piece.source_start, piece.rows, whole))
         return made
 
-    return OtherNames(_flat, places)
+    def parts() -> list[str]:
+        """How names there begin, up to the number of a layer: of models that are a part of it."""
+        try:
+            family = dims_by(architecture_of(config)).family
+        except InputError:
+            return []
+        table = table_of(family)
+        found: dict[str, None] = {}
+        for entry in table.entries:
+            for name in entry.names(other):
+                words = name.partition("{")[0].split(".")[:-1]
+                starts = [".".join(words[: n + 1]) + "." for n in range(len(words))]
+                found |= dict.fromkeys(s for s in starts if not re.search(r"\.\d+\.", s))
+        return list(found)
+
+    return OtherNames(_flat, places, parts)
 
 
 def _flat(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.header import total_parameters
 from streamshard.commands.identify import Model, dims_of, model_dims
-from streamshard.disk.inputs import watched
+from streamshard.commands.public import public
 from streamshard.disk.paths import PathLike
 from streamshard.engine.budget import workers_or_default
 from streamshard.engine.report import Report, finished, new_report
@@ -20,7 +20,6 @@ from streamshard.engine.workers import collect
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import convert
 from streamshard.internvl.model_config import Dims
-from streamshard.limits import told
 from streamshard.tensors.comparing import Distances, is_comparable, tensor_distance
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
@@ -28,14 +27,13 @@ from streamshard.tensors.workspace import Workspace
 __all__ = ["diff"]
 
 
-@told
-@watched
+@public
 def diff(
     a: PathLike,
     b: PathLike,
     *,
     workers: int | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    progress: Callable[[int, str], None] | bool | None = None,
     on_total: Callable[[int], None] | None = None,
 ) -> Report:
     """L2 distances of two checkpoints and what differs in names, shapes and dtypes.
@@ -51,7 +49,8 @@ def diff(
     if on_total is not None:
         on_total(sum(ours[name].nbytes for name in compared))
     pairs = ((name, ours[name], theirs[name]) for name in compared)
-    squared, norms = _measure(pairs, workers_or_default(workers), progress)
+    watching = progress if callable(progress) else None
+    squared, norms = _measure(pairs, workers_or_default(workers), watching)
     distances = Distances(
         str(other.path),
         squared,

@@ -10,17 +10,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Unpack
 
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.checkpoint.tokenizer import Content
 from streamshard.commands.identify import Model
+from streamshard.commands.public import public
 from streamshard.commands.training_checkpoint import read_wrapped
+from streamshard.commands.whose_tokenizer import for_adapter
 from streamshard.commands.written_config import config_bytes
-from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.engine.budget import workers_or_default
-from streamshard.engine.job import Job, Options
+from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
@@ -30,9 +32,9 @@ from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.internvl.lora_targets import TASK_TYPES, UPSTREAM_DROPOUT, upstream_alpha
 from streamshard.internvl.spelling import flat_name, flat_names, in_model
-from streamshard.limits import told
 from streamshard.lora.saved_adapter import adapter_config, adapter_key, selection
 from streamshard.lora.wrapped_names import Unwrapped
+from streamshard.notes import note
 from streamshard.tensor_names import PREFIX
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.dtypes import FLOATS
@@ -41,8 +43,7 @@ from streamshard.tensors.lazy import Lazy
 __all__ = ["extract_lora"]
 
 
-@told
-@watched
+@public
 def extract_lora(
     *,
     checkpoint: PathLike,
@@ -50,7 +51,7 @@ def extract_lora(
     base: PathLike | None = None,
     alpha: float | None = None,
     adapter_name: str | None = None,
-    **options: Any,
+    **options: Unpack[OutputOptions],
 ) -> Report:
     """Write the LoRA pairs of a wrapped training checkpoint as a PEFT adapter folder.
 
@@ -58,27 +59,30 @@ def extract_lora(
     by its bytes; modules that differ (the projector) go to the adapter as `modules_to_save`.
     Without, what may have been trained is named in a warning and left out. `alpha` is 2 r by
     default, as InternVL's trainer has it. `adapter_name` selects one of several adapters.
-    Further keywords are those of `streamshard.engine.job.Options`.
+    Further keywords are those of `streamshard.OutputOptions`.
 
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
-    started, chosen = time.perf_counter(), Options(**options)
+    started, chosen = time.perf_counter(), Options.of(options)
     if chosen.max_shard_size is not None:
         raise UsageError("--max-shard-size: an adapter is always one file.")
     read = read_wrapped(checkpoint, alpha=alpha, adapter_name=adapter_name)
     source, found, ranks = read.checkpoint, read.names, read.ranks
-    warnings = list(read.warnings)
     where = printable(str(source.path))
-    inputs = [source.path, *([] if base is None else [input_path(base, "the base")])]
+    base = None if base is None else input_path(base, "the base")
+    inputs = [source.path, *([] if base is None else [base])]
     target = check_places(output, inputs, overwrite=chosen.overwrite)
     _check_shapes(source, found)
     layout: Layout = layout_of(source.tensors) or "custom"
+    tokenizer: dict[str, Content] = {}
     plain = flat_names(found.base, layout)
     trained = {flat_name(n) if layout == "hf" else n for n in found.saved}
     if base is None:
-        warnings += _left_out(plain, trained, found.depths, where)
+        note(*_left_out(plain, trained, found.depths, where))
     else:
         own = Model(open_checkpoint(base))
+        own.check()
+        tokenizer = for_adapter(own.tokenizer, Model(source).tokenizer)
         theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
@@ -121,7 +125,7 @@ def extract_lora(
         layout=layout_of(tensors),
         shard_of=dict.fromkeys(tensors, ADAPTER_NAME),
         metadata={},
-        files={ADAPTER_CONFIG_NAME: config_bytes(config, chosen.dtype)},
+        files={ADAPTER_CONFIG_NAME: config_bytes(config, chosen.dtype), **tokenizer},
         weights_name=ADAPTER_NAME,
         l2_from=None,
         choices={"alpha": alpha, "adapter_name": adapter_name},
@@ -133,7 +137,6 @@ def extract_lora(
             "rank_pattern": config["rank_pattern"],
             "lora_alpha": config["lora_alpha"],
             "modules_to_save": entries,
-            "warnings": warnings,
         },
     )
     return run(job, chosen)

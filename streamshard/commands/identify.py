@@ -12,9 +12,10 @@ from typing import Any
 
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import Checkpoint
+from streamshard.checkpoint.tokenizer import Tokenizer
 from streamshard.errors import InputError, printable
 from streamshard.internvl.detection import Detected, detect, dims_from_names, layout_of
-from streamshard.internvl.families import LAYOUTS, Layout
+from streamshard.internvl.families import FAMILIES, LAYOUTS, Layout
 from streamshard.internvl.model_config import (
     INNER,
     OTHER,
@@ -24,6 +25,9 @@ from streamshard.internvl.model_config import (
     dims_from_config,
     llm_architecture,
 )
+from streamshard.internvl.relatives import check_names, no_conversion, relative_of
+from streamshard.internvl.same_model import differences
+from streamshard.internvl.shapes import check_gathered, check_shapes
 from streamshard.internvl.spelling import flat_names
 from streamshard.internvl.tied_embeddings import embedding_and_head, tied_names
 from streamshard.tensors.lazy import Stored
@@ -33,27 +37,6 @@ __all__ = ["Model", "architecture_of", "dimensions", "dims_of", "model_dims"]
 # How the tensors of InternLM2 are called, and no others of what HF has as llama.
 _INTERNLM2 = re.compile(
     r"\.(?:attention\.w|feed_forward\.w|tok_embeddings\.)|language_model\.output\."
-)
-
-# What must be equal in both configs, by the names of the custom and of the HF config. The order of
-# the weights says nothing of these, and a wrong one is a model that talks nonsense.
-_LLM_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "rms_norm_eps",
-    "rope_theta",
-    "hidden_act",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-)
-_TOP_KEYS = (("downsample_ratio", "downsample_ratio"), ("select_layer", "vision_feature_layer"))
-_VISION_KEYS = (
-    "image_size",
-    "patch_size",
-    "layer_norm_eps",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
 )
 
 
@@ -83,6 +66,11 @@ class Model:
     @property
     def config(self) -> Mapping[str, Any] | None:
         return self.checkpoint.config
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer among the folder's files."""
+        return Tokenizer.of(self.where, self.checkpoint.side_files)
 
     @cached_property
     def layout(self) -> Layout | None:
@@ -118,6 +106,30 @@ class Model:
         return tied_names(*self.embedding_and_head, self.config, lambda: self.detected)
 
     @cached_property
+    def relative(self) -> str | None:
+        """The name of the relative of InternVL that this is, None for InternVL itself."""
+        return relative_of(self.tensors, self.config)
+
+    def check(self, inside: Mapping[str, str] | None = None) -> None:
+        """Raise `InputError` unless every tensor has the shape that the config says.
+
+        `inside` maps the names of a model to those of `tensors` where it is wrapped. What is of no
+        known family is passed over, but for tensors that were never gathered.
+        """
+        check_names(self.where, self.tensors)
+        layout = self.layout
+        if layout is not None:
+            try:
+                dims, given = self.dims, self.given(layout)
+                if inside is not None:
+                    given = {f: inside[name] for f, name in flat_names(inside, layout).items()}
+            except InputError:  # merging needs no table
+                pass
+            else:
+                check_shapes(self.where, self.tensors, given, dims, layout)
+        check_gathered(self.where, self.tensors)
+
+    @cached_property
     def dims(self) -> Dims:
         """The dimensions by the config, or by the names where there is none."""
         if self.config is None:
@@ -145,9 +157,12 @@ def architecture_of(config: Mapping[str, Any], name: str = "") -> str | None:
 def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
     """The dimensions of a model that goes to `layout`; both configs must agree on them.
 
-    What one of them leaves out, as transformers does with defaults, the other one says. Raises
-    `InputError` if they are of different models, or describe what HF cannot express.
+    `tied` is the source's. Raises `InputError` if they are of different models, of relatives of
+    InternVL that have one layout only, or describe what HF cannot express.
     """
+    for model in (source, reference):
+        if model.relative is not None:
+            raise no_conversion(model.where, model.relative)
     configs = {OTHER[layout]: source, layout: reference}
     custom, hf = configs["custom"], configs["hf"]
     architecture = None
@@ -156,6 +171,7 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
         _check_layout(custom, "custom", where)
         check_config(custom.config, where)
         architecture = llm_architecture(custom.config, where)
+        _check_inferred(custom, architecture, where)
     found = {}
     for side in LAYOUTS:
         config = configs[side].config
@@ -168,26 +184,38 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
             f"{source.where}: has no config.json, so the heads of its attention are not "
             "known. Give the whole folder."
         )
-    if len(found) < 2:
-        return next(iter(found.values()))
-    _compare_dims(found["custom"], found["hf"], reference.path)
-    _compare_configs(custom, hf, reference.path)
-    said = {
-        field.name: getattr(found["custom"], field.name)
-        for field in fields(Dims)
-        if getattr(found["hf"], field.name) is None
-    }
-    return replace(found["hf"], **said)
+    of_source = found.get(OTHER[layout])
+    dims = found.get("hf", next(iter(found.values())))
+    if len(found) == len(LAYOUTS):
+        _compare_configs(custom, hf, dims.family, reference.path)
+        _compare_dims(found["custom"], found["hf"], reference.path)
+    # Of a file by itself nobody has said that it lacks its head on purpose.
+    return replace(dims, tied=of_source is not None and of_source.tied)
 
 
 def _check_layout(model: Model, side: Layout, where: str) -> None:
     found = config_layout(model.config or {})
     if found != side:
-        kind = "neither layout" if found is None else f"the {found} layout"
+        kind = printable(str((model.config or {}).get("model_type")))
+        hint = " Are the two folders swapped?" if found else ""
         raise InputError(
-            f"{where}: model_type is of {kind}, but a {side} model (model_type "
-            f"{'internvl_chat' if side == 'custom' else 'internvl'}) was expected here. "
-            "Are the two folders swapped?"
+            f"{where}: model_type is '{kind}', {f'of the {found} layout' if found else 'not known'}, "
+            f"but a {side} model (model_type "
+            f"'{'internvl_chat' if side == 'custom' else 'internvl'}') was expected here.{hint}"
+        )
+
+
+def _check_inferred(custom: Model, architecture: str, where: str) -> None:
+    """Raise `InputError` if the class is known by model_type only, and the names are of another."""
+    llm = (custom.config or {}).get(INNER["custom"]) or {}
+    if llm.get("architectures") not in (None, [], [""], [None]) or custom.layout != "custom":
+        return
+    found = custom.detected.family
+    if found is not None and FAMILIES[found].architecture != architecture:
+        raise InputError(
+            f"{where}: llm_config.architectures is missing, and model_type there says {architecture}, "
+            f"but the tensors have the names of {FAMILIES[found].architecture}. Take config.json from "
+            "the original model."
         )
 
 
@@ -203,32 +231,15 @@ def _compare_dims(custom: Dims, hf: Dims, path: Path) -> None:
             )
 
 
-def _compare_configs(custom: Model, hf: Model, path: Path) -> None:
-    one, other = custom.config or {}, hf.config or {}
-    pairs = [(key, one.get(key), other.get(name)) for key, name in _TOP_KEYS]
-    for inner, twin, keys in (
-        ("llm_config", "text_config", _LLM_KEYS),
-        ("vision_config", "vision_config", _VISION_KEYS),
-    ):
-        mine, theirs = one.get(inner) or {}, other.get(twin) or {}
-        pairs += [(f"{inner}.{key}", _value(mine, key), _value(theirs, key)) for key in keys]
-    for key, left, right in pairs:
-        if left is not None and right is not None and left != right:
-            raise InputError(
-                f"{printable(str(path))}: is of another model: {key} is "
-                f"{printable(str(left))} in the custom config but {printable(str(right))} in the HF "
-                "config, and the weights were trained with one of them. Give the "
-                "reference of the same model, or make the configs agree."
-            )
-
-
-def _value(config: Mapping[str, Any], key: str) -> Any:
-    value = config.get(key)
-    if key == "rope_theta" and value is None and isinstance(config.get("rope_parameters"), dict):
-        value = config["rope_parameters"].get("rope_theta")
-    if isinstance(value, list) and len(set(map(str, value))) == 1:
-        value = value[0]  # HF has [height, width]
-    return value
+def _compare_configs(custom: Model, hf: Model, family: str, path: Path) -> None:
+    for key, left, right in differences(custom.config or {}, hf.config or {}, family):
+        raise InputError(
+            f"{printable(str(path))}: is of another model: {key} is "
+            f"{printable(str(left))} in the custom config but {printable(str(right))} in the HF "
+            "config, and the weights were trained with one of them; what a config does not say has "
+            "the default of its class. Give the reference of the same model, or make the configs "
+            "agree."
+        )
 
 
 def dimensions(config: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -11,22 +11,20 @@ from streamshard.checkpoint.adapter_folder import is_adapter, open_adapter
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.commands.identify import Model, dimensions
+from streamshard.commands.public import public
 from streamshard.disk.existence import is_folder
-from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading, system
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.lora_targets import FLAGS
-from streamshard.limits import told
 from streamshard.tensor_names import factors_among
 
 __all__ = ["inspect"]
 
 
-@told
-@watched
+@public
 def inspect(path: PathLike) -> Report:
     """What a checkpoint or adapter is: layout, spelling, family, dimensions, dtypes, files, LoRA.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from streamshard.errors import InputError, UsageError, listed, printable
+from streamshard.extras import needed_for
 from streamshard.internvl.families import FAMILIES, Family
 from streamshard.internvl.lora_targets import (
     UPSTREAM_DROPOUT,
@@ -93,12 +94,8 @@ def _family(llm: Any, stated: str | None) -> Family:
 def _wrapped(
     part: Any, ends: list[str], r: int, lora_alpha: float, lora_dropout: float, **more: Any
 ) -> Any:
-    try:
+    with needed_for("wrapping a live model"):
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UsageError(
-            "wrapping a live model needs peft: pip install 'streamshard[peft]'."
-        ) from error
     config = LoraConfig(
         r=r, target_modules=ends, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **more
     )

@@ -45,7 +45,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A base, the adapters to fold into it, the folders they are from, and warnings.
+    """A base, the adapters to fold into it, and the folders they are from.
 
     There are as many folders as adapters, or none: a training checkpoint has its pairs inside.
     """
@@ -53,7 +53,6 @@ class Inputs:
     base: Model
     adapters: Sequence[Adapter]
     folders: Sequence[AdapterFolder]
-    warnings: Sequence[str]
 
 
 def open_inputs(asked: Asked) -> Inputs:
@@ -65,6 +64,7 @@ def open_inputs(asked: Asked) -> Inputs:
         raise UsageError(f"--expert-order is {order!r}; {' or '.join(EXPERT_ORDERS)} it is.")
     inputs = _training_checkpoint(asked) if asked.checkpoint is not None else _folders(asked)
     check_base(inputs.base.tensors, inputs.base.config)
+    inputs.base.check()
     return inputs
 
 
@@ -74,10 +74,10 @@ def _training_checkpoint(asked: Asked) -> Inputs:
             "a training checkpoint has its base and its pairs inside: give either CHECKPOINT, or "
             "--adapter and --base."
         )
-    base, adapters, warnings = open_wrapped(
+    base, adapters = open_wrapped(
         cast("PathLike", asked.checkpoint), alpha=asked.alpha, adapter_name=asked.adapter_name
     )
-    return Inputs(Model(base), adapters, [], warnings)
+    return Inputs(Model(base), adapters, [])
 
 
 def _folders(asked: Asked) -> Inputs:
@@ -92,7 +92,7 @@ def _folders(asked: Asked) -> Inputs:
         )
     base = open_checkpoint(asked.base)
     folders = _open_adapters(asked.adapter)
-    return Inputs(Model(base), _adapters(folders, asked), folders, [])
+    return Inputs(Model(base), _adapters(folders, asked), folders)
 
 
 def _open_adapters(adapter: PathLike | Sequence[PathLike]) -> list[AdapterFolder]:

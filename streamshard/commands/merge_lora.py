@@ -7,30 +7,33 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder
 from streamshard.checkpoint.digests import file_digest
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, SUFFIX
 from streamshard.checkpoint.folder import open_checkpoint
-from streamshard.checkpoint.shards import shard_names
+from streamshard.checkpoint.tokenizer import Content
 from streamshard.commands.carry_over import Differences, carry_over
 from streamshard.commands.cross_layout import other_names
 from streamshard.commands.identify import Model
+from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.merge_inputs import Asked, Inputs, open_inputs
 from streamshard.commands.merged_folder import (
     Beside,
     beside_merged,
+    converted_shards,
     replaced_from,
     shard_of,
     with_code,
 )
 from streamshard.commands.provenance import check_given_twice, check_record, other_base
+from streamshard.commands.public import public
+from streamshard.commands.whose_tokenizer import note_beyond
 from streamshard.commands.written_config import config_bytes
 from streamshard.disk.files import Files
-from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike, input_path
-from streamshard.engine.job import Job, Options
+from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
@@ -38,9 +41,9 @@ from streamshard.errors import InputError, UsageError
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.internvl.model_config import OTHER
-from streamshard.limits import told
 from streamshard.lora.base_checks import check_not_merged
 from streamshard.lora.merge import Merged, alone, changes_of, merge
+from streamshard.notes import note
 from streamshard.tensors import kernel
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Lazy, Stored
@@ -51,24 +54,23 @@ __all__ = ["merge_lora"]
 NAMED = "base_model_name_or_path"
 
 
-@told
-@watched
+@public
 def merge_lora(
     *,
     base: PathLike | None = None,
     adapter: PathLike | Sequence[PathLike] | None = None,
     checkpoint: PathLike | None = None,
     output: PathLike | None = None,
-    weight: Sequence[float] | None = None,
-    layout: str = "keep",
+    weight: Sequence[float] | float | None = None,
+    layout: Literal["keep", "custom", "hf"] = "keep",
     reference: PathLike | None = None,
-    tokenizer_from: str | None = None,
+    tokenizer_from: Literal["source", "reference"] | None = None,
     alpha: float | None = None,
     adapter_name: str | None = None,
     base_is_residual: bool = False,
-    expert_order: str = "peft",
+    expert_order: Literal["peft", "unsloth"] = "peft",
     allow_merged_base: bool = False,
-    **options: Any,
+    **options: Unpack[OutputOptions],
 ) -> Report:
     """Fold LoRA pairs into the weights that they adapt, and write the result to a new folder.
 
@@ -86,17 +88,18 @@ def merge_lora(
     adapters in one file. `base_is_residual` states that the base is what PiSSA or the like left
     behind, `expert_order` ("peft" or "unsloth") how the factors of fused experts are ordered,
     `allow_merged_base` that a base which seems to hold the adapter already is meant. Further keywords
-    are those of `streamshard.engine.job.Options`.
+    are those of `streamshard.OutputOptions`.
 
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
-    started, chosen = time.perf_counter(), Options(**options)
+    started, chosen = time.perf_counter(), Options.of(options)
+    weights = [weight] if isinstance(weight, (int, float)) else list(weight or [])
     asked = Asked(
         base=base,
         adapter=adapter,
         checkpoint=checkpoint,
         output=output,
-        weight=weight,
+        weight=weights,
         layout=layout,
         reference=reference,
         tokenizer_from=tokenizer_from,
@@ -118,15 +121,14 @@ def merge_lora(
     check_given_twice(adapters)
     if not allow_merged_base:
         check_record(inputs.base, adapters)
+    for described in adapters:
+        note(*other_base(described.get(NAMED), inputs.base))
     # 5. Plan what is written: tensors, their files, and what lies beside them.
     beside = beside_merged(inputs.base, folded.merged, inputs.folders)
     if goal is None:
         written = _kept(asked, inputs.base, folded, beside, chosen.dtype)
     else:
-        written = _converted(asked, inputs.base, folded, goal, chosen.dtype)
-    # A note in beside.warnings (a resized vocabulary) has never been reported.
-    strangers = [w for facts in adapters for w in other_base(facts.get(NAMED), inputs.base)]
-    warnings = [*inputs.warnings, *folded.warnings, *strangers, *written.warnings]
+        written = _converted(asked, inputs.base, folded, beside, goal, chosen.dtype)
     job = Job(
         command="merge-lora",
         output=output_path,
@@ -144,10 +146,9 @@ def merge_lora(
             "merged": len({*folded.merged.updated, *folded.merged.replaced}),
             "base": str(inputs.base.path),
             "adapters": adapters,
-            "warnings": warnings,
         },
         choices={
-            "weight": list(weight or []),
+            "weight": weights,
             "layout": layout,
             "tokenizer_from": tokenizer_from,
             "alpha": alpha,
@@ -155,6 +156,7 @@ def merge_lora(
             "expert_order": expert_order,
         },
     )
+    note_left_behind(written.files, [inputs.base.path, *written.donors])
     # 6. Run.
     return run(job, chosen)
 
@@ -178,7 +180,8 @@ def _goal(asked: Asked, base: Model) -> tuple[Layout, PathLike] | None:
 
 def _output(asked: Asked, inputs: Inputs, chosen: Options) -> Path:
     """Where the result goes, which must be none of the inputs."""
-    name = inputs.base.path.absolute().name.removesuffix(SUFFIX)
+    path = inputs.base.path.absolute()
+    name = (path.resolve() if path.name == ".." else path).name.removesuffix(SUFFIX)
     output = f"{name}-merged" if asked.output is None else asked.output
     read = [inputs.base.path, *(folder.path for folder in inputs.folders)]
     if asked.reference is not None:
@@ -193,7 +196,6 @@ class _Folded:
     merged: Merged
     tie: tuple[str, str] | None
     facts: Sequence[Mapping[str, Any]]
-    warnings: Sequence[str]
 
 
 def _fold(asked: Asked, inputs: Inputs) -> _Folded:
@@ -203,6 +205,7 @@ def _fold(asked: Asked, inputs: Inputs) -> _Folded:
         work = Workspace(opened)
         tie = _tie(base, work)
         changes = changes_of(base.tensors, adapters, work, other_names(base), tie)
+        note(*changes.warnings)
         merged = merge(changes, work)
         unchecked = asked.checkpoint is not None or asked.allow_merged_base
         for number, adapter in enumerate(() if unchecked else adapters):
@@ -211,7 +214,7 @@ def _fold(asked: Asked, inputs: Inputs) -> _Folded:
             else:
                 tensors = alone(changes, number)
             check_not_merged(adapter.where, tensors, work)
-    return _Folded(merged, tie, changes.facts, changes.warnings)
+    return _Folded(merged, tie, changes.facts)
 
 
 def _tie(base: Model, work: Workspace) -> tuple[str, str] | None:
@@ -245,39 +248,45 @@ class _Written:
     layout: str | None
     shard_of: Mapping[str, str]
     metadata: Mapping[str, Mapping[str, str]]
-    files: Mapping[str, Path | bytes]
+    files: Mapping[str, Content]
     reference: Mapping[str, Stored]
     """What the base had where values were replaced."""
-    warnings: Sequence[str]
+    donors: Sequence[Path] = ()
+    """Other folders that files are from."""
 
 
 def _converted(
-    asked: Asked, base: Model, folded: _Folded, goal: tuple[Layout, PathLike], dtype: str
+    asked: Asked,
+    base: Model,
+    folded: _Folded,
+    beside: Beside,
+    goal: tuple[Layout, PathLike],
+    dtype: str,
 ) -> _Written:
     """The result in the other layout, beside the files of the reference."""
     reference = Model(open_checkpoint(goal[1], needs_weights=False))
     allowed = Differences(tokenizer_from=asked.tokenizer_from)
-    carried = carry_over(folded.merged.tensors, base, reference, goal[0], allowed)
+    tokenizer = beside.tokenizer(base.where)
+    carried = carry_over(folded.merged.tensors, base, reference, goal[0], allowed, tokenizer)
     return _Written(
         tensors=carried.tensors,
         layout=layout_of(carried.tensors),
-        shard_of=shard_names(carried.tensors, base.checkpoint),
+        shard_of=converted_shards(base, folded.merged, folded.tie, carried),
         metadata={},
         files=carried.files(dtype),
         reference=replaced_from(base, folded.merged, folded.tie, carried),
-        warnings=carried.warnings,
+        donors=[reference.path],
     )
 
 
 def _kept(asked: Asked, base: Model, folded: _Folded, beside: Beside, dtype: str) -> _Written:
     """The result in the layout and the files of the base."""
-    warnings: list[str] = []
     if asked.checkpoint is not None:
-        beside = with_code(beside, asked.reference)
-        warnings += beside.warnings
-    files: dict[str, Path | bytes] = dict(beside.side_files)
+        beside = with_code(base, beside, asked.reference)
+    note_beyond(beside.side_files, beside.rows)
+    files = dict(beside.side_files)
     if beside.config is None:
-        warnings.append(f"{base.where}: has no config.json; the output has none either")
+        note(f"{base.where}: has no config.json; the output has none either")
     elif asked.checkpoint or beside.config != base.config or dtype != "keep":
         files[MODEL_CONFIG_NAME] = config_bytes(beside.config, dtype)
     tensors = folded.merged.tensors
@@ -288,5 +297,5 @@ def _kept(asked: Asked, base: Model, folded: _Folded, beside: Beside, dtype: str
         metadata=base.checkpoint.metadata,
         files=files,
         reference=replaced_from(base, folded.merged, folded.tie),
-        warnings=warnings,
+        donors=[] if asked.reference is None else [input_path(asked.reference, "the reference")],
     )

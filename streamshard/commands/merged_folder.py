@@ -2,59 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder
-from streamshard.checkpoint.file_names import TOKENIZER
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint, tokenizer_files
-from streamshard.checkpoint.shards import numbered_anew
+from streamshard.checkpoint.shards import numbered_anew, shard_names
+from streamshard.checkpoint.tokenizer import Content, Tokenizer
 from streamshard.commands.carry_over import Target
 from streamshard.commands.identify import Model
+from streamshard.commands.whose_tokenizer import (
+    after_merge,
+    context_token,
+    for_checkpoint,
+)
+from streamshard.disk.files import Files
 from streamshard.disk.paths import PathLike
-from streamshard.errors import AdapterError, listed
+from streamshard.errors import AdapterError, listed, printable
 from streamshard.internvl.config_edits import untied, with_vocabulary
 from streamshard.internvl.layouts import convert
 from streamshard.internvl.model_config import config_layout
 from streamshard.internvl.tied_embeddings import is_stated_tied
 from streamshard.lora.merge import Merged
+from streamshard.notes import note
+from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Stored
+from streamshard.tensors.workspace import Workspace
 
-__all__ = ["Beside", "beside_merged", "replaced_from", "shard_of", "with_code"]
+__all__ = ["Beside", "beside_merged", "converted_shards", "replaced_from", "shard_of", "with_code"]
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """The config and the files that go beside merged weights, and warnings."""
+    """The config and the files that go beside merged weights."""
 
     config: Mapping[str, Any] | None
-    side_files: Mapping[str, Path]
-    warnings: tuple[str, ...] = ()
+    side_files: Mapping[str, Content]
+    rows: int | None = None
+    """How many rows of tokens the weights have."""
+
+    def tokenizer(self, where: str) -> Tokenizer:
+        """The tokenizer among the files."""
+        return Tokenizer.of(where, self.side_files)
 
 
-def with_code(beside: Beside, reference: PathLike | None) -> Beside:
-    """With what a trainer did not save beside its checkpoint, remote code and `auto_map`."""
+def with_code(base: Model, beside: Beside, reference: PathLike | None) -> Beside:
+    """With what a trainer did not save beside its checkpoint: code, `auto_map`, parts of a tokenizer."""
     config, side_files = beside.config, beside.side_files
     if reference is not None:
-        donor = open_checkpoint(reference, needs_weights=False)
+        donor = Model(open_checkpoint(reference, needs_weights=False))
         code = (donor.config or {}).get("auto_map")
         if config is not None and code is not None:
             config = {**config, "auto_map": config.get("auto_map", code)}
-        return Beside(config, {**donor.side_files, **side_files})
-    if any(n.endswith(".py") for n in side_files) or config_layout(config or {}) == "hf":
-        return Beside(config, side_files)
-    warning = (
-        "the checkpoint's folder has no remote code (*.py), so the output cannot be loaded with "
-        "trust_remote_code; --reference ORIGINAL takes what is missing from the original model"
-    )
-    return Beside(config, side_files, (warning,))
+        own = beside.tokenizer(base.where)
+        others = {n: c for n, c in side_files.items() if n not in own.files}
+        theirs = {**donor.checkpoint.side_files, **others}
+        return Beside(config, for_checkpoint(theirs, donor.tokenizer, own), beside.rows)
+    if not any(n.endswith(".py") for n in side_files) and config_layout(config or {}) != "hf":
+        note(
+            "the checkpoint's folder has no remote code (*.py), so the output cannot be loaded with "
+            "trust_remote_code; --reference ORIGINAL takes what is missing from the original model"
+        )
+    return beside
 
 
 def beside_merged(base: Model, result: Merged, folders: Sequence[AdapterFolder]) -> Beside:
-    """Config and side files of a merged base: tie flags, and what goes with a resized vocabulary."""
-    config, side_files = base.config, base.checkpoint.side_files
+    """Config and side files of a merged base: tie flags, vocabulary, and whose tokenizer it is."""
+    config = base.config
     names = _embedding_and_head(base, result)
     sizes = {result.tensors[name].shape[0] for name in names if name is not None}
     if len(sizes) > 1:
@@ -71,18 +87,56 @@ def beside_merged(base: Model, result: Merged, folders: Sequence[AdapterFolder])
     ):
         config = untied(config)
     old = None if names[0] is None else base.tensors.get(names[0])
-    if old is None or sizes == {old.shape[0]} or config is None:
-        return Beside(config, side_files)
-    rows = sizes.pop()
-    tokenizers = [tokenizer_files(folder.path) for folder in folders]
-    own = next((found for found in reversed(tokenizers) if found), None)
-    note = f"the vocabulary has {rows:,} rows now, {old.shape[0]:,} before"
-    if own is None:
-        note += "; no adapter folder has a tokenizer, so the base's is kept, without the new tokens"
-    else:
-        side_files = {n: f for n, f in side_files.items() if not TOKENIZER.fullmatch(n)} | own
-        note += "; the tokenizer is that of the adapter folder"
-    return Beside(with_vocabulary(config, rows), side_files, (note,))
+    rows = max(sizes, default=None)
+    if config is None:
+        return Beside(config, base.checkpoint.side_files, rows)
+    resized = old is not None and sizes != {old.shape[0]}
+    if resized and rows is not None and old is not None:
+        config = with_vocabulary(config, rows)
+        note(f"the vocabulary has {rows:,} rows now, {old.shape[0]:,} before")
+    tokenizers = [
+        Tokenizer.of(printable(str(folder.path)), tokenizer_files(folder.path))
+        for folder in folders
+    ]
+    with contextlib.closing(Files()) as opened:
+        trained = _trained(base, result, names, Workspace(opened))
+        found = after_merge(
+            base.checkpoint.side_files, base.tokenizer, [t for t in tokenizers if t.files], trained
+        )
+    written = Tokenizer.of(base.where, found)
+    if resized and old is not None and found == base.checkpoint.side_files:
+        note(
+            "no adapter folder has a tokenizer with tokens for the new rows: the base's is written"
+        )
+    if found != base.checkpoint.side_files and config_layout(config) == "hf":
+        number = written.id_of(context_token(written))
+        config = config if number is None else {**config, "image_token_id": number}
+    return Beside(config, found, rows)
+
+
+def _trained(
+    base: Model, result: Merged, names: Iterable[str | None], work: Workspace
+) -> Callable[[int], bool]:
+    """Says of the id of a token whether its row in embedding or head is not that of the base."""
+    changed = []
+    for name in filter(None, names):
+        before = base.tensors.get(name) or base.tensors.get(base.embedding_and_head[0] or "")
+        if before is not None and result.tensors[name] is not before:
+            changed.append((before, result.tensors[name]))
+
+    def is_trained(number: int) -> bool:
+        return any(
+            number < after.rows
+            and (
+                number >= before.rows
+                or not equal_bytes(
+                    before.take(number, number + 1), after.take(number, number + 1), work
+                )
+            )
+            for before, after in changed
+        )
+
+    return is_trained
 
 
 def _embedding_and_head(base: Model, result: Merged) -> tuple[str | None, str | None]:
@@ -107,6 +161,19 @@ def replaced_from(
         return before
     found = convert(before, carried.dims, carried.layout).tensors
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Stored)}
+
+
+def converted_shards(
+    base: Model, result: Merged, tie: tuple[str, str] | None, carried: Target
+) -> dict[str, str]:
+    """The base's files for a result in another layout: also for values that are an adapter's."""
+    if not result.replaced:
+        return shard_names(carried.tensors, base.checkpoint)
+    twins = {} if tie is None else {tie[1]: tie[0]}
+    homes = {n: base.tensors.get(n, base.tensors.get(twins.get(n, n))) for n in result.tensors}
+    before = {name: tensor for name, tensor in homes.items() if tensor is not None}
+    places = convert(before, carried.dims, carried.layout).tensors
+    return shard_names({n: places.get(n, t) for n, t in carried.tensors.items()}, base.checkpoint)
 
 
 def shard_of(

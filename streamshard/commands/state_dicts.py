@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
-from streamshard.errors import InputError
+from streamshard.errors import InputError, listed, printable
 from streamshard.internvl.detection import dims_from_names
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import to_custom, to_hf
@@ -34,8 +35,9 @@ def convert_keys_back(
 
     Raises `InputError` for names that are missing or not known.
     """
-    dims = _dims(hf_state_dict, "hf", config, architecture)
-    return to_custom(dict(hf_state_dict), dims, _ops(hf_state_dict))
+    given = _mapping(hf_state_dict)
+    dims = _dims(given, "hf", config, architecture)
+    return to_custom(dict(given), dims, _ops(given))
 
 
 def convert_keys_to_hf(
@@ -49,8 +51,9 @@ def convert_keys_to_hf(
 
     Raises `InputError` for names that are missing or not known.
     """
-    dims = _dims(custom_state_dict, "custom", config, None)
-    return to_hf(dict(custom_state_dict), dims, _ops(custom_state_dict), spelling="nested")
+    given = _mapping(custom_state_dict)
+    dims = _dims(given, "custom", config, None)
+    return to_hf(dict(given), dims, _ops(given), spelling="nested")
 
 
 def compute_l2_distance(a: Any, b: Any) -> float:
@@ -58,13 +61,39 @@ def compute_l2_distance(a: Any, b: Any) -> float:
 
     `a` and `b` are mappings of names to tensors or arrays, or modules with a `state_dict`.
     What InternVL's conversion tools print as total L2 distance; sums are in fp64.
+
+    Raises `ValueError` if nothing can be compared, since 0 would be the distance of equal ones: if no
+    name is in both, no tensor has one shape in both, or one is no tensor of numbers.
+    Raises `TypeError` for what is neither mapping nor module.
     """
     one, other = _mapping(a), _mapping(b)
-    norms = []
-    for name in one.keys() & other.keys():
+    common = [name for name in one if name in other]
+    if not common:
+        raise ValueError(
+            f"nothing can be compared: no name is in both. The first has {listed(one, 2) or 'none'}, "
+            f"the second {listed(other, 2) or 'none'}; wrappers (module., base_model.model.) and layouts "
+            "(convert_keys_to_hf) change names."
+        )
+    norms, elements, unequal = [], 0, ""
+    for name in common:
         left, right = one[name], other[name]
-        if tuple(left.shape) == tuple(right.shape):
-            norms.append(_norm(left, right))
+        try:
+            shape, its_shape = _shape(left), _shape(right)
+            if shape == its_shape:
+                norms.append(_norm(_flat(left), _flat(right)))
+                elements += math.prod(shape)
+            elif not unequal:
+                unequal = f"'{printable(str(name))}' is {shape} and {its_shape}"
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # NotImplementedError is of the latter
+            if not str(name).endswith("_extra_state"):  # of a module, and anything at all
+                raise ValueError(f"'{printable(str(name))}' cannot be compared: {error}") from error
+    if not elements:
+        why = f"no shape is the same in both: {unequal}" if unequal else "no tensor has elements"
+        raise ValueError(f"nothing can be compared: {why}.")
     return math.fsum(norms)
 
 
@@ -92,21 +121,58 @@ def _ops(tensors: Mapping[str, Any]) -> Ops[Any]:
 
 
 def _mapping(model: Any) -> Mapping[str, Any]:
-    return model if isinstance(model, Mapping) else model.state_dict()
+    """The tensors of a mapping or a module by name."""
+    if isinstance(model, Mapping):
+        return model
+    state_dict = getattr(model, "state_dict", None)
+    if state_dict is None or isinstance(model, type):
+        hint = " For folders and files there is diff." if isinstance(model, (str, PathLike)) else ""
+        raise TypeError(
+            "a mapping of names to tensors, or a module with a state_dict, was expected, not "
+            f"{printable(repr(model))}.{hint}"
+        )
+    found = state_dict()
+    return found if isinstance(found, Mapping) else dict(found)
+
+
+def _shape(tensor: Any) -> list[int]:
+    import numpy as np
+
+    return [int(size) for size in (tensor.shape if hasattr(tensor, "shape") else np.shape(tensor))]
+
+
+def _flat(tensor: Any) -> Any:
+    """All numbers of a tensor or array in a row; raises `TypeError` if it has none."""
+    import numpy as np
+
+    if hasattr(tensor, "detach"):
+        there = tensor.detach().cpu()
+        return (there if str(there.layout) == "torch.strided" else there.to_dense()).reshape(-1)
+    array = np.asarray(tensor)
+    if tensor is None or array.dtype.kind in "SUMm":
+        raise TypeError(f"it is {printable(repr(tensor), 60)}, and no tensor of numbers")
+    return array.reshape(-1)
 
 
 def _norm(left: Any, right: Any) -> float:
     """L2 norm of a difference, a piece at a time so that no fp64 copy of a tensor is made."""
     import numpy as np
 
-    flat = [t.detach().cpu() if hasattr(t, "detach") else np.asarray(t) for t in (left, right)]
-    one, other = (t.reshape(-1) for t in flat)
     step, total = 1 << 20, 0.0
-    for start in range(0, one.shape[0], step):
-        parts = [t[start : start + step] for t in (one, other)]
-        exact = [
-            p.double().numpy() if hasattr(p, "double") else p.astype(np.float64) for p in parts
-        ]
-        difference = exact[0] - exact[1]
-        total += float(np.dot(difference, difference))
+    for start in range(0, left.shape[0], step):
+        one, other = (_exact(t[start : start + step]) for t in (left, right))
+        with np.errstate(invalid="ignore", over="ignore"):  # the result says so
+            difference = one - other
+            total += float(np.vdot(difference, difference).real)
     return math.sqrt(total)
+
+
+def _exact(numbers: Any) -> Any:
+    """Numbers in fp64, complex ones in the like of it."""
+    import numpy as np
+
+    if hasattr(numbers, "detach"):
+        if not numbers.is_complex():
+            return numbers.double().numpy()
+        numbers = numbers.resolve_conj().numpy()
+    return numbers.astype(np.complex128 if np.iscomplexobj(numbers) else np.float64)

@@ -8,21 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.commands.identify import Model
 from streamshard.disk.paths import PathLike
 from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
 from streamshard.internvl.lora_targets import FLAGS, PARTS, upstream_alpha
+from streamshard.internvl.shapes import GATHER
 from streamshard.lora.adapter import Adapter
 from streamshard.lora.settings import LoraSettings
 from streamshard.lora.wrapped_names import Unwrapped, unwrap
+from streamshard.notes import note
 from streamshard.tensor_names import is_wrapped
 
 __all__ = ["Wrapped", "WrappedSettings", "check_flags", "open_wrapped", "read_wrapped"]
-
-
-_PARTITIONED = (
-    "The checkpoint was saved from a partitioned (ZeRO-3) model: gather its weights "
-    "(zero_to_fp32.py) and try again."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +39,11 @@ class WrappedSettings(LoraSettings):
 
 @dataclass(frozen=True, slots=True)
 class Wrapped:
-    """A wrapped checkpoint, its names told apart, the rank of every pair, and warnings."""
+    """A wrapped checkpoint, its names told apart, and the rank of every pair."""
 
     checkpoint: Checkpoint
     names: Unwrapped
     ranks: Mapping[str, int]
-    warnings: tuple[str, ...]
 
 
 def read_wrapped(
@@ -69,30 +65,31 @@ def read_wrapped(
         )
     empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
     if empty:
-        raise InputError(f"{where}: {listed(empty)} have no elements. {_PARTITIONED}")
+        raise InputError(f"{where}: {listed(empty)} have no elements. {GATHER}.")
     inside = unwrap(found.tensors, adapter_name)
     if not inside.pairs:
         raise InputError(
             f"{where}: its names are those of a wrapped model, but it has no lora_A and lora_B: the "
             "pairs are lost, or were merged before. Save the checkpoint again."
         )
+    Model(found).check(inside.base)
     ranks = {module: _rank(found, pair.A, where) for module, pair in inside.pairs.items()}
-    warnings = check_flags(found, ranks, where, alpha=alpha)
+    note(*check_flags(found, ranks, where, alpha=alpha))
     for part, depth in inside.depths.items():
         if depth > 1:
-            warnings.append(
+            note(
                 f"{part or 'the model'} is wrapped {depth} times: a training that was resumed from a "
                 "wrapped checkpoint. PEFT then begins the pairs anew, so what the earlier training had "
                 "learned in them is NOT in this file; the pairs that are in it are used"
             )
     _refuse_others(inside, where)
-    return Wrapped(found, inside, ranks, tuple(warnings))
+    return Wrapped(found, inside, ranks)
 
 
 def open_wrapped(
     path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
-) -> tuple[Checkpoint, list[Adapter], list[str]]:
-    """The base inside a wrapped checkpoint, its adapter, and warnings.
+) -> tuple[Checkpoint, list[Adapter]]:
+    """The base inside a wrapped checkpoint, and its adapter.
 
     The flags of the base's config are 0. Raises what `read_wrapped` does.
     """
@@ -116,7 +113,7 @@ def open_wrapped(
     )
     tensors = {key: found.tensors[given] for key, given in inside.tensors.items()}
     adapter = Adapter(printable(str(found.path)), settings, tensors)
-    return base, [adapter], list(wrapped.warnings)
+    return base, [adapter]
 
 
 def _rank(found: Checkpoint, name: str, where: str) -> int:
@@ -124,7 +121,7 @@ def _rank(found: Checkpoint, name: str, where: str) -> int:
     if len(shape) != 2 or not all(shape):
         raise AdapterError(
             f"{where}: '{printable(name)}' has shape {list(shape)}; a matrix was expected. "
-            f"{_PARTITIONED}"
+            f"{GATHER}."
         )
     return shape[0]
 

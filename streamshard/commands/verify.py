@@ -12,8 +12,9 @@ from typing import Any
 from streamshard.checkpoint.file_names import REPORT_NAME, SUFFIX
 from streamshard.checkpoint.open_anything import Opened, open_anything
 from streamshard.checkpoint.unlisted_files import Entry, contents, harm
+from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
-from streamshard.disk.inputs import watched
+from streamshard.commands.verify_model import AsModel, as_model
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
@@ -21,25 +22,24 @@ from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import share
 from streamshard.errors import UnreadError, UsageError, VerificationError, printable
 from streamshard.internvl.detection import layout_of
-from streamshard.limits import told
 
 __all__ = ["verify"]
 
 
-@told
-@watched
+@public
 def verify(
     path: PathLike,
     *,
     sample: str | int | None = None,
     strict: bool = False,
     workers: int | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    progress: Callable[[int, str], None] | bool | None = None,
     on_total: Callable[[int], None] | None = None,
 ) -> Report:
     """Read a checkpoint or adapter again, and say whether it is what was written.
 
-    Checks headers, the index against the files both ways, and that no value is infinite or NaN; where
+    Checks headers, the index against the files both ways, that no value is infinite or NaN, and, of
+    InternVL checkpoints, that all tensors that `config.json` describes are there, in their shapes; where
     there is a `streamshard.json`, also that record itself, every file and tensor against its digests,
     and that nothing was added which could be run or loaded. `sample` reads only so many tensors
     ("10%" or a number), chosen at random, and no SHA-256. With `strict` it is a problem if there is
@@ -57,25 +57,27 @@ def verify(
         found = open_anything(given)
     tensors = found.tensors
     names = _sampled(list(tensors), sample)
+    check = Comparison(found, progress if callable(progress) else None)
     if on_total is not None:
-        on_total(sum(tensors[name].nbytes for name in names))
-    check = Comparison(found, progress)
+        hashed = check.hashed_nbytes(whole=sample is None)
+        on_total(sum(tensors[name].nbytes for name in names) + hashed)
     check.names()
     tasks = check.tasks(names, whole=sample is None)
     share(tasks, lambda task, work: task(work), workers_or_default(workers), check.stop)
     check.shards(names)
     coverage = _coverage(found, check)
+    model = as_model(found)
     warnings = []
     if not found.listing.usable and found.listing.record == "missing":
         reason = _why_uncomparable(found)
         warnings.append(f"no digests are recorded: {reason}")
         if strict:
             coverage["problems"].append(
-                f"{printable(str(path))}: nothing could be compared: {reason} (--strict)."
+                f"{printable(str(given))}: nothing could be compared: {reason} (--strict)."
             )
     report = {
         **new_report("verify", tensors, layout_of(tensors)),
-        "path": str(path),
+        "path": str(given),
         "shards": len(found.headers),
         "recorded": found.listing.usable,
         "record": found.listing.record,
@@ -86,27 +88,48 @@ def verify(
             "files": len(check.compared),
         },
         **coverage,
-        "missing": check.missing,
+        "checks": _checks(found, model),
+        "missing": sorted({*check.missing, *model.missing}),
         "unexpected": check.unexpected,
         "different": sorted(check.different),
         "nonfinite": dict(sorted(check.nonfinite.items())),
         "unreadable": sorted(found.unreadable | check.unreadable),
-        "problems": [*found.problems, *sorted(check.problems), *coverage["problems"]],
+        "problems": [
+            *found.problems,
+            *sorted(check.problems),
+            *model.problems,
+            *coverage["problems"],
+        ],
         "warnings": warnings,
     }
     report = finished(report, started)
     if report["problems"] and set(report["problems"]) <= set(report["unreadable"]):
         raise UnreadError(
-            f"{printable(str(path))}: could not be read as a whole: {report['problems'][0]}", report
+            f"{printable(str(given))}: could not be read as a whole: {report['problems'][0]}",
+            report,
         )
     if report["problems"]:
         count = len(report["problems"])
         raise VerificationError(
-            f"{printable(str(path))}: {count} {'problem' if count == 1 else 'problems'} found: "
+            f"{printable(str(given))}: {count} {'problem' if count == 1 else 'problems'} found: "
             f"{report['problems'][0]}" + (" (and more)" if count > 1 else ""),
             report,
         )
     return report
+
+
+def _checks(found: Opened, model: AsModel) -> list[dict[str, str | None]]:
+    """What was checked, and what could not be, with the reason."""
+    done = ["headers", *([] if found.bare else ["index against files"]), "infinite and NaN values"]
+    why_not = dict(model.unchecked)
+    if found.listing.usable:
+        done.append("digests")
+    elif found.listing.record == "missing":
+        why_not["digests"] = _why_uncomparable(found)
+    else:
+        why_not["digests"] = f"the {REPORT_NAME} cannot be used"
+    all_of_it = {**dict.fromkeys([*done, *model.checked]), **why_not}
+    return [{"what": what, "why_not": why} for what, why in all_of_it.items()]
 
 
 def _coverage(found: Opened, check: Comparison) -> dict[str, Any]:

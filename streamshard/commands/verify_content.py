@@ -84,6 +84,11 @@ class Comparison:
         for name, record in self.found.listing.files.items():
             yield partial(self.file, name, record, whole=whole)
 
+    def hashed_nbytes(self, *, whole: bool) -> int:
+        """Bytes of the files that are read for their SHA-256, beside what is read of tensors."""
+        records = self.found.listing.files.values() if whole else ()
+        return sum(record.nbytes for record in records if record.sha256 is not None)
+
     def tensor(self, file: str, place: int, name: str, tensor: Lazy, work: Workspace) -> None:
         """Compare a tensor with its digest, and count what is not finite."""
         digest, count = new_digest(), 0
@@ -129,7 +134,8 @@ class Comparison:
             if problem is not None:
                 self.add(name, problem)
             if nbytes == record.nbytes and hashes:
-                hash_file(path, *hashes, going=self.stop.going)
+                told = partial(self._tell, name) if sha256 is not None else lambda _: None
+                hash_file(path, *hashes, going=self.stop.going, told=told)
         except (InputError, ReadError) as error:
             self.add(name, error)
             with self.lock:
@@ -144,6 +150,11 @@ class Comparison:
         if not weights:
             with self.lock:
                 self.compared.add(name)
+
+    def _tell(self, name: str, nbytes: int) -> None:
+        with self.lock:
+            if self.progress is not None:
+                self.progress(nbytes, name)
 
     def shards(self, names: list[str]) -> None:
         """Compare weight files of which every tensor was read: headers count there too."""

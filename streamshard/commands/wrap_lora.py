@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, Unpack
 
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.commands.identify import Model
+from streamshard.commands.left_behind import note_left_behind
+from streamshard.commands.public import public
 from streamshard.commands.written_config import config_bytes
-from streamshard.disk.inputs import watched
 from streamshard.disk.paths import PathLike
-from streamshard.engine.job import Job, Options
+from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
@@ -35,10 +36,10 @@ from streamshard.internvl.lora_targets import (
 )
 from streamshard.internvl.model_config import Dims
 from streamshard.internvl.spelling import in_model
-from streamshard.limits import told
 from streamshard.lora.base_checks import check_base
 from streamshard.lora.new_pairs import initial_pairs, wrap
 from streamshard.lora.saved_adapter import adapter_config, adapter_key
+from streamshard.notes import note
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.torch_random import MAX_SEED
 
@@ -47,8 +48,7 @@ __all__ = ["wrap_lora"]
 MAX_RANK = 65_536  # more than any weight has rows or columns to adapt; each rank takes draws
 
 
-@told
-@watched
+@public
 def wrap_lora(
     *,
     base: PathLike,
@@ -59,8 +59,8 @@ def wrap_lora(
     backbone_alpha: float | None = None,
     dropout: float | None = None,
     seed: int = 0,
-    format: str = "wrapped",  # noqa: A002 - the name of the option
-    **options: Any,
+    format: Literal["wrapped", "peft"] = "wrapped",  # noqa: A002 - the name of the option
+    **options: Unpack[OutputOptions],
 ) -> Report:
     """Put fresh LoRA pairs into a checkpoint, as `InternVLChatModel.wrap_llm_lora` does.
 
@@ -73,7 +73,7 @@ def wrap_lora(
 
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
-    started, chosen = time.perf_counter(), Options(**options)
+    started, chosen = time.perf_counter(), Options.of(options)
     ranks, alphas = _ranks(llm_r, llm_alpha, backbone_r, backbone_alpha)
     _check_options(format, ranks, alphas, dropout, seed)
     source = Model(open_checkpoint(base))
@@ -87,7 +87,13 @@ def wrap_lora(
         )
     given = source.given(layout)
     tensors: dict[str, Lazy] = {name: source.tensors[own] for name, own in given.items()}
+    if source.relative is not None:
+        raise InputError(
+            f"{source.where}: is of {source.relative}, a relative of InternVL, whose classes InternVL's "
+            "trainer does not know: wrap the model with peft."
+        )
     dims = source.dims
+    source.check()
     check_complete(tensors, dims, layout)
     targets = target_modules(tensors, dims, layout, ranks)
     pairs = initial_pairs(tensors, {target.module: target.r for target in targets}, seed)
@@ -100,8 +106,8 @@ def wrap_lora(
         "lora_alpha": {part: alphas.get(part) for part in PARTS},
         "seed": seed,
         "trainable": _trainable(tensors, pairs, dims, layout, ranks if wraps else ["model"]),
-        "warnings": _warnings(tensors, dims, ranks, wraps=wraps),
     }
+    note(*_warnings(tensors, dims, ranks, wraps=wraps))
     choices = {
         "format": format,
         "seed": seed,
@@ -113,6 +119,7 @@ def wrap_lora(
     }
     if wraps:
         flagged = _wrapped_config(source, layout, ranks)
+        note_left_behind(source.checkpoint.side_files, [source.path])
         named = wrap(tensors, pairs, [PARTS[part]["custom"] for part in ranks])
         files_of = source.checkpoint.shard_of
         job = Job(
@@ -146,7 +153,7 @@ def wrap_lora(
         {live[module]: alphas[part] for module, part in part_of.items()},
         targets=[end for part in ranks for end in target_ends(dims.family, layout, part)],
         task_type=TASK_TYPES[layout],
-        base=str(base),
+        base=str(source.path),
         dropout=UPSTREAM_DROPOUT if dropout is None else dropout,
     )
     job = Job(
@@ -248,7 +255,7 @@ def _trainable(
     dims: Dims,
     layout: Layout,
     parts: Iterable[str],
-) -> dict[str, Report]:
+) -> dict[str, Any]:
     """Parameters of each part as `PeftModel.get_nb_trainable_parameters` counts them."""
     counts = {}
     for part in parts:

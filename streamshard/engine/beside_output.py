@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import stat
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from streamshard.disk.folders import exists, held, inode_of, resolved
 from streamshard.disk.system import system, writing
 from streamshard.engine import long_names
-from streamshard.engine.leftovers import left_in, refuse_strangers
+from streamshard.engine.fingerprint import Identity
+from streamshard.engine.leftovers import changed, left_in, refuse_strangers
 from streamshard.engine.lock import locked, look
 from streamshard.engine.ours import Ours
 from streamshard.engine.swap import recover, refuse_old
@@ -50,11 +52,17 @@ def tidy(target: Path) -> None:
                 recover(target, beside, lock)
 
 
-def check_beside(target: Path) -> None:
-    """Raise `OutputError` if something that is not ours is in the way of a run; changes nothing."""
+def check_beside(
+    target: Path, identity: Callable[[], Identity], *, overwrite: bool
+) -> Collection[str]:
+    """The files that an interrupted run has finished and a run with this identity would keep.
+
+    Changes nothing. Raises `OutputError` as that run would: if something that is not ours is in the way,
+    if another run is at it, or if what an interrupted run has left cannot be continued.
+    """
     beside = places_beside(resolved(target))
     try:
-        moved = look(beside["lock"])
+        moved = look(beside["lock"], target)
         there = inode_of(beside["old"])
         if there is not None and (moved is None or there[1] != moved[0]):
             refuse_old(beside["old"])
@@ -62,10 +70,17 @@ def check_beside(target: Path) -> None:
             ours = Ours(resolved(target).parent)
             ours.check_folder(beside["partial"])
             with held(beside["partial"]) as kept:
-                refuse_strangers(beside["partial"], left_in(kept, ours, moved).strangers)
+                left = left_in(kept, ours, moved)
+                refuse_strangers(beside["partial"], left.strangers)
+                # The identity takes a look at every input, which only this is worth.
+                if left.journal.plan is not None and not changed(
+                    target, beside["partial"], left.journal.plan, identity(), overwrite=overwrite
+                ):
+                    return left.journal.finished
     except (InputError, WriteError) as error:
         if not isinstance(error.__cause__, FileNotFoundError):  # of a run that is at it just now
             raise
+    return ()
 
 
 def check_writable(target: Path) -> None:

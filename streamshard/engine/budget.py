@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from streamshard.disk.system import system
 from streamshard.engine.shard_task import parts_of
-from streamshard.errors import UsageError, printable
+from streamshard.errors import UsageError
 from streamshard.limits import fitting
 from streamshard.tensors.workspace import Held
 
 if TYPE_CHECKING:
     from streamshard.checkpoint.shards import Shard
 
-__all__ = ["memory_estimate", "parse_size", "peak_rss_bytes", "worker_count", "workers_or_default"]
+__all__ = ["memory_estimate", "peak_rss_bytes", "worker_count", "workers_or_default"]
 
 
 DEFAULT_WORKERS = 8
@@ -30,29 +30,6 @@ _PROCESS_NBYTES = 45_000_000
 _TENSOR_NBYTES = 1000
 _WORKER_NBYTES = 4_000_000
 _READER_NBYTES = 6_000_000
-_NO_SIZE = 2**63  # bytes that no system can count
-
-_UNITS = {"": 1, "B": 1}
-for _place, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {_letter: 1000**_place, f"{_letter}B": 1000**_place, f"{_letter}IB": 1024**_place}
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of "5GB", "500 MB" (decimal), "1GiB" (binary) or a plain number.
-
-    >>> parse_size("1.5GB"), parse_size("1 KiB"), parse_size(7)
-    (1500000000, 1024, 7)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{printable(repr(size))} is no size; write it like 5GB or 500MB")
-    number = float(match[1]) * _UNITS[match[2].upper()]
-    if number >= _NO_SIZE:
-        raise ValueError(f"{printable(str(size))} is more than any disk has")
-    nbytes = int(number)
-    if nbytes < 1:
-        raise ValueError(f"{size!r} is no size greater than 0")
-    return nbytes
 
 
 def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int | None) -> int:

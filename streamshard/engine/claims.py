@@ -143,14 +143,17 @@ class Replaceable:
         _refuse_more(Path(self.folder.path), self.names)
 
 
-def check_replaceable(target: Path) -> None:
-    """Raise `OutputError` unless a folder is empty or holds an output of ours and nothing else."""
-    with replaceable(target):
+def check_replaceable(target: Path, *, overwrite: bool) -> None:
+    """Raise `OutputError` unless a folder is empty, or holds an output of ours and nothing else.
+
+    Such an output may be replaced only if that is wanted (`overwrite`).
+    """
+    with replaceable(target, overwrite=overwrite):
         pass
 
 
 @contextmanager
-def replaceable(target: Path) -> Iterator[Replaceable]:
+def replaceable(target: Path, *, overwrite: bool) -> Iterator[Replaceable]:
     """The like, for as long as it takes to replace it."""
     where = printable(str(target))
     choose = "Choose another output, or remove it yourself."
@@ -158,14 +161,14 @@ def replaceable(target: Path) -> Iterator[Replaceable]:
         found = system.lstat(target)
     if not stat.S_ISDIR(found.st_mode):
         raise OutputError(
-            f"{where}: is {kind_of(found)}, which --overwrite does not replace. {choose}"
+            f"{where}: exists and is {kind_of(found)}, which --overwrite does not replace. {choose}"
         )
     with held(target) as folder:
         there = _listed(target)
         if there and REPORT_NAME not in there:
             raise OutputError(
-                f"{where}: was not written by streamshard (it has no {REPORT_NAME}), and --overwrite "
-                f"replaces only what was: other files there would be lost. {choose}"
+                f"{where}: exists, was not written by streamshard (it has no {REPORT_NAME}), and "
+                f"--overwrite replaces only what was: other files there would be lost. {choose}"
             )
         try:
             names = recorded_names(target) if there else set()
@@ -175,6 +178,8 @@ def replaceable(target: Path) -> Iterator[Replaceable]:
             ) from error
         _refuse_more(target, names)
         _check_removable(target, folders_of(names))
+        if there and not overwrite:
+            raise OutputError(f"{where}: exists. Choose another output, or pass --overwrite.")
         yield Replaceable(folder, names)
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from streamshard.checkpoint.file_names import SINGLE_NAME
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.engine.fingerprint import Fingerprint
-from streamshard.engine.report import Report
+from streamshard.engine.option_values import dtype_option, size_option
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["Compared", "Job", "Options", "Plan"]
+__all__ = ["Compared", "Job", "Options", "OutputOptions", "Plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class Plan:
         """Bytes of tensor data to write, headers not counted: what progress adds up to."""
         return sum(total_nbytes(shard.tensors) for shard in self.shards)
 
-    def as_dict(self) -> Report:
+    def as_dict(self) -> dict[str, Any]:
         """The plan as the report of `--dry-run` shows it."""
         return {
             "files": [{"name": shard.name, "bytes": shard.nbytes} for shard in self.shards],
@@ -81,17 +81,36 @@ class Plan:
         }
 
 
+class OutputOptions(TypedDict, total=False):
+    """Keywords of every function that writes: how to write."""
+
+    max_shard_size: int | str | None
+    """Bytes, or like "5GB", to split the output anew; by default files are those of the source."""
+    dtype: str
+    """"keep", "bf16", "fp16" or "fp32", or what torch calls these: round every float tensor, once."""
+    workers: int | None
+    """Threads; by default one a processor, at most 8."""
+    max_memory: int | str | None
+    """Bytes, or like "512MB": fewer threads, to stay below."""
+    overwrite: bool
+    """Replace an output that exists once the new one is complete, and discard what an interrupted
+    run with other inputs or options left."""
+    sha256: bool
+    """Keep the SHA-256 of all files in `streamshard.json`, too."""
+    dry_run: bool
+    """Check everything and write nothing."""
+    on_plan: Callable[[Plan], None] | None
+    """Called once, before anything is written."""
+    on_step: Callable[[str, int, int], None] | None
+    """Called whenever something else is begun ("checking" what an earlier run has finished, "comparing",
+    "writing", "hashing", "syncing"), with its bytes and how many of these are done."""
+    progress: Callable[[int, str], None] | bool | None
+    """Called with the bytes and the tensor of each finished piece; True shows a bar."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to write; the same for every writing command.
-
-    `max_shard_size` (bytes or "5GB") re-shards; by default files are those of the source. `dtype`
-    is "keep", "bf16", "fp16" or "fp32". `max_memory` lowers the number of `workers`. `overwrite`
-    replaces an output that exists once the new one is complete, and discards what an interrupted
-    run with other inputs or options left. `sha256` adds the SHA-256 of all files to
-    `streamshard.json`. `dry_run` checks everything and writes nothing. `on_plan` is called once
-    before writing, `progress` with the bytes and the tensor of each finished piece.
-    """
+    """How to write, as `OutputOptions` says it, with the defaults."""
 
     max_shard_size: int | str | None = None
     dtype: str = "keep"
@@ -101,7 +120,30 @@ class Options:
     sha256: bool = False
     dry_run: bool = False
     on_plan: Callable[[Plan], None] | None = None
+    on_step: Callable[[str, int, int], None] | None = None
     progress: Callable[[int, str], None] | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Those among the keywords of a command; what else it has is its own."""
+        names = {one.name for one in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if name in names})
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for what is no size or no dtype; `dtype` is one of the four then."""
+        object.__setattr__(self, "dtype", dtype_option(self.dtype))
+        size_option(self.max_memory, "--max-memory")
+        size_option(self.max_shard_size, "--max-shard-size")
+
+    @property
+    def max_shard_nbytes(self) -> int | None:
+        """`max_shard_size` in bytes."""
+        return size_option(self.max_shard_size, "--max-shard-size")
+
+    @property
+    def max_memory_nbytes(self) -> int | None:
+        """`max_memory` in bytes."""
+        return size_option(self.max_memory, "--max-memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

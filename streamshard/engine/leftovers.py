@@ -8,6 +8,7 @@ or it was about to rename the folder, as the lock notes, and all is there that t
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from pathlib import Path
 from streamshard.checkpoint.file_names import JOURNAL_NAME, REPORT_NAME
 from streamshard.disk.held import Held
 from streamshard.engine.claims import recorded_names, strangers
+from streamshard.engine.fingerprint import Identity, differences
 from streamshard.engine.journal import Journal
 from streamshard.engine.lock import Moved
 from streamshard.engine.ours import Ours
 from streamshard.errors import InputError, OutputError, listed, printable
 
-__all__ = ["Left", "left_in", "refuse_strangers"]
+__all__ = ["Left", "changed", "left_in", "refuse_strangers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +61,19 @@ def refuse_strangers(folder: Path, names: Collection[str]) -> None:
             f"{printable(str(folder))}: holds {listed(names)}, which no run of ours is known to have "
             "made. It was left alone: move or remove it, or choose another output."
         )
+
+
+def changed(target: Path, folder: Path, old: Identity, new: Identity, *, overwrite: bool) -> bool:
+    """Whether what a run has left in a folder is of no use for this one, and may be removed.
+
+    Raises `OutputError`, which says why, if it is of no use and that was not allowed.
+    """
+    found = differences(old, json.loads(json.dumps(new)))
+    if found and not overwrite:
+        shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" * (len(found) > 5))
+        raise OutputError(
+            f"{printable(str(target))}: an interrupted run left {printable(str(folder))}, which "
+            f"cannot be continued: {shown}. Run the same command as then to continue it, or remove "
+            "that folder (or pass --overwrite) to begin anew."
+        )
+    return bool(found)

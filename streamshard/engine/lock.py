@@ -96,8 +96,11 @@ def locked(path: Path, target: Path) -> Iterator[Lock]:
         lock.end()
 
 
-def look(path: Path) -> Moved | None:
-    """What a lock notes, without taking it; None if there is none. Refuses what is no lock of ours."""
+def look(path: Path, target: Path) -> Moved | None:
+    """What a lock notes, without taking it; None if there is none.
+
+    Refuses what is no lock of ours, and one that a process of this machine holds.
+    """
     ours = Ours(path.parent)
     with writing(path, 0):
         if inode_of(path) is None:
@@ -109,6 +112,9 @@ def look(path: Path) -> Moved | None:
             ours.check(system.fstat(descriptor), path)
         content = _content(descriptor, path)
         _check(content, descriptor, path, ours)
+        record = _record(content)
+        if record and record["host"] == platform.node() and _alive(record):
+            raise _refusal(path, target, record)
         return _note(content)
     finally:
         with contextlib.suppress(OSError):  # nothing was written

@@ -19,7 +19,10 @@ __all__ = ["check_inputs", "check_places"]
 
 
 def check_places(output: PathLike, inputs: Iterable[Path], *, overwrite: bool) -> Path:
-    """Refuse an output that exists, is an input, or lies inside one (also through links)."""
+    """Refuse an output that exists, is an input, or lies inside one (also through links).
+
+    An empty folder is as good as none. `--overwrite` is advised only where it would do.
+    """
     target = output_path(output, "the output")
     if not target.name and target != Path():
         raise OutputError(f"{printable(str(target))}: is no folder that can be written.")
@@ -38,23 +41,20 @@ def _check_places(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> N
     for path in inputs:
         with reading(path):
             _check_apart(target, place, path)
-    if is_there(target) and not overwrite:
-        tidy(target)
-        raise OutputError(
-            f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
-        )
     if is_there(target):
+        if not overwrite:
+            tidy(target)
         if place in _working_folders():
             raise OutputError(
                 f"{printable(str(target))}: is the folder in which this command runs, or around it, and "
                 "cannot be replaced. Choose another output, or change to another folder."
             )
-        check_replaceable(place)
-    if is_mount(target):
-        raise OutputError(
-            f"{printable(str(target))}: is where a disk is mounted, which cannot be replaced. "
-            f"Write to a folder inside it: {printable(str(target / 'merged'))}."
-        )
+        if is_mount(target):
+            raise OutputError(
+                f"{printable(str(target))}: is where a disk is mounted, which cannot be replaced. "
+                f"Write to a folder inside it: {printable(str(target / 'merged'))}."
+            )
+        check_replaceable(place, overwrite=overwrite)
 
 
 def _check_apart(target: Path, place: Path, path: Path) -> None:
@@ -63,12 +63,12 @@ def _check_apart(target: Path, place: Path, path: Path) -> None:
     # By identity and not only by name: bind mounts and case-insensitive disks have two names.
     if _is_within(place, folder) and (inner or place == folder):
         raise OutputError(
-            f"{printable(str(target))}: is, or lies inside, the input {printable(str(path))}. "
-            "Inputs are never changed: choose an output outside of it."
+            f"{printable(str(target))}: is, or lies inside, the input '{printable(str(path))}' "
+            f"({printable(str(given))}). Inputs are never changed: choose an output outside of it."
         )
     if any(_is_within(folder, taken) for taken in (place, *places_beside(place).values())):
         raise OutputError(
-            f"{printable(str(target))}: contains the input {printable(str(path))}, which "
+            f"{printable(str(target))}: contains the input '{printable(str(path))}', which "
             "writing it would delete. Choose another output."
         )
 

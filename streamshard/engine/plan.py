@@ -15,25 +15,24 @@ from streamshard.disk.files import file_nbytes
 from streamshard.disk.folders import disk_free
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import staged_nbytes
-from streamshard.engine.budget import memory_estimate, parse_size, worker_count
+from streamshard.engine.budget import memory_estimate, worker_count
 from streamshard.engine.fingerprint import fingerprint
 from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.engine.output_path import check_inputs
-from streamshard.errors import InputError, UsageError, WriteError, printable
+from streamshard.errors import InputError, WriteError, printable
+from streamshard.notes import noted
 from streamshard.tensors.comparing import is_comparable
 from streamshard.tensors.constructors import cast
 from streamshard.tensors.dtypes import DTYPES
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["cast_all", "plan", "size_option"]
+__all__ = ["cast_all", "plan"]
 
 
 def cast_all(tensors: Mapping[str, Lazy], dtype: str) -> Mapping[str, Lazy]:
     """All tensors in the dtype of that option."""
     if dtype == "keep":
         return tensors
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype is {dtype!r}; keep, {', '.join(DTYPES)} can be chosen.")
     out = {}
     for name, tensor in tensors.items():
         try:
@@ -41,16 +40,6 @@ def cast_all(tensors: Mapping[str, Lazy], dtype: str) -> Mapping[str, Lazy]:
         except InputError as error:
             raise InputError(f"tensor '{printable(name)}': {error}") from error
     return out
-
-
-def size_option(size: int | str | None, option: str) -> int | None:
-    """The bytes that an option says; None where it is not given."""
-    if size is None:
-        return None
-    try:
-        return parse_size(size)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}") from error
 
 
 def plan(job: Job, options: Options) -> Plan:
@@ -61,20 +50,19 @@ def plan(job: Job, options: Options) -> Plan:
     `OutputError` if that would take the place of an input.
     """
     tensors = cast_all(job.tensors, options.dtype)
-    size = size_option(options.max_shard_size, "--max-shard-size")
     shards = plan_shards(
         tensors,
         shard_of=job.shard_of,
         metadata=job.metadata,
-        max_shard_size=size,
+        max_shard_size=options.max_shard_nbytes,
         single=job.weights_name,
     )
     _check_names(job.files, shards)
     nbytes = sum(shard.nbytes for shard in shards)
     free = _room(job, shards)
-    count = worker_count(shards, options.workers, size_option(options.max_memory, "--max-memory"))
+    count = worker_count(shards, options.workers, options.max_memory_nbytes)
     compared = _compared(job, tensors)
-    chosen = {"max_shard_size": size, "dtype": options.dtype, **job.choices}
+    chosen = {"max_shard_size": options.max_shard_nbytes, "dtype": options.dtype, **job.choices}
     check_inputs(job.output)
     inputs = active()
     return Plan(
@@ -85,7 +73,7 @@ def plan(job: Job, options: Options) -> Plan:
         files=job.files,
         compared=compared,
         must_change=job.must_change,
-        facts=job.facts,
+        facts={**job.facts, "warnings": noted()},
         fingerprint=fingerprint(job.command, chosen, _recipe(shards, compared.reference)),
         inputs={} if inputs is None else inputs.stamps,
         overwrite=options.overwrite,

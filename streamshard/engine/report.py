@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from streamshard.checkpoint.header import total_nbytes, total_parameters
 from streamshard.engine.budget import peak_rss_bytes
 from streamshard.engine.journal import FinishedShard
+from streamshard.errors import printable
+from streamshard.notes import noted
 from streamshard.tensors.kernel import chosen
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.rounding import Change
@@ -18,10 +20,24 @@ from streamshard.version import __version__
 __all__ = ["Report", "Streamed", "exactness", "finished", "new_report", "update"]
 
 
-Report: TypeAlias = dict[str, Any]
+class Report(dict[str, Any]):
+    """What a command returns: a mapping, and the document that `--json` prints."""
+
+    def __repr__(self) -> str:
+        """What was done, in one line; all of it is in the items."""
+        command, output = self.get("command"), self.get("output") or self.get("path")
+        facts = [] if output is None else [printable(str(output))]
+        facts += [f"{self['tensors']:,} tensors"] if "tensors" in self else []
+        facts += [f"{len(self[key]):,} {key}" for key in ("problems", "warnings") if self.get(key)]
+        facts += ["dry run"] if self.get("dry_run") else []
+        return f"<Report of {command}: {', '.join(facts)}; {len(self)} keys>"
+
+    def copy(self) -> Report:
+        """A report of its own with the same items."""
+        return Report(self)
 
 
-def new_report(command: str, tensors: Mapping[str, Lazy], layout: str | None) -> Report:
+def new_report(command: str, tensors: Mapping[str, Lazy], layout: str | None) -> dict[str, Any]:
     """Every key that a report has at least; what does not apply to a command is None."""
     return {
         "command": command,
@@ -38,7 +54,7 @@ def new_report(command: str, tensors: Mapping[str, Lazy], layout: str | None) ->
         "l2": None,
         "missing": [],
         "unexpected": [],
-        "warnings": [],
+        "warnings": noted(),
     }
 
 
@@ -59,11 +75,11 @@ class Streamed(dict[str, Any]):
         return next(self._pairs(), None) is not None
 
 
-def finished(report: Report, started: float) -> Report:
+def finished(report: Mapping[str, Any], started: float) -> Report:
     """The report with the time since `started` (`time.perf_counter`) and the peak memory."""
     seconds = round(time.perf_counter() - started, 3)
     done = {**report, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
-    return {key: _plain(value) for key, value in done.items()}
+    return Report((key, _plain(value)) for key, value in done.items())
 
 
 def _plain(value: Any) -> Any:

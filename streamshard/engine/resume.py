@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -13,16 +14,19 @@ from streamshard.checkpoint.digests import (
     shard_digest,
     tensor_digest,
 )
+from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.files import open_source
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.staging import Staging
-from streamshard.engine.workers import Progress, Stop, share
-from streamshard.errors import InputError, ReadError
+from streamshard.engine.workers import OnStep, Progress, Stop, share
+from streamshard.errors import InputError, ReadError, listed
 from streamshard.tensors.lazy import Stored
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["check_finished"]
+
+_log = logging.getLogger(__name__)
 
 
 def check_finished(
@@ -31,6 +35,7 @@ def check_finished(
     *,
     workers: int,
     progress: Progress | None = None,
+    on_step: OnStep | None = None,
     sha256: bool = False,
 ) -> int:
     """Compare the finished shards with the journal, and have those that differ written anew.
@@ -41,6 +46,11 @@ def check_finished(
     noted = [
         (planned[name], staging.finished[name]) for name in planned if name in staging.finished
     ]
+    if not noted:
+        return 0
+    _log.info("continuing: %d of %d files are done", len(noted), len(planned))
+    if on_step is not None:
+        on_step("checking", sum(total_nbytes(shard.tensors) for shard, _ in noted), 0)
     stop, lock = Stop(), threading.Lock()
     wrong = {shard.name for shard, finished in noted if not _has_header(shard, finished, staging)}
 
@@ -66,14 +76,36 @@ def check_finished(
                 progress(written.nbytes, name)
 
     share(tensors(), compare, workers, stop)
-    for shard, finished in noted:
-        if shard.name in wrong:
-            staging.forget(shard.name)
-        elif sha256 and finished.sha256 is None:
-            digest = new_sha256()
-            hash_file(staging.folder / shard.name, digest)
-            staging.add(dataclasses.replace(finished, sha256=digest.hexdigest()))
+    for name in wrong:
+        staging.forget(name)
+    if sha256:
+        right = [finished for shard, finished in noted if shard.name not in wrong]
+        _hash(
+            [finished for finished in right if finished.sha256 is None], staging, progress, on_step
+        )
+    if wrong:
+        _log.warning("%s differ from what was written, and are written anew", listed(sorted(wrong)))
     return len(noted) - len(wrong)
+
+
+def _hash(
+    shards: Sequence[FinishedShard],
+    staging: Staging,
+    progress: Progress | None,
+    on_step: OnStep | None,
+) -> None:
+    """Note the SHA-256 of finished shards that have none."""
+    if shards and on_step is not None:
+        on_step("hashing", sum(shard.nbytes for shard in shards), 0)
+    for shard in shards:
+
+        def told(nbytes: int, name: str = shard.name) -> None:
+            if progress is not None and on_step is not None:
+                progress(nbytes, name)
+
+        digest = new_sha256()
+        hash_file(staging.folder / shard.name, digest, told=told)
+        staging.add(dataclasses.replace(shard, sha256=digest.hexdigest()))
 
 
 def _has_header(shard: Shard, finished: FinishedShard, staging: Staging) -> bool:

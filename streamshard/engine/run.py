@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from streamshard.engine.report import Report, Streamed, exactness, new_report, u
 from streamshard.engine.report import finished as in_the_end
 from streamshard.engine.resume import check_finished
 from streamshard.engine.staging import Staging, output_folder
-from streamshard.engine.workers import Progress
+from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
 from streamshard.errors import AdapterError, printable
 from streamshard.tensors.comparing import Distances
@@ -42,14 +42,22 @@ def run(job: Job, options: Options) -> Report:
     if options.on_plan is not None:
         options.on_plan(made)
     if options.dry_run:
-        check_beside(made.output)
+        kept = check_beside(
+            made.output,
+            lambda: made.fingerprint.identity(made.files),
+            overwrite=made.overwrite,
+        )
         check_writable(made.output)
-        return in_the_end(_report(made, shown=True), started)
-    return execute(made, progress=options.progress, started=started)
+        return in_the_end(_report(made, kept=kept), started)
+    return execute(made, progress=options.progress, on_step=options.on_step, started=started)
 
 
 def execute(
-    made: Plan, *, progress: Progress | None = None, started: float | None = None
+    made: Plan,
+    *,
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
+    started: float | None = None,
 ) -> Report:
     """Do what a plan says, in this process or another one, and return the report.
 
@@ -57,7 +65,7 @@ def execute(
     `ChangedError` if an input is no longer what was planned with.
     """
     started = time.perf_counter() if started is None else started
-    report = _report(made, shown=False)
+    report = _report(made)
     with contextlib.ExitStack() as stack:
         inputs = active() or stack.enter_context(watching())
         inputs.expect(made.inputs)
@@ -71,13 +79,17 @@ def execute(
                 overwrite=made.overwrite,
             )
         )
-        _fill(made, staging, report, progress, started)
+        _fill(made, staging, report, progress, on_step or (lambda *_: None), started)
         inputs.end()
     return in_the_end(report, started)
 
 
-def _report(made: Plan, *, shown: bool) -> Report:
-    """The report as far as a plan knows it; the plan itself is a part of it where it is `shown`."""
+def _report(made: Plan, *, kept: Collection[str] | None = None) -> dict[str, Any]:
+    """The report as far as a plan knows it.
+
+    Of a dry run the plan itself is a part of it, and how many files an earlier run has finished that
+    would be `kept`.
+    """
     return {
         **new_report(made.command, {}, made.layout),
         "tensors": sum(len(shard.tensors) for shard in made.shards),
@@ -88,20 +100,30 @@ def _report(made: Plan, *, shown: bool) -> Report:
         **made.facts,
         "update": None,
         "exactness": None,
-        "resumed": 0,
-        "dry_run": shown,
-        "plan": made.as_dict() if shown else None,
+        "resumed": len(kept or ()),
+        "dry_run": kept is not None,
+        "plan": None if kept is None else made.as_dict(),
     }
 
 
 def _fill(
-    made: Plan, staging: Staging, report: Report, progress: Progress | None, started: float
+    made: Plan,
+    staging: Staging,
+    report: dict[str, Any],
+    progress: Progress | None,
+    on_step: OnStep,
+    started: float,
 ) -> None:
     """Write everything into the folder where an output is built, and what is measured into the report."""
     resumed = check_finished(
-        made.shards, staging, workers=made.workers, progress=progress, sha256=made.sha256
+        made.shards,
+        staging,
+        workers=made.workers,
+        progress=progress,
+        on_step=on_step,
+        sha256=made.sha256,
     )
-    write_shards(made, staging, progress=progress)
+    write_shards(made, staging, progress=progress, on_step=on_step)
     finished = [staging.finished[shard.name] for shard in made.shards]
     if made.must_change and not any(any(found.squared) for found in finished):
         raise AdapterError(

@@ -12,8 +12,8 @@ builds is held open: putting something else in its place leads no call elsewhere
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from streamshard.checkpoint.file_names import JOURNAL_NAME
@@ -29,9 +29,9 @@ from streamshard.engine.claims import (
     replaceable,
     strangers,
 )
-from streamshard.engine.fingerprint import Identity, differences
+from streamshard.engine.fingerprint import Identity
 from streamshard.engine.journal import FinishedShard, Journal
-from streamshard.engine.leftovers import Left, left_in, refuse_strangers
+from streamshard.engine.leftovers import Left, changed, left_in, refuse_strangers
 from streamshard.engine.lock import Lock, locked
 from streamshard.engine.ours import Ours
 from streamshard.engine.swap import discard, recover, swap
@@ -144,9 +144,9 @@ def output_folder(
     `names` are all files that may be made in it, relative to it. If a run with the same `plan` was
     interrupted, its staging folder is continued. Whatever happens, `target` is either as it was or
     complete. What is finished is kept if the block ends by a signal or because a disk failed;
-    otherwise nothing is left. Raises `OutputError` if `target` exists and is not to be overwritten, or
-    is not ours, if another run writes it, if it was begun with another plan, or if something that no
-    run of ours has made is in the way.
+    otherwise nothing is left. Raises `OutputError` if `target` is more than an empty
+    folder and not to be overwritten, or is not ours, if another run writes it, if it was begun with
+    another plan, or if something that no run of ours has made is in the way.
     """
     target = folders.resolved(target)
     beside = places_beside(target)
@@ -157,25 +157,24 @@ def output_folder(
             sync_folder(folder.parent)
         with locked(beside["lock"], target) as lock:
             recover(target, beside, lock)
-            _check_free(target, overwrite=overwrite)
+            there = _check_free(target, overwrite=overwrite)
             with _opened(beside["partial"]) as (kept, ours):
                 left = left_in(kept, ours, lock.moved)
                 staging = _begun(kept, left, target, plan, names, overwrite=overwrite)
                 lock.settle()
-                yield from _built(staging, target, beside["old"], lock, overwrite=overwrite)
+                replaces = functools.partial(_replaced, target, there=there, overwrite=overwrite)
+                yield from _built(staging, target, beside["old"], lock, replaces)
     except BaseException:
         remove_empty(made)
         raise
 
 
-def _check_free(target: Path, *, overwrite: bool) -> None:
-    if not exists(target):
-        return
-    if not overwrite:
-        raise OutputError(
-            f"{printable(str(target))}: exists. Choose another output, or pass --overwrite."
-        )
-    check_replaceable(target)
+def _check_free(target: Path, *, overwrite: bool) -> bool:
+    """Whether there is something that may be replaced; `OutputError` if it may not be."""
+    there = exists(target)
+    if there:
+        check_replaceable(target, overwrite=overwrite)
+    return there
 
 
 @contextlib.contextmanager
@@ -200,17 +199,8 @@ def _begun(
 ) -> Staging:
     """What an earlier run has left, if it can be continued, or a new beginning."""
     path, journal = Path(folder.path), left.journal
-    plan = json.loads(json.dumps(plan))
-    changed = [] if journal.plan is None else differences(journal.plan, plan)
-    if changed and not overwrite:
-        shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" * (len(changed) > 5))
-        raise OutputError(
-            f"{printable(str(target))}: an interrupted run left {printable(str(path))}, which "
-            f"cannot be continued: {shown}. Run the same command as then to continue it, or remove "
-            "that folder (or pass --overwrite) to begin anew."
-        )
     refuse_strangers(path, left.strangers)
-    if changed or journal.plan is None:
+    if journal.plan is None or changed(target, path, journal.plan, plan, overwrite=overwrite):
         remove_listed(path, left.names, last=left.last)
         journal = Journal(path, left.ours)
     staging = Staging(folder, journal)
@@ -230,12 +220,16 @@ def _begun(
 
 
 def _built(
-    staging: Staging, target: Path, old: Path, lock: Lock, *, overwrite: bool
+    staging: Staging,
+    target: Path,
+    old: Path,
+    lock: Lock,
+    replaces: Callable[[], contextlib.AbstractContextManager[Replaceable | None]],
 ) -> Iterator[Staging]:
     placed = False
     try:
         yield staging
-        with writing(target, 0), _replaced(target, overwrite=overwrite) as replaced:
+        with writing(target, 0), replaces() as replaced:
             staging.check_content()
             lock.note(None if replaced is None else replaced.inode, staging.inode)
             sync_folder(target.parent)  # the note must be there if what is moved now is not
@@ -255,10 +249,12 @@ def _built(
 
 
 def _replaced(
-    target: Path, *, overwrite: bool
+    target: Path, *, there: bool, overwrite: bool
 ) -> contextlib.AbstractContextManager[Replaceable | None]:
-    """What is to be replaced, held until it is; None if nothing is there."""
-    return replaceable(target) if overwrite and exists(target) else contextlib.nullcontext()
+    """What is to be replaced, held until it is; None if nothing is, or was when the run began."""
+    if (there or overwrite) and exists(target):
+        return replaceable(target, overwrite=overwrite)
+    return contextlib.nullcontext()
 
 
 def _tell(

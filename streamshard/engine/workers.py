@@ -13,11 +13,13 @@ from streamshard.disk.files import Files
 from streamshard.limits import STACK_NBYTES
 from streamshard.tensors.workspace import Held, Workspace
 
-__all__ = ["Background", "Progress", "Stop", "Stopped", "collect", "share"]
+__all__ = ["Background", "OnStep", "Progress", "Stop", "Stopped", "collect", "share"]
 
 
 Progress: TypeAlias = Callable[[int, str], None]
 """Is told the bytes and the tensor of each finished piece."""
+OnStep: TypeAlias = Callable[[str, int, int], None]
+"""Is told what is done from now on: a word, how many bytes that takes, and how many of them are done."""
 T = TypeVar("T")
 R = TypeVar("R")
 

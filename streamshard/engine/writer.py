@@ -27,7 +27,7 @@ from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
 from streamshard.engine.shard_task import Member, Result, ShardTask, parts_of
 from streamshard.engine.staging import Staging
-from streamshard.engine.workers import Background, Progress, Stop, Stopped, share
+from streamshard.engine.workers import Background, OnStep, Progress, Stop, Stopped, share
 from streamshard.errors import WriteError, printable
 from streamshard.tensors.rounding import Change, Changes
 from streamshard.tensors.workspace import Workspace
@@ -150,8 +150,13 @@ class _Watch:
 class _Run:
     """The writing of shards into a staging folder."""
 
-    def __init__(self, plan: Plan, staging: Staging, progress: Progress | None) -> None:
+    def __init__(
+        self, plan: Plan, staging: Staging, progress: Progress | None, on_step: OnStep | None
+    ) -> None:
         self.plan = plan
+        self.on_step = on_step
+        self.hashed = 0
+        self.tells_hashing = False
         self.staging = staging
         self.progress = progress
         self.stop = Stop()
@@ -207,7 +212,8 @@ class _Run:
         opened.output.close()
         sha256 = new_sha256() if self.plan.sha256 else None
         if sha256 is not None:
-            hash_file(path, sha256, going=self.stop.going)
+            told = partial(self.tell_hashed, opened.shard.name)
+            hash_file(path, sha256, going=self.stop.going, told=told)
         shard = opened.finished(None if sha256 is None else sha256.hexdigest())
         if self.inputs is not None:
             self.inputs.check()  # only what is of unchanged inputs may be continued later
@@ -218,6 +224,22 @@ class _Run:
             self.staging.add(shard)
             self.opened.remove(opened)
 
+    def tell_hashed(self, name: str, nbytes: int) -> None:
+        """Note bytes of which the SHA-256 was taken, and tell them once nothing else is done."""
+        with self.lock:
+            self.hashed += nbytes
+            if self.tells_hashing and self.progress is not None:
+                self.progress(nbytes, name)
+
+    def wait(self, shards: Sequence[Shard]) -> None:
+        """Wait for the disk, and for what is hashed, when everything is written."""
+        if self.on_step is not None:
+            with self.lock:
+                self.tells_hashing = self.plan.sha256  # else it is no bytes of a step
+                left = sum(shard.nbytes for shard in shards) if self.plan.sha256 else 0
+                self.on_step("hashing" if left else "syncing", left, self.hashed)
+        self.background.finish()
+
     def end(self) -> None:
         """Close what an error left open; from now on nothing is finished any more."""
         with self.lock:
@@ -227,18 +249,27 @@ class _Run:
                 opened.output.abandon()
 
 
-def write_shards(plan: Plan, staging: Staging, *, progress: Progress | None = None) -> None:
+def write_shards(
+    plan: Plan,
+    staging: Staging,
+    *,
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
+) -> None:
     """Write those files of a plan that are not finished, and wait until the disk has them.
 
     What is measured goes into the journal of `staging`: distances from the tensors of the reference,
     of other computed tensors from their sources. `progress` is told the bytes and the tensor of each
-    finished piece. For SHA-256 a file is read again when it is complete.
+    finished piece, `on_step` what is done. For SHA-256 a file is read again when it is complete.
     """
-    run = _Run(plan, staging, progress)
+    run = _Run(plan, staging, progress, on_step)
     left = [shard for shard in plan.shards if shard.name not in staging.finished]
+    if on_step is not None:
+        to_write = sum(total_nbytes(shard.tensors) for shard in left)
+        on_step("writing", plan.tensor_nbytes, plan.tensor_nbytes - to_write)
     try:
         share(run.items(left), run.write, plan.workers, run.stop)
-        run.background.finish()
+        run.wait(left)
     finally:
         run.end()
 

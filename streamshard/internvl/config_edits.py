@@ -9,7 +9,7 @@ from typing import Any
 from streamshard.errors import InputError
 from streamshard.internvl.families import Layout
 from streamshard.internvl.lora_targets import FLAGS
-from streamshard.internvl.model_config import INNER, section_of
+from streamshard.internvl.model_config import INNER, llm_architecture, section_of
 
 __all__ = ["config_fixes", "untied", "with_dtype", "with_vocabulary"]
 
@@ -22,20 +22,27 @@ _ROPE_FIELDS = {
 }
 
 
-def config_fixes(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def config_fixes(
+    config: Mapping[str, Any], layout: Layout, *, has_head: bool = True
+) -> dict[str, Any]:
     """The config as it must be written beside converted weights of `layout`.
 
-    Embedding and head are both stored, so both tie flags become false (transformers 4 reads the
-    inner one, 5 the outer one, whose default is true). LoRA flags become 0. Where rotary settings
+    Where embedding and head are both stored, both tie flags become false (transformers 4 reads the
+    inner one, 5 the outer one, whose default is true). LoRA flags become 0, and a custom config names
+    the class of its language model, without which it cannot be loaded. Where rotary settings
     are only in `rope_parameters`, as transformers 5 writes them, `rope_theta` and `rope_scaling`
     are added: older readers know nothing else and would assume 10000.
     """
     fixed = copy.deepcopy(dict(config))
     inner = dict(section_of(fixed, INNER[layout], "config.json"))
     fixed[INNER[layout]] = inner
-    fixed["tie_word_embeddings"] = inner["tie_word_embeddings"] = False
+    if has_head:
+        fixed["tie_word_embeddings"] = inner["tie_word_embeddings"] = False
     if layout == "custom":
         fixed |= dict.fromkeys(FLAGS, 0)
+        named = llm_architecture(config)
+        if (inner.get("architectures") or [None])[0] != named:
+            inner["architectures"] = [named]
     parameters = inner.get("rope_parameters")
     if not isinstance(parameters, dict):
         return fixed

@@ -10,6 +10,7 @@ from typing import Any
 from streamshard.errors import InputError, listed, printable
 from streamshard.internvl.families import FAMILIES, Layout
 from streamshard.internvl.model_config import OTHER, Dims, config_layout, llm_architecture
+from streamshard.internvl.relatives import relative_of
 from streamshard.internvl.spelling import SPELLINGS, flat_parts
 from streamshard.internvl.tables import TITLES, opened, table_of
 from streamshard.tensor_names import plain_name
@@ -80,7 +81,7 @@ def detect(names: Collection[str], config: Mapping[str, Any] | None = None) -> D
         )
     evidence = [name for name in (custom, hf) if name is not None] or ["config.json: model_type"]
     warnings = []
-    if by_config is not None and by_config != layout:
+    if by_config is not None and by_config != layout and relative_of((), config) is None:
         warnings.append(
             f"config.json is of the {TITLES[by_config]} layout, but "
             f"'{printable(evidence[0])}' of the {TITLES[layout]} layout; the names are believed"

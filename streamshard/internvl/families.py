@@ -1,4 +1,4 @@
-"""What the families of InternVL models are made of: tables of names, and dimensions from configs.
+"""What the families of InternVL models are made of: tables of names and shapes.
 
 A rule pairs the names of one thing in the custom layout (`InternVLChatModel`) with its names in
 the HF layout (`InternVLForConditionalGeneration`, in the flat spelling). `layouts` reads the rules
@@ -6,8 +6,7 @@ in both directions; nothing here does anything to a tensor. A new family is a ne
 
 Sources of the names: transformers' classes `InternVLForConditionalGeneration`, `LlamaModel`,
 `Qwen2Model`, `Qwen3Model`, `Qwen3MoeModel`, `Phi3Model`, `GptOssModel`; InternVL's files
-`modeling_intern_vit.py`, `modeling_internvl_chat.py`, `modeling_internlm2.py`. Config keys and
-their defaults are those of the config classes beside these.
+`modeling_intern_vit.py`, `modeling_internvl_chat.py`, `modeling_internlm2.py`.
 """
 
 from __future__ import annotations
@@ -32,22 +31,23 @@ class Rule:
     `hf` means the same names as `custom`.
 
     `op` says how the sides relate. "same": name for name, so several names are several rules.
-    "join": the one tensor is the rows of the several, in equal parts (each as many rows as the
-    dimension `part_rows` says). "grouped": the like, interleaved by key-value group as in
-    `InternLM2Attention`. "experts": the one tensor has a leading dimension that counts the
-    experts, and joins the several within each. "drop": not carried over.
+    "join": the one tensor is the rows of the several. "grouped": the like, interleaved by
+    key-value group as in `InternLM2Attention`. "experts": the one tensor has a leading dimension
+    that counts the experts, and joins the several within each. "drop": not carried over.
 
-    `only` names the switch of `Dims` that the tensors depend on, `layers` may limit them to
-    "dense" or "sparse" layers. A tensor that is absent in the HF layout may be a copy of the one
-    called `tied_to`, if the embeddings are tied.
+    `shape` has the sizes of a tensor, in words of `Dims.size` or numbers, `+` for a sum. Tensors of
+    different shapes are separated by `|`, in the order of `names`; of the side that has one tensor
+    for several, the shape follows. `only` names the switch of `Dims` that the tensors depend on,
+    `layers` may limit them to "dense" or "sparse" layers. A tensor that is absent may be a copy of
+    the one called `tied_to` in the HF layout, if the embeddings are tied.
     """
 
     custom: str
     hf: str = ""
+    shape: str = ""
     op: str = "same"
     only: str = ""
     layers: str = ""
-    part_rows: str = ""
     tied_to: str = ""
 
     def names(self, side: Layout) -> tuple[str, ...]:
@@ -61,6 +61,18 @@ class Rule:
         choices = [p.split("|") if i % 2 else [p] for i, p in enumerate(pieces)]
         return tuple("".join(chosen) for chosen in itertools.product(*choices))
 
+    def shapes(self) -> tuple[tuple[str, ...], ...]:
+        """The shape of each tensor, on the side that has more of them; none if nothing is known.
+
+        >>> Rule("self_attn.{k|o}_proj.weight", shape="kv hidden | hidden q").shapes()
+        (('kv', 'hidden'), ('hidden', 'q'))
+        """
+        if not self.shape:
+            return ()
+        each = tuple(tuple(one.split()) for one in self.shape.split("|"))
+        count = max(len(self.names("custom")), len(self.names("hf")))
+        return each * count if len(each) == 1 else each
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -68,8 +80,7 @@ class Family:
 
     `architecture` is what the custom layout has in `llm_config.architectures`, `hf_type` what the
     HF layout has in `text_config.model_type`. `packed` are rules for experts that transformers 5
-    may write as one tensor; these are read on both sides and never written. `head_dim` is the
-    default of the config class where that is not hidden size by heads. `targets` are the ends of
+    may write as one tensor; these are read on both sides and never written. `targets` are the ends of
     the custom names of the linear modules that get LoRA, in the order in which the classes have
     them, which is the order of PEFT's random numbers.
     """
@@ -80,7 +91,6 @@ class Family:
     rules: tuple[Rule, ...]
     targets: tuple[str, ...]
     packed: tuple[Rule, ...] = ()
-    head_dim: int | None = None
 
 
 def _under(custom: str, hf: str, *rules: Rule) -> tuple[Rule, ...]:
@@ -89,9 +99,11 @@ def _under(custom: str, hf: str, *rules: Rule) -> tuple[Rule, ...]:
     for rule in rules:
         tied_to = rule.tied_to and hf + rule.tied_to
         if rule.op in {"same", "drop"}:
+            names, others = rule.names("custom"), rule.names("hf")
+            shapes = [" ".join(shape) for shape in rule.shapes()] or [""] * len(names)
             found += [
-                replace(rule, custom=custom + one, hf=hf + other, tied_to=tied_to)
-                for one, other in zip(rule.names("custom"), rule.names("hf"), strict=True)
+                replace(rule, custom=custom + one, hf=hf + other, shape=shape, tied_to=tied_to)
+                for one, other, shape in zip(names, others, shapes, strict=True)
             ]
         else:
             whole = hf + (rule.hf or rule.custom)
@@ -110,61 +122,76 @@ _VISION = (
     *_under(
         "vision_model.embeddings.",
         "vision_tower.embeddings.",
-        Rule("class_embedding", "cls_token"),
-        Rule("position_embedding", "position_embeddings"),
-        Rule("patch_embedding.{weight|bias}", "patch_embeddings.projection.{weight|bias}"),
+        Rule("class_embedding", "cls_token", "1 1 vision"),
+        Rule("position_embedding", "position_embeddings", "1 positions vision"),
+        Rule(
+            "patch_embedding.{weight|bias}",
+            "patch_embeddings.projection.{weight|bias}",
+            "vision channels patch_height patch_width | vision",
+        ),
     ),
     *_under(
         "vision_model.encoder.layers.{block}.",
         "vision_tower.encoder.layer.{block}.",
+        Rule("attn.qkv.weight", "attention.{q|k|v}_proj.weight", "vision vision", "join"),
+        Rule("attn.qkv.bias", "attention.{q|k|v}_proj.bias", "vision", "join", "qkv_bias"),
+        Rule("attn.{q|k}_norm.weight", "attention.{q|k}_norm.weight", "vision", only="qk_norm"),
         Rule(
-            "attn.qkv.weight",
-            "attention.{q|k|v}_proj.weight",
-            "join",
-            part_rows="vision_hidden",
+            "attn.proj.{weight|bias}",
+            "attention.projection_layer.{weight|bias}",
+            "vision vision | vision",
         ),
         Rule(
-            "attn.qkv.bias",
-            "attention.{q|k|v}_proj.bias",
-            "join",
-            part_rows="vision_hidden",
-            only="qkv_bias",
+            "mlp.{fc1|fc2}.{weight|bias}",
+            shape="vision_inner vision | vision_inner | vision vision_inner | vision",
         ),
-        Rule("attn.{q|k}_norm.weight", "attention.{q|k}_norm.weight", only="qk_norm"),
-        Rule("attn.proj.{weight|bias}", "attention.projection_layer.{weight|bias}"),
-        Rule("mlp.{fc1|fc2}.{weight|bias}"),
-        Rule("{norm1|norm2}.weight", "{layernorm_before|layernorm_after}.weight"),
-        Rule("{norm1|norm2}.bias", "{layernorm_before|layernorm_after}.bias", only="norm_bias"),
-        Rule("{ls1|ls2}", "{lambda_1|lambda_2}"),
+        Rule("{norm1|norm2}.weight", "{layernorm_before|layernorm_after}.weight", "vision"),
+        Rule(
+            "{norm1|norm2}.bias",
+            "{layernorm_before|layernorm_after}.bias",
+            "vision",
+            only="norm_bias",
+        ),
+        Rule("{ls1|ls2}", "{lambda_1|lambda_2}", "vision"),
     ),
 )
 
 _PROJECTOR = _under(
     "mlp1.",
     "multi_modal_projector.",
-    Rule("{0|1|3}.{weight|bias}", "{layer_norm|linear_1|linear_2}.{weight|bias}"),
+    Rule(
+        "{0|1|3}.{weight|bias}",
+        "{layer_norm|linear_1|linear_2}.{weight|bias}",
+        "shuffled | shuffled | hidden shuffled | hidden | hidden hidden | hidden",
+    ),
 )
 
 # Old files may hold the rotary frequencies, which every class computes by itself.
 _ENDS = _under(
     "language_model.",
     "language_model.",
-    Rule("model.embed_tokens.weight"),
-    Rule("model.norm.weight"),
-    Rule("lm_head.weight", tied_to="model.embed_tokens.weight"),
+    Rule("model.embed_tokens.weight", shape="vocabulary hidden"),
+    Rule("model.norm.weight", shape="hidden"),
+    Rule("lm_head.weight", shape="vocabulary hidden", tied_to="model.embed_tokens.weight"),
     Rule("model.rotary_emb.inv_freq", op="drop"),
     Rule("model.layers.{layer}.self_attn.rotary_emb.inv_freq", op="drop"),
 )
 
-_NORMS = Rule("{input|post_attention}_layernorm.weight")
-_ATTENTION = Rule("self_attn.{q|k|v|o}_proj.weight")
-_ATTENTION_BIAS = Rule("self_attn.{q|k|v|o}_proj.bias", only="attention_bias")
-_MLP = Rule("mlp.{gate|up|down}_proj.weight")
-_MLP_BIAS = Rule("mlp.{gate|up|down}_proj.bias", only="mlp_bias")
-_HEAD_NORMS = Rule("self_attn.{q|k}_norm.weight")
+_NORMS = Rule("{input|post_attention}_layernorm.weight", shape="hidden")
+_ATTENTION = Rule(
+    "self_attn.{q|k|v|o}_proj.weight", shape="q hidden | kv hidden | kv hidden | hidden q"
+)
+_BIAS = Rule("self_attn.{q|k|v|o}_proj.bias", shape="q | kv | kv | hidden")
+_ATTENTION_BIAS = replace(_BIAS, only="attention_bias")
+_MLP = Rule("mlp.{gate|up|down}_proj.weight", shape="inner hidden | inner hidden | hidden inner")
+_MLP_BIAS = Rule("mlp.{gate|up|down}_proj.bias", shape="inner | inner | hidden", only="mlp_bias")
+_HEAD_NORMS = Rule("self_attn.{q|k}_norm.weight", shape="head_dim")
+_GROUPED = "q hidden | kv hidden | kv hidden"
 
 _LLAMA = _ENDS + _layer(_ATTENTION, _ATTENTION_BIAS, _MLP, _MLP_BIAS, _NORMS)
-_QWEN2 = _ENDS + _layer(_ATTENTION, Rule("self_attn.{q|k|v}_proj.bias"), _MLP, _NORMS)
+_QWEN2 = _ENDS + _layer(
+    _ATTENTION, Rule("self_attn.{q|k|v}_proj.bias", shape="q | kv | kv"), _MLP, _NORMS
+)
 _QWEN3 = _ENDS + _layer(_ATTENTION, _ATTENTION_BIAS, _HEAD_NORMS, _MLP, _NORMS)
 _QWEN3_MOE = _ENDS + _layer(
     _ATTENTION,
@@ -172,42 +199,70 @@ _QWEN3_MOE = _ENDS + _layer(
     _HEAD_NORMS,
     _NORMS,
     replace(_MLP, layers="dense"),
-    Rule("mlp.gate.weight", layers="sparse"),
-    Rule("mlp.experts.{expert}.{gate|up|down}_proj.weight", layers="sparse"),
+    Rule("mlp.gate.weight", shape="experts hidden", layers="sparse"),
+    Rule(
+        "mlp.experts.{expert}.{gate|up|down}_proj.weight",
+        shape="expert_inner hidden | expert_inner hidden | hidden expert_inner",
+        layers="sparse",
+    ),
 )
 _PHI3 = _ENDS + _layer(
-    Rule("self_attn.{qkv|o}_proj.weight"), Rule("mlp.{gate_up|down}_proj.weight"), _NORMS
+    Rule("self_attn.{qkv|o}_proj.weight", shape="q+kv+kv hidden | hidden q"),
+    Rule("mlp.{gate_up|down}_proj.weight", shape="inner+inner hidden | hidden inner"),
+    _NORMS,
 )
 # The experts are packed in both layouts, stored in x out.
 _GPT_OSS = _ENDS + _layer(
     _ATTENTION,
-    Rule("self_attn.{q|k|v|o}_proj.bias"),
-    Rule("self_attn.sinks"),
-    Rule("mlp.router.{weight|bias}"),
-    Rule("mlp.experts.{gate_up_proj|down_proj}{|_bias}"),
+    _BIAS,
+    Rule("self_attn.sinks", shape="heads"),
+    Rule("mlp.router.{weight|bias}", shape="experts hidden | experts"),
+    Rule(
+        "mlp.experts.{gate_up_proj|down_proj}{|_bias}",
+        shape="experts hidden inner+inner | experts inner+inner"
+        " | experts inner hidden | experts hidden",
+    ),
     _NORMS,
 )
 # The HF layout holds InternLM2 as Llama.
 _INTERNLM2 = _under(
     "language_model.",
     "language_model.",
-    Rule("model.tok_embeddings.weight", "model.embed_tokens.weight"),
-    Rule("model.norm.weight"),
-    Rule("output.weight", "lm_head.weight", tied_to="model.embed_tokens.weight"),
+    Rule("model.tok_embeddings.weight", "model.embed_tokens.weight", "vocabulary hidden"),
+    Rule("model.norm.weight", shape="hidden"),
+    Rule(
+        "output.weight", "lm_head.weight", "vocabulary hidden", tied_to="model.embed_tokens.weight"
+    ),
     Rule("model.rotary_emb.inv_freq", op="drop"),
 ) + _layer(
-    Rule("attention.wqkv.weight", "self_attn.{q|k|v}_proj.weight", "grouped"),
-    Rule("attention.wqkv.bias", "self_attn.{q|k|v}_proj.bias", "grouped", "attention_bias"),
-    Rule("attention.wo.weight", "self_attn.o_proj.weight"),
-    Rule("attention.wo.bias", "self_attn.o_proj.bias", only="attention_bias"),
-    Rule("attention.rotary_emb.inv_freq", "self_attn.rotary_emb.inv_freq", "drop"),
-    Rule("feed_forward.{w1|w3|w2}.weight", "mlp.{gate|up|down}_proj.weight"),
-    Rule("{attention|ffn}_norm.weight", "{input|post_attention}_layernorm.weight"),
+    Rule("attention.wqkv.weight", "self_attn.{q|k|v}_proj.weight", _GROUPED, "grouped"),
+    Rule(
+        "attention.wqkv.bias",
+        "self_attn.{q|k|v}_proj.bias",
+        "q | kv | kv",
+        "grouped",
+        "attention_bias",
+    ),
+    Rule("attention.wo.weight", "self_attn.o_proj.weight", "hidden q"),
+    Rule("attention.wo.bias", "self_attn.o_proj.bias", "hidden", only="attention_bias"),
+    Rule("attention.rotary_emb.inv_freq", "self_attn.rotary_emb.inv_freq", op="drop"),
+    Rule("feed_forward.{w1|w3|w2}.weight", "mlp.{gate|up|down}_proj.weight", _MLP.shape),
+    Rule("{attention|ffn}_norm.weight", "{input|post_attention}_layernorm.weight", _NORMS.shape),
 )
 
 _PACKED = _layer(
-    Rule("mlp.experts.{expert}.{gate|up}_proj.weight", "mlp.experts.gate_up_proj", "experts"),
-    Rule("mlp.experts.{expert}.down_proj.weight", "mlp.experts.down_proj", "experts"),
+    Rule(
+        "mlp.experts.{expert}.{gate|up}_proj.weight",
+        "mlp.experts.gate_up_proj",
+        "expert_inner hidden",
+        "experts",
+    ),
+    Rule(
+        "mlp.experts.{expert}.down_proj.weight",
+        "mlp.experts.down_proj",
+        "hidden expert_inner",
+        "experts",
+    ),
 )
 
 
@@ -236,10 +291,9 @@ def _family(
     targets: tuple[str, ...] = _LLAMA_TARGETS,
     hf_type: str = "",
     packed: tuple[Rule, ...] = (),
-    head_dim: int | None = None,
 ) -> tuple[str, Family]:
     rules = _VISION + _PROJECTOR + rules
-    return name, Family(name, architecture, hf_type or name, rules, targets, packed, head_dim)
+    return name, Family(name, architecture, hf_type or name, rules, targets, packed)
 
 
 # By name. Yi and Nous-Hermes-2-Yi are Llama; of the families with equal names in the HF layout
@@ -248,7 +302,7 @@ FAMILIES: dict[str, Family] = dict(
     (
         _family("llama", "LlamaForCausalLM", _LLAMA),
         _family("qwen2", "Qwen2ForCausalLM", _QWEN2),
-        _family("qwen3", "Qwen3ForCausalLM", _QWEN3, head_dim=128),
+        _family("qwen3", "Qwen3ForCausalLM", _QWEN3),
         _family(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
@@ -270,7 +324,6 @@ FAMILIES: dict[str, Family] = dict(
             "GptOssForCausalLM",
             _GPT_OSS,
             targets=_ATTENTION_TARGETS,
-            head_dim=64,
         ),
     )
 )

@@ -16,6 +16,7 @@ from streamshard.errors import InputError, listed, printable
 from streamshard.internvl.detection import check_side
 from streamshard.internvl.families import Layout, Rule
 from streamshard.internvl.model_config import OTHER, Dims
+from streamshard.internvl.relatives import relative_of
 from streamshard.internvl.row_parts import (
     LAZY,
     Ops,
@@ -40,6 +41,7 @@ from streamshard.internvl.tables import (
     missing_names,
     nearest_names,
     table_of,
+    tied_twin,
 )
 from streamshard.tensor_names import is_wrapped
 from streamshard.tensors.lazy import Lazy
@@ -146,9 +148,9 @@ def convert(
             else:
                 left.append(name)
     for entry in table.entries:
-        tied = side == "hf" and dims.tied and entry.hf[0] not in source
-        if tied and entry.rule.tied_to in source:
-            out[entry.names(layout)[0]] = source[entry.rule.tied_to]
+        twin = tied_twin(table, entry, side) if dims.tied else None
+        if twin is not None and twin in source and entry.names(side)[0] not in source:
+            out[entry.names(layout)[0]] = source[twin]
     if layout == "hf" and spelling != "flat":
         out = {spell(name, spelling): tensor for name, tensor in out.items()}
     reasons = {given.get(name, name): reason for name, reason in unexpected.items()}
@@ -312,7 +314,10 @@ def _complete(result: Converted[T], dims: Dims, side: Layout) -> dict[str, T]:
             lines.append("Nothing ties the head to the embedding, and a head is never invented.")
     if not lines:
         return result.tensors
-    if is_wrapped(result.unexpected):
+    title = relative_of(result.unexpected, None)
+    if title is not None:
+        lines.append(f"These are names of {title}, which no class of the other layout has.")
+    elif is_wrapped(result.unexpected):
         lines.append("This is a LoRA-wrapped training checkpoint: merge its pairs first.")
     else:
         lines.append("Is the checkpoint complete, and is this its config?")

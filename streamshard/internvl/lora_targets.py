@@ -5,23 +5,14 @@ Which modules get a pair is said by the tables of `families`.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from streamshard.errors import InputError, listed
 from streamshard.internvl.families import FAMILIES, VISION_TARGETS, Layout
 from streamshard.internvl.model_config import Dims
-from streamshard.internvl.tables import (
-    TITLES,
-    counted,
-    expert_names,
-    find,
-    misplaced,
-    missing_names,
-    table_of,
-)
+from streamshard.internvl.tables import TITLES, compared_names, find, table_of
 from streamshard.tensors.lazy import Lazy
 
 __all__ = [
@@ -84,32 +75,13 @@ class Target:
 
 def check_complete(names: Iterable[str], dims: Dims, layout: Layout) -> None:
     """Raise `InputError` if a checkpoint lacks tensors of its family's tables, or has others."""
-    table = table_of(dims.family)
-    found = dict.fromkeys(_unpacked(names, dims))
-    actual = counted(dims, found, table, layout)
-    unknown = []
-    for name in found:
-        match = find(table, layout, name)
-        if match is None or misplaced(table.entries[match[0]], match[2], actual):
-            unknown.append(name)
-    missing = list(itertools.islice(missing_names(found, table, actual, layout), 10))
+    unknown, missing = compared_names(names, dims, layout, 10)
     if unknown or missing:
-        what = f"has {listed(unknown, 3)}" if unknown else f"lacks {listed(missing, 3)}"
+        what = f"has {listed(list(unknown), 3)}" if unknown else f"lacks {listed(missing, 3)}"
         raise InputError(
             f"the base {what}, by the {TITLES[layout]} layout of {dims.family}. "
             "Is the checkpoint complete, and is this its config?"
         )
-
-
-def _unpacked(names: Iterable[str], dims: Dims) -> Iterator[str]:
-    """The names with those of each expert instead of those of packed experts."""
-    packed = table_of(dims.family, packed=True)
-    for name in names:
-        match = find(packed, "hf", name)
-        if match is None:
-            yield name
-        else:
-            yield from expert_names(packed.entries[match[0]], match[2], dims.experts or 0)
 
 
 def target_modules(

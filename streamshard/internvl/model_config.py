@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from streamshard.errors import InputError, listed, printable
+from streamshard.internvl.config_classes import KINDS, VISION_DEFAULTS, llm_defaults
+from streamshard.internvl.dims import Dims
 from streamshard.internvl.families import FAMILIES, Family, Layout
 
 __all__ = [
@@ -18,86 +20,46 @@ __all__ = [
     "dims_from_config",
     "is_tied",
     "llm_architecture",
+    "pair_of",
     "section_of",
+    "with_defaults",
 ]
 
 
 # Real models have at most 94 layers and 128 experts; a damaged config must not cost hours.
 MAX_COUNT = 10_000
+MAX_SIZE = 10**6
 
 # The other layout, and where a config of each has that of the language model.
 OTHER: dict[Layout, Layout] = {"custom": "hf", "hf": "custom"}
 
 INNER: dict[Layout, str] = {"custom": "llm_config", "hf": "text_config"}
-_MODEL_TYPES: dict[str, Layout] = {"internvl_chat": "custom", "internvl": "hf"}
-
-# What the config classes assume for a key that is absent: InternVisionConfig has the values of
-# the 6B encoder with 48 layers (also for the 300M encoder), InternVLVisionConfig those of 300M
-# without biases.
-_VISION_DEFAULTS: dict[Layout, dict[str, Any]] = {
-    "custom": {
-        "num_hidden_layers": 48,
-        "hidden_size": 3200,
-        "qkv_bias": False,
-        "qk_normalization": True,
-        "norm_type": "rms_norm",
-    },
-    "hf": {
-        "num_hidden_layers": 24,
-        "hidden_size": 1024,
-        "attention_bias": False,
-        "use_qk_norm": False,
-        "norm_type": "layer_norm",
-    },
-}
 _VISION_SWITCHES: dict[Layout, tuple[str, str]] = {
     "custom": ("qkv_bias", "qk_normalization"),
     "hf": ("attention_bias", "use_qk_norm"),
 }
 
-
-@dataclass(frozen=True, slots=True)
-class Dims:
-    """What the tables need to know of a model; None where nothing says it.
-
-    Counts that are None are taken from the tensors' names, and so are switches: the tensors of
-    one switch are in all layers or in none. `tied` says whether an HF checkpoint without a head
-    means the embedding.
-    """
-
-    family: str
-    blocks: int | None = None
-    """Layers of the vision encoder."""
-    layers: int | None = None
-    """Layers of the language model."""
-    experts: int | None = None
-    vision_hidden: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    qkv_bias: bool | None = None
-    """Biases of the vision encoder's q, k and v."""
-    qk_norm: bool | None = None
-    norm_bias: bool | None = None
-    attention_bias: bool | None = None
-    """Biases of the language model's attention, for families that may have them."""
-    mlp_bias: bool | None = None
-    dense_layers: frozenset[int] | None = None
-    """Layers of a mixture of experts that have none."""
-    tied: bool | None = None
+# Keys for which a null is a value of its own: as many as heads, by hidden size and heads, no window.
+_NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
 def config_layout(config: Mapping[str, Any]) -> Layout | None:
-    """Answer "custom" or "hf" as a `config.json` has it, or None where it is of neither."""
-    return _MODEL_TYPES.get(str(config.get("model_type")))
+    """Answer "custom" or "hf", whose keys a `config.json` has, or None where it is of neither."""
+    kind = KINDS.get(str(config.get("model_type")))
+    return None if kind is None else kind.keys
 
 
 def llm_architecture(config: Mapping[str, Any], where: str = "config.json") -> str:
     """The language model's class in a custom config, which selects the names of its tensors.
 
-    Raises `InputError` if there is none, or if its family has no table.
+    Where `architectures` is missing or empty, it is that of the `model_type`. Raises `InputError` if
+    neither says it, or if the family has no table.
     """
-    named = section_of(config, "llm_config", where).get("architectures")
+    llm = section_of(config, "llm_config", where)
+    named = llm.get("architectures")
+    if named in (None, [], [""], [None]):
+        kind = llm.get("model_type")
+        named = [f.architecture for f in FAMILIES.values() if f.name == kind]
     if isinstance(named, list) and named and isinstance(named[0], str):
         if any(family.architecture == named[0] for family in FAMILIES.values()):
             return named[0]
@@ -105,9 +67,10 @@ def llm_architecture(config: Mapping[str, Any], where: str = "config.json") -> s
         raise InputError(
             f"{where}: llm_config.architectures is '{printable(named[0])}'; {known} are supported."
         )
+    kind = printable(str(llm.get("model_type")))
     raise InputError(
-        f"{where}: llm_config.architectures is missing. It selects the language model's class: "
-        "take config.json from the original model."
+        f"{where}: llm_config.architectures is missing, and model_type there is '{kind}'. They tell "
+        "the language model's class: take config.json from the original model."
     )
 
 
@@ -124,33 +87,41 @@ def dims_from_config(
     if layout is None:
         raise InputError(
             f"{where}: model_type is '{printable(str(config.get('model_type')))}'; 'internvl_chat' "
-            "or 'internvl' was expected. Is this the folder of an InternVL model?"
+            f"or 'internvl' was expected{_or_relatives()}. Is this the folder of an InternVL model?"
         )
     inner = INNER[layout]
     llm, vision = section_of(config, inner, where), section_of(config, "vision_config", where)
     family = _family_of(config, llm, layout, architecture, where)
-    heads, kv_heads, head_dim = _head_counts(llm, family, f"{where}: {inner}")
-    seen = {**_VISION_DEFAULTS[layout], **{k: v for k, v in vision.items() if v is not None}}
-    here = f"{where}: vision_config"
-    bias, norm = (_switch(seen, key, here) for key in _VISION_SWITCHES[layout])
-    if seen["norm_type"] not in ("layer_norm", "rms_norm"):
-        raise InputError(
-            f"{here}.norm_type is '{printable(str(seen['norm_type']))}'; layer_norm or rms_norm "
-            "was expected."
-        )
+    # The classes take either name for it, and transformers 5 writes the second one.
+    stated = [llm.get("num_experts"), llm.get("num_local_experts")]
+    experts = {"num_experts": next((count for count in stated if count is not None), None)}
+    llm = with_defaults({**llm, **experts}, llm_defaults(family, layout))
+    kind = KINDS[str(config["model_type"])]
+    seen = with_defaults(vision, {**VISION_DEFAULTS[layout], **kind.defaults})
     here = f"{where}: {inner}"
+    heads, kv_heads, head_dim = _head_counts(llm, here)
     _check_rope(llm, here)
     layers = _count(llm, "num_hidden_layers", here)
-    key = "num_experts" if llm.get("num_experts") is not None else "num_local_experts"
+    hidden = _count(llm, "hidden_size", here, limit=MAX_SIZE)
     # InternLM2 calls its switch `bias`; InternLM3 has one for q, k, v and one for everything else.
     attention_bias = [_switch(llm, key, here) for key in ("attention_bias", "qkv_bias", "bias")]
     mlp_bias = [_switch(llm, key, here) for key in ("mlp_bias", "bias")]
+    there = f"{where}: vision_config"
+    bias, norm = (_switch(seen, key, there) for key in _VISION_SWITCHES[layout])
+    if seen["norm_type"] not in ("layer_norm", "rms_norm"):
+        raise InputError(
+            f"{there}.norm_type is '{printable(str(seen['norm_type']))}'; layer_norm or rms_norm "
+            "was expected."
+        )
+    width = _count(seen, "hidden_size", there, limit=MAX_SIZE)
+    images = pair_of(seen, "image_size", there)
+    patches = pair_of(seen, "patch_size", there)
     return Dims(
         family=family.name,
-        blocks=_count(seen, "num_hidden_layers", f"{where}: vision_config"),
+        blocks=_count(seen, "num_hidden_layers", there),
         layers=layers,
-        experts=_count(llm, key, here),
-        vision_hidden=_count(seen, "hidden_size", f"{where}: vision_config", limit=10**6),
+        experts=_count(llm, "num_experts", here),
+        vision_hidden=width,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -160,8 +131,55 @@ def dims_from_config(
         attention_bias=next((b for b in attention_bias if b is not None), None),
         mlp_bias=next((b for b in mlp_bias if b is not None), None),
         dense_layers=_dense_layers(llm, layers, here) if family.packed else None,
-        tied=layout == "hf" and is_tied(config, llm),
+        tied=is_tied(config, llm),
+        vision_inner=_count(seen, "intermediate_size", there, limit=MAX_SIZE),
+        positions=math.prod(i // p for i, p in zip(images, patches, strict=True)) + 1,
+        # InternVisionEmbeddings has three, whatever its config says.
+        channels=3 if layout == "custom" else _count(seen, "num_channels", there),
+        patch_height=patches[0],
+        patch_width=patches[1],
+        shuffled=None if width is None else width * _pixels(config, where),
+        hidden=hidden,
+        inner=_count(llm, "intermediate_size", here, limit=MAX_SIZE),
+        expert_inner=_count(llm, "moe_intermediate_size", here, limit=MAX_SIZE),
     )
+
+
+def _or_relatives() -> str:
+    """What else is known, as messages say it."""
+    known = [f"{kind.title} ('{name}')" for name, kind in KINDS.items() if kind.title]
+    return f", or a relative: {', '.join(known)}"
+
+
+def with_defaults(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of a config with what its class assumes for absent keys, and for nulls."""
+    stated = {k: v for k, v in section.items() if v is not None or k in _NULLABLE}
+    return {**defaults, **stated}
+
+
+def pair_of(section: Mapping[str, Any], key: str, where: str) -> tuple[int, int]:
+    """Height and width, of which configs may have one number for both."""
+    value = section.get(key)
+    pair = value if isinstance(value, list) else [value, value]
+    sizes = [size for size in pair if type(size) is int and 0 < size <= MAX_COUNT]
+    if not len(pair) == len(sizes) == 2:
+        raise InputError(
+            f"{where}.{key} is {printable(repr(value))}; a whole number from 1 to {MAX_COUNT:,}, or "
+            "two in a list, was expected."
+        )
+    return sizes[0], sizes[1]
+
+
+def _pixels(config: Mapping[str, Any], where: str) -> int:
+    """How many pixels the projector takes as one, as `InternVLChatModel` and HF compute it."""
+    ratio = config.get("downsample_ratio")
+    ratio = 0.5 if ratio is None else ratio
+    if type(ratio) not in (int, float) or not 1 / MAX_COUNT <= ratio <= 1:
+        raise InputError(
+            f"{where}: downsample_ratio is {printable(repr(ratio))}; a number above 0, at most 1, was "
+            "expected."
+        )
+    return int(1 / ratio) ** 2
 
 
 def check_config(config: Mapping[str, Any], where: str = "config.json") -> None:
@@ -218,22 +236,18 @@ def _family_of(
     return chosen[0]
 
 
-def _head_counts(
-    llm: Mapping[str, Any], family: Family, where: str
-) -> tuple[int | None, int | None, int | None]:
+def _head_counts(llm: Mapping[str, Any], where: str) -> tuple[int | None, int | None, int | None]:
     """Heads, key-value heads, and rows of a head."""
     heads = _count(llm, "num_attention_heads", where)
     kv_heads = _count(llm, "num_key_value_heads", where)
     head_dim = _count(llm, "head_dim", where)
-    hidden = _count(llm, "hidden_size", where, limit=10**6)
-    # LlamaConfig and InternLM2Config: no key-value heads means one for each head.
-    kv_heads = heads if kv_heads is None and family.hf_type == "llama" else kv_heads
+    hidden = _count(llm, "hidden_size", where, limit=MAX_SIZE)
+    kv_heads = heads if kv_heads is None else kv_heads
     if heads is not None and kv_heads is not None and heads % kv_heads:
         raise InputError(
             f"{where}.num_attention_heads is {heads}, which num_key_value_heads, {kv_heads}, does "
             "not divide. The config is damaged or of another model."
         )
-    head_dim = family.head_dim if head_dim is None else head_dim
     if head_dim is None and hidden is not None and heads is not None:
         if hidden % heads:
             raise InputError(
@@ -257,12 +271,17 @@ def _dense_layers(llm: Mapping[str, Any], layers: int | None, where: str) -> fro
 
 
 def is_tied(config: Mapping[str, Any], llm: Mapping[str, Any]) -> bool:
-    """Whether an HF checkpoint that has no head left it out because it is the embedding.
+    """Whether a checkpoint that has no head left it out because it is the embedding.
 
     transformers 5 decides by the outer flag, true where absent (`InternVLConfig`), 4 by the inner
-    one: only if both say no, no writer can have tied them.
+    one: only if both say no, no writer can have tied them. `InternVLChatModel` ties them never, so
+    that only a flag that is true says that some other writer did.
     """
     outer, inner = config.get("tie_word_embeddings"), llm.get("tie_word_embeddings")
+    if config_layout(config) == "custom":
+        return inner is True or (outer is True and inner is None)
+    kind = KINDS.get(str(config.get("model_type")), KINDS["internvl"])
+    outer = kind.defaults.get("tie_word_embeddings", True) if outer is None else outer
     return outer is not False or inner is True
 
 

@@ -130,11 +130,12 @@ def part_rows(rule: Rule, count: int, dims: Dims, guess: int, name: str) -> list
 
     Raises `InputError` if the config does not divide, or says nothing and a guess cannot be made.
     """
+    stated = [dims.size(shape[0]) for shape in rule.shapes()] or [None]
+    stated *= count // len(stated)
     if rule.op != "grouped":
-        stated = getattr(dims, rule.part_rows) if rule.part_rows else None
-        return [guess if stated is None else stated] * count
-    heads, kv_heads, head_dim = dims.heads, dims.kv_heads, dims.head_dim
-    if heads is None or kv_heads is None or head_dim is None:
+        return [guess if rows is None else rows for rows in stated]
+    heads, kv_heads = dims.heads, dims.kv_heads
+    if heads is None or kv_heads is None or None in stated:
         raise InputError(
             f"'{printable(name)}': its rows are grouped by heads, so the config must say "
             "num_attention_heads, num_key_value_heads and hidden_size or head_dim."
@@ -143,7 +144,7 @@ def part_rows(rule: Rule, count: int, dims: Dims, guess: int, name: str) -> list
         raise InputError(
             f"'{printable(name)}': {heads} heads cannot be shared by {kv_heads} key-value heads."
         )
-    return [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+    return [rows for rows in stated if rows is not None]
 
 
 def rows_of_parts(rule: Rule, count: int, dims: Dims, total: int, name: str) -> list[int]:

@@ -24,6 +24,7 @@ __all__ = [
     "Entry",
     "Holes",
     "Table",
+    "compared_names",
     "counted",
     "counterparts",
     "expert_names",
@@ -33,6 +34,7 @@ __all__ = [
     "nearest_names",
     "opened",
     "table_of",
+    "tied_twin",
 ]
 
 
@@ -124,6 +126,14 @@ def counterparts(table: Table, side: Layout, name: str) -> list[str]:
     return [other.format(*holes) for other in table.entries[number].names(OTHER[side])]
 
 
+def tied_twin(table: Table, entry: Entry, side: Layout) -> str | None:
+    """The name of the tensor that one which may be absent is a copy of; None if it may not."""
+    if not entry.rule.tied_to:
+        return None
+    number, position = table.found["hf"][entry.rule.tied_to]
+    return table.entries[number].names(side)[position]
+
+
 def expert_names(entry: Entry, holes: Holes, experts: int) -> list[str]:
     """The names of all experts' tensors in the order in which they are packed."""
     return [name.format(*holes, e) for e in range(experts) for name in entry.custom]
@@ -196,11 +206,41 @@ def misplaced(entry: Entry, holes: Holes, dims: Dims) -> str | None:
     return None
 
 
+def compared_names(
+    names: Iterable[str], dims: Dims, layout: Layout, limit: int = MAX_MISSING
+) -> tuple[dict[str, str], list[str]]:
+    """What a checkpoint of these flat names has besides its model, each with why, and what it lacks.
+
+    At most `limit` names that it lacks are looked for. Packed experts count as all of theirs.
+    """
+    table = table_of(dims.family)
+    found = dict.fromkeys(_unpacked(names, dims))
+    actual = counted(dims, found, table, layout)
+    others = {}
+    for name in found:
+        match = find(table, layout, name)
+        why = UNKNOWN if match is None else misplaced(table.entries[match[0]], match[2], actual)
+        if why is not None:
+            others[name] = why
+    return others, list(itertools.islice(missing_names(found, table, actual, layout), limit))
+
+
+def _unpacked(names: Iterable[str], dims: Dims) -> Iterator[str]:
+    """The names with those of each expert instead of those of packed experts."""
+    packed = table_of(dims.family, packed=True)
+    for name in names:
+        match = find(packed, "hf", name)
+        if match is None:
+            yield name
+        else:
+            yield from expert_names(packed.entries[match[0]], match[2], dims.experts or 0)
+
+
 def missing_names(source: Collection[str], table: Table, dims: Dims, side: Layout) -> Iterator[str]:
     """Names that a model of these dimensions has and the source has not."""
     for entry in table.entries:
         rule = entry.rule
-        tied = side == "hf" and rule.tied_to and dims.tied
+        tied = rule.tied_to and dims.tied
         if rule.op == "drop" or tied or (rule.only and not getattr(dims, rule.only)):
             continue
         for holes in itertools.product(*(range(_count(dims, hole)) for hole in entry.holes)):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from streamshard.errors import AdapterError, listed, printable
@@ -13,7 +12,7 @@ from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
 
-__all__ = ["check_biases", "check_depth", "check_factors", "check_flags"]
+__all__ = ["check_biases", "check_factors", "check_flags"]
 
 
 def check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
@@ -182,49 +181,3 @@ def _partitioned(adapter: Adapter, key: str) -> AdapterError:
         "matrix was expected. The adapter may have been saved from a partitioned (ZeRO-3, FSDP) "
         "model: gather its weights and save it again."
     )
-
-
-def check_depth(plan: AdapterPlan, base: Iterable[str]) -> list[str]:
-    """Refuse an adapter for a model of fewer layers: it fits, and was trained on another base.
-
-    PEFT adapts the targets of every layer unless the config chooses layers. Returns warnings.
-    """
-    settings = plan.adapter.settings
-    if settings.chooses_layers:
-        return []
-    weights = (plan.weight(name) for name, module in plan.keys.modules.items() if module.A)
-    targets = {place.target for weight in weights for place in plan.homes[weight]}
-    there, here = _layers(base), _layers(targets)
-    lacking = {
-        name: sorted(there.get(name, set()) - numbers)
-        for name, numbers in here.items()
-        if there.get(name, set()) - numbers
-    }
-    for name, missing in lacking.items():
-        stack = name.partition(".{}.")[0]
-        used = {n for other, numbers in here.items() if other.startswith(stack) for n in numbers}
-        if not used.intersection(missing) and min(missing) > max(used):
-            raise AdapterError(
-                f"{plan.adapter.where}: has updates for the {len(used)} layers 0 to {max(used)} of "
-                f"'{printable(stack)}', but the base has {len(used) + len(missing)} layers, and the "
-                "config does not choose layers: the adapter was trained on another base. Give that "
-                "one as --base."
-            )
-    if not lacking:
-        return []
-    names = [name.replace("{}", str(missing[0])) for name, missing in lacking.items()]
-    return [
-        f"{plan.adapter.where}: other layers have updates for the like of {listed(names, 3)}, "
-        "which have none"
-    ]
-
-
-def _layers(names: Iterable[str]) -> dict[str, set[int]]:
-    """Names with their first index taken out, to the indexes that occur."""
-    found: dict[str, set[int]] = {}
-    for name in names:
-        index = re.search(r"\.(\d{1,6})\.", name)
-        if index is not None:
-            key = f"{name[: index.start(1)]}{{}}{name[index.end(1) :]}"
-            found.setdefault(key, set()).add(int(index[1]))
-    return found

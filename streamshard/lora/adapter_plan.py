@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.lora.adapter import Adapter, AdapterPlan, no_sum, wanted_tensors
 from streamshard.lora.adapter_checks import check_biases, check_factors, check_flags
 from streamshard.lora.experts import parameter_names
-from streamshard.lora.keys import BASE_LAYER, read_keys
+from streamshard.lora.keys import BASE_LAYER, Keys, are_own_names, read_keys
 from streamshard.lora.name_matching import OtherNames, Place, find_homes
+from streamshard.lora.pattern_eras import ERAS
+from streamshard.lora.which_release import settled
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
@@ -22,7 +24,8 @@ def plan_adapter(
     adapter: Adapter, base: Mapping[str, Lazy], work: Workspace, others: OtherNames
 ) -> AdapterPlan:
     """Read an adapter's keys and find their places; raises `AdapterError` for what does not fit."""
-    keys = read_keys(adapter.tensors, adapter.where, adapter.name)
+    bare = not are_own_names(adapter.tensors, base)
+    keys = read_keys(adapter.tensors, adapter.where, adapter.name, bare=bare)
     settings, where = adapter.settings, adapter.where
     adapted = [name for name, module in keys.modules.items() if module.A]
     parameters = parameter_names(adapted, settings.target_parameters, where)
@@ -40,7 +43,7 @@ def plan_adapter(
                 "differ. Save the adapter again, with bias='none' or without that module in "
                 "modules_to_save."
             )
-    plan = AdapterPlan(adapter, keys, parameters, homes={})
+    plan = AdapterPlan(_of_its_release(adapter, keys, parameters), keys, parameters, homes={})
     check_flags(plan)
     magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
     if magnitudes and adapter.weight != 1:
@@ -61,6 +64,19 @@ def plan_adapter(
         if module.bias
     }
     return replace(found, homes={**biases, **homes})
+
+
+def _of_its_release(adapter: Adapter, keys: Keys, parameters: Collection[str]) -> Adapter:
+    """The adapter, its patterns read as the release did that trained these ranks."""
+    settings = adapter.settings
+    if parameters and settings.version is None:  # nobody had these before
+        settings = replace(settings, version=ERAS[0])
+    ranks = {
+        name: adapter.tensors[module.A].shape[0]
+        for name, module in keys.modules.items()
+        if module.A and name not in parameters and adapter.tensors[module.A].shape
+    }
+    return replace(adapter, settings=settled(settings, ranks, adapter.where))
 
 
 def _bias_homes(plan: AdapterPlan, module: str, base: Mapping[str, Lazy]) -> list[Place]:

@@ -18,7 +18,7 @@ from streamshard.tensors.computed import TILE_ROWS, Computed
 from streamshard.tensors.lazy import Lazy, NotFiniteError, read_float32
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["check_base", "check_not_merged", "projection"]
+__all__ = ["check_base", "check_not_merged", "projection", "quantization_keys"]
 
 
 _QUANTIZED = re.compile(
@@ -95,11 +95,20 @@ def _tiles(
             yield base, piece.update(start, stop, *span, work)
 
 
+def quantization_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    """Where a config says that weights are quantized: at its top, or for a part of the model."""
+    if config.get("quantization_config"):
+        yield "quantization_config"
+    for part, inner in config.items():
+        if isinstance(inner, dict):
+            yield from (f"{part}.{key}" for key in quantization_keys(inner))
+
+
 def check_base(base: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> None:
     """Raise `InputError` if a checkpoint is quantized or already wrapped by LoRA."""
-    if config is not None and config.get("quantization_config"):
+    for key in quantization_keys(config or {}):
         raise InputError(
-            "config.json of the base has a quantization_config. An update cannot be added to "
+            f"config.json of the base has a {key}. An update cannot be added to "
             "quantized weights without a further loss: use the unquantized checkpoint."
         )
     quantized = [name for name in base if _QUANTIZED.fullmatch(name)]

@@ -7,13 +7,13 @@ it), behind any wrappers of training. What is not understood is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from streamshard.errors import AdapterError, listed, printable
-from streamshard.tensor_names import split_key
+from streamshard.tensor_names import split_key, split_module
 
-__all__ = ["BASE_LAYER", "Keys", "Module", "read_keys"]
+__all__ = ["BASE_LAYER", "Keys", "Module", "are_own_names", "read_keys"]
 
 
 BASE_LAYER = ".base_layer"
@@ -80,11 +80,25 @@ class Keys:
     """Keys of one tensor that PEFT saves twice: a bias of a module that is saved whole."""
 
 
-def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) -> Keys:
+def are_own_names(keys: Collection[str], base: Iterable[str]) -> bool:
+    """Whether words as training puts them into names are of the base's own names here."""
+    named = [split_key(key, bare=False)[1] for key in keys]
+    if named == [split_key(key)[1] for key in keys]:
+        return False
+    known = set()
+    for name in base:
+        known |= {name[:at] for at, sign in enumerate(name) if sign == "."} | {name}
+    return all(split_module(name)[0] in known for name in named)
+
+
+def read_keys(
+    keys: Iterable[str], where: str, adapter_name: str | None = None, *, bare: bool = True
+) -> Keys:
     """Sort the keys of one adapter; `where` is what messages call its file.
 
-    Where keys of several adapters lie in one file, `adapter_name` says which is meant. Raises
-    `AdapterError` for what is not understood, twice there, or has no partner.
+    Where keys of several adapters lie in one file, `adapter_name` says which is meant. Names are
+    `bare` of wrappers of training, or as they are. Raises `AdapterError` for what is not understood,
+    twice there, or has no partner.
     """
     found = Keys()
     beginnings: dict[str, str] = {}
@@ -92,7 +106,8 @@ def read_keys(keys: Iterable[str], where: str, adapter_name: str | None = None) 
     names: set[str] = set()
     saved_names: set[str] = set()
     for key in keys:
-        beginning, plain = split_key(key)
+        beginning, plain = split_key(key, bare=bare)
+        plain = "".join(split_module(plain))
         if _INERT.fullmatch(plain):
             found.inert.append(key)
             continue

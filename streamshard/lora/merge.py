@@ -17,8 +17,8 @@ import numpy as np
 
 from streamshard.errors import AdapterError, printable
 from streamshard.lora.adapter import Adapter, AdapterPlan, facts_of
-from streamshard.lora.adapter_checks import check_depth
 from streamshard.lora.adapter_plan import plan_adapter
+from streamshard.lora.depth_check import check_depth
 from streamshard.lora.keys import Module
 from streamshard.lora.name_matching import OtherNames
 from streamshard.lora.replacements import Replacement, replaced_tensors, replacements_of

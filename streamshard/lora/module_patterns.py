@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TypeAlias
 
-__all__ = ["check_pattern", "first_match", "first_match_before_015", "matches"]
+__all__ = [
+    "check_pattern",
+    "first_match",
+    "first_match_before_015",
+    "full_match",
+    "matches",
+    "matches_before_015",
+]
 
 
 MAX_LENGTH = 2000
@@ -59,7 +66,15 @@ class _Repeat:
     most: int | None
 
 
-_Node: TypeAlias = "_One | _End | _Any | _Repeat"
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What must follow here, or must not, without being passed (`(?=...)`, `(?!...)`)."""
+
+    node: _Any
+    wanted: bool
+
+
+_Node: TypeAlias = "_One | _End | _Any | _Repeat | _Look"
 
 
 def check_pattern(pattern: str) -> None:
@@ -90,10 +105,31 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     return next(matches(patterns, module), None)
 
 
-def first_match_before_015(patterns: Iterable[str], module: str) -> str | None:
-    r"""The first as PEFT before 0.15 looked for it: `.*\.pattern$`, alternatives not in a group."""
+def matches_before_015(patterns: Iterable[str], module: str) -> Iterator[str]:
+    r"""The like as PEFT before 0.15 looked for it: `.*\.pattern$`, alternatives not in a group."""
     name = _Name(module)
-    return next((p for p in patterns if name.matched_before_015(_parsed(p))), None)
+    return (p for p in patterns if name.matched_before_015(_parsed(p)))
+
+
+def first_match_before_015(patterns: Iterable[str], module: str) -> str | None:
+    """The first pattern that fitted a module then."""
+    return next(matches_before_015(patterns, module), None)
+
+
+def full_match(pattern: str, name: str) -> bool | None:
+    r"""Whether a pattern is one for the whole name, as `target_modules` may be; None if that is open.
+
+    >>> full_match(r"^(?!vision)(?:.*\.)?[qv]_proj$", "model.layers.3.v_proj")
+    True
+    """
+    if len(pattern) > MAX_LENGTH:
+        return None
+    try:
+        re.compile(pattern)
+        node = _parsed(pattern, looks=True)
+    except (ValueError, re.error, RecursionError, OverflowError):
+        return None
+    return bool(_Name(name).ends(node, 1) & 1 << len(name))
 
 
 class _Name:
@@ -119,6 +155,9 @@ class _Name:
             for choice in node.choices:
                 found |= self._ends_of_all(choice, starts)
             return found
+        if isinstance(node, _Look):
+            places = (1 << at for at in range(starts.bit_length()) if starts >> at & 1)
+            return sum(at for at in places if bool(self.ends(node.node, at)) == node.wanted)
         return self._ends_of_repeats(node, starts)
 
     def matched_before_015(self, pattern: _Any) -> bool:
@@ -166,14 +205,14 @@ def _one(text: str) -> _One:
 
 
 @lru_cache(maxsize=4096)
-def _parsed(pattern: str) -> _Any:
-    node, at = _alternatives(pattern, 0, 0)
+def _parsed(pattern: str, *, looks: bool = False) -> _Any:
+    node, at = _alternatives(pattern, 0, 0, looks)
     if at != len(pattern):
         raise ValueError(f"has {pattern[at]!r} at {at}, which is not matched here")
     return node
 
 
-def _alternatives(pattern: str, at: int, depth: int) -> tuple[_Any, int]:
+def _alternatives(pattern: str, at: int, depth: int, looks: bool) -> tuple[_Any, int]:
     if depth > _MAX_GROUPS:
         raise ValueError("has groups nested too deeply")
     choices: list[tuple[_Node, ...]] = []
@@ -183,20 +222,23 @@ def _alternatives(pattern: str, at: int, depth: int) -> tuple[_Any, int]:
             choices.append(tuple(nodes))
             nodes, at = [], at + 1
             continue
-        node, at = _atom(pattern, at, depth)
+        node, at = _atom(pattern, at, depth, looks)
         node, at = _repeated(pattern, at, node)
         nodes.append(node)
     return _Any((*choices, tuple(nodes))), at
 
 
-def _atom(pattern: str, at: int, depth: int) -> tuple[_Node, int]:
+def _atom(pattern: str, at: int, depth: int, looks: bool) -> tuple[_Node, int]:
     sign = pattern[at]
     if sign in "^$":
         return _End(sign), at + 1
     if sign == "(":
-        start = at + 3 if pattern.startswith("(?:", at) else at + 1
-        node, end = _alternatives(pattern, start, depth + 1)
-        return node, end + 1  # there is a ")", or re.compile had refused
+        look = looks and pattern.startswith(("(?=", "(?!"), at)
+        start = at + 3 if look or pattern.startswith("(?:", at) else at + 1
+        # Within what is looked for ahead there is no further look: it would cost its square.
+        node, end = _alternatives(pattern, start, depth + 1, looks and not look)
+        # There is a ")", or re.compile had refused.
+        return (_Look(node, pattern[at + 2] == "=") if look else node), end + 1
     one = _ONE.match(pattern, at)
     if one is None:
         raise ValueError(f"has {pattern[at : at + 3]!r} at {at}, which is not matched here")
@@ -231,4 +273,6 @@ def _repeated(pattern: str, at: int, node: _Node) -> tuple[_Node, int]:
 def _repeats(node: _Node) -> bool:
     if isinstance(node, _Any):
         return any(_repeats(inner) for choice in node.choices for inner in choice)
+    if isinstance(node, _Look):
+        return _repeats(node.node)
     return isinstance(node, _Repeat) and (node.most is None or node.most > 1 or _repeats(node.node))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from streamshard.errors import AdapterError, listed, nearest, printable
+from streamshard.lora.name_rewrites import REWRITES, part_rewrites
 from streamshard.tensors.lazy import Lazy
 
 __all__ = ["OtherNames", "Place", "Wanted", "find_homes"]
@@ -36,24 +38,18 @@ class Wanted(NamedTuple):
     key: str
 
 
-class Known(Protocol):
-    """Names that an adapter may use, to those of the base."""
-
-    def get(self, name: str, /) -> str | None:
-        """The name in the base, or None."""
-
-
 @dataclass(frozen=True, slots=True)
 class OtherNames:
     """By which other names an adapter may call the weights of a base.
 
     `spelled` brings a name into the one spelling in which names are compared. `places` finds the
     places of a tensor of another layout, given its name and its rows (none if unknown); without it
-    there is no other layout.
+    there is no other layout. `parts` is how names there begin, of models that are parts of one.
     """
 
     spelled: Callable[[str], str]
     places: Callable[[str, int], Sequence[Place]] | None = None
+    parts: Callable[[], Iterable[str]] = tuple
 
 
 Homes: TypeAlias = dict[str, list[Place]]
@@ -64,73 +60,128 @@ _EXPERT = re.compile(
 )
 
 
-_REWRITES: tuple[tuple[str, Callable[[str], str]], ...] = (
-    ("as named", lambda name: name),
-    ("without leading 'model.'", lambda name: re.sub(r"^model\.", "", name)),
-    ("with leading 'model.'", lambda name: f"model.{name}"),
-    ("without leading 'language_model.'", lambda name: re.sub(r"^language_model\.", "", name)),
-    ("with leading 'language_model.'", lambda name: f"language_model.{name}"),
-)
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """One way to read all names of an adapter: what it is called, and where it puts rows of a name."""
+
+    how: str
+    places: Callable[[str, int], Sequence[Place]]
 
 
 def find_homes(
-    base: Mapping[str, Lazy], wanted: Mapping[str, Wanted], where: str, others: OtherNames
+    base: Mapping[str, Lazy],
+    wanted: Mapping[str, Wanted],
+    where: str,
+    others: OtherNames,
+    fits: Callable[[Homes], bool] = lambda _: True,
 ) -> Homes:
     """The places of every tensor that an adapter changes.
 
-    `wanted` are these tensors by their names in the model that was trained. Names are rewritten all
-    in one way. Raises `AdapterError` if no rewrite, or more than one, fits them all.
+    `wanted` are these tensors by their names in the model that was trained: this base, the like in
+    another layout, or a part of one. Names are read all in one way. Raises `AdapterError` if no way,
+    or more than one, fits them all; `fits` says whether the shapes could, where the names leave it open.
     """
-    same = _Names(base)
-    spelled = others.spelled
-    flat = _spelled_names(base, wanted, spelled)
-    candidates: list[tuple[str, Known, Callable[[str], str]]]
-    candidates = [(how, same, rewrite) for how, rewrite in _REWRITES]
-    candidates.append(("by the spellings of transformers' InternVL", flat, spelled))
-    found: dict[str, Homes] = {}
-    best: tuple[int, str, list[str]] = (-1, "", [])
-    for how, known, rewrite in candidates:
-        homes = {n: _places(rewrite(n), w.rows, known, base) for n, w in wanted.items()}
+    search = _Search(base, wanted, where, fits)
+    for readings in (_of_the_model, _of_another_layout, _of_a_part):
+        homes = search.first(readings(base, wanted, others))
+        if homes is not None:
+            return homes
+    raise search.error()
+
+
+def _of_the_model(
+    base: Mapping[str, Lazy], wanted: Mapping[str, Wanted], others: OtherNames
+) -> Iterator[_Reading]:
+    same = {name: name for name in base}
+    for how, rewrite in REWRITES:
+        yield _Reading(how, partial(_places, rewrite, same, base))
+    flat = _spelled_names(base, wanted, others.spelled)
+    how = "by the spellings of transformers' InternVL"
+    yield _Reading(how, partial(_places, others.spelled, flat, base))
+
+
+def _of_another_layout(
+    _base: Mapping[str, Lazy], _wanted: Mapping[str, Wanted], others: OtherNames
+) -> Iterator[_Reading]:
+    if others.places is not None:
+        yield _Reading("by the names of the other layout", others.places)
+
+
+def _of_a_part(
+    base: Mapping[str, Lazy], wanted: Mapping[str, Wanted], others: OtherNames
+) -> Iterator[_Reading]:
+    """Of a model that is a part of this one, or that this one is a part of."""
+    example = max(wanted, key=len, default="")
+    for known, rewrite in part_rewrites(base, example, others.spelled):
+        yield _Reading(rewrite.how, partial(_places, rewrite, known, base))
+    if others.places is not None:
+        for part in others.parts():
+            how = f"with leading '{part}' of the other layout"
+            for removed in ("", "model."):
+                yield _Reading(how, partial(_inside, part, removed, others.places))
+
+
+def _inside(
+    part: str,
+    removed: str,
+    places: Callable[[str, int], Sequence[Place]],
+    name: str,
+    rows: int,
+) -> Sequence[Place]:
+    return places(f"{part}{name.removeprefix(removed)}", rows)
+
+
+class _Search:
+    """Tries readings of an adapter's names, and remembers the one that came closest."""
+
+    def __init__(
+        self,
+        base: Mapping[str, Lazy],
+        wanted: Mapping[str, Wanted],
+        where: str,
+        fits: Callable[[Homes], bool],
+    ) -> None:
+        self._base, self._wanted, self._where, self._fits = base, wanted, where, fits
+        self._matched, self._how, self._homeless = -1, "", list(wanted)
+        self._twice: Homes | None = None
+
+    def first(self, readings: Iterable[_Reading]) -> Homes | None:
+        """Where one reading puts everything; None if none does. Raises if several do, differently."""
+        found: dict[str, Homes] = {}
+        for reading in readings:
+            homes = self._homes(reading)
+            if homes is not None and homes not in found.values():
+                found[reading.how] = homes
+        if len(found) > 1:
+            # What does not fit in shape was not meant.
+            found = {how: homes for how, homes in found.items() if self._fits(homes)} or found
+        if len(found) > 1:
+            examples = {how: next(iter(homes.values()))[0].target for how, homes in found.items()}
+            raise AdapterError(
+                f"{self._where}: its module names fit this base in more than one way "
+                f"({', '.join(examples)}), so that the first is {listed(examples.values())}. Rename "
+                "the keys as the base has them."
+            )
+        return next(iter(found.values()), None)
+
+    def _homes(self, reading: _Reading) -> Homes | None:
+        homes = {n: list(reading.places(n, w.rows)) for n, w in self._wanted.items()}
         homeless = [name for name, places in homes.items() if not places]
         if not homeless and _overlap(homes) is None:
-            found.setdefault(how, homes)
-        elif len(wanted) - len(homeless) > best[0]:
-            best = (len(wanted) - len(homeless), how, homeless)
-    different: list[tuple[str, Homes]] = []
-    for how, homes in found.items():
-        if all(homes != other for _, other in different):
-            different.append((how, homes))
-    if len(different) > 1:
-        raise AdapterError(
-            f"{where}: its module names fit this base in more than one way "
-            f"({', '.join(how for how, _ in different)}). Rename the keys as the base has them."
-        )
-    if different:
-        return different[0][1]
-    if others.places is not None:
-        homes = {name: list(others.places(name, own.rows)) for name, own in wanted.items()}
-        homeless = [name for name, places in homes.items() if not places]
-        if not homeless:
-            _refuse_overlap(homes, where)
             return homes
-        if len(wanted) - len(homeless) > best[0]:
-            best = (len(wanted) - len(homeless), "by the names of the other layout", homeless)
-    if not best[2]:  # all have homes, but two have the same
-        _refuse_overlap(
-            {n: _places(spelled(n), w.rows, flat, base) for n, w in wanted.items()}, where
-        )
-    raise _no_home(base, where, wanted, best)
+        if not homeless and self._twice is None:
+            self._twice = homes
+        if homeless and len(homes) - len(homeless) > self._matched:
+            self._matched, self._how = len(homes) - len(homeless), reading.how
+            self._homeless = homeless
+        return None
 
-
-class _Names:
-    """The names of a base, each known by itself."""
-
-    def __init__(self, base: Mapping[str, Lazy]) -> None:
-        self._base = base
-
-    def get(self, name: str) -> str | None:
-        """The name if it is one of them."""
-        return name if name in self._base else None
+    def error(self) -> AdapterError:
+        """Why no reading fits."""
+        if self._twice is not None:
+            return _overlapping(self._twice, self._where)
+        best = self._matched, self._how, self._homeless
+        return _no_home(self._base, self._where, self._wanted, best)
 
 
 def _spelled_names(
@@ -148,8 +199,15 @@ def _spelled_names(
     return found
 
 
-def _places(name: str, rows: int, known: Known, base: Mapping[str, Lazy]) -> list[Place]:
+def _places(
+    change: Callable[[str], str],
+    known: Mapping[str, str],
+    base: Mapping[str, Lazy],
+    name: str,
+    rows: int,
+) -> list[Place]:
     """The places of a tensor in the layout that the base has, experts fused or one by one."""
+    name = change(name)
     own = known.get(name)
     if own is not None:
         return [Place(own, 0, 0, rows, whole=True)]
@@ -169,7 +227,7 @@ def _places(name: str, rows: int, known: Known, base: Mapping[str, Lazy]) -> lis
 
 
 def _one_by_one(
-    experts: str, parts: Sequence[str], known: Known, base: Mapping[str, Lazy]
+    experts: str, parts: Sequence[str], known: Mapping[str, str], base: Mapping[str, Lazy]
 ) -> list[Place]:
     """Where the rows of fused experts are, if the base has each by itself: gate rows, then up rows.
 
@@ -201,14 +259,12 @@ def _overlap(homes: Mapping[str, Sequence[Place]]) -> tuple[str, str, str] | Non
     return None
 
 
-def _refuse_overlap(homes: Mapping[str, Sequence[Place]], where: str) -> None:
-    twice = _overlap(homes)
-    if twice is not None:
-        one, other, target = map(printable, twice)
-        raise AdapterError(
-            f"{where}: '{one}' and '{other}' are both for the same rows of '{target}'. The file "
-            "mixes spellings: keep one of each."
-        )
+def _overlapping(homes: Mapping[str, Sequence[Place]], where: str) -> AdapterError:
+    one, other, target = map(printable, _overlap(homes) or ("", "", ""))
+    return AdapterError(
+        f"{where}: '{one}' and '{other}' are both for the same rows of '{target}'. The file "
+        "mixes spellings: keep one of each."
+    )
 
 
 def _no_home(

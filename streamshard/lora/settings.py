@@ -11,16 +11,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any
 
 from streamshard.errors import AdapterError, listed, printable
-from streamshard.lora.module_patterns import (
-    check_pattern,
-    first_match,
-    first_match_before_015,
-    matches,
-)
+from streamshard.lora.module_patterns import check_pattern, matches
+from streamshard.lora.pattern_eras import Version, pattern_keys
+from streamshard.lora.selection import Selection, read_selection
 
 __all__ = ["LoraSettings", "read_settings"]
 
@@ -88,8 +85,6 @@ _REASONS = {
 }
 _BIASES = ("none", "all", "lora_only")
 
-Version: TypeAlias = tuple[int, int, int]
-
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
@@ -109,43 +104,36 @@ class LoraSettings:
     """Module (or "" for the input embedding) to the tokens whose rows were trained."""
     target_parameters: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
-    chooses_layers: bool = False
-    """Whether the config names the layers to adapt, so that the others may lack updates."""
+    selection: Selection = field(default_factory=Selection)
+    """Which modules the config has adapted, so that others may lack updates."""
+    base_class: str | None = None
+    """The class of the model that was trained, where the config says it (`auto_mapping`)."""
     version: Version | None = None
-    """`peft_version`, which configs have since 0.18."""
+    """`peft_version`, which configs have since 0.18, or what the ranks in the file told."""
+    told_ranks: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of modules that several patterns fit, as the file has them."""
 
     def rank(self, module: str) -> int:
         """The rank that the config gives to `module` (its name in the base model)."""
-        key = self._keys(module)[0]
-        return self.r if key is None else self.rank_pattern.get(key, self.r)
+        told = self.told_ranks.get(module)
+        if told is not None:
+            return told
+        key = pattern_keys(self.rank_pattern, self.alpha_pattern, self.version, module)[0]
+        return self.rank_pattern.get(key, self.r)
 
     def alpha(self, module: str) -> float:
         """`lora_alpha` of `module`.
 
-        Raises `AdapterError` where releases of PEFT before 0.15 would have read the patterns
-        differently and the config does not say which release wrote it.
+        Raises `AdapterError` where several patterns fit it with different values.
         """
-        key = self._keys(module)[1]
-        alpha = self.lora_alpha if key is None else self.alpha_pattern.get(key, self.lora_alpha)
+        key = pattern_keys(self.rank_pattern, self.alpha_pattern, self.version, module)[1]
         self._check_order(module)
-        if self.rank_pattern and self.alpha_pattern and self.version is None:
-            self._check_eras(module, alpha)
-        return alpha
+        return self.alpha_pattern.get(key, self.lora_alpha)
 
     def scaling(self, module: str) -> float:
         """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA (arXiv:2312.03732)."""
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
-
-    def _keys(self, module: str) -> tuple[str | None, str | None]:
-        """The patterns for rank and alpha, by the rule of the release that trained the adapter."""
-        ranks, alphas = list(self.rank_pattern), list(self.alpha_pattern)
-        if self.version is None or self.version >= (0, 15, 0):
-            return first_match(ranks, module), first_match(alphas, module)
-        if self.version >= (0, 14, 0):
-            return first_match_before_015(ranks, module), first_match_before_015(alphas, module)
-        joint = first_match_before_015([*ranks, *alphas], module)
-        return joint, joint
 
     def _check_order(self, module: str) -> None:
         # PEFT trains by the first pattern that fits, and then saves them in alphabetical order.
@@ -157,18 +145,6 @@ class LoraSettings:
                 f"module '{printable(module)}': of alpha_pattern {listed(fitting)} fit it with different "
                 "values. Which one came first in the training is not known: PEFT saves patterns in "
                 "alphabetical order. Leave only the right one in adapter_config.json."
-            )
-
-    def _check_eras(self, module: str, alpha: float) -> None:
-        # peft 0.14 looked rank and alpha up separately, by another expression; 0.13 and before
-        # used the first pattern of either kind for both.
-        older = {replace(self, version=v).alpha(module) for v in ((0, 14, 0), (0, 13, 0))}
-        if older != {alpha}:
-            values = ", ".join(f"{value:g}" for value in sorted(older | {alpha}))
-            raise AdapterError(
-                f"module '{printable(module)}': rank_pattern and alpha_pattern give lora_alpha "
-                f"{values} depending on the PEFT release that trained it, and adapter_config.json "
-                'has no peft_version. Add "peft_version" with that release to the config.'
             )
 
 
@@ -225,15 +201,19 @@ def read_settings(
         modules_to_save=_names(config.get("modules_to_save"), f"{where}: modules_to_save"),
         token_indices=_token_indices(config.get(field_name), f"{where}: {field_name}"),
         target_parameters=_names(config.get("target_parameters"), f"{where}: target_parameters"),
-        chooses_layers=_chooses_layers(config),
+        selection=read_selection(config),
+        base_class=_base_class(config),
         version=version,
+        told_ranks={},
         **flags,
     )
 
 
 def _check_init(init: object, where: str, *, base_is_residual: bool) -> None:
-    plain = any(init is p or (isinstance(p, str) and init == p) for p in _PLAIN_INITS)
-    changes_base = isinstance(init, str) and init.startswith(_RESIDUAL_INITS)
+    # PEFT takes most names in any case.
+    name = init.lower() if isinstance(init, str) else init
+    plain = any(name is p or (isinstance(p, str) and name == p) for p in _PLAIN_INITS)
+    changes_base = isinstance(name, str) and name.startswith(_RESIDUAL_INITS)
     if plain or (changes_base and base_is_residual):
         return
     if not changes_base:
@@ -250,14 +230,10 @@ def _check_init(init: object, where: str, *, base_is_residual: bool) -> None:
     )
 
 
-def _chooses_layers(config: Mapping[str, Any]) -> bool:
-    targets = config.get("target_modules")
-    named = isinstance(targets, list) and any(re.search(r"\d", str(t)) for t in targets)
-    return (
-        any(config.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))
-        or not isinstance(targets, list)
-        or named
-    )
+def _base_class(config: Mapping[str, Any]) -> str | None:
+    found = config.get("auto_mapping")
+    name = found.get("base_model_class") if isinstance(found, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _version(value: object, where: str) -> Version | None:

@@ -19,6 +19,7 @@ from streamshard.lora.adapter import (
     misfit,
     pattern_key,
 )
+from streamshard.lora.conv1d import Linear, stored_in_out
 from streamshard.lora.experts import Stack, expert_updates, stacked_as
 from streamshard.lora.keys import Module
 from streamshard.lora.replacements import Replacement
@@ -96,31 +97,17 @@ def _turned(plan: AdapterPlan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:
         name: (_stack(plan, name, tensors), *factors_of(plan, name)) for name in plan.parameters
     }
     found = stacked_as(stacks, plan.adapter.where)
-    where, settings = plan.adapter.where, plan.adapter.settings
-    open_names = []
+    linear = {}
     for name, module in plan.keys.modules.items():
-        if name in found or not module.A:
-            continue
-        found[name] = module.is_embedding
-        if settings.fan_in_fan_out and not module.is_embedding:
+        if module.A and name not in found:
             A, B = factors_of(plan, name)
-            shape = tensors[plan.homes[plan.weight(name)][0].target].shape
-            found[name] = shape == (A.columns, B.rows)
-            if A.columns == B.rows:
-                open_names.append(name)
-    told = {
-        turned
-        for name, turned in found.items()
-        if name not in open_names
-        and name not in stacks
-        and not plan.keys.modules[name].is_embedding
-    }
-    if open_names and len(told) != 1:
-        raise AdapterError(
-            f"{where}: fan_in_fan_out is true, {listed(open_names, 3)} are square, and no other module "
-            "of the adapter tells whether their weights are stored (in, out). Merge it with PEFT."
-        )
-    return found | dict.fromkeys(open_names, next(iter(told), False))
+            first, *others = plan.homes[plan.weight(name)]
+            alone = first.whole and not others and not module.is_embedding
+            found[name] = module.is_embedding
+            if alone and len(tensors[first.target].shape) == 2:
+                linear[name] = Linear(tensors[first.target].shape, B.rows, A.columns)
+    says = plan.adapter.settings.fan_in_fan_out
+    return found | stored_in_out(linear, tensors, plan.adapter.where, says=says)
 
 
 def _of_module(

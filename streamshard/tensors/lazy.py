@@ -54,7 +54,11 @@ class NotFiniteError(ArithmeticError):
     """A computed row has an infinite or NaN element; whoever knows the tensor's name adds it."""
 
     def __init__(self, row: int, detail: str) -> None:
-        super().__init__(f"row {row:,}: {detail}")
+        super().__init__(row, detail)  # as given, so that a copy can be made of them
+
+    def __str__(self) -> str:
+        row, detail = self.args
+        return f"row {row:,}: {detail}"
 
 
 class Input(NamedTuple):

@@ -7,12 +7,11 @@ import re
 import shlex
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 import reference
 from make_checkpoint import write_adapter, write_checkpoint
-from safetensors.torch import save_file
+from pairs import wrap_as_the_trainer
 from sparse_folders import KEYS, sparse_adapter, sparse_base
 
 import streamshard
@@ -119,39 +118,20 @@ def test_relative_paths(pair, cli, monkeypatch):
 def shop(tmp_path_factory):
     """A folder in which every path of the examples in the help texts is there."""
     folder = tmp_path_factory.mktemp("examples")
-    for name in ("InternVL3-8B", "my-finetune", "merged"):
+    for name in ("InternVL3-8B", "my-finetune"):
         write_checkpoint(folder / name, "tiny", layout="custom")
     for name in ("InternVL3-8B-hf", "my-finetune-hf", "tuned-hf"):
         write_checkpoint(folder / name, "tiny", layout="hf")
     for name in ("my-lora", "a", "b"):
         write_adapter(folder / name, "tiny", layout="custom", seed=ord(name[0]))
     write_adapter(folder / "hf-lora", "tiny", layout="hf")
+    streamshard.merge_lora(
+        base=folder / "InternVL3-8B", adapter=folder / "my-lora", output=folder / "merged"
+    )
     wrapped = folder / "work_dirs" / "my-lora-run"
     write_checkpoint(wrapped, "tiny", layout="custom")
     wrap_as_the_trainer(wrapped)
     return folder
-
-
-def wrap_as_the_trainer(folder: Path) -> None:
-    """Make a checkpoint one whose language model InternVL's trainer had wrapped by LoRA."""
-    prefix = "language_model.base_model.model."
-    tensors = {}
-    for name, tensor in reference.read(folder).items():
-        inner = name.replace("language_model.", prefix, 1)
-        if name.endswith("q_proj.weight"):
-            stem = inner.removesuffix(".weight")
-            inner = f"{stem}.base_layer.weight"
-            A, B = (2, tensor.shape[1]), (tensor.shape[0], 2)
-            tensors[f"{stem}.lora_A.default.weight"] = reference.normal(A, 1, seed=1)
-            tensors[f"{stem}.lora_B.default.weight"] = reference.normal(B, 1, seed=2)
-        elif name.endswith("q_proj.bias"):
-            inner = inner.replace(".bias", ".base_layer.bias")
-        tensors[inner] = tensor
-    for file in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
-        file.unlink()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | {"use_llm_lora": 2}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -226,7 +206,7 @@ def test_a_dry_run_in_words(pair, cli):
 
 
 def test_a_dry_run_finds_what_a_run_would(pair, cli):
-    (pair.output).mkdir()
+    pair.output.write_text("mine")
     assert cli(*pair.command, "--dry-run").code == 5
 
 

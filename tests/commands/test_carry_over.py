@@ -203,7 +203,7 @@ def test_a_source_without_tokenizer(tmp_path, cli):
 
 def test_an_unknown_tokenizer_choice(tmp_path):
     source, ref = make(tmp_path / "s", "tiny", "custom"), make(tmp_path / "r", "tiny", "hf")
-    with pytest.raises(UsageError, match="tokenizer-from"):
+    with pytest.raises(UsageError, match="`tokenizer_from` is"):
         convert("hf", source, ref, tmp_path / "out", tokenizer_from="both")
 
 

@@ -412,4 +412,4 @@ def test_bases_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"max_shard_size": "1MB"}], ids=str)
 def test_options_that_cannot_be(options, tmp_path):
     _, _, checkpoint = trained(tmp_path, backbone=0)
-    refused(UsageError, "--alpha|always one file", checkpoint, tmp_path, **options)
+    refused(UsageError, "`alpha`|always one file", checkpoint, tmp_path, **options)

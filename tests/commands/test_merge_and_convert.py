@@ -150,9 +150,9 @@ def test_a_layout_that_is_already_there_needs_no_reference(tmp_path):
 def test_converting_without_a_reference(tmp_path):
     base = make(tmp_path / "base", "tiny", "hf")
     adapter = adapter_of(tmp_path / "adapter", "tiny", "hf")
-    with pytest.raises(UsageError, match="--reference"):
+    with pytest.raises(UsageError, match="`reference`"):
         merge_lora(base=base, adapter=adapter, output=tmp_path / "out", layout="custom")
-    with pytest.raises(UsageError, match="--layout"):
+    with pytest.raises(UsageError, match="`layout`"):
         merge_lora(base=base, adapter=adapter, output=tmp_path / "out", layout="both")
 
 
@@ -189,7 +189,7 @@ def test_another_vocabulary(tmp_path):
         "base": base, "adapter": adapter, "output": tmp_path / "out", "layout": "hf",
         "reference": ref,
     }  # fmt: skip
-    with pytest.raises(InputError, match="--tokenizer-from"):
+    with pytest.raises(InputError, match="tokenizer_from"):
         merge_lora(**call)
     merge_lora(**call, tokenizer_from="source")
     config = config_of(tmp_path / "out")

@@ -219,7 +219,6 @@ def test_distance_of_what_both_have():
     one = {"a": torch.ones(2, 2), "b": torch.ones(3), "c": torch.ones(2), "s": torch.tensor(4.0)}
     other = {"a": torch.zeros(2, 2), "b": torch.zeros(4), "d": torch.ones(1), "s": torch.tensor(1)}
     assert compute_l2_distance(one, other) == 2.0 + 3.0
-    assert compute_l2_distance({}, other) == 0.0
 
 
 def test_distance_of_arrays():
@@ -247,3 +246,82 @@ def test_the_functions_are_public():
     for name in ("compute_l2_distance", "convert_keys_back", "convert_keys_to_hf"):
         assert name in streamshard.__all__
         assert getattr(streamshard, name).__doc__
+
+
+# --- S13: what cannot be compared is no distance of 0 ----------------------------------------------
+
+ONES = np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        ({}, {}, "no name is in both"),
+        ({}, {"w": ONES}, "no name is in both"),
+        ({"w": ONES}, {"v": ONES}, "'w'.*'v'"),
+        ({"w": ONES}, {"module.w": ONES}, "wrappers"),
+        ({"w": ONES}, {"w": np.ones(4)}, r"'w' is \[3\] and \[4\]"),
+        ({"w": ONES}, {"w": np.ones((3, 1))}, "no shape"),
+        ({"w": ONES}, {"w": np.float32(1)}, "no shape"),
+        ({"w": torch.ones(3)}, {"w": torch.ones(1, 3)}, "no shape"),
+        ({"w": np.ones(0)}, {"w": np.ones(0)}, "no tensor has elements"),
+        ({"w": torch.empty(0, 4)}, {"w": torch.empty(0, 4)}, "no tensor has elements"),
+        ({"w": np.array(["1", "2"])}, {"w": np.array([1, 2])}, "'w' cannot be compared"),
+        ({"w": "text"}, {"w": "text"}, "'w' cannot be compared"),
+        ({"w": None}, {"w": None}, "'w' cannot be compared"),
+        ({"w": {"a": 1}}, {"w": {"a": 1}}, "'w' cannot be compared"),
+        ({"w": np.array(["2020-01-01"], "M8[D]")}, {"w": np.array([1])}, "'w' cannot be compared"),
+        ({"v": ONES, "w": b"x"}, {"v": ONES, "w": b"x"}, "'w' cannot be compared"),
+        ({"w": torch.empty(3, device="meta")}, {"w": torch.ones(3)}, "'w' cannot be compared"),
+        ({"_extra_state": b"x"}, {"_extra_state": b"x"}, "nothing can be compared"),
+        (torch.nn.Linear(2, 3), torch.nn.LayerNorm(4), "no shape"),
+        (torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.Linear(2, 3)), "no name is in both"),
+        (torch.nn.ReLU(), torch.nn.ReLU(), "no name is in both"),
+    ],
+    ids=str,
+)
+def test_s13_nothing_to_compare(a, b, said):
+    for one, other in ((a, b), (b, a)):
+        with pytest.raises(ValueError, match=said if one is a else "compared"):
+            compute_l2_distance(one, other)
+
+
+@pytest.mark.parametrize("wrong", [3, None, "a/folder", torch.nn.Linear, [("w", ONES)]], ids=str)
+def test_s13_neither_mapping_nor_module(wrong):
+    with pytest.raises(TypeError, match="mapping of names to tensors"):
+        compute_l2_distance(wrong, {"w": ONES})
+    with pytest.raises(TypeError, match="mapping of names to tensors"):
+        convert_keys_to_hf(wrong)
+
+
+@pytest.mark.parametrize("kind", [np.bool_, np.int64, np.uint8, np.float16, np.complex64])
+def test_s13_all_numbers_can_be_compared(kind):
+    """By fp64 (complex128), also between the libraries."""
+    one, other = np.arange(6).reshape(2, 3).astype(kind), (np.ones((2, 3)) * 2).astype(kind)
+    if kind is np.complex64:
+        other = other * 1j
+    wide = np.complex128 if kind is np.complex64 else np.float64
+    expected = np.linalg.norm((one.astype(wide) - other.astype(wide)).ravel())
+    for left in (one, torch.from_numpy(one)):
+        for right in (other, torch.from_numpy(other)):
+            found = compute_l2_distance({"w": left, "x": ONES}, {"w": right, "y": ONES})
+            assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_s13_what_else_compares():
+    assert compute_l2_distance({"w": [1, 2]}, {"w": (1.0, 4.0)}) == 2.0
+    assert compute_l2_distance({"w": 3}, {"w": np.float64(1)}) == 2.0
+    sparse = torch.eye(3).to_sparse()
+    assert compute_l2_distance({"w": sparse}, {"w": torch.zeros(3, 3)}) == pytest.approx(3**0.5)
+    assert math.isnan(compute_l2_distance({"w": [math.inf]}, {"w": [math.inf]}))
+    conjugate = torch.tensor([1j]).conj()
+    assert compute_l2_distance({"w": conjugate}, {"w": np.array([1j])}) == 2.0
+    extra = {"w": ONES, "m._extra_state": b"x"}
+    assert compute_l2_distance(extra, extra) == 0.0
+
+
+def test_modules_are_converted_like_their_state_dicts():
+    model = hf_model(settings_of(PRESETS["tiny"], "hf"))
+    made, same = convert_keys_back(model), convert_keys_back(model.state_dict())
+    assert made.keys() == same.keys()
+    assert compute_l2_distance(made, same) == 0.0

@@ -364,7 +364,7 @@ def test_ranks_by_layer(tmp_path):
     """Alpha is twice the rank of the flag for every module; with other ranks it must be given."""
     made = Trainer(children="llm", rank_pattern={"q_proj": 2})
     source = made.save(tmp_path / "in")
-    refused(tmp_path, source, "use_llm_lora", "2", "6", "--alpha")
+    refused(tmp_path, source, "use_llm_lora", "2", "6", "`alpha`")
 
 
 # --- what is no training checkpoint of upstream's ----------------------------------------------------
@@ -406,7 +406,7 @@ def test_pairs_without_a_flag(tmp_path):
     try:
         report = merge_lora(checkpoint=source, output=tmp_path / "guessed")
     except StreamshardError as error:
-        assert "--alpha" in str(error)  # noqa: PT017
+        assert "`alpha`" in str(error)  # noqa: PT017
         assert not (tmp_path / "guessed").exists()
     else:
         assert any("use_llm_lora" in w and "alpha" in w for w in report["warnings"])
@@ -457,7 +457,7 @@ def test_several_adapter_names(tmp_path):
     state = made.state()
     state |= {n.replace(".default.", ".second."): t * 2 for n, t in state.items() if "lora_" in n}
     source = made.save(tmp_path / "in", state)
-    refused(tmp_path, source, "default", "second", "--adapter-name")
+    refused(tmp_path, source, "default", "second", "`adapter_name`")
     refused(tmp_path, source, "third", "second", adapter_name="third")
     plain = made.save(tmp_path / "plain")
     merge_lora(checkpoint=plain, output=tmp_path / "a")

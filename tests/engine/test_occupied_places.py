@@ -6,19 +6,101 @@ from pathlib import Path
 
 import pytest
 import reference
+from folders import make
+from interrupted_runs import BETWEEN_THE_RENAMES, REMOVING_THE_OLD, alone, killed
+from make_checkpoint import write_adapter
 from pairs import record_of
 from shards_of_pair import Q, merge, ones, put, single
 
+from streamshard.engine import run
 
-@pytest.mark.parametrize("kind", ["folder", "empty-folder", "file"])
-def test_an_output_that_exists(kind, pair, refused):
+
+@pytest.mark.parametrize("kind", ["folder", "file", "record", "more", "mount", "working folder"])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_overwrite_is_advised_only_where_it_would_do(kind, dry, pair, refused, monkeypatch):
+    """Part 4: "or pass --overwrite", which was then refused as well."""
     if kind == "file":
         pair.output.write_text("mine")
     else:
         pair.output.mkdir()
-        if kind == "folder":
-            (pair.output / "mine.txt").write_text("mine")
-    refused(5, str(pair.output), "--overwrite")
+        (pair.output / "model.safetensors").write_text("old")
+    if kind not in {"folder", "file"}:
+        (pair.output / "streamshard.json").write_bytes(record_of("model.safetensors"))
+    if kind == "more":
+        (pair.output / "mine.txt").write_text("mine")
+    elif kind == "working folder":
+        monkeypatch.chdir(pair.output)
+    elif kind == "mount":
+        place = "streamshard.engine.output_path.is_mount"
+        monkeypatch.setattr(place, lambda path: path == pair.output)
+    said = refused(5, str(pair.output), more=dry)
+    assert ("or pass --overwrite" in said) == (kind == "record")
+    if kind != "record":
+        assert refused(5, str(pair.output), more=[*dry, "--overwrite"]) == said
+
+
+@pytest.mark.parametrize("command", ["merge-lora", "hf2custom", "custom2hf", "wrap-lora"])
+def test_R13_an_empty_folder_as_output(command, tmp_path, cli):
+    made = {side: make(tmp_path / side, "tiny", side) for side in ("custom", "hf")}
+    write_adapter(tmp_path / "lora", "tiny", layout="custom")
+    both = ["--hf-path", made["hf"], "--custom-path", made["custom"], "--save-path"]
+    arguments = {
+        "merge-lora": ["--base", made["custom"], "--adapter", tmp_path / "lora", "--output"],
+        "hf2custom": both,
+        "custom2hf": both,
+        "wrap-lora": ["--base", made["custom"], "--llm-r", "2", "--output"],
+    }[command]
+    output = tmp_path / "out" / "made"
+    output.mkdir(parents=True)
+    dry = cli(command, *arguments, output, "--dry-run")
+    assert dry.code == 0, dry.err
+    assert [*output.iterdir()] == []
+    outcome = cli(command, *arguments, output)
+    assert outcome.code == 0, outcome.err
+    assert (output / "streamshard.json").exists()
+    assert [path.name for path in output.parent.iterdir()] == ["made"]
+
+
+def test_R13_what_comes_into_an_empty_output_is_not_lost(pair, cli, monkeypatch):
+    pair.output.mkdir()
+    put_index = run.write_new
+
+    def late(path, pieces):
+        put_index(path, pieces)
+        (pair.output / "mine").write_text("mine")
+
+    monkeypatch.setattr(run, "write_new", late)
+    outcome = cli(*pair.command)
+    assert outcome.code == 5
+    assert [path.name for path in pair.output.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("moment", [BETWEEN_THE_RENAMES, REMOVING_THE_OLD], ids=["between", "end"])
+def test_R13_a_kill_while_an_empty_folder_is_replaced(moment, pair, cli):
+    pair.output.mkdir()
+    if moment is REMOVING_THE_OLD:
+        moment = moment.replace("unlink", "rmdir")
+    killed(moment, pair.command)
+    outcome = cli(*pair.command)
+    assert outcome.code == (0 if moment is BETWEEN_THE_RENAMES else 5), outcome.err
+    assert (pair.output / "streamshard.json").exists()
+    assert alone(pair)
+
+
+@pytest.mark.parametrize(
+    ("base", "output", "named"),
+    [(".", None, "base-merged"), (".", "out", "out"), ("..", None, "base-merged")],
+)
+def test_an_input_that_is_a_dot_is_named(base, output, named, pair, cli, monkeypatch):
+    """Part 4: `--base .` named ".."."""
+    here = pair.base if base == "." else pair.base / "inner"
+    here.mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
+    where = [] if output is None else ["--output", output]
+    outcome = cli("merge-lora", "--base", base, "--adapter", pair.adapter, *where)
+    assert outcome.code == 5
+    assert outcome.err.startswith(f"error: {named}: is, or lies inside, the input '{base}' (")
+    assert f"({pair.base})." in outcome.err
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])

@@ -201,7 +201,7 @@ def test_numbers_of_the_large_merge(large):
 
 def test_a_budget_too_small_for_one_worker(large, tmp_path):
     base, adapter, _, _ = large
-    with pytest.raises(StreamshardError, match="--max-memory") as raised:
+    with pytest.raises(StreamshardError, match="`max_memory`") as raised:
         merge_lora(base=base, adapter=adapter, output=tmp_path / "out", max_memory="20MB")
     assert raised.value.exit_code == 2
 

@@ -48,6 +48,14 @@ def test_dimensions_of_a_real_config():
         attention_bias=False,
         mlp_bias=False,
         tied=False,
+        vision_inner=4096,
+        positions=1025,
+        channels=3,
+        patch_height=14,
+        patch_width=14,
+        shuffled=4096,
+        hidden=4096,
+        inner=14336,
     )
 
 
@@ -107,7 +115,7 @@ def changed(layout: str, **changes: Any) -> dict[str, Any]:
         ({"model_type": "internvl_chat"}, "llm_config.architectures is missing"),
         ({"model_type": "internvl", "text_config": []}, "text_config is no object"),
         (changed("custom", architectures=["Gemma2ForCausalLM"]), "is 'Gemma2ForCausalLM'"),
-        (changed("custom", architectures=[]), "architectures is missing"),
+        (changed("custom", architectures=[], model_type=None), "architectures is missing"),
         (changed("hf", model_type="gemma2"), "text_config.model_type is 'gemma2'"),
         (changed("hf", num_key_value_heads=3), "is 4, which num_key_value_heads, 3, does not"),
         (changed("hf", hidden_size=65), "hidden_size is 65, which num_attention_heads, 4, does"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from models import NUMPY, message
@@ -10,8 +12,8 @@ from streamshard.internvl.families import Rule
 from streamshard.internvl.model_config import Dims
 from streamshard.internvl.row_parts import fuse, part_rows, rows_of_parts, segments, split
 
-JOINED = Rule("qkv.weight", "{q|k|v}.weight", "join")
-GROUPED = Rule("wqkv.weight", "{q|k|v}.weight", "grouped")
+JOINED = Rule("qkv.weight", "{q|k|v}.weight", op="join")
+GROUPED = Rule("wqkv.weight", "{q|k|v}.weight", "q hidden | kv hidden | kv hidden", "grouped")
 # 4 query heads of 2 rows share 2 key-value heads.
 HEADS = Dims("internlm2", heads=4, kv_heads=2, head_dim=2)
 NAMES = ("q.weight", "k.weight", "v.weight")
@@ -44,7 +46,7 @@ def test_segments_cover_the_rows_once():
 
 
 def test_rows_by_the_config_or_in_equal_parts():
-    stated = Rule("qkv.weight", "{q|k|v}.weight", "join", part_rows="vision_hidden")
+    stated = replace(JOINED, shape="vision vision")
     assert part_rows(JOINED, 3, Dims("qwen2"), 5, "w") == [5, 5, 5]
     assert part_rows(stated, 3, Dims("qwen2", vision_hidden=7), 5, "w") == [7, 7, 7]
     assert part_rows(GROUPED, 3, HEADS, 0, "w") == [8, 4, 4]

@@ -242,7 +242,7 @@ def test_merged_before_by_streamshard(pair, cli):
     moved = pair.root / "moved"
     pair.adapter.rename(moved)
     call: dict[str, Any] = {"base": pair.root / "out" / "once", "adapter": moved}
-    raises(pair.root, "already", "--allow-merged-base", **call)
+    raises(pair.root, "already", "`allow_merged_base=True`", **call)
     arguments = [f"--{k}={v}" for k, v in call.items()]
     outcome = cli(
         "merge-lora", *arguments, f"--output={pair.root / 'out' / 'twice'}", "--allow-merged-base"
@@ -271,7 +271,7 @@ def test_merged_before_and_too_small_to_see(pair):
     raises(
         pair.root,
         "already",
-        "--allow-merged-base",
+        "`allow_merged_base=True`",
         base=pair.root / "out" / "once",
         adapter=pair.adapter,
     )
@@ -297,7 +297,7 @@ def test_merged_before_by_peft(dtype, tmp_path):
     wrapped = adapted(model, std=0.1, target_modules=["q_proj", "down_proj"])
     adapter = save_adapter(tmp_path / "adapter", wrapped)
     base = save_base(tmp_path / "base", wrapped.merge_and_unload(), dtype)
-    raises(tmp_path, "already", "--allow-merged-base", base=base, adapter=adapter)
+    raises(tmp_path, "already", "`allow_merged_base=True`", base=base, adapter=adapter)
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out", allow_merged_base=True)
 
 

@@ -413,7 +413,7 @@ def test_onto_the_residual_base(init, zoo, tmp_path):
     assert (residual["body.fc1.weight"] - zoo.body["fc1"].weight).abs().max() > 1e-3
     with pytest.raises(AdapterError, match="init_lora_weights") as raised:
         merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
-    assert "--base-is-residual" in str(raised.value)
+    assert "`base_is_residual=True`" in str(raised.value)
     assert not (tmp_path / "out").exists()
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out", base_is_residual=True)
     assert_close(outputs(loaded(zoo, tmp_path / "out")), outputs(wrapped))

@@ -100,7 +100,7 @@ def test_copies_of_what_the_base_has_do_not_stand_in_the_way(tmp_path):
         assert all(set(said["inert"]) == copies for said in report["adapters"])
     raises(
         tmp_path,
-        "--weight",
+        "`weight`",
         base=save_base(tmp_path / "other", trained(model)),
         adapter=paths,
         weight=[1, 2],

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reference
 from marks import slow
-from pairs import Pair
+from pairs import Pair, record_of
 
 import streamshard
 from streamshard.checkpoint.record import read_record, sealed
@@ -201,11 +201,13 @@ def test_the_place_of_a_tensor_is_part_of_the_plan(pair):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_output_that_appears_before_the_lock_is_held(overwrite, tmp_path, monkeypatch):
-    """Also if it is an empty folder, which a rename would replace."""
+    """Unless it is an empty folder."""
     target, lock = tmp_path / "out", system.lock
 
     def late(descriptor: int) -> None:
         target.mkdir()
+        if not overwrite:
+            (target / "streamshard.json").write_bytes(record_of())
         lock(descriptor)
 
     monkeypatch.setattr(system, "lock", late)
@@ -218,8 +220,8 @@ def test_an_output_that_appears_before_the_lock_is_held(overwrite, tmp_path, mon
             pytest.raises(OutputError, match="exists"),
             output_folder(target, PLAN, names={"mine"}, overwrite=False),
         ):
-            pass
-        assert [*target.iterdir()] == []
+            pytest.fail("all of it would be written for nothing")
+        assert [path.name for path in target.iterdir()] == ["streamshard.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -66,6 +66,8 @@ def only(folder: Path, pattern: str) -> Path:
     assert 0 < len(kept) < len(content)
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_parameters"] = None  # packed experts are not kept
+    modules = {re.split(r"\.lora_[AB]\.", key)[0] for key in kept}
+    config["target_modules"] = sorted(m.removeprefix("base_model.model.") for m in modules)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return rewritten(folder, kept)
 

@@ -98,3 +98,30 @@ def new_pair(root: Path) -> Pair:
         lora_alpha=8,
     )
     return Pair(root, base, adapter)
+
+
+def wrap_as_the_trainer(folder: Path) -> None:
+    """Make a checkpoint one whose language model InternVL's trainer had wrapped by LoRA."""
+    import json
+
+    import reference
+    from safetensors.torch import save_file
+
+    prefix = "language_model.base_model.model."
+    tensors = {}
+    for name, tensor in reference.read(folder).items():
+        inner = name.replace("language_model.", prefix, 1)
+        if name.endswith("q_proj.weight"):
+            stem = inner.removesuffix(".weight")
+            inner = f"{stem}.base_layer.weight"
+            A, B = (2, tensor.shape[1]), (tensor.shape[0], 2)
+            tensors[f"{stem}.lora_A.default.weight"] = reference.normal(A, 1, seed=1)
+            tensors[f"{stem}.lora_B.default.weight"] = reference.normal(B, 1, seed=2)
+        elif name.endswith("q_proj.bias"):
+            inner = inner.replace(".bias", ".base_layer.bias")
+        tensors[inner] = tensor
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"use_llm_lora": 2}
+    (folder / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,110 @@
+"""Whether a checkpoint is the whole model that its config describes: names and shapes, no values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
+from streamshard.checkpoint.open_anything import Opened
+from streamshard.commands.identify import dims_of
+from streamshard.errors import AdapterError, InputError, listed
+from streamshard.internvl.detection import dims_from_names, layout_of
+from streamshard.internvl.dims import Dims
+from streamshard.internvl.families import Layout
+from streamshard.internvl.relatives import check_names
+from streamshard.internvl.shapes import check_gathered, misfits
+from streamshard.internvl.spelling import flat_names
+from streamshard.internvl.tables import UNKNOWN, compared_names
+from streamshard.lora.wrapped_names import unwrap
+from streamshard.tensor_names import is_wrapped
+from streamshard.tensors.lazy import Lazy
+
+__all__ = ["AsModel", "as_model"]
+
+# What is checked, in the words of the report.
+COMPLETE = f"completeness by {MODEL_CONFIG_NAME}"
+SHAPES = f"shapes by {MODEL_CONFIG_NAME}"
+ALIKE = "shapes against each other"
+
+
+@dataclass
+class AsModel:
+    """What was checked, what could not be and why, the names that lack, and the problems."""
+
+    checked: list[str] = field(default_factory=list)
+    unchecked: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def not_possible(self, why: str) -> AsModel:
+        """The same, if nothing can be said by a config."""
+        self.unchecked |= dict.fromkeys((COMPLETE, SHAPES), why)
+        return self
+
+
+def as_model(found: Opened) -> AsModel:
+    """Compare the names and shapes of a checkpoint with its config, or with each other without one."""
+    seen, tensors = AsModel(), found.tensors
+    if found.adapter:
+        return seen.not_possible("this is an adapter")
+    if found.incomplete or found.unread:
+        return seen.not_possible("not all files could be read")
+    where = str(found.folder)
+    for check in (check_names, check_gathered):
+        try:
+            check(where, tensors)
+        except InputError as error:
+            seen.problems.append(str(error))
+    layout = layout_of(tensors)
+    if layout is None:
+        return seen.not_possible("by its names this is no whole InternVL checkpoint")
+    try:
+        given = _given(tensors, layout)
+    except AdapterError as error:  # as of two adapters at once
+        return seen.not_possible(str(error))
+    except InputError as error:
+        seen.problems.append(str(error))
+        return seen.not_possible("the names are not those of one model")
+    if found.config is None:
+        why = "this is a bare file" if found.bare else f"there is no {MODEL_CONFIG_NAME}"
+        seen.not_possible(why)
+        try:
+            dims = dims_from_names(given, layout)
+        except InputError:
+            return seen
+        seen.checked.append(ALIKE)
+    else:
+        try:
+            dims = dims_of(found.config)
+        except InputError as error:
+            return seen.not_possible(str(error))
+        _compare_names(seen, given, dims, layout)
+        seen.checked.append(SHAPES)
+    misshapen = list(misfits(tensors, given, dims, layout))
+    seen.problems += [f"{misfit}." for misfit in misshapen if tuple(misfit.found) != (0,)]
+    return seen
+
+
+def _given(tensors: Mapping[str, Lazy], layout: Layout) -> dict[str, str]:
+    """Flat names to those of the tensors; of a wrapped checkpoint those of the model inside."""
+    inside = unwrap(tensors).base if is_wrapped(tensors) else {name: name for name in tensors}
+    return {flat: inside[name] for flat, name in flat_names(inside, layout).items()}
+
+
+def _compare_names(seen: AsModel, given: Mapping[str, str], dims: Dims, layout: Layout) -> None:
+    others, missing = compared_names(given, dims, layout)
+    seen.checked.append(COMPLETE)
+    seen.missing = missing
+    if missing:
+        count = f"{len(missing):,} tensors"
+        seen.problems.append(
+            f"{MODEL_CONFIG_NAME} describes a model with {listed(missing)}, which no file holds "
+            f"({count}): the checkpoint is not complete, or this is not its config."
+        )
+    for name, why in others.items():
+        if why != UNKNOWN:
+            seen.problems.append(f"'{given.get(name, name)}' has no place in the model: {why}.")
+    unknown = [given.get(name, name) for name, why in others.items() if why == UNKNOWN]
+    if unknown:
+        seen.unchecked["names and shapes of tensors that InternVL does not have"] = listed(unknown)

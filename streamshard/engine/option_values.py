@@ -1,0 +1,71 @@
+"""What options say, as values: sizes and dtypes as people type them."""
+
+from __future__ import annotations
+
+import re
+
+from streamshard.errors import UsageError, printable
+from streamshard.tensors.dtypes import DTYPES, TORCH_DTYPES
+
+__all__ = ["dtype_option", "parse_size", "size_option"]
+
+
+_NO_SIZE = 2**63  # bytes that no system can count
+
+_UNITS = {"": 0, "B": 1}
+for _place, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1000**_place, f"{_letter}B": 1000**_place, f"{_letter}IB": 1024**_place}
+
+_DTYPE_NAMES = {"keep": "keep", "half": "fp16", "float": "fp32"}
+for _option, _name in DTYPES.items():
+    _DTYPE_NAMES |= dict.fromkeys((_option, _name.lower(), TORCH_DTYPES[_name]), _option)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "500 MB" (decimal) or "1GiB" (binary), in any case; a number is bytes already.
+
+    Text without a unit is refused: people mean gigabytes by it, and programs bytes.
+
+    >>> parse_size("1.5GB"), parse_size("1 kib"), parse_size(7)
+    (1500000000, 1024, 7)
+    """
+    count: float = -1
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
+        if match is not None and not match[2] and float(match[1]):
+            number = match[1]
+            raise ValueError(f"{number} has no unit; write {number}GB or {number}MB")
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f"{printable(repr(size))} is no size; write it like 5GB or 500MB")
+        count = float(match[1]) * _UNITS[match[2].upper()]
+    elif isinstance(size, (int, float)) and not isinstance(size, bool):
+        count = size
+    if count >= _NO_SIZE:
+        raise ValueError(f"{printable(str(size))} is more than any disk has")
+    if not count >= 1:  # NaN is not, either
+        raise ValueError(f"{size!r} is no size greater than 0")
+    return int(count)
+
+
+def size_option(size: int | str | None, option: str) -> int | None:
+    """The bytes that an option says; None where it is not given."""
+    if size is None:
+        return None
+    try:
+        return parse_size(size)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from error
+
+
+def dtype_option(dtype: object) -> str:
+    """The choice of `--dtype` that is meant: torch's names and types are understood too, in any case.
+
+    >>> dtype_option("torch.bfloat16"), dtype_option("Float16"), dtype_option("F32")
+    ('bf16', 'fp16', 'fp32')
+    """
+    known = _DTYPE_NAMES.get(str(dtype).strip().lower().removeprefix("torch."))
+    if known is None:
+        raise UsageError(
+            f"--dtype is {printable(repr(dtype))}; keep, {', '.join(DTYPES)} can be chosen."
+        )
+    return known

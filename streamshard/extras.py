@@ -1,0 +1,60 @@
+"""Packages that may be missing: what each is for, and the command that installs it.
+
+What not everybody needs is an extra of this package; what everybody needs can still be missing where it
+was installed without its dependencies. Both are told in one way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from streamshard.errors import UsageError
+
+__all__ = ["EXTRAS", "explained", "needed_for"]
+
+
+EXTRAS = {
+    "torch": "reading .bin files and wrapping live models",
+    "peft": "wrapping live models",
+}
+"""The extras, each named like its package, and what it is for."""
+_ALWAYS = (
+    *("click", "huggingface_hub", "numpy", "psutil", "safetensors"),
+    *("threadpoolctl", "tqdm", "xxhash"),
+)
+_CPU = (
+    " On a machine without a GPU install torch's CPU build first, as its install page shows: the usual "
+    "build brings gigabytes of CUDA."
+)
+
+
+@contextlib.contextmanager
+def needed_for(purpose: str) -> Iterator[None]:
+    """Import in this block what `purpose` needs; a missing package is a `UsageError` that says how."""
+    try:
+        yield
+    except ImportError as error:
+        found = explained(error, purpose)
+        if found is None:
+            raise
+        raise found from error
+
+
+def explained(error: ImportError, purpose: str = "") -> UsageError | None:
+    """The error of a package that is missing or cannot be imported; None if it is none of ours.
+
+    >>> print(explained(ModuleNotFoundError(name="peft"), "this"))
+    this needs peft, which is not installed: pip install 'streamshard[peft]'
+    """
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS and package not in _ALWAYS:
+        return None
+    what = purpose or EXTRAS.get(package, "streamshard")
+    wanted = f"'streamshard[{package}]'" if package in EXTRAS else package
+    problem = "which is not installed"
+    if not isinstance(error, ModuleNotFoundError):
+        problem = f"which cannot be imported ({error})"
+    advice = _CPU if package == "torch" else ""
+    end = "." if advice else ""
+    return UsageError(f"{what} needs {package}, {problem}: pip install {wanted}{end}{advice}")

@@ -1,0 +1,119 @@
+"""Whether two configs, one of each layout, are of the same model, in what no tensor shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from streamshard.internvl.config_classes import TOP_DEFAULTS, VISION_DEFAULTS, llm_defaults
+from streamshard.internvl.families import FAMILIES, Layout
+from streamshard.internvl.model_config import INNER, pair_of, section_of, with_defaults
+
+__all__ = ["differences", "rope_scaling"]
+
+# What must be equal in both configs. The weights say nothing of these, and a wrong one is a model
+# that talks nonsense.
+_LLM_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "partial_rotary_factor",
+    "hidden_act",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+)
+_TOP_KEYS = (("downsample_ratio", "downsample_ratio"), ("select_layer", "vision_feature_layer"))
+_VISION_KEYS = (
+    "image_size",
+    "patch_size",
+    "layer_norm_eps",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+)
+
+# What the classes assume in the settings of the scaling, for each kind that has them.
+_ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "yarn": {"beta_fast": 32, "beta_slow": 1, "truncate": True},
+}
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
+
+
+def differences(
+    custom: Mapping[str, Any], hf: Mapping[str, Any], family: str
+) -> Iterator[tuple[str, Any, Any]]:
+    """The settings in which a custom and an HF config differ: what, and the value of each.
+
+    A key that is absent means what its class assumes.
+    """
+    one = {**TOP_DEFAULTS["custom"], **_stated(custom)}
+    other = {**TOP_DEFAULTS["hf"], **_stated(hf)}
+    pairs = [(key, one[key], other[name]) for key, name in _TOP_KEYS]
+    seen, twin = _vision(custom, "custom"), _vision(hf, "hf")
+    pairs += [
+        (f"vision_config.{key}", _alike(seen, key), _alike(twin, key)) for key in _VISION_KEYS
+    ]
+    if custom.get("force_image_size"):
+        size = pair_of(custom, "force_image_size", "config.json")
+        pairs.append(("force_image_size", size, pair_of(twin, "image_size", "vision_config")))
+    mine, theirs = _llm(custom, "custom", family), _llm(hf, "hf", family)
+    pairs += [(f"llm_config.{key}", mine.get(key), theirs.get(key)) for key in _LLM_KEYS]
+    yield from (pair for pair in pairs if pair[1] != pair[2])
+
+
+def _stated(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def _vision(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    section = section_of(config, "vision_config", "config.json")
+    return with_defaults(section, VISION_DEFAULTS[layout])
+
+
+def _alike(section: Mapping[str, Any], key: str) -> object:
+    """A value, where HF may have [height, width] for one number."""
+    value = section.get(key)
+    if isinstance(value, list) and len(set(map(str, value))) == 1:
+        return value[0]
+    return value
+
+
+def _llm(config: Mapping[str, Any], layout: Layout, family: str) -> dict[str, Any]:
+    """The settings of the language model as its class has them."""
+    section = section_of(config, INNER[layout], "config.json")
+    found = with_defaults(section, llm_defaults(FAMILIES[family], layout))
+    rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    for key, default in (("rope_theta", found["rope_theta"]), ("partial_rotary_factor", 1.0)):
+        found[key] = section.get(key) or rope.get(key) or default
+    if found.get("use_sliding_window") is False:
+        # The class forgets what is not used.
+        found["sliding_window"] = found["max_window_layers"] = None
+    return found
+
+
+def rope_scaling(config: Mapping[str, Any], family: str) -> dict[str, Any] | None:
+    """The scaling of rotary positions in the words of transformers 5; None if there is none."""
+    inner = config.get("llm_config") or config.get("text_config") or {}
+    stated = inner.get("rope_scaling") or inner.get("rope_parameters") or {}
+    if not stated.keys() - {"rope_theta"} and family == "gpt_oss":
+        stated = _GPT_OSS_ROPE
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    if kind == "default":
+        return None
+    kind = "longrope" if kind == "su" or (kind == "yarn" and family == "phi3") else kind
+    rest = {
+        key: value
+        for key, value in stated.items()
+        if value is not None
+        and key not in ("type", "rope_type", "rope_theta", "partial_rotary_factor")
+    }
+    return {"rope_type": kind, **_ROPE_DEFAULTS.get(kind, {}), **rest}

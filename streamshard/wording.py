@@ -1,0 +1,158 @@
+"""In whose words messages speak of options: those of the command line, or of Python.
+
+Messages are written for the command line, as `--max-memory`, `--layout custom` or a whole command
+in backquotes, and become those of whoever reads them at one place, where a public function ends
+(`spoken`). From Python that is `max_memory`, `layout="custom"`, `streamshard.merge_lora(adapter=A)`. An
+option that the running command lacks is told with the command that has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
+
+__all__ = ["COMMANDS", "KEYWORDS", "command_line", "is_command_line", "spoken"]
+
+
+_READING = ("workers", "progress", "on_total")
+_WRITING = (
+    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "dry_run"),
+    *("progress", "on_plan", "on_step"),
+)
+_MERGE = ("adapter", "base", "checkpoint", "output", "weight", "layout", "reference", "alpha")
+_MERGE_RARELY = ("adapter_name", "base_is_residual", "expert_order", "allow_merged_base")
+_WRAP = ("base", "output", "llm_r", "llm_alpha", "backbone_r", "backbone_alpha", "dropout")
+_PATHS = ("hf_path", "custom_path", "save_path")
+_DIFFERENCES = ("tokenizer_from", "allow_missing", "allow_unexpected")
+
+KEYWORDS: dict[str, tuple[str, ...]] = {
+    "merge_lora": (*_MERGE, "tokenizer_from", *_MERGE_RARELY, *_WRITING),
+    "hf_to_custom": (*_PATHS, *_DIFFERENCES, *_WRITING),
+    "custom_to_hf": (*_PATHS, *_DIFFERENCES, *_WRITING),
+    "wrap_lora": (*_WRAP, "seed", "format", *_WRITING),
+    "extract_lora": ("checkpoint", "output", "base", "alpha", "adapter_name", *_WRITING),
+    "diff": ("a", "b", *_READING),
+    "verify": ("path", "sample", "strict", *_READING),
+    "inspect": ("path",),
+}
+"""The keywords of each public function; its options are the same, with hyphens."""
+
+COMMANDS = {
+    "merge_lora": "merge-lora",
+    "hf_to_custom": "hf2custom",
+    "custom_to_hf": "custom2hf",
+    "wrap_lora": "wrap-lora",
+    "extract_lora": "extract-lora",
+    "diff": "diff",
+    "verify": "verify",
+    "inspect": "inspect",
+}
+"""What each is called on the command line."""
+
+_FUNCTIONS = {command: function for function, command in COMMANDS.items()}
+_FLAGS = {
+    *("overwrite", "sha256", "dry_run", "allow_missing", "allow_unexpected"),
+    *("allow_merged_base", "base_is_residual", "strict"),
+}
+_CHOICES = {
+    "layout": "keep|custom|hf",
+    "tokenizer_from": "source|reference",
+    "format": "wrapped|peft",
+    "expert_order": "peft|unsloth",
+    "dtype": "keep|bf16|fp16|fp32",
+}
+
+_VALUES = "|".join(sorted({one for values in _CHOICES.values() for one in values.split("|")}))
+_OPTION = re.compile(
+    rf"(?<![\w/\\.-])--(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?![\w/\\=-])(?: (?P<value>{_VALUES})\b)?"
+)
+_ARGUMENT = re.compile(r"(?<![\w/\\.'=-])CHECKPOINT(?![\w/\\'-]|\.\w)")
+_COMMAND = re.compile(rf"`(?P<command>{'|'.join(_FUNCTIONS)})(?P<rest>(?: [^`]*)?)`")
+
+_options: ContextVar[Collection[str] | None] = ContextVar("options", default=None)
+
+
+@contextlib.contextmanager
+def command_line(options: Collection[str]) -> Iterator[None]:
+    """Public functions are called by a command with these options: messages stay as they are."""
+    token = _options.set(options)
+    try:
+        yield
+    finally:
+        _options.reset(token)
+
+
+def is_command_line() -> bool:
+    """Whether it is the command line that calls, which tells warnings itself."""
+    return _options.get() is not None
+
+
+def spoken(text: str, function: str = "") -> str:
+    """A message that a public function, or none of these, has for whoever called it.
+
+    >>> print(spoken("exists. Choose another output, or pass --overwrite.", "merge_lora"))
+    exists. Choose another output, or pass `overwrite=True`.
+    >>> print(spoken("see `merge-lora --adapter A --layout hf`; --layout hf", "diff"))
+    see `streamshard.merge_lora(adapter=A, layout="hf")`; `layout="hf"` (of `merge_lora`)
+    """
+    own = _options.get()
+    if own is not None:
+        return _OPTION.sub(lambda found: _with_owner(found, own), text) if "--" in text else text
+    if "--" in text or "`" in text or "CHECKPOINT" in text:
+        known = KEYWORDS.get(function)
+        text = _COMMAND.sub(_call, text)
+        text = _OPTION.sub(lambda found: _keyword(found, known), text)
+        text = _ARGUMENT.sub("`checkpoint`", text)
+    return text
+
+
+def _with_owner(found: re.Match[str], own: Collection[str]) -> str:
+    """An option, with the command that has it if the running one does not."""
+    name = found["name"].replace("-", "_")
+    owner = None if name in own or _in_command(found) else _owner(name)
+    return found[0] if owner is None else f"{found[0]} (of streamshard {COMMANDS[owner]})"
+
+
+def _in_command(found: re.Match[str]) -> bool:
+    """Whether an option is told inside a whole command, in backquotes."""
+    before = found.string[: found.start()]
+    return before.count("`") % 2 == 1
+
+
+def _keyword(found: re.Match[str], known: Collection[str] | None) -> str:
+    """An option as a keyword, with the function that has it if the called one does not."""
+    name, value = found["name"].replace("-", "_"), found["value"]
+    owner = _owner(name)
+    if owner is None:
+        return found[0]
+    said = name
+    if name in _FLAGS:
+        said = f"{name}=True"
+    elif value is not None and value in _CHOICES.get(name, "").split("|"):
+        said, value = f'{name}="{value}"', None
+    rest = "" if value is None else f" {value}"
+    other = "" if known is None or name in known else f" (of `{owner}`)"
+    return f"`{said}`{other}{rest}"
+
+
+def _call(found: re.Match[str]) -> str:
+    """A whole command as a call."""
+    words = found["rest"].split()
+    arguments = []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            arguments.append(f"checkpoint={word}")
+            continue
+        name = word[2:].replace("-", "_")
+        value = "True" if name in _FLAGS or not words else words.pop(0)
+        quoted = value in _CHOICES.get(name, "").split("|")
+        arguments.append(f'{name}="{value}"' if quoted else f"{name}={value}")
+    return f"`streamshard.{_FUNCTIONS[found['command']]}({', '.join(arguments)})`"
+
+
+def _owner(name: str) -> str | None:
+    """The first function that has a keyword."""
+    return next((function for function, names in KEYWORDS.items() if name in names), None)
