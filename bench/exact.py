@@ -242,10 +242,9 @@ def stored(values: Matrix, dtype: str) -> Array:
 def integers(values: npt.NDArray[Any], unit: int) -> Integers:
     """Numbers in units of `2**-unit`, of which they are whole multiples."""
     step = min(unit, 700)
-    found: Integers = _whole(np.ldexp(values.astype(np.float64), step))
-    if unit > step:
-        found = found * (1 << (unit - step))
-    return found
+    found: Any = _whole(np.ldexp(values.astype(np.float64), step))
+    larger: Integers = found * (1 << (unit - step))
+    return larger
 
 
 def fraction(value: float) -> tuple[int, int]:

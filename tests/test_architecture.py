@@ -278,7 +278,7 @@ except SystemExit as error:
     assert not error.code
 """
     loaded = loaded_after(code)
-    assert not loaded & {*HEAVY, "numpy", "tqdm", "psutil", "threadpoolctl"}
+    assert not loaded & {*HEAVY, "numpy", "tqdm", "psutil"}
 
 
 def test_a_run_without_a_terminal_imports_no_progress_bar_and_no_hashlib(pair):

@@ -14,6 +14,7 @@ from streamshard.disk.system import system
 from streamshard.engine.shard_task import parts_of
 from streamshard.errors import UsageError
 from streamshard.limits import fitting
+from streamshard.tensors.kernel import chosen
 from streamshard.tensors.workspace import Held
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int |
             )
         while needed(count) > max_memory:
             count -= 1
-    return fitting(count, needed(1) - needed(0))
+    return fitting(count, needed(1) - needed(0), blas=chosen() == "numpy")
 
 
 def workers_or_default(workers: int | None) -> int:

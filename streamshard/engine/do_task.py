@@ -80,11 +80,7 @@ def _opened(
     """What a task needs, opened if the caller has not done it."""
     with contextlib.ExitStack() as stack:
         if work is None:
-            from threadpoolctl import threadpool_limits
-
             work = Workspace(stack.enter_context(contextlib.closing(Files(task.stamps))))
-            # The bits of a product depend on the number of threads.
-            stack.enter_context(threadpool_limits(1, user_api="blas"))
         if output is None:
             output = stack.enter_context(OutputFile(task.path, task.file_nbytes, again=True))
         yield work, output

@@ -58,8 +58,6 @@ def share(
 
     `work` should call `stop.check` now and then. The first error ends the run and is raised here.
     """
-    from threadpoolctl import threadpool_limits
-
     taken, lock = iter(items), threading.Lock()
 
     held = Held(workers)
@@ -76,11 +74,7 @@ def share(
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             stop.fail(error)
 
-    with (
-        contextlib.closing(Files()) as files,
-        # One BLAS thread a worker: the bits of a product depend on the number of threads.
-        threadpool_limits(1, user_api="blas"),
-    ):
+    with contextlib.closing(Files()) as files:
         threads = [_thread(loop) for _ in range(workers)]
         try:
             for place, thread in enumerate(threads):

@@ -73,7 +73,8 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
         own = np.zeros(3)
         for W, D in _tiles(piece, start, stop, work):
             weight, update = W.astype(np.float64).ravel(), D.astype(np.float64).ravel()
-            own += np.dot(weight, update), np.dot(weight, weight), np.dot(update, update)
+            pairs = (weight, update), (weight, weight), (update, update)
+            own += [np.einsum("i,i->", *pair) for pair in pairs]
             count += W.size
         if own[2]:
             each.append(own[0] / own[2])

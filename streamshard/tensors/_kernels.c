@@ -460,7 +460,7 @@ PyDoc_STRVAR(merge_doc,
     "left to the caller. With `sums` (high, low and bound for each row or column) nothing is\n"
     "rounded: squares of the sums are added to these. The kernel's file says what the bounds are.");
 
-static PyObject *merge(PyObject *self, PyObject *args)
+static PyObject *merge(PyObject *Py_UNUSED(self), PyObject *args)
 {
     PyObject *old, *out, *panels, *norms, *left, *scaled, *row_norms, *ends, *scales, *factor, *sums;
     PyObject *result = NULL;
@@ -481,7 +481,7 @@ static PyObject *merge(PyObject *self, PyObject *args)
         return PyErr_Format(PyExc_ValueError, "no kernel %s here", name);
     if ((job.old_type = type_of(old_type)) < 0 || (job.out_type = type_of(out_type)) < 0)
         return NULL;
-    if (!job.wide && (job.out_type == F32 || factor != Py_None || sums != Py_None)) {
+    if (!job.wide && (job.out_type != BF16 || factor != Py_None || sums != Py_None)) {
         PyErr_SetString(PyExc_ValueError, "fp32 is not enough for this");
         return NULL;
     }
@@ -548,7 +548,7 @@ PyDoc_STRVAR(distance_bf16_doc,
     "distance_bf16(one, other) -> float\n\n"
     "Sum in fp64 of the squared differences of two buffers of as many bfloat16.");
 
-static PyObject *distance_bf16(PyObject *self, PyObject *args)
+static PyObject *distance_bf16(PyObject *Py_UNUSED(self), PyObject *args)
 {
     Py_buffer one, other;
     if (!PyArg_ParseTuple(args, "y*y*", &one, &other))
@@ -573,7 +573,7 @@ static PyObject *distance_bf16(PyObject *self, PyObject *args)
 
 PyDoc_STRVAR(names_doc, "names() -> tuple\n\nThe kernels that this machine can run, the best first.");
 
-static PyObject *names(PyObject *self, PyObject *args)
+static PyObject *names(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(args))
 {
     int count = 0;
     while (count < 3 && kernels[count].name != NULL)

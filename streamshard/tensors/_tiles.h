@@ -131,16 +131,14 @@ static void NAME(narrow)(const float *from, int type, void *to)
     }
 }
 
-/* Rounds PANEL sums to BF16 or F16; returns a bit for each that is not proven right. */
-static inline __attribute__((always_inline)) uint64_t
-NAME(round)(const float *w, const float *update, const float *norms, float norm, const job_t *job,
-            const int type, float *rounded)
+/* Rounds PANEL sums in fp32 to BF16; returns a bit for each that is not proven right. */
+static inline uint64_t NAME(round)(const float *w, const float *update, const float *norms, float norm,
+                                   const job_t *job, float *rounded)
 {
-    /* Bits that are dropped, and how near the lower end of a binade the next boundary is. */
-    const uint32_t drop = type == BF16 ? 16 : 13, half = 1u << (drop - 1), mask = 2 * half - 1;
-    const float share = type == BF16 ? 0x1p-10f : 0x1p-13f;
-    const float least = type == BF16 ? 0x1p-126f : 0x1p-14f;
-    const float most = type == BF16 ? 0x1p127f : 0x1p15f;
+    /* Bits that are dropped; below a power of two the next boundary is half as far away, which `share`
+     * is half of. What is subnormal or may overflow is settled elsewhere. */
+    const uint32_t drop = 16, half = 1u << (drop - 1), mask = 2 * half - 1;
+    const float share = 0x1p-10f, least = 0x1p-126f, most = 0x1p127f;
     uint64_t proven = 0;
     vf c = SPLATF(job->bound), tiny = SPLATF(job->tiny), n = SPLATF(norm);
     for (int i = 0; i < PANEL; i += LF) {
@@ -270,9 +268,7 @@ static void NAME(finish)(job_t *job, ptrdiff_t row, ptrdiff_t panel, void *updat
     NAME(widen)(whole ? old : edge, job->old_type, w);
     uint64_t near;
     if (!job->wide) {
-        near = job->out_type == BF16
-                   ? NAME(round)(w, update, norms, norm, job, BF16, rounded)
-                   : NAME(round)(w, update, norms, norm, job, F16, rounded);
+        near = NAME(round)(w, update, norms, norm, job, rounded);
     } else {
         const double *factors = job->by_row ? NULL : job->factor;
         double factor = job->factor != NULL && job->by_row ? job->factor[row] : 1.0;

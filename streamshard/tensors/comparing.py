@@ -88,7 +88,7 @@ def squared_distance(one: Bytes, one_dtype: str, other: Bytes, other_dtype: str)
             stop = start + PART_ELEMENTS
             difference = _float64(one[start * width : stop * width], one_dtype)
             difference -= _float64(other[start * other_width : stop * other_width], other_dtype)
-            total += float(np.dot(difference, difference))
+            total += float(np.sum(np.square(difference, out=difference)))
     return total
 
 

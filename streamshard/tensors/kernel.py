@@ -65,8 +65,8 @@ def _of(asked: str) -> str:
 
 
 def needs_fp64(dtype: str) -> bool:
-    """Whether factors are wanted in fp64: where fp32 proves nothing, and for numpy."""
-    return dtype == "F32" or chosen() == "numpy"
+    """Whether factors are wanted in fp64: where fp32 proves too little, and for numpy."""
+    return dtype != "BF16" or chosen() == "numpy"
 
 
 def merge(job: Job) -> Found:

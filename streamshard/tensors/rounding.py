@@ -181,5 +181,5 @@ def round_block(
     """
     widen(old, old_dtype, base)
     narrow(base, dtype, new, rounded)
-    change = np.subtract(rounded, base, out=rounded).astype(np.float64).reshape(-1)
-    return float(np.dot(change, change))
+    change = np.subtract(rounded, base, out=rounded).astype(np.float64)
+    return float(np.sum(np.square(change, out=change)))
