@@ -78,7 +78,7 @@ def now(name: str, W: Any, A: Any, B: Any, work: Workspace) -> float:
     done = work.changes.total().rechecked
     addition = Addition(_NODES[key], "BF16", wide=name == "numpy")
     addition.merge("BF16", W, out, (0, 0), (0, COLUMNS), work, None)
-    return (work.changes.total().rechecked - done) / W.size
+    return float((work.changes.total().rechecked - done) / W.size)
 
 
 _NODES: dict[str, tuple[LowRank, ...]] = {}
