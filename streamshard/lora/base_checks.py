@@ -14,7 +14,7 @@ import numpy as np
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensor_names import factors_among
 from streamshard.tensors.arrays import Float32
-from streamshard.tensors.computed import TILE_ROWS, Computed
+from streamshard.tensors.computed import TILE_COLUMNS, TILE_ROWS, Computed
 from streamshard.tensors.lazy import Lazy, NotFiniteError, read_float32
 from streamshard.tensors.workspace import Workspace
 
@@ -92,8 +92,11 @@ def _tiles(
     for first in range(0, piece.columns, SPAN_COLUMNS):
         span = first, min(first + SPAN_COLUMNS, piece.columns)
         base = read_float32(piece.source, start, stop, work, span)
-        with contextlib.suppress(NotFiniteError):  # told when it is merged
-            yield base, piece.update(start, stop, *span, work)
+        for column in range(*span, TILE_COLUMNS):
+            last = min(column + TILE_COLUMNS, span[1])
+            with contextlib.suppress(NotFiniteError):  # told when it is merged
+                W = base[:, column - first : last - first]
+                yield W, piece.update(start, stop, column, last, work)
 
 
 def quantization_keys(config: Mapping[str, Any]) -> Iterator[str]:
