@@ -454,8 +454,8 @@ MUTANTS = (
     ),
     Mutant(
         "weight-rounded",
-        "return Fraction(self.scale) * Fraction(self.weight)",
-        "return Fraction(self.scale * self.weight)",
+        "return dyadic(self.scale).times(dyadic(self.weight))",
+        "return dyadic(self.scale * self.weight)",
         "the product of weight and scale is rounded",
         ("test_weight_and_scale_are_multiplied_exactly",),
     ),

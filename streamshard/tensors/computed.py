@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 import numpy as np
 
 from streamshard.tensors.arrays import Bytes, Elements, Float32, Float64
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS
+from streamshard.tensors.exact import Scaled
 from streamshard.tensors.kernel import needs_fp64
 from streamshard.tensors.lazy import (
     Input,
@@ -245,10 +245,10 @@ class Computed(Lazy):
                 sums = whole._sums(strip, work, by_row=False)  # noqa: SLF001
                 values = read_float32(vector, *strip, work).reshape(-1)
 
-                def square(place: int) -> Fraction:
+                def square(place: int) -> Scaled:
                     column = strip[0] + place
                     found = square_of_column(whole.source, whole.terms, column, work)
-                    if not found:
+                    if not found.number:
                         raise zero_norm(0, f"column {column:,}")
                     return found
 
@@ -267,9 +267,9 @@ class Computed(Lazy):
         first = magnitude.start + start
         values = read_float32(magnitude.vector, first, first + stop - start, work).reshape(-1)
 
-        def square(place: int) -> Fraction:
+        def square(place: int) -> Scaled:
             found = square_of_row(self.source, self.terms, start + place, work)
-            if not found:
+            if not found.number:
                 raise zero_norm(start + place, "this row")
             return found
 

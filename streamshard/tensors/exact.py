@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
 from itertools import starmap
 from operator import mul
 from typing import NamedTuple
@@ -35,19 +34,39 @@ UNIT = 149
 
 
 class Scaled(NamedTuple):
-    """`number * 2**exponent`."""
+    """`number * 2**exponent`.
+
+    >>> dyadic(0.75).times(dyadic(-2.0)).nearest(), dyadic(0.1).minus(dyadic(0.1)).number
+    (-1.5, 0)
+    """
 
     number: int
     exponent: int
 
-    def square(self) -> Fraction:
-        """Its square."""
-        return Fraction(self.number * self.number) * Fraction(2) ** (2 * self.exponent)
+    def times(self, other: Scaled) -> Scaled:
+        """The product."""
+        return Scaled(self.number * other.number, self.exponent + other.exponent)
+
+    def minus(self, other: Scaled) -> Scaled:
+        """The difference."""
+        least = min(self.exponent, other.exponent)
+        mine, theirs = (one.number << (one.exponent - least) for one in (self, other))
+        return Scaled(mine - theirs, least)
+
+    def nearest(self) -> float:
+        """As fp64, infinite if that is too large."""
+        try:
+            if self.exponent < 0:
+                return self.number / (1 << -self.exponent)
+            return float(self.number << self.exponent)
+        except OverflowError:
+            return -math.inf if self.number < 0 else math.inf
 
 
-def dyadic(value: Fraction) -> Scaled:
-    """A fraction whose denominator is a power of two."""
-    return Scaled(value.numerator, 1 - value.denominator.bit_length())
+def dyadic(value: float) -> Scaled:
+    """A finite float, exactly."""
+    number, below = value.as_integer_ratio()
+    return Scaled(number, 1 - below.bit_length())
 
 
 def integers(values: Iterable[float]) -> list[int]:
@@ -62,8 +81,8 @@ def total(
 
     Each term is its scale, a row of B and a column of A as `integers` tells them.
 
-    >>> total(1.0, [(Scaled(3, -1), integers([0.5]), integers([2.0]))])[0].square()
-    Fraction(25, 4)
+    >>> total(1.0, [(Scaled(3, -1), integers([0.5]), integers([2.0]))])[0].nearest()
+    2.5
     """
     added = [
         Scaled(scale.number * sum(starmap(mul, zip(left, right, strict=True))), scale.exponent)
@@ -102,17 +121,19 @@ def rounded(value: Scaled, dtype: str, *, more: bool = False) -> float:
     return -found if value.number < 0 else found
 
 
-def root(square: Fraction) -> tuple[Scaled, bool]:
-    """The root of a fraction to at least 60 digits, rounded down, and whether it is more than that.
+def root(above: Scaled, below: Scaled) -> tuple[Scaled, bool]:
+    """The root of a quotient to at least 60 digits, rounded down, and whether it is more than that.
 
-    >>> root(Fraction(1, 4))[0].square(), root(Fraction(2))[1]
-    (Fraction(1, 4), True)
+    >>> root(dyadic(1.0), dyadic(4.0))[0].nearest(), root(dyadic(2.0), dyadic(1.0))[1]
+    (0.5, True)
     """
-    number, divisor = square.numerator, square.denominator
+    number, divisor, exponent = above.number, below.number, above.exponent - below.exponent
+    if exponent % 2:
+        number, exponent = 2 * number, exponent - 1
     shift = 64 - (number.bit_length() - divisor.bit_length()) // 2
     if shift >= 0:
         number <<= 2 * shift
     else:
         divisor <<= -2 * shift
     found = math.isqrt(number // divisor)
-    return Scaled(found, -shift), found * found * divisor != number
+    return Scaled(found, exponent // 2 - shift), found * found * divisor != number

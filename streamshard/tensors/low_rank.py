@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 import numpy as np
 
 from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.dtypes import FLOATS
+from streamshard.tensors.exact import Scaled, dyadic
 from streamshard.tensors.lazy import (
     READ_NBYTES,
     Input,
@@ -140,9 +140,9 @@ class LowRank:
         return replace(self, start=self.start + start, stop=self.start + stop)
 
     @property
-    def exact_scale(self) -> Fraction:
+    def exact_scale(self) -> Scaled:
         """The product of both, exactly."""
-        return Fraction(self.scale) * Fraction(self.weight)
+        return dyadic(self.scale).times(dyadic(self.weight))
 
     def held(self) -> tuple[Lazy, ...]:
         """What is kept in memory as a whole."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 
 import numpy as np
 
 from streamshard.tensors.arrays import Float32, Float64
-from streamshard.tensors.exact import root
+from streamshard.tensors.exact import Scaled, dyadic, root
 from streamshard.tensors.open_elements import Scaling
 from streamshard.tensors.panels import PANEL
 
@@ -38,9 +37,9 @@ class Scale:
     safe: bool
     by_row: bool
     magnitudes: Float32
-    square: Callable[[int], Fraction]
+    square: Callable[[int], Scaled]
     first: int = 0
-    squares: dict[int, Fraction] = field(default_factory=dict)
+    squares: dict[int, Scaled] = field(default_factory=dict)
 
     def of_rows(self, inner: tuple[slice, slice]) -> Scale:
         """The like for some rows of the window."""
@@ -65,7 +64,7 @@ def scale_of(
     magnitudes: Float32,
     sums: Float64,
     bound: float,
-    square: Callable[[int], Fraction],
+    square: Callable[[int], Scaled],
     *,
     by_row: bool,
 ) -> Scale:
@@ -82,13 +81,9 @@ def scale_of(
     scale = Scale(factors, 0.0, True, by_row, magnitudes, square)  # noqa: FBT003
     for place in np.flatnonzero(~known).tolist():
         exact = scale.exactly(*((place, 0) if by_row else (0, place)))
-        m = Fraction(exact.magnitude)
-        size, _ = root(m * m / exact.square) if m else (None, False)
-        factors[place] = 0.0
-        if size is not None and size.number.bit_length() + size.exponent < 1000:
-            factors[place] = math.copysign(math.ldexp(size.number, size.exponent), float(m))
-        elif size is not None:
-            factors[place] = math.inf
+        m = dyadic(exact.magnitude)
+        size = root(m.times(m), exact.square)[0].nearest() if m.number else 0.0
+        factors[place] = math.copysign(size, exact.magnitude)
     sizes = np.abs(factors[magnitudes != 0])
     safe = bool(np.all((sizes > _SAFE[0]) & (sizes < _SAFE[1])))
     slack = float(off[known].max(initial=0.0)) + 2.0**-50

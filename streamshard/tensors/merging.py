@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from streamshard.tensors import kernel
 from streamshard.tensors.arrays import Elements, Float64
-from streamshard.tensors.exact import Scaled, dyadic, integers
+from streamshard.tensors.exact import Scaled, integers
 from streamshard.tensors.kernel import Found, Job
 from streamshard.tensors.low_rank import LowRank
 from streamshard.tensors.magnitudes import Scale
@@ -155,7 +155,7 @@ class Addition:
         places = places[np.lexsort((places[:, 1], places[:, 0]))]
         bases = np.empty((1, len(places)), np.float32)
         widen(old[places[:, 0], places[:, 1]].reshape(1, -1), old_dtype, bases)
-        scales = [dyadic(scale) for scale in bounds_of(self.terms).exact]
+        scales = bounds_of(self.terms).exact
         found = np.empty_like(bases)
         for number, (row, column) in enumerate(places.tolist()):
             terms = part.factors(self.terms, scales, row, column)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
@@ -26,7 +25,7 @@ class Scaling:
     """DoRA's `m / |V|` of an element: `m`, and the square of the norm."""
 
     magnitude: float
-    square: Fraction
+    square: Scaled
 
 
 def element(
@@ -46,9 +45,10 @@ def element(
     more = False
     if scaling is not None and value.number:
         by = scaling()  # which takes all of a row or column
-        m = dyadic(Fraction(by.magnitude))
+        m = dyadic(by.magnitude)
         if m.number:
-            size, more = root(m.square() * value.square() / by.square)
+            scaled = m.times(value)
+            size, more = root(scaled.times(scaled), by.square)
             negative = (m.number < 0) != (value.number < 0)
             value = size._replace(number=-size.number if negative else size.number)
         else:
@@ -62,33 +62,35 @@ def element(
     return found
 
 
-def square_of_row(source: Lazy, terms: tuple[LowRank, ...], row: int, work: Workspace) -> Fraction:
+def square_of_row(source: Lazy, terms: tuple[LowRank, ...], row: int, work: Workspace) -> Scaled:
     """The sum of the squares of a row of what is added up, exactly."""
     lefts = [
         integers(read_float32(t.B, t.start + row, t.start + row + 1, work)[0].tolist())
         for t in terms
     ]
-    found = Fraction(0)
+    found = Scaled(0, 0)
     for first in range(0, source.columns, _STEP):
         span = first, min(first + _STEP, source.columns)
         bases = read_float32(source, row, row + 1, work, span)[0]
         rights = [read_float32(t.A, 0, t.A.rows, work, span).T for t in terms]
-        found += _squares(row, bases, terms, _one_by_one(lefts, rights))
+        more = _squares(row, bases, terms, _one_by_one(lefts, rights))
+        found = Scaled(found.number + more.number, more.exponent)
     return found
 
 
 def square_of_column(
     source: Lazy, terms: tuple[LowRank, ...], column: int, work: Workspace
-) -> Fraction:
+) -> Scaled:
     """The like of a column."""
     span = column, column + 1
     rights = [integers(read_float32(t.A, 0, t.A.rows, work, span)[:, 0].tolist()) for t in terms]
-    found = Fraction(0)
+    found = Scaled(0, 0)
     for row in range(0, source.rows, _STEP):
         end = min(row + _STEP, source.rows)
         bases = read_float32(source, row, end, work, span)[:, 0]
         lefts = [read_float32(t.B, t.start + row, t.start + end, work) for t in terms]
-        found += _squares(row, bases, terms, _one_by_one(rights, lefts))
+        more = _squares(row, bases, terms, _one_by_one(rights, lefts))
+        found = Scaled(found.number + more.number, more.exponent)
     return found
 
 
@@ -104,8 +106,8 @@ def _squares(
     bases: np.ndarray,
     terms: tuple[LowRank, ...],
     factors: Iterator[list[tuple[list[int], list[int]]]],
-) -> Fraction:
-    scales = [dyadic(term.exact_scale) for term in terms]
+) -> Scaled:
+    scales = [term.exact_scale for term in terms]
     found, exponent = 0, 0
     for base, own in zip(bases.tolist(), factors, strict=True):
         if not np.isfinite(base):
@@ -113,4 +115,4 @@ def _squares(
         value, _ = total(base, [(scale, *pair) for scale, pair in zip(scales, own, strict=True)])
         found += value.number * value.number
         exponent = value.exponent  # that of the scales, and the same for all
-    return Fraction(found) * Fraction(2) ** (2 * exponent)
+    return Scaled(found, 2 * exponent)

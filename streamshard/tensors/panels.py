@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from streamshard.tensors.arrays import Float32, Float64
+from streamshard.tensors.exact import Scaled, dyadic
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
 from streamshard.tensors.low_rank import LowRank
 from streamshard.tensors.workspace import Workspace
@@ -57,7 +57,7 @@ class Bounds(NamedTuple):
 
     ends: npt.NDArray[np.int64]
     scales: Float64
-    exact: tuple[Fraction, ...]
+    exact: tuple[Scaled, ...]
     safe: bool
     narrow: float
     tiny: float
@@ -71,12 +71,12 @@ def bounds_of(terms: Sequence[LowRank]) -> Bounds:
     exact = tuple(term.exact_scale for term in terms)
     scales = np.zeros((len(terms), 2))
     for place, scale in enumerate(exact):
-        high = _nearest(scale)
-        low = float(scale - Fraction(high)) if math.isfinite(high) else 0.0
+        high = scale.nearest()
+        low = scale.minus(dyadic(high)).nearest() if math.isfinite(high) else 0.0
         scales[place] = high, low
     sizes = np.abs(scales[:, 0])
     safe = bool(np.all((sizes == 0) | ((sizes > _SAFE[0]) & (sizes < _SAFE[1])))) and all(
-        scale or not term.scale * term.weight for scale, term in zip(exact, terms, strict=True)
+        high or not scale.number for high, scale in zip(sizes, exact, strict=True)
     )
     narrow = min(rank, _CHUNK) + -(-rank // _CHUNK) + 3
     return Bounds(
@@ -88,13 +88,6 @@ def bounds_of(terms: Sequence[LowRank]) -> Bounds:
         (rank + 8) * 2.0**-149,
         (rank + len(terms) + 6) * 2.0**-53,
     )
-
-
-def _nearest(value: Fraction) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return -math.inf if value < 0 else math.inf
 
 
 def panels_of(terms: Sequence[LowRank], strip: tuple[int, int], work: Workspace) -> Panels:
@@ -162,7 +155,7 @@ def rows_of(terms: Sequence[LowRank], row: int, work: Workspace, *, wide: bool) 
                 exact = np.multiply(part, scale, dtype=np.float64)
                 scaled[:count][own] = exact
                 size = np.sqrt(np.square(part, dtype=np.float64).sum(1)) * abs(scale)
-                if term.exact_scale:
+                if term.exact_scale.number:
                     size = np.where(part.any(1), np.maximum(size, _SMALLEST), 0)
                 if not wide:
                     tiny = (np.abs(exact) < 2.0**-126) & (part != 0)

@@ -452,7 +452,8 @@ def test_a_kernel_that_is_not_there(monkeypatch):
 )
 def test_rounding_of_integers_is_that_of_fractions(value, exponent, dtype):
     value *= Fraction(2) ** exponent
-    assert exact.rounded(exact.dyadic(value), dtype) == exactly.nearest(value, dtype)
+    scaled = exact.Scaled(value.numerator, 1 - value.denominator.bit_length())
+    assert exact.rounded(scaled, dtype) == exactly.nearest(value, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
