@@ -14,7 +14,7 @@ import numpy as np
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensor_names import factors_among
 from streamshard.tensors.arrays import Float32
-from streamshard.tensors.computed import TILE_COLUMNS, TILE_ROWS, Computed
+from streamshard.tensors.computed import TILE_ROWS, Computed
 from streamshard.tensors.lazy import Lazy, NotFiniteError, read_float32
 from streamshard.tensors.workspace import Workspace
 
@@ -29,7 +29,7 @@ _QUANTIZED = re.compile(
 # Elements of the base that are looked at, a tile of rows from each tensor, and tensors.
 SAMPLE_ELEMENTS = 32_000_000
 SAMPLE_TENSORS = 512
-SPAN_COLUMNS = 8192  # looked at at a time
+SPAN_ROWS, SPAN_COLUMNS = 32, 4096  # looked at at a time
 
 
 def check_not_merged(where: str, tensors: Iterable[Lazy], work: Workspace) -> None:
@@ -89,14 +89,13 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
 def _tiles(
     piece: Computed, start: int, stop: int, work: Workspace
 ) -> Iterator[tuple[Float32, Float32]]:
-    for first in range(0, piece.columns, SPAN_COLUMNS):
-        span = first, min(first + SPAN_COLUMNS, piece.columns)
-        base = read_float32(piece.source, start, stop, work, span)
-        for column in range(*span, TILE_COLUMNS):
-            last = min(column + TILE_COLUMNS, span[1])
+    for row in range(start, stop, SPAN_ROWS):
+        end = min(row + SPAN_ROWS, stop)
+        for first in range(0, piece.columns, SPAN_COLUMNS):
+            span = first, min(first + SPAN_COLUMNS, piece.columns)
             with contextlib.suppress(NotFiniteError):  # told when it is merged
-                W = base[:, column - first : last - first]
-                yield W, piece.update(start, stop, column, last, work)
+                update = piece.update(row, end, *span, work)
+                yield read_float32(piece.source, row, end, work, span), update
 
 
 def quantization_keys(config: Mapping[str, Any]) -> Iterator[str]:
