@@ -511,8 +511,8 @@ MUTANTS = (
     ),
     Mutant(
         "first-fit-taken",
-        "    if len(different) > 1:",
-        "    if False:",
+        "        if len(found) > 1:\n            examples",
+        "        if False:\n            examples",
         "names that fit in two ways are taken in the first",
         ("test_names_that_fit_in_two_ways_are_refused",),
     ),

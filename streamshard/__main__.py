@@ -5,21 +5,23 @@ Light, so that what comes before the imports is over at once: an interrupt is no
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from types import FrameType
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Import the command line and run it."""
-    if (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if threading.current_thread() is threading.main_thread():
+        usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}
+        for name, handler in usual.items():
+            if signal.getsignal(getattr(signal, name)) is handler:
+                signal.signal(getattr(signal, name), _end)
     from streamshard.extras import explained
 
     try:
@@ -30,8 +32,27 @@ def main() -> None:
             raise
         if sys.stderr is not None:
             sys.stderr.write(f"error: {missing}\n")
+        _put_document(type(missing).__name__, missing.exit_code, str(missing))
         sys.exit(missing.exit_code)
     run()
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    """End by a signal that came before anything was begun."""
+    kind, code = ("Interrupted", 130) if number == signal.SIGINT else ("Terminated", 143)
+    _put_document(kind, code, f"{kind}. Nothing was written: run the same command again.")
+    os._exit(code)
+
+
+def _put_document(kind: str, code: int, message: str) -> None:
+    """What `--json` prints of an error, where the command line is not imported yet."""
+    arguments = sys.argv[1:]
+    if "--json" in arguments[: arguments.index("--") if "--" in arguments else None]:
+        import json
+
+        document = {"error": {"type": kind, "exit_code": code, "message": message}}
+        with contextlib.suppress(OSError):
+            os.write(1, f"{json.dumps(document)}\n".encode())
 
 
 if __name__ == "__main__":

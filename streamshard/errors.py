@@ -22,6 +22,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "WriteError",
+    "argument",
     "escaped",
     "listed",
     "nearest",
@@ -146,6 +147,17 @@ def listed(names: Iterable[str], limit: int = 5) -> str:
     shown = ", ".join(f"'{printable(name)}'" for name in every[:limit])
     rest = len(every) - limit
     return f"{shown} and {rest:,} more" if rest > 0 else shown
+
+
+def argument(path: object) -> str:
+    """A path as it can be pasted into a command, for messages that show one in backquotes.
+
+    >>> print(f"`verify {argument('my files')}`")
+    `verify 'my files'`
+    """
+    import shlex
+
+    return shlex.quote(printable(str(path), 4000))
 
 
 def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:

@@ -15,7 +15,7 @@ __all__ = ["EXTRAS", "explained", "needed_for"]
 
 
 EXTRAS = {
-    "torch": "reading .bin files and wrapping live models",
+    "torch": "wrapping live models",
     "peft": "wrapping live models",
 }
 """The extras, each named like its package, and what it is for."""

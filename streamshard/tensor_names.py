@@ -13,6 +13,7 @@ __all__ = [
     "HEADS",
     "PREFIX",
     "factors_among",
+    "has_words_of_training",
     "is_of_tokens",
     "is_wrapped",
     "peft_prefix",
@@ -73,6 +74,9 @@ def split_key(key: str, *, bare: bool = True) -> tuple[str, str]:
     >>> split_key("module.base_model.model.module.lm_head.weight", bare=False)
     ('module.base_model.model.', 'module.lm_head.weight')
     """
+    if not has_words_of_training(key):  # most keys, and searching for words is quick
+        rest = key.removeprefix(PREFIX)
+        return key[: len(key) - len(rest)], rest
     if not bare:
         match = _OUTSIDE.match(key)
         beginning = match[0] if match else ""
@@ -83,6 +87,12 @@ def split_key(key: str, *, bare: bool = True) -> tuple[str, str]:
     return beginning, _PEFT_ANYWHERE.sub("", plain.removeprefix(beginning))
 
 
+def has_words_of_training(key: str) -> bool:
+    """Whether a key of an adapter has more words of training in it than PEFT's usual prefix."""
+    rest = key.removeprefix(PREFIX)
+    return "module." in rest or "_orig_mod." in rest or PREFIX in rest
+
+
 def split_module(name: str) -> tuple[str, str]:
     """A tensor of an adapter as its module, and what PEFT put behind that.
 
@@ -91,7 +101,9 @@ def split_module(name: str) -> tuple[str, str]:
     """
     mark = _BEHIND.search(name)
     at = len(name) if mark is None else mark.start()
-    return name[:at], _WRAPPERS_INSIDE.sub("", name[at:])
+    behind = name[at:]
+    wrapped = "module." in behind or "_orig_mod." in behind
+    return name[:at], _WRAPPERS_INSIDE.sub("", behind) if wrapped else behind
 
 
 def peft_prefix(name: str) -> re.Match[str] | None:

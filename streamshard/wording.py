@@ -138,19 +138,30 @@ def _keyword(found: re.Match[str], known: Collection[str] | None) -> str:
 
 
 def _call(found: re.Match[str]) -> str:
-    """A whole command as a call."""
-    words = found["rest"].split()
+    """A whole command as a call; what is no word in capitals stands for itself."""
+    import shlex
+
+    try:
+        words = shlex.split(found["rest"])
+    except ValueError:  # an apostrophe: no command after all
+        return found[0]
+    function = _FUNCTIONS[found["command"]]
+    positional = [name for name in ("checkpoint", "path", "a", "b") if name in KEYWORDS[function]]
     arguments = []
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            arguments.append(f"checkpoint={word}")
+            arguments.append(f"{positional.pop(0)}={_value(word)}" if positional else _value(word))
             continue
         name = word[2:].replace("-", "_")
-        value = "True" if name in _FLAGS or not words else words.pop(0)
-        quoted = value in _CHOICES.get(name, "").split("|")
-        arguments.append(f'{name}="{value}"' if quoted else f"{name}={value}")
-    return f"`streamshard.{_FUNCTIONS[found['command']]}({', '.join(arguments)})`"
+        value = "True" if name in _FLAGS or not words else _value(words.pop(0))
+        arguments.append(f"{name}={value}")
+    return f"`streamshard.{function}({', '.join(arguments)})`"
+
+
+def _value(word: str) -> str:
+    plain = re.fullmatch(r"[A-Z]+|\d+", word)
+    return word if plain else f'"{word}"'
 
 
 def _owner(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Adapters on disk: an adapter folder, or a `.bin` file in it, as config and lazy tensors."""
+"""Adapters on disk: a folder with a config, and tensors in one file or in several with an index."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from typing import Any
 from streamshard.checkpoint.file_names import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
+    ADAPTER_NAMES,
     MODEL_CONFIG_NAME,
     PICKLED_ADAPTER_NAME,
     SUFFIX,
 )
-from streamshard.checkpoint.folder import has, no_such
+from streamshard.checkpoint.folder import no_such
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
+from streamshard.checkpoint.no_adapter import checkpoint_instead
+from streamshard.checkpoint.other_folders import what_instead
+from streamshard.checkpoint.trained_beside import TrainedFile, trained_beside
+from streamshard.checkpoint.weight_files import find_weights, has, open_listed
 from streamshard.disk.existence import is_file, is_folder, is_there, names_in
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
@@ -29,12 +34,23 @@ __all__ = ["AdapterFolder", "is_adapter", "open_adapter"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """A PEFT adapter as found on disk: its config, its tensors, and the file they are in."""
+    """A PEFT adapter as found on disk: its config, its tensors, and the file or index that has them.
+
+    `files` are the weight files by name, each with its tensors; `beside` what else in the folder has
+    trained weights, and `warnings` what is to be said of that.
+    """
 
     path: Path
     file: Path
     config: dict[str, Any]
-    tensors: Mapping[str, Lazy]
+    files: Mapping[str, Mapping[str, Lazy]]
+    beside: tuple[TrainedFile, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Lazy]:
+        """All tensors of the adapter's own files."""
+        return {name: tensor for file in self.files.values() for name, tensor in file.items()}
 
 
 def is_adapter(folder: Path, names: Collection[str]) -> bool:
@@ -44,7 +60,7 @@ def is_adapter(folder: Path, names: Collection[str]) -> bool:
     """
     if MODEL_CONFIG_NAME in names:
         return False
-    return any(is_file(folder / name) for name in (ADAPTER_NAME, PICKLED_ADAPTER_NAME)) or (
+    return any(is_file(folder / name) for both in ADAPTER_NAMES for name in both) or (
         ADAPTER_CONFIG_NAME in names and not any(name.endswith(SUFFIX) for name in names)
     )
 
@@ -52,8 +68,7 @@ def is_adapter(folder: Path, names: Collection[str]) -> bool:
 def open_adapter(path: PathLike) -> AdapterFolder:
     """Open a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
 
-    A `.bin` is read with torch's `weights_only=True`, so it cannot run code. Raises `InputError`
-    or `AdapterError`.
+    Several weight files need an index of that name. Raises `InputError` or `AdapterError`.
     """
     path = input_path(path, "an adapter")
     with reading(path):
@@ -61,8 +76,11 @@ def open_adapter(path: PathLike) -> AdapterFolder:
 
 
 def _open_adapter(path: Path) -> AdapterFolder:
-    if is_file(path) and path.name.startswith("adapter_model."):
+    if is_file(path) and path.name.startswith("adapter_model"):
         path = path.parent
+    if is_file(path):
+        hint = checkpoint_instead(path) or "Give the folder that it is in."
+        raise InputError.at(path, f"is a file; an adapter is a folder. {hint}")
     if not is_folder(path):
         raise no_such(path, "adapter folder")
     if not has(path / ADAPTER_CONFIG_NAME):
@@ -70,25 +88,37 @@ def _open_adapter(path: Path) -> AdapterFolder:
         hint = (
             f"Adapters lie in its sub-folders {listed(inner)}: give one of these."
             if inner
-            else "Give the folder that PEFT's save_pretrained wrote."
+            else what_instead(path)
+            or checkpoint_instead(path)
+            or "Give the folder that PEFT's save_pretrained wrote."
         )
         raise InputError.at(path, f"has no {ADAPTER_CONFIG_NAME}. {hint}")
     config = read_json_object(path / ADAPTER_CONFIG_NAME)
-    file = path / ADAPTER_NAME
-    if has(file):
-        tensors: Mapping[str, Lazy] = read_header(file).tensors
-    elif has(path / PICKLED_ADAPTER_NAME):
-        file = path / PICKLED_ADAPTER_NAME
-        tensors = _unpickle(file)
-    else:
+    file = find_weights(path, ADAPTER_NAMES)
+    if file is None:
         raise InputError.at(
             path,
-            f"has neither {ADAPTER_NAME} nor {PICKLED_ADAPTER_NAME}."
-            " The folder is incomplete: copy or save the adapter again.",
+            f"has neither {ADAPTER_NAME} nor {PICKLED_ADAPTER_NAME}. "
+            + (what_instead(path) or "The folder is incomplete: copy or save the adapter again."),
         )
-    if not tensors:
+    files = {name: opened.tensors for name, opened in open_listed(file, _opened).items()}
+    if not any(files.values()):
         raise AdapterError.at(file, "has no tensors; there is nothing to merge.")
-    return AdapterFolder(path, file, config, tensors)
+    beside, warnings = trained_beside(path, files)
+    return AdapterFolder(path, file, config, files, beside, warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    tensors: Mapping[str, Lazy]
+
+
+def _opened(file: Path) -> _File:
+    if file.name.endswith(SUFFIX):
+        return _File(read_header(file).tensors)
+    from streamshard.checkpoint.pickled import read_pickled
+
+    return _File(read_pickled(file))
 
 
 def _folders_of_adapters(path: Path) -> Iterator[str]:
@@ -98,9 +128,3 @@ def _folders_of_adapters(path: Path) -> Iterator[str]:
             with contextlib.suppress(PermissionError):
                 if is_there(path / name / ADAPTER_CONFIG_NAME):
                     yield name
-
-
-def _unpickle(file: Path) -> dict[str, Lazy]:
-    from streamshard.checkpoint.pickled import read_pickled  # imports torch
-
-    return read_pickled(file)

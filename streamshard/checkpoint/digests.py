@@ -7,7 +7,7 @@ of their bytes: so tensors may be written in any order. Other files: the digest 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -104,6 +104,16 @@ def file_digest(path: Path) -> str:
     """The digest of the whole content of a file."""
     digest = new_digest()
     hash_file(path, digest)
+    return digest.hexdigest()
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """The digest of one file, or of the digests of several."""
+    if len(paths) == 1:
+        return file_digest(paths[0])
+    digest = new_digest()
+    for path in paths:
+        digest.update(file_digest(path).encode())
     return digest.hexdigest()
 
 

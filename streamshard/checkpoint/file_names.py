@@ -7,10 +7,13 @@ beside a checkpoint.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 __all__ = [
     "ADAPTER_CONFIG_NAME",
     "ADAPTER_NAME",
+    "ADAPTER_NAMES",
+    "CHECKPOINT_NAMES",
     "CODE",
     "CONFIGS",
     "INDEX_NAME",
@@ -18,6 +21,7 @@ __all__ = [
     "MODEL_CONFIG_NAME",
     "NOT_CARRIED",
     "NOT_ENTERED",
+    "PICKLED",
     "PICKLED_ADAPTER_NAME",
     "REPORT_NAME",
     "SINGLE_NAME",
@@ -25,12 +29,25 @@ __all__ = [
     "TEMPLATE",
     "TEMPLATES",
     "TOKENIZER",
+    "TRAINING_STATE",
     "WEIGHTS",
+    "Names",
     "numbered",
+    "written_name",
 ]
 
 
 SUFFIX = ".safetensors"
+PICKLED = (".bin", ".pt", ".pth")
+"""How files of torch end; only the first occurs in an index."""
+
+
+class Names(NamedTuple):
+    """What the index of several weight files is called, and what one file alone."""
+
+    index_name: str
+    single: str
+
 
 # A checkpoint.
 MODEL_CONFIG_NAME = "config.json"
@@ -41,6 +58,16 @@ INDEX_NAME = f"{SINGLE_NAME}.index.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = f"adapter_model{SUFFIX}"
 PICKLED_ADAPTER_NAME = "adapter_model.bin"
+
+# The names of weights, in the order in which loaders look for them.
+CHECKPOINT_NAMES = (
+    Names(INDEX_NAME, SINGLE_NAME),
+    Names("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+ADAPTER_NAMES = (
+    Names(f"{ADAPTER_NAME}.index.json", ADAPTER_NAME),
+    Names(f"{PICKLED_ADAPTER_NAME}.index.json", PICKLED_ADAPTER_NAME),
+)
 
 # Ours: what an output is recorded in, and what a run that is not finished is.
 REPORT_NAME = "streamshard.json"
@@ -55,6 +82,25 @@ def numbered(number: int, count: int) -> str:
     """
     return f"model-{number:05d}-of-{count:05d}{SUFFIX}"
 
+
+def written_name(name: str) -> str:
+    """What the file is called that is written for a weight file of this name.
+
+    >>> written_name("pytorch_model-00001-of-00004.bin")
+    'model-00001-of-00004.safetensors'
+    """
+    stem, dot, end = name.rpartition(".")
+    return f"{stem.removeprefix('pytorch_')}{SUFFIX}" if f"{dot}{end}" in PICKLED else name
+
+
+# What a trainer needs to go on, and no part of a model; heads of reward models are used in training only.
+TRAINING_STATE = re.compile(
+    r"(?:optimizer|optim|scheduler|lr_scheduler|scaler|sampler|rng_state|random_states?|training_args"
+    r"|dataloader|dl_state_dict|custom_checkpoint|value_head|v_head|vhead|trainer_state)"
+    r"(?:[-_.].*)?\.(?:safetensors|bin|pt|pth)"
+    r"|.*_(?:optim|model)_states\.pt",
+    re.IGNORECASE | re.DOTALL,
+)
 
 # Names may have line ends too, which only DOTALL passes over.
 _KNOWN_WEIGHTS = "safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx"

@@ -6,45 +6,51 @@ Opening reads headers and JSON only. Nothing found in these files is executed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.file_names import (
-    ADAPTER_CONFIG_NAME,
-    INDEX_NAME,
+    CHECKPOINT_NAMES,
     MODEL_CONFIG_NAME,
     NOT_CARRIED,
     NOT_ENTERED,
-    SINGLE_NAME,
     SUFFIX,
     TEMPLATE,
     TEMPLATES,
     TOKENIZER,
+    TRAINING_STATE,
+    written_name,
 )
-from streamshard.checkpoint.header import Header, read_header
-from streamshard.checkpoint.json_files import MAX_JSON_BYTES, parse_index, read_json_object
-from streamshard.disk.existence import is_file, is_folder, is_link, is_there, names_in, walked
-from streamshard.disk.files import read_bytes
+from streamshard.checkpoint.header import Header
+from streamshard.checkpoint.json_files import read_json_object
+from streamshard.checkpoint.lfs_pointers import MAX_POINTER_NBYTES, check_pointer
+from streamshard.checkpoint.nothing_there import instead
+from streamshard.checkpoint.weight_files import (
+    has,
+    has_weights,
+    is_weight_file,
+    open_weights,
+    read_weights,
+)
+from streamshard.disk.existence import (
+    found,
+    is_file,
+    is_folder,
+    is_link,
+    is_there,
+    names_in,
+    walked,
+)
+from streamshard.disk.files import open_source
+from streamshard.disk.inputs import Inputs
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, listed, printable
 from streamshard.tensors.lazy import Stored
 
-__all__ = [
-    "Checkpoint",
-    "has",
-    "no_such",
-    "open_checkpoint",
-    "open_weights",
-    "outside",
-    "tokenizer_files",
-]
-
-
-MAX_NAME_NBYTES = 255  # what file systems take
+__all__ = ["Checkpoint", "no_such", "open_checkpoint", "outside", "tokenizer_files"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,8 @@ class Checkpoint:
 
     `tensors` are in file order, shard after shard; `metadata` is each file's, by the file's name.
     `config` is None where there is no `config.json`; `side_files` are what lies beside the weights
-    and is carried along, by name relative to the folder.
+    and is carried along, by name relative to the folder. `unlisted` are names of weight files beside
+    those of the checkpoint, in the same folder, which are no part of it.
     """
 
     path: Path
@@ -61,142 +68,59 @@ class Checkpoint:
     metadata: dict[str, dict[str, str]]
     config: dict[str, Any] | None
     side_files: dict[str, Path] = field(repr=False)
+    unlisted: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of weights in the folder that are not used."""
+        if not self.unlisted:
+            return []
+        return [
+            f"{printable(str(self.path))}: {listed(self.unlisted)} beside the weights of the checkpoint "
+            "were not used: neither its index nor the names that loaders know tell that they belong to it"
+        ]
 
     def shard_of(self, name: str) -> str:
-        """The name of the file that a tensor is in."""
-        return Path(self.tensors[name].path).name
+        """The name of the file that a tensor is in, as a file of safetensors."""
+        return written_name(Path(self.tensors[name].path).name)
 
 
 def open_checkpoint(path: PathLike, *, needs_weights: bool = True) -> Checkpoint:
-    """Open a folder with an index, a folder with one `.safetensors` file, or such a file itself.
+    """Open a folder with an index, a folder with one weight file, or such a file itself.
 
-    A bare file has neither config nor side files. A folder without weights is accepted only if
-    they are not needed. Raises `InputError` for what is missing, malformed or ambiguous,
-    `ReadError` for what cannot be read.
+    Weights are safetensors, or what torch saved (`.bin`). What lies beside a file that is given itself
+    goes with it, if a `config.json` is there. A folder without weights is accepted only if they are not
+    needed. Raises `InputError` for what is missing, malformed or ambiguous, `ReadError` for what cannot
+    be read.
     """
     path = input_path(path, "a checkpoint")
     with reading(path):
         if not is_there(path):
             raise no_such(path, "file or folder")
-        if is_file(path) and path.suffix != SUFFIX:
-            raise InputError.at(path, f"is no {SUFFIX} file. Give the checkpoint's folder.")
         if is_file(path):
-            header = read_header(path)
-            return _checkpoint(path, {path.name: header}, None, {})
+            return _open_file(path)
         if not is_folder(path):
             raise InputError.at(path, "is neither a file nor a folder.")
         config = _read_config(path)
-        if not needs_weights and not _weight_files(path):
-            return Checkpoint(path, {}, {}, config, _side_files(path))
-        return _checkpoint(path, open_weights(path), config, _side_files(path))
+        if not needs_weights and not has_weights(path):
+            return Checkpoint(path, {}, {}, config, _beside(path)[0])
+        return _checkpoint(path, open_weights(path), config, *_beside(path))
 
 
-def open_weights(folder: Path) -> dict[str, Header]:
-    """The headers of a folder's weight files, by name: those that its index lists, if it has one."""
-    weights = _find_weights(folder)
-    if weights.name == INDEX_NAME:
-        return _open_index(weights)
-    return {weights.name: read_header(weights)}
+def _open_file(path: Path) -> Checkpoint:
+    if not is_weight_file(path.name):
+        raise InputError.at(path, f"is no {SUFFIX} or .bin file. Give the checkpoint's folder.")
+    headers = {path.name: read_weights(path)}
+    indexes = [path.parent / names.index_name for names in CHECKPOINT_NAMES]
+    # One of several files is not what the config beside it describes.
+    config = None if any(is_file(index) for index in indexes) else _read_config(path.parent)
+    side_files = {} if config is None else _beside(path.parent)[0]
+    return _checkpoint(path, headers, config, side_files, [])
 
 
 def no_such(path: Path, what: str) -> InputError:
     """The error for a path at which nothing is."""
-    hint = "Check the path."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", str(path)):
-        hint = "Hub ids are not supported yet: download it (hf download) and give the folder."
-    return InputError.at(path, f"no such {what}. {hint}")
-
-
-def _find_weights(folder: Path) -> Path:
-    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
-    if has(index) and has(single) and not _lists_only(index, SINGLE_NAME):
-        raise InputError.at(
-            folder,
-            f"has both {INDEX_NAME} and {SINGLE_NAME}, and loaders "
-            "disagree on which counts. Remove the stale one.",
-        )
-    for found in (index, single):
-        if has(found):
-            return found
-    others = [p for p in _weight_files(folder) if not p.name.startswith("adapter_") and is_file(p)]
-    if len(others) == 1:
-        return others[0]
-    if others:
-        raise InputError.at(
-            folder,
-            f"has {len(others)} .safetensors files but no {INDEX_NAME}, "
-            "so what belongs together is not known. Add the index, or give one file.",
-        )
-    if is_file(folder / ADAPTER_CONFIG_NAME):
-        raise InputError.at(
-            folder,
-            "is a PEFT adapter, not a checkpoint. "
-            "Pass it as --adapter and the model it was trained on as --base.",
-        )
-    pickles = [name for name in names_in(folder) if fnmatchcase(name, "pytorch_model*.bin")]
-    hint = (
-        f"It has {listed(pickles, 2)}: convert these to safetensors first."
-        if pickles
-        else f"Give a folder with {SINGLE_NAME} or an index."
-    )
-    raise InputError.at(folder, f"has no .safetensors weights. {hint}")
-
-
-def _lists_only(index: Path, name: str) -> bool:
-    """Whether an index says that all tensors are in the one file of this name."""
-    weight_map = parse_index(read_bytes(index, MAX_JSON_BYTES), index).get("weight_map")
-    return isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {name}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    # Not by `glob`, which takes a folder that may not be read for an empty one.
-    return [folder / name for name in names_in(folder) if name.endswith(SUFFIX)]
-
-
-def _open_index(index: Path) -> dict[str, Header]:
-    weight_map = parse_index(read_bytes(index, MAX_JSON_BYTES), index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError.at(index, "has no weight_map from tensor names to file names.")
-    if not weight_map:
-        raise InputError.at(index, "lists no tensors.")
-    headers = {}
-    for name in sorted(set(weight_map.values())):
-        _check_file_name(index, name)
-        file = index.parent / name
-        if not has(file):
-            raise InputError.at(
-                index,
-                f"names '{printable(name)}', which is not in the folder. "
-                "The checkpoint is incomplete: fetch or copy that file.",
-            )
-        headers[name] = read_header(file)
-        # The index shrinks as the headers come: what is left is missing, and never are all names
-        # in memory twice.
-        stray = [t for t in headers[name].tensors if weight_map.pop(t, None) != name]
-        if stray:
-            raise InputError.at(
-                index,
-                f"'{printable(name)}' holds {listed(stray)}, which the index does not "
-                "list there. Files and index are not of one checkpoint.",
-            )
-    if weight_map:
-        raise InputError.at(
-            index,
-            f"lists {listed(weight_map)}, which the files do not hold. "
-            "Files and index are not of one checkpoint.",
-        )
-    return headers
-
-
-def _check_file_name(index: Path, name: str) -> None:
-    # Plain names only: no folder, drive or parent can be expressed, on any platform.
-    plain = re.fullmatch(r"[^/\\:\x00-\x1f]+\.safetensors", name)
-    if plain is None or len(name.encode(errors="replace")) > MAX_NAME_NBYTES:
-        raise InputError.at(
-            index,
-            f"names the file '{printable(name)}'; only .safetensors files of the same "
-            "folder are allowed. The index is damaged or hostile.",
-        )
+    return InputError.at(path, f"no such {what}. {instead(path)}")
 
 
 def _checkpoint(
@@ -204,6 +128,7 @@ def _checkpoint(
     headers: Mapping[str, Header],
     config: dict[str, Any] | None,
     side_files: dict[str, Path],
+    others: Collection[str],
 ) -> Checkpoint:
     tensors: dict[str, Stored] = {}
     for header in headers.values():
@@ -211,12 +136,14 @@ def _checkpoint(
     if not tensors:
         raise InputError.at(path, "holds no tensors.")
     metadata = {file: header.metadata for file, header in headers.items()}
-    return Checkpoint(path, tensors, metadata, config, side_files)
+    unlisted = tuple(name for name in others if name not in headers)
+    return Checkpoint(path, tensors, metadata, config, side_files, unlisted)
 
 
-def _side_files(folder: Path) -> dict[str, Path]:
-    """Everything that is to be carried along, by its name relative to the folder."""
-    found = {}
+def _beside(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Everything that is to be carried along, and weights, by their names relative to the folder."""
+    carried: dict[str, Path] = {}
+    weights: list[str] = []
     for parent, folders, names in walked(folder):
         folders[:] = sorted(name for name in folders if not NOT_ENTERED.fullmatch(name))
         linked = [name for name in folders if is_link(parent / name)]
@@ -230,11 +157,33 @@ def _side_files(folder: Path) -> dict[str, Path]:
         for name in sorted(names):
             file = parent / name
             if NOT_CARRIED.fullmatch(name):
-                continue
-            if has(file):
+                if parent == folder and _is_stranger(name):
+                    weights.append(name)
+            elif has(file):
                 _check_link(folder, file)
-                found[file.relative_to(folder).as_posix()] = file
-    return found
+                _check_fetched(file)
+                carried[file.relative_to(folder).as_posix()] = file
+    return carried, weights
+
+
+def _is_stranger(name: str) -> bool:
+    """Whether weights of this name are to be told of, where they are no part of a checkpoint.
+
+    What a trainer needs to go on is not, nor is what other loaders take for the same model.
+    """
+    same = re.match(r"pytorch_model[-.]|consolidated[-.]", name)
+    return is_weight_file(name) and not (same or TRAINING_STATE.fullmatch(name))
+
+
+def _check_fetched(file: Path) -> None:
+    """Refuse to carry what only stands for a file: the output would be without that."""
+    there = found(file)
+    if there is not None and 0 < there.st_size <= MAX_POINTER_NBYTES:
+        # No input by that: it may never be carried.
+        ended = Inputs()
+        ended.close()
+        with open_source(file, ended) as opened:
+            check_pointer(file, opened.read(0, MAX_POINTER_NBYTES))
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
@@ -243,32 +192,17 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
         names = names_in(folder)
         if TEMPLATES in names and is_folder(folder / TEMPLATES):
             names = [*names, *(f"{TEMPLATES}/{name}" for name in names_in(folder / TEMPLATES))]
-        found = {}
+        files = {}
         for name in sorted(names):
             path = folder / name
             tokenizers = TOKENIZER.fullmatch(name) or TEMPLATE.fullmatch(name)
             if tokenizers and has(path):
                 _check_link(folder, path)
-                found[name] = path
+                _check_fetched(path)
+                files[name] = path
             elif name.endswith(".py") and is_file(path) and not is_link(path):
-                found[name] = path
-        return found
-
-
-def has(file: Path) -> bool:
-    """Whether there is a file of this name, also through a link.
-
-    Raises `InputError` if the name is taken by something that cannot be read like a file: a folder,
-    a pipe or device, which would hang, or a link that leads nowhere.
-    """
-    if is_file(file):
-        return True
-    if is_link(file) and not is_there(file):
-        raise InputError.at(file, "is a link to nothing. Fetch the file or remove the link.")
-    if is_there(file):
-        kind = "a folder" if is_folder(file) else "a pipe, socket or device"
-        raise InputError.at(file, f"is {kind}; a file was expected. Remove it.")
-    return False
+                files[name] = path
+        return files
 
 
 def _check_link(folder: Path, file: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.json_files import parse_prefix, parse_small
+from streamshard.checkpoint.lfs_pointers import check_pointer
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.disk.system import reading, system
@@ -133,6 +134,7 @@ def header_text(path: Path) -> tuple[bytes, int]:
         file_nbytes = file.nbytes
         if file_nbytes < _PREFIX_NBYTES:
             raise _broken(path, f"has only {file_nbytes} bytes; a header needs at least 8")
+        check_pointer(path, file.read(0, 64))
         length = data_start(file) - _PREFIX_NBYTES
         if length > MAX_HEADER_BYTES:
             raise _broken(path, f"claims a header of {length:,} bytes; 100,000,000 is the limit")

@@ -5,6 +5,7 @@ And JSON as it is written: in pieces.
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.lfs_pointers import check_pointer
 from streamshard.disk.files import read_bytes
 from streamshard.errors import InputError, printable
 
@@ -86,6 +88,8 @@ def _decoded(text: bytes, max_values: int) -> str:
     found = sum(text.count(mark) for mark in (b",", b"[", b"{"))
     if found > max_values:
         raise _TooManyError(f"has {found:,} values; {max_values:,} is the limit here.")
+    if text.startswith(codecs.BOM_UTF8):
+        raise ValueError("it begins with a byte order mark (BOM); save it as UTF-8 without one")
     return text.decode()
 
 
@@ -101,7 +105,8 @@ def _told(file: object) -> Iterator[None]:
     except _TooManyError as error:
         raise InputError.at(file, f"{error}") from error
     except UnicodeDecodeError as error:
-        raise InputError.at(file, f"is not UTF-8 (byte {error.start:,}).") from error
+        hint = " Save it as UTF-8, without a byte order mark." if error.start == 0 else ""
+        raise InputError.at(file, f"is not UTF-8 (byte {error.start:,}).{hint}") from error
     except RecursionError as error:
         raise InputError.at(file, "is nested too deeply.") from error
     except ValueError as error:
@@ -253,6 +258,7 @@ def read_json_object(file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
 
 def json_object(text: bytes, file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object that is the content of an untrusted file, which may have so many bytes."""
+    check_pointer(file, text)
     # Text of real files has more bytes a value.
     content = parse_json(text, file, max_bytes // 20)
     if not isinstance(content, dict):

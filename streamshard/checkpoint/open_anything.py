@@ -10,16 +10,16 @@ from typing import Any
 from streamshard.checkpoint.adapter_folder import is_adapter, open_adapter
 from streamshard.checkpoint.file_names import (
     ADAPTER_CONFIG_NAME,
-    ADAPTER_NAME,
+    ADAPTER_NAMES,
     INDEX_NAME,
     MODEL_CONFIG_NAME,
-    PICKLED_ADAPTER_NAME,
     SUFFIX,
 )
-from streamshard.checkpoint.folder import open_checkpoint, open_weights
-from streamshard.checkpoint.header import read_header, total_nbytes
+from streamshard.checkpoint.folder import open_checkpoint
+from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.json_files import MAX_JSON_BYTES, parse_index, read_json_object
 from streamshard.checkpoint.recorded_files import Listing, read_listing
+from streamshard.checkpoint.weight_files import is_weight_file, open_weights, read_weights
 from streamshard.disk.existence import is_file, is_folder
 from streamshard.disk.files import read_bytes
 from streamshard.disk.system import is_unread, reading, system
@@ -29,6 +29,7 @@ from streamshard.tensors.lazy import Lazy
 __all__ = ["Opened", "is_shard", "open_anything"]
 
 
+_ADAPTER_FILES = [names.single for names in ADAPTER_NAMES]
 _Errors = (InputError, ReadError, AdapterError)
 
 
@@ -73,7 +74,7 @@ class Opened:
         if name in self.headers or name in self.unread:
             return
         try:
-            self.headers[name] = read_header(self.folder / name).tensors
+            self.headers[name] = read_weights(self.folder / name).tensors
         except (InputError, ReadError) as error:
             self.unread[name] = "its header cannot be read"
             self.incomplete |= is_unread(error)
@@ -90,7 +91,7 @@ def open_anything(path: Path) -> Opened:
     if is_folder(path):
         return _open_folder(path)
     found = Opened(path.parent, Listing("missing"), bare=True)
-    if is_file(path) and path.suffix == SUFFIX:
+    if is_file(path) and is_weight_file(path.name):
         found.header(path.name)
     else:
         open_checkpoint(path)  # which says what is wrong with it
@@ -139,19 +140,21 @@ def _check_total(found: Opened, names: list[str]) -> None:
 
 
 def _open_adapter(found: Opened, names: list[str]) -> None:
-    if is_file(found.folder / ADAPTER_NAME):
-        found.header(ADAPTER_NAME)
-        return
     try:
         opened = open_adapter(found.folder)
     except _Errors as error:
-        if PICKLED_ADAPTER_NAME in names:
-            found.unread[PICKLED_ADAPTER_NAME] = "it cannot be loaded"
-        elif found.listing.record == "missing":
+        there = [name for name in names if name in _ADAPTER_FILES]
+        if not there and found.listing.record == "missing":
             raise
         found.add(error)
+        for name in there:
+            found.header(name)
     else:
-        found.headers[opened.file.name] = opened.tensors
+        found.headers |= opened.files
+        found.headers |= {
+            beside.file.relative_to(found.folder).as_posix(): beside.tensors
+            for beside in opened.beside
+        }
 
 
 def _open_checkpoint(found: Opened, names: list[str]) -> None:

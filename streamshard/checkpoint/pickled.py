@@ -1,117 +1,243 @@
-"""Adapters saved as `.bin`: the only place on the way to a merge that imports torch."""
+"""Files of torch (`.bin`, `.pt`, `.pth`): names to tensors that lie in them as they are.
+
+`torch.save` puts every tensor's bytes, as they are in memory, into an archive that is not compressed.
+So they are read from their place like those of safetensors, a block at a time, and torch is not
+needed; nothing that the file names is called or looked up (`pickle_program`).
+"""
 
 from __future__ import annotations
 
+import math
 import sys
-import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.header import MAX_NAME_BYTES
+import numpy as np
+
+from streamshard.checkpoint.header import MAX_NAME_BYTES, MAX_RANK
+from streamshard.checkpoint.lfs_pointers import check_pointer
+from streamshard.checkpoint.pickle_program import Described, PickleError, Unknown, run_program
+from streamshard.checkpoint.zip_entries import Entries, NoArchiveError, read_entries
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
-from streamshard.errors import InputError, StreamshardError, printable
-from streamshard.extras import needed_for
-from streamshard.limits import Need, check_room
-from streamshard.tensors.dtypes import TORCH_DTYPES
-from streamshard.tensors.lazy import Array, Lazy
+from streamshard.errors import InputError, printable
+from streamshard.tensors.dtypes import DTYPE_BITS
+from streamshard.tensors.lazy import Array, Lazy, Stored
 
-__all__ = ["read_pickled"]
+__all__ = ["look_into", "read_pickled", "rewritten"]
 
 
-_TORCH = Need(145_000_000, 540_000_000, 215_000_000)
-"""Measured: importing torch without CUDA and loading a small file. It may crash with less."""
+MAX_PROGRAM_NBYTES = 32_000_000  # 200 bytes a tensor
+MAX_COPIED_NBYTES = 64_000_000
+
+# The classes of storages, and the words of torch for dtypes, which newer files have in their place.
+_STORAGES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+    "ComplexFloatStorage": "C64",
+}
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+}
 
 
-def read_pickled(file: Path) -> dict[str, Lazy]:
-    """The tensors of a torch pickle, loaded with `weights_only=True`.
+def read_pickled(file: Path, *, copies: bool = True) -> dict[str, Lazy]:
+    """The tensors of a file that `torch.save` wrote of a flat mapping of names to tensors.
 
-    Raises `InputError` if it holds anything but a flat mapping of names to tensors, or if it would
-    take more memory than the file has bytes.
+    Of tensors whose elements lie in another order (views) small copies are made, if `copies`. Raises
+    `InputError` for anything else, for files of torch before 1.6, and for what is damaged.
     """
+    with open_source(file) as opened:
+        found = _mapping(file, opened)
+        tensors: dict[str, Lazy] = {}
+        room = min(opened.nbytes, MAX_COPIED_NBYTES) if copies else 0
+        for name, value in found.content.items():
+            if not isinstance(name, str) or len(name) > MAX_NAME_BYTES:
+                raise InputError.at(file, f"{printable(repr(name))} is no name of a tensor.")
+            if not isinstance(value, Described):
+                raise _no_tensor(file, name, value)
+            tensor = found.tensor(name, value, room)
+            if isinstance(tensor, Array):
+                room -= tensor.nbytes
+            tensors[sys.intern(name)] = tensor
+    return _in_order(tensors)
+
+
+def look_into(file: Path) -> dict[str, Lazy]:
+    """The named tensors in a file of torch, whatever else is in it; none of a trainer's state.
+
+    If they are a mapping within the mapping, as `{"state_dict": …}`, these. Raises `InputError` if the
+    file cannot be read at all.
+    """
+    with open_source(file) as opened:
+        found = _mapping(file, opened)
+        levels = [found.content, *(v for v in found.content.values() if isinstance(v, dict))]
+        for level in levels:
+            own = {
+                n: v for n, v in level.items() if isinstance(v, Described) and isinstance(n, str)
+            }
+            if own:
+                room = min(opened.nbytes, MAX_COPIED_NBYTES)
+                return {name: found.tensor(name, value, room) for name, value in own.items()}
+    return {}
+
+
+def rewritten(file: Path) -> str:
+    """The command that writes a file of torch anew, in the form that is read here."""
+    return (
+        'python -c "import os, sys, torch; p = sys.argv[1]; torch.save({k: v.contiguous() for k, v in '
+        "torch.load(p, map_location='cpu', weights_only=True).items()}, p + '.new'); "
+        f"os.replace(p + '.new', p)\" {printable(str(file))}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapping:
+    """The mapping in a file, and the entries that its tensors lie in."""
+
+    file: Path
+    entries: Entries
+    root: str
+    content: dict[Any, Any]
+
+    def tensor(self, name: str, described: Described, room: int) -> Lazy:
+        """A tensor at its place; `room` is how many bytes may be copied of one that is a view."""
+        storage, shape = described.storage, described.shape
+        dtype = _dtype(described)
+        entry = f"{self.root}data/{storage.key}"
+        if dtype is None or len(shape) > MAX_RANK or len(described.stride) != len(shape):
+            what = described.dtype or storage.kind
+            raise InputError.at(
+                self.file, f"'{printable(name)}' is of a kind that is not known here ({what})."
+            )
+        if entry not in self.entries:
+            raise _damaged(self.file, f"it lacks the data of '{printable(name)}'")
+        width, count = DTYPE_BITS[dtype] // 8, math.prod(shape)
+        reach = sum((n - 1) * step for n, step in zip(shape, described.stride, strict=True))
+        end = described.offset + (reach + 1 if count else 0)
+        nbytes = self.entries.nbytes(entry)
+        if described.offset < 0 or end * width > nbytes or count * width > nbytes:
+            raise InputError.at(
+                self.file,
+                f"'{printable(name)}' is no plain tensor: {count:,} elements of {dtype} do not lie in "
+                f"the {nbytes:,} bytes that it has. {_again(self.file)}",
+            )
+        try:
+            begin = self.entries.offset(entry) + described.offset * width
+        except NoArchiveError as error:
+            raise _damaged(self.file, str(error)) from error
+        if _is_contiguous(shape, described.stride):
+            return Stored(str(self.file), begin, shape, dtype, self.entries.file.nbytes)
+        if max(count, reach + 1) * width > room:
+            raise InputError.at(
+                self.file,
+                f"'{printable(name)}' is a view whose elements lie in another order, and too large to "
+                f"be copied. {_again(self.file)}",
+            )
+        data = self.entries.file.read(begin, (reach + 1) * width)
+        steps = tuple(step * width for step in described.stride)
+        view = np.ndarray(shape, np.dtype((np.void, width)), data, strides=steps)
+        flat = np.frombuffer(view.tobytes(), np.uint8)
+        return Array(flat, shape, dtype)
+
+
+def _mapping(file: Path, opened: Source) -> _Mapping:
+    """The mapping that a file describes; nothing of the tensors is read."""
+    beginning = opened.read(0, 64)
+    check_pointer(file, beginning)
+    if not beginning.startswith(b"PK"):
+        kind = "is no zip archive, as torch writes them since 1.6" if beginning else "is empty"
+        raise InputError.at(file, f"{kind}, so it cannot be read. {_again(file)}")
     try:
-        with open_source(file) as opened:
-            nbytes = opened.nbytes
-            _check_size(opened)
-            content = _load(opened)
-    except (
-        StreamshardError,
-        MemoryError,
-        ImportError,
-    ):  # the latter two say nothing about the file
-        raise
-    except Exception as error:  # torch raises whatever its unpickler meets
-        raise InputError.at(
-            file,
-            f"cannot be loaded as plain tensors: {printable(str(error))} "
-            "Save the adapter as safetensors and try again.",
-        ) from error
+        entries = read_entries(opened)
+        root = _root(entries)
+        content = run_program(entries.read(f"{root}data.pkl", MAX_PROGRAM_NBYTES))
+    except (NoArchiveError, PickleError) as error:
+        raise _damaged(file, str(error)) from error
     if not isinstance(content, dict):
         raise InputError.at(file, "is not a mapping of names to tensors.")
-    tensors: dict[str, Lazy] = {}
-    copied = 0
-    for name, tensor in content.items():
-        array = _array(file, name, tensor)
-        if not tensor.is_contiguous():  # the copies of views add up: each may be of the same bytes
-            copied += array.nbytes
-            if copied > nbytes:
-                raise InputError.at(
-                    file,
-                    "its tensors are views of the same bytes and would take far more memory "
-                    "than the file. Save the adapter as safetensors and try again.",
-                )
-        tensors[name] = array
-    return tensors
+    return _Mapping(file, entries, root, content)
 
 
-def _check_size(file: Source) -> None:
-    """Raise `ValueError` unless the file is as `torch.save` writes it: a zip, nothing compressed."""
-    with zipfile.ZipFile(file.stream()) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("its content is compressed, which torch does not do.")
-    if sum(entry.file_size for entry in entries) > file.nbytes:
-        raise ValueError("it claims more content than it has bytes.")
+def _root(entries: Entries) -> str:
+    """What the names of all entries begin with: the folder that the archive would be unpacked to."""
+    roots = [name.removesuffix("data.pkl") for name in entries.names if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise NoArchiveError("it has no data.pkl, or several")
+    order = f"{roots[0]}byteorder"
+    if order in entries and entries.read(order, 100) != b"little":
+        raise NoArchiveError("it is of a machine with another order of bytes")
+    return roots[0]
 
 
-def _load(file: Source) -> Any:
-    if "torch" not in sys.modules:
-        check_room("torch, which reads this .bin; safetensors need none of it", _TORCH)
-    with needed_for("reading a .bin file"):
-        import torch
+def _dtype(described: Described) -> str | None:
+    module, _, word = described.storage.kind.rpartition(".")
+    if module not in ("torch", "torch.storage", "torch.cuda"):
+        return None
+    if not described.dtype:
+        return _STORAGES.get(word)
+    return _DTYPES.get(described.dtype.removeprefix("torch."))
 
-    return torch.load(file.stream(), map_location="cpu", weights_only=True)
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size > 1 and step != expected:
+            return False
+        expected *= size
+    return True
 
 
-def _array(file: Path, name: object, tensor: Any) -> Array:
-    import torch
+def _in_order(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+    """The tensors as they lie in the file, so that it is read from the beginning to its end."""
 
-    names = {getattr(torch, known): name for name, known in TORCH_DTYPES.items()}
-    if (
-        not isinstance(name, str)
-        or len(name) > MAX_NAME_BYTES
-        or not isinstance(tensor, torch.Tensor)
-    ):
-        raise InputError.at(file, f"'{printable(str(name))}' is no named tensor.")
-    if tensor.dtype not in names:
-        raise InputError.at(
-            file,
-            f"'{printable(name)}' is {tensor.dtype}; "
-            "only bfloat16, float16 and float32 adapters can be merged.",
-        )
-    # What the unpickler lets through may still be no plain array: sparse, nested, without data, or
-    # of a stride of 0, which needs more memory than there are bytes.
-    plain = (
-        tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and not (tensor.is_nested or tensor.is_neg() or tensor.is_quantized)
-        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    def place(item: tuple[str, Lazy]) -> int:
+        return item[1].offset if isinstance(item[1], Stored) else -1
+
+    return dict(sorted(tensors.items(), key=place))
+
+
+def _no_tensor(file: Path, name: str, value: object) -> InputError:
+    kind = value.name if isinstance(value, Unknown) else type(value).__name__
+    return InputError.at(
+        file,
+        f"cannot be loaded as plain tensors: '{printable(name)}' is {printable(kind)}. Save the tensors "
+        "alone, as a flat mapping of names to tensors, best as safetensors.",
     )
-    if not plain:
-        raise InputError.at(
-            file,
-            f"'{printable(name)}' is no plain tensor. "
-            "Save the adapter as safetensors and try again.",
-        )
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return Array(flat, tuple(tensor.shape), names[tensor.dtype])
+
+
+def _again(file: Path) -> str:
+    return f"To convert it (with torch: pip install 'streamshard[torch]'): {rewritten(file)}"
+
+
+def _damaged(file: Path, problem: str) -> InputError:
+    return InputError.at(
+        file, f"cannot be loaded as plain tensors: {printable(problem)}. Copy or save it again."
+    )

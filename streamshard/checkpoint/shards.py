@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.file_names import SINGLE_NAME, SUFFIX, numbered
+from streamshard.checkpoint.file_names import SINGLE_NAME, SUFFIX, numbered, written_name
 from streamshard.checkpoint.folder import Checkpoint
 from streamshard.checkpoint.header import build_header, total_nbytes, total_parameters
 from streamshard.checkpoint.json_files import json_pieces
@@ -29,10 +29,11 @@ def shard_names(tensors: Mapping[str, Lazy], source: Checkpoint) -> dict[str, st
 
 
 def numbered_anew(names: Mapping[str, str], count: int) -> dict[str, str]:
-    """Tensors to their files, which get new numbers if they are no longer `count`."""
+    """Tensors to files of safetensors, which get new numbers if they are no longer `count`."""
+    names = {name: written_name(file) for name, file in names.items()}
     used = sorted(set(names.values()))
     if len(used) == count:
-        return dict(names)
+        return names
     total = len(used)
     new = {old: numbered(i, total) for i, old in enumerate(used, 1)}
     return {name: new[file] for name, file in names.items()}

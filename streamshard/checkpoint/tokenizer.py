@@ -8,9 +8,9 @@ are the same here, whatever their bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -19,7 +19,9 @@ from streamshard.checkpoint.json_files import MAX_TOKENIZER_BYTES, json_object
 from streamshard.checkpoint.vocabulary import (
     TokenizerJson,
     Vocabulary,
+    most_id,
     of_vocab_json,
+    print_of,
     scan_tokenizer_json,
     sentencepiece,
 )
@@ -34,13 +36,16 @@ __all__ = [
     "SETTINGS",
     "SPECIAL",
     "TEMPLATE_JSON",
+    "VOCABULARIES",
     "Content",
     "Tokenizer",
-    "differences",
-    "is_comparable",
     "is_processors",
     "modules_of",
+    "text_of",
 ]
+
+_ID = re.compile(r"[0-9]{1,18}")
+_NO_ID = 10**18  # what is larger, or less than 0, is no id
 
 T = TypeVar("T")
 Content: TypeAlias = Path | bytes
@@ -54,7 +59,7 @@ JINJA = "chat_template.jinja"
 TEMPLATE_JSON = "chat_template.json"
 
 # Files that hold a whole vocabulary, the one that loaders prefer first.
-_VOCABULARIES = re.compile(
+VOCABULARIES = re.compile(
     r"tokenizer\.json|vocab\.json|.*\.model(?:\..*)?|vocab\.txt|vocab\.bpe|.*\.tiktoken|tekken\.json"
 )
 # Tokens that every tokenizer has a name for; other names are those of a processor.
@@ -92,7 +97,7 @@ class Tokenizer:
     @cached_property
     def is_whole(self) -> bool:
         """Whether there is a vocabulary, without which no loader can build a tokenizer."""
-        return any(_VOCABULARIES.fullmatch(name) for name in self.files)
+        return any(VOCABULARIES.fullmatch(name) for name in self.files)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -104,10 +109,35 @@ class Tokenizer:
         """The files of code that the settings name."""
         return list(modules_of(self.settings.get("auto_map")))
 
+    def scanned(self, *, merges: bool = False) -> TokenizerJson | None:
+        """`tokenizer.json`, if there is one that can be read: anew each time, as it is long."""
+        return self._read(JSON, lambda text: scan_tokenizer_json(text, merges=merges))
+
     @cached_property
-    def scanned(self) -> TokenizerJson | None:
-        """`tokenizer.json`, if there is one that can be read."""
-        return self._read(JSON, scan_tokenizer_json)
+    def _library(self) -> tuple[list[dict[str, Any]], bool]:
+        """Of `tokenizer.json` the added tokens, and whether it has a vocabulary."""
+        found = self.scanned()
+        if found is None:
+            return [], False
+        return self._told(JSON, found.added_tokens) or [], found.vocab is not None
+
+    @cached_property
+    def print(self) -> bytes | None:
+        """What is equal for equal vocabularies that are written alike; None if there is none such."""
+        return self._of_vocab(print_of)
+
+    @cached_property
+    def _most(self) -> int:
+        """No token of the vocabulary has a larger id, if it states ids."""
+        most = self._of_vocab(most_id)
+        return -1 if most is None else most
+
+    def _of_vocab(self, look: Callable[..., T]) -> T | None:
+        """What `look` makes of the JSON object of tokens, wherever it stands."""
+        found = self.scanned() if self._library[1] else None
+        if found is not None and found.vocab is not None:
+            return look(found.text, *found.vocab)
+        return self._read("vocab.json", look)
 
     @cached_property
     def added(self) -> dict[int, dict[str, Any]]:
@@ -115,17 +145,15 @@ class Tokenizer:
         found: dict[int, dict[str, Any]] = {}
         decoder = self.settings.get("added_tokens_decoder")
         entries = list(decoder.items()) if isinstance(decoder, dict) else []
-        if self.scanned is not None:
-            try:
-                entries += [(entry.get("id"), entry) for entry in self.scanned.added_tokens()]
-            except InputError as error:
-                self.problems.append(str(error))
+        entries += [(entry.get("id"), entry) for entry in self._library[0]]
         entries += [(number, {"content": token}) for token, number in self.json(ADDED).items()]
         seen = set()
         for given, entry in entries:
-            number = int(given) if isinstance(given, str) and given.isdecimal() else given
+            number = int(given) if isinstance(given, str) and _ID.fullmatch(given) else given
             content = entry.get("content") if isinstance(entry, dict) else None
-            if isinstance(number, int) and isinstance(content, str) and content not in seen:
+            if type(number) is not int or not 0 <= number < _NO_ID:
+                continue
+            if isinstance(content, str) and content not in seen:
                 found.setdefault(number, entry)
                 seen.add(content)
         return found
@@ -133,8 +161,8 @@ class Tokenizer:
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The tokens of the vocabulary proper; None if none can be read."""
-        if self.scanned is not None and self.scanned.vocab is not None:
-            found = self._told(JSON, self.scanned.vocabulary)
+        if self._library[1]:
+            found = self._read(JSON, lambda text: scan_tokenizer_json(text).vocabulary())
             if found is not None:
                 return found
         if "vocab.json" in self.files:
@@ -206,9 +234,15 @@ class Tokenizer:
         return None if self.vocabulary is None else self.vocabulary.id_of(token)
 
     def beyond(self, rows: int) -> dict[int, str]:
-        """Added tokens whose ids no embedding of so many rows has, by id."""
-        found = {n: e["content"] for n, e in sorted(self.added.items()) if n >= rows}
-        return {n: token for n, token in found.items() if token not in self.placeholders}
+        """Tokens whose ids no embedding of so many rows has, by id.
+
+        Of a sentencepiece model or a list only the added ones, as their numbers are not written.
+        """
+        found = {n: entry["content"] for n, entry in self.added.items() if n >= rows}
+        if self._most >= rows and self.vocabulary is not None:
+            tokens = self.vocabulary.tokens()
+            found = {n: text_of(tokens[n]) for n in range(rows, len(tokens)) if tokens[n]} | found
+        return {n: token for n, token in sorted(found.items()) if token not in self.placeholders}
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object of the tokenizer; empty if it is not there or cannot be read."""
@@ -260,58 +294,6 @@ def modules_of(auto_map: object) -> Iterator[str]:
                 yield f"{one.rpartition('.')[0].replace('.', '/')}.py"
 
 
-def differences(one: Tokenizer, other: Tokenizer) -> dict[int, tuple[str | None, str | None]]:
-    """The tokens by whose meaning two tokenizers differ, by id: what each of them has there.
-
-    None is no token. Where one of them has no vocabulary that can be read, only tokens that either of
-    them lists beside its vocabulary are compared. What a processor replaces does not count.
-    """
-    # Read where they are needed, which is not where two have the same files.
-    mine, theirs = cache(lambda: _table(one)), cache(lambda: _table(other))
-    numbers: Iterable[int] = one.added.keys() | other.added.keys()
-    if not _same_vocabulary(one, other) and None not in (one.vocabulary, other.vocabulary):
-        numbers = range(max(len(mine()), len(theirs()), *(n + 1 for n in numbers)))
-    ignored = {None, *one.placeholders, *other.placeholders}
-    found = {}
-    for number in sorted(numbers):
-        pair = _at(one, mine, number), _at(other, theirs, number)
-        if pair[0] != pair[1] and not ignored.issuperset(pair):
-            found[number] = pair
-    return found
-
-
-def is_comparable(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether the vocabularies of two tokenizers, if they have some, can be compared."""
-    if not (one.is_whole and other.is_whole) or _same_file(one, other):
-        return True
-    return None not in (one.vocabulary, other.vocabulary)
-
-
-def _same_vocabulary(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers have the same tokens with the same ids, added ones aside."""
-    return _same_file(one, other) or one.vocabulary == other.vocabulary
-
-
-def _same_file(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether both have the same bytes in the first file of a vocabulary that both have."""
-    for name in one.files:
-        if _VOCABULARIES.fullmatch(name) and name in other.files:
-            mine = one.content(name)
-            return mine is not None and mine == other.content(name)
-    return False
-
-
-def _table(tokenizer: Tokenizer) -> list[bytes]:
-    return [] if tokenizer.vocabulary is None else tokenizer.vocabulary.tokens()
-
-
-def _at(tokenizer: Tokenizer, table: Callable[[], list[bytes]], number: int) -> str | None:
-    entry = tokenizer.added.get(number)
-    if entry is not None:
-        return str(entry["content"])
-    tokens = table()
-    return _text(tokens[number]) if number < len(tokens) and tokens[number] else None
-
-
-def _text(token: bytes) -> str:
+def text_of(token: bytes) -> str:
+    """A token of a vocabulary as text."""
     return token.decode("utf-8", "replace")

@@ -100,7 +100,7 @@ def _slow_files(old: Tokenizer, new: Tokenizer) -> dict[str, Content]:
     wanted = [name for name in (*_SLOW, *models) if name in old.files and name not in new.files]
     if not wanted:
         return {}
-    found = new.scanned
+    found = new.scanned(merges=True)
     if models or found is None or found.kind != "BPE" or found.vocab is None or not found.merges:
         note(
             f"the tokenizer of {new.where} has no {' and '.join(wanted)}, and they cannot be made of "
@@ -131,20 +131,21 @@ def with_tokens(
         return dict(side_files)
     entries = {number: _entry(entry) for number, entry in more.items()}
     files = dict(side_files)
-    if own.scanned is not None:
-        added = own.scanned.added_tokens()
+    found = own.scanned()
+    if found is not None:
+        added = found.added_tokens()
         added += [{"id": number, **entry} for number, entry in entries.items()]
         added.sort(key=lambda entry: int(entry.get("id", 0)))
-        text, span = own.scanned.text, own.scanned.added
-        if span is not None:
+        if found.added is not None:
+            first, last = found.added
             content = json.dumps(added, ensure_ascii=False).encode()
-            files[JSON] = text[: span[0]] + content + text[span[1] :]
+            files[JSON] = found.text[:first] + content + found.text[last:]
     decoder = own.settings.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         files[SETTINGS] = _json(
             {**own.settings, "added_tokens_decoder": {**decoder, **_decoder(entries)}}
         )
-    if ADDED in files or (own.scanned is None and not isinstance(decoder, dict)):
+    if ADDED in files or (found is None and not isinstance(decoder, dict)):
         files[ADDED] = _json({**own.json(ADDED), **{e["content"]: n for n, e in entries.items()}})
     return files
 

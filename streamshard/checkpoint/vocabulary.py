@@ -12,10 +12,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from streamshard.checkpoint.digests import new_digest
 from streamshard.checkpoint.json_files import parse_json
 
-__all__ = ["TokenizerJson", "Vocabulary", "of_vocab_json", "scan_tokenizer_json", "sentencepiece"]
+__all__ = [
+    "TokenizerJson",
+    "Vocabulary",
+    "most_id",
+    "of_vocab_json",
+    "print_of",
+    "scan_tokenizer_json",
+    "sentencepiece",
+]
 
+_SPACES = b" \t\r\n"
 _BETWEEN = b"\xff"  # in no text of UTF-8
 _MAX_ID = 10_000_000  # no model has so many rows; a hostile file must not make us count further
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
@@ -32,6 +42,11 @@ _PLAIN = re.compile(rb"[^\s,\]}]+")
 _NEXT = re.compile(rb"%s([,}])" % _SPACE)
 _OPEN = re.compile(rb"%s\{" % _SPACE)
 _PAIRS = re.compile(rb"\[%s\[" % _SPACE)
+_TIGHT = re.compile(
+    rb"%s\{(?:%s%s%s:%s\d++%s[,}])*+%s"
+    % (_SPACE, _SPACE, rb'"[^"\\\s]*+(?:\\[^\s][^"\\\s]*+)*+"', _SPACE, _SPACE, _SPACE, _SPACE)
+)
+_ID = re.compile(rb":[ \t\r\n]*(\d+)[ \t\r\n]*[,}]")
 _CLOSED = re.compile(rb"%s\}" % _SPACE)
 
 
@@ -91,6 +106,28 @@ class TokenizerJson:
         return of_pieces(_scored(self.text, start + 1, stop))
 
 
+def print_of(text: bytes, start: int = 0, stop: int | None = None) -> bytes | None:
+    """A digest of an object of tokens with their ids that is the same however it is indented.
+
+    None if it cannot be made of the bytes at once: not an object, or a token has spaces in it.
+    """
+    found = _TIGHT.fullmatch(text, start, len(text) if stop is None else stop)
+    if found is None:
+        return None
+    digest = new_digest()
+    digest.update(found[0].translate(None, _SPACES))
+    return digest.digest()
+
+
+def most_id(text: bytes, start: int = 0, stop: int | None = None) -> int:
+    """A number that no id in an object of tokens with their ids exceeds; -1 where there is none.
+
+    It may be too large where a token looks like an id.
+    """
+    found = _ID.findall(text, start, len(text) if stop is None else stop)
+    return max((int(number[:18]) for number in found), default=-1)
+
+
 def of_vocab_json(text: bytes) -> Vocabulary:
     """The tokens of a `vocab.json`; raises `ValueError` for what is none."""
     begin = _OPEN.match(text)
@@ -116,18 +153,30 @@ def of_pieces(pieces: Iterable[bytes]) -> Vocabulary:
     return Vocabulary(_BETWEEN.join(pieces))
 
 
-def scan_tokenizer_json(text: bytes) -> TokenizerJson:
-    """Find added tokens, vocabulary and merges; raises `ValueError` for what is no JSON object."""
-    top = dict(_members(text, 0))
-    model = {}
-    if b"model" in top and text[top[b"model"][0] : top[b"model"][0] + 1] == b"{":
-        model = dict(_members(text, top[b"model"][0]))
-    kind = model.get(b"type")
+def scan_tokenizer_json(text: bytes, *, merges: bool = False) -> TokenizerJson:
+    """Find added tokens, vocabulary and kind, and the merges if they are asked for.
+
+    Nothing behind the last of them is looked at. Raises `ValueError` for what is no JSON object.
+    """
+    found: dict[bytes, tuple[int, int]] = {}
+    wanted = {b"added_tokens", b"type", b"vocab", *([b"merges"] if merges else [])}
+    for key, start in _members(text, 0):
+        if key == b"added_tokens":
+            found[key] = start, _end(text, start)
+        elif key == b"model" and text[start : start + 1] == b"{":
+            for inner, at in _members(text, start):
+                if inner in wanted:
+                    found[inner] = at, _end(text, at)
+                if found.keys() >= wanted:
+                    break
+        if found.keys() >= wanted:
+            break
+    kind = found.get(b"type")
     return TokenizerJson(
         text,
-        top.get(b"added_tokens"),
-        model.get(b"vocab"),
-        model.get(b"merges"),
+        found.get(b"added_tokens"),
+        found.get(b"vocab"),
+        found.get(b"merges"),
         None if kind is None else text[slice(*kind)].decode("utf-8", "replace").strip('"'),
     )
 
@@ -163,8 +212,8 @@ def _plain(literal: bytes) -> bytes:
     return str(json.loads(literal)).encode("utf-8", "surrogatepass")
 
 
-def _members(text: bytes, at: int) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """The keys of the JSON object at `at`, and the span of each value."""
+def _members(text: bytes, at: int) -> Iterator[tuple[bytes, int]]:
+    """The keys of the JSON object at `at`, and where the value of each begins."""
     begin = _OPEN.match(text, at)
     if begin is None:
         raise ValueError("it is not a JSON object")
@@ -175,8 +224,8 @@ def _members(text: bytes, at: int) -> Iterator[tuple[bytes, tuple[int, int]]]:
         key = _KEY.match(text, at)
         if key is None:
             raise ValueError(f"a name in quotes was expected at byte {at:,}")
+        yield _plain(key[1]), key.end()
         at = _end(text, key.end())
-        yield _plain(key[1]), (key.end(), at)
         following = _NEXT.match(text, at)
         if following is None:
             raise ValueError(f"',' or '}}' was expected at byte {at:,}")

@@ -1,8 +1,8 @@
 """The command line, the only room that prints.
 
 May import: the package's public functions, `errors`, `version`.
-Begin with `app` (the commands and their help), then `main` (signals and exit codes). `texts` turns
-a report into text.
+Begin with `app` (the commands and their help), then `main` (signals and exit codes) and `endings`
+(errors). `texts` turns a report into text, `progress` says how far a run is, by lines of `bar`.
 """
 
 from streamshard.cli.main import main

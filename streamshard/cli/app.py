@@ -10,14 +10,24 @@ from typing import Any
 import click
 
 from streamshard.cli import texts
-from streamshard.cli.options import CONTEXT, conversion_options, output_options
+from streamshard.cli.command import CONTEXT, INPUTS, MEANING, OUTPUT, Group, argument, option
+from streamshard.cli.options import (
+    ADAPTER_NAME,
+    ALPHA,
+    BASE,
+    CONVERSION,
+    REFERENCE,
+    TOKENIZER_FROM,
+    WRITING,
+    output,
+)
 from streamshard.cli.screen import write
 from streamshard.version import __version__
 
 __all__ = ["cli"]
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="streamshard")
 def cli() -> None:
     """Merge LoRA adapters into InternVL checkpoints and convert them, tensor by tensor.
@@ -27,78 +37,81 @@ def cli() -> None:
 
     \b
     Examples:
-      streamshard merge-lora --adapter ./my-lora --base ./InternVL3-8B --output ./merged
-      streamshard hf2custom --hf-path ./tuned-hf --custom-path ./InternVL3-8B --save-path ./tuned
+      streamshard merge-lora --adapter ./my-lora --base ./InternVL3-8B \\
+          --output ./merged
+      streamshard hf2custom --hf-path ./tuned-hf --custom-path ./InternVL3-8B \\
+          --save-path ./tuned
       streamshard inspect ./merged
       streamshard verify ./merged
     """
 
 
 @cli.command("merge-lora", short_help="Fold LoRA adapters into a base checkpoint.")
-@click.argument("checkpoint", metavar="[CHECKPOINT]", required=False)
-@click.option(
+@argument(
+    "checkpoint",
+    metavar="[CHECKPOINT]",
+    required=False,
+    help="Instead of --adapter and --base: a training checkpoint with the pairs inside.",
+)
+@option(
+    INPUTS,
     "--adapter",
     "adapters",
     multiple=True,
     metavar="FOLDER",
     help="PEFT adapter folder. Give it again to sum several adapters.",
 )
-@click.option("--base", metavar="PATH", help="Checkpoint folder or .safetensors file.")
-@click.option(
-    "--output", metavar="FOLDER", help="New folder to write.  [default: ./<base name>-merged]"
+@BASE(help="What the adapter was trained on: checkpoint folder or .safetensors file.")
+@REFERENCE(
+    help="With --layout: the original model in that layout, for config, code and tokenizer. With "
+    "CHECKPOINT: the original model, for remote code that the trainer did not save."
 )
-@click.option(
-    "--weight",
-    "weights",
-    multiple=True,
-    type=float,
-    metavar="W",
-    help="Factor on an adapter's update, once per --adapter.  [default: 1]",
-)
-@click.option(
+@output("New, or empty, folder to write.  [default: ./<base name>-merged]")
+@option(
+    OUTPUT,
     "--layout",
     type=click.Choice(["keep", "custom", "hf"]),
+    metavar="keep|custom|hf",
     default="keep",
     show_default=True,
     help="Convert in the same pass; needs --reference.",
 )
-@click.option(
-    "--reference",
-    metavar="FOLDER",
-    help="With --layout: the original model in that layout, for config, code and tokenizer. With "
-    "CHECKPOINT: the original model, for remote code that the trainer did not save.",
+@TOKENIZER_FROM(
+    help="With --layout: whose tokenizer belongs to the weights, if the vocabularies differ."
 )
-@click.option(
-    "--tokenizer-from",
-    type=click.Choice(["source", "reference"]),
-    help="With --layout: whose tokenizer belongs to the weights, if the vocabularies differ.",
-)
-@click.option(
-    "--alpha",
-    "--lora-alpha",
+@option(
+    MEANING,
+    "--weight",
+    "weights",
+    multiple=True,
     type=float,
-    metavar="A",
-    help="With CHECKPOINT: alpha of its pairs.  [default: 2 r, as InternVL's trainer has it]",
+    metavar="FACTOR",
+    help="Factor on an adapter's update, once per --adapter.  [default: 1]",
 )
-@click.option("--adapter-name", metavar="NAME", help="Which adapter, if a file holds several.")
-@click.option(
+@ALPHA(help="With CHECKPOINT: alpha of its pairs.  [default: 2 r, as InternVL's trainer has it]")
+@ADAPTER_NAME
+@option(
+    MEANING,
     "--base-is-residual",
     is_flag=True,
     help="The base is the residual one that PiSSA, OLoRA, LoftQ, ... left behind.",
 )
-@click.option(
+@option(
+    MEANING,
     "--expert-order",
     type=click.Choice(["peft", "unsloth"]),
+    metavar="peft|unsloth",
     default="peft",
     show_default=True,
     help="How the trainer ordered the factors of fused experts.",
 )
-@click.option(
+@option(
+    MEANING,
     "--allow-merged-base",
     is_flag=True,
     help="Merge although the base seems to hold the adapter already.",
 )
-@output_options
+@WRITING
 def merge_lora(adapters: tuple[str, ...], weights: tuple[float, ...], **options: Any) -> None:
     """Fold LoRA adapters into a base checkpoint.
 
@@ -112,32 +125,31 @@ def merge_lora(adapters: tuple[str, ...], weights: tuple[float, ...], **options:
 
     \b
     Examples:
-      streamshard merge-lora --adapter ./my-lora --base ./InternVL3-8B --output ./merged
+      streamshard merge-lora --adapter ./my-lora --base ./InternVL3-8B \\
+          --output ./merged
       streamshard merge-lora --adapter ./my-lora --base ./InternVL3-8B --dry-run
-      streamshard merge-lora --adapter ./a --weight 0.7 --adapter ./b --weight 0.3 \\
-          --base ./InternVL3-8B --output ./merged --max-shard-size 2GB
-      streamshard merge-lora --adapter ./hf-lora --base ./InternVL3-8B-hf --output ./merged \\
-          --layout custom --reference ./InternVL3-8B
-      streamshard merge-lora ./work_dirs/my-lora-run --output ./merged --reference ./InternVL3-8B
+      streamshard merge-lora --adapter ./a --weight 0.7 \\
+          --adapter ./b --weight 0.3 --base ./InternVL3-8B \\
+          --output ./merged --max-shard-size 2GB
+      streamshard merge-lora --adapter ./hf-lora --base ./InternVL3-8B-hf \\
+          --output ./merged --layout custom --reference ./InternVL3-8B
+      streamshard merge-lora ./work_dirs/my-lora-run --output ./merged \\
+          --reference ./InternVL3-8B
     """
-    write(
-        "merge_lora",
-        texts.merge_text,
-        adapter=list(adapters) or None,
-        weight=list(weights),
-        **options,
-    )
+    adapter, weight = list(adapters) or None, list(weights)
+    write("merge_lora", "merging", texts.merge_text, adapter=adapter, weight=weight, **options)
 
 
 @cli.command("hf2custom", short_help="Convert HF weights to the custom layout.")
-@click.option("--hf-path", required=True, metavar="PATH", help="Checkpoint to convert.")
-@click.option(
+@option(INPUTS, "--hf-path", required=True, metavar="CHECKPOINT", help="Checkpoint to convert.")
+@option(
+    INPUTS,
     "--custom-path",
     required=True,
     metavar="FOLDER",
     help="Original model in the custom layout: config, code, tokenizer; weights to compare with.",
 )
-@conversion_options
+@CONVERSION
 def hf2custom(**options: Any) -> None:
     """Convert HF weights (InternVLForConditionalGeneration) to the custom layout (InternVLChatModel).
 
@@ -147,21 +159,22 @@ def hf2custom(**options: Any) -> None:
 
     \b
     Example:
-      streamshard hf2custom --hf-path ./my-finetune-hf --custom-path ./InternVL3-8B \\
-          --save-path ./my-finetune
+      streamshard hf2custom --hf-path ./my-finetune-hf \\
+          --custom-path ./InternVL3-8B --save-path ./my-finetune
     """
-    write("hf_to_custom", texts.conversion_text, **options)
+    write("hf_to_custom", "converting", texts.conversion_text, **options)
 
 
 @cli.command("custom2hf", short_help="Convert custom weights to the HF layout.")
-@click.option("--custom-path", required=True, metavar="PATH", help="Checkpoint to convert.")
-@click.option(
+@option(INPUTS, "--custom-path", required=True, metavar="CHECKPOINT", help="Checkpoint to convert.")
+@option(
+    INPUTS,
     "--hf-path",
     required=True,
     metavar="FOLDER",
     help="Original model in the HF layout: config, tokenizer, processor; weights to compare with.",
 )
-@conversion_options
+@CONVERSION
 def custom2hf(**options: Any) -> None:
     """Convert custom weights (InternVLChatModel) to the HF layout (InternVLForConditionalGeneration).
 
@@ -169,72 +182,74 @@ def custom2hf(**options: Any) -> None:
 
     \b
     Example:
-      streamshard custom2hf --custom-path ./my-finetune --hf-path ./InternVL3-8B-hf \\
-          --save-path ./my-finetune-hf
+      streamshard custom2hf --custom-path ./my-finetune \\
+          --hf-path ./InternVL3-8B-hf --save-path ./my-finetune-hf
     """
-    write("custom_to_hf", texts.conversion_text, **options)
+    write("custom_to_hf", "converting", texts.conversion_text, **options)
 
 
 @cli.command("wrap-lora", short_help="Put fresh LoRA pairs into a checkpoint.")
-@click.option(
-    "--base", required=True, metavar="PATH", help="Checkpoint folder or .safetensors file."
-)
-@click.option("--output", required=True, metavar="FOLDER", help="New folder to write.")
-@click.option("--llm-r", type=int, metavar="R", help="Rank in the language model.")
-@click.option("--llm-alpha", type=float, metavar="A", help="Its alpha.  [default: 2 R]")
-@click.option("--backbone-r", type=int, metavar="R", help="Rank in the vision encoder.")
-@click.option("--backbone-alpha", type=float, metavar="A", help="Its alpha.  [default: 2 R]")
-@click.option(
-    "--dropout", type=float, metavar="P", help="For the adapter's config.  [default: 0.05]"
-)
-@click.option(
-    "--seed",
-    type=int,
-    default=0,
-    show_default=True,
-    help="As of torch.manual_seed before wrapping.",
-)
-@click.option(
+@BASE(required=True, help="Checkpoint folder or .safetensors file.")
+@output("New, or empty, folder to write.", required=True)
+@option(
+    OUTPUT,
     "--format",
     type=click.Choice(["wrapped", "peft"]),
+    metavar="wrapped|peft",
     default="wrapped",
     show_default=True,
     help="A whole checkpoint for InternVL's trainer, or a PEFT adapter folder.",
 )
-@output_options
+@option(MEANING, "--llm-r", type=int, metavar="RANK", help="Rank in the language model.")
+@option(MEANING, "--llm-alpha", type=float, metavar="ALPHA", help="Its alpha.  [default: 2 RANK]")
+@option(MEANING, "--backbone-r", type=int, metavar="RANK", help="Rank in the vision encoder.")
+@option(
+    MEANING, "--backbone-alpha", type=float, metavar="ALPHA", help="Its alpha.  [default: 2 RANK]"
+)
+@option(
+    MEANING,
+    "--dropout",
+    type=float,
+    metavar="PROBABILITY",
+    help="For the adapter's config.  [default: 0.05]",
+)
+@option(
+    MEANING,
+    "--seed",
+    type=int,
+    metavar="NUMBER",
+    default=0,
+    show_default=True,
+    help="As of torch.manual_seed before wrapping.",
+)
+@WRITING
 def wrap_lora(**options: Any) -> None:
     """Put fresh LoRA pairs into a checkpoint, as wrap_llm_lora and wrap_backbone_lora do.
 
     lora_A gets the values that PEFT draws after torch.manual_seed(SEED), lora_B is zero; everything
     else is copied byte for byte. A wrapped checkpoint stores neither alpha nor dropout: upstream's
-    model takes 2 R and 0.05.
+    model takes 2 RANK and 0.05.
 
     \b
     Examples:
       streamshard wrap-lora --base ./InternVL3-8B --output ./wrapped --llm-r 16
-      streamshard wrap-lora --base ./InternVL3-8B --output ./lora --llm-r 16 --llm-alpha 16 \\
-          --backbone-r 8 --format peft
+      streamshard wrap-lora --base ./InternVL3-8B --output ./lora \\
+          --llm-r 16 --llm-alpha 16 --backbone-r 8 --format peft
     """
-    write("wrap_lora", texts.wrap_text, **options)
+    write("wrap_lora", "wrapping", texts.wrap_text, **options)
 
 
 @cli.command("extract-lora", short_help="Take the LoRA pairs out of a training checkpoint.")
-@click.argument("checkpoint", metavar="CHECKPOINT")
-@click.option("--output", required=True, metavar="FOLDER", help="New adapter folder to write.")
-@click.option(
-    "--base",
-    metavar="PATH",
-    help="The model that the training started from: what else was trained is kept too.",
+@argument(
+    "checkpoint",
+    metavar="CHECKPOINT",
+    help="Training checkpoint of InternVL with LoRA pairs inside.",
 )
-@click.option(
-    "--alpha",
-    "--lora-alpha",
-    type=float,
-    metavar="A",
-    help="Alpha of the pairs.  [default: 2 r, as InternVL's trainer has it]",
-)
-@click.option("--adapter-name", metavar="NAME", help="Which adapter, if there are several.")
-@output_options
+@BASE(help="The model that the training started from: what else was trained is kept too.")
+@output("New, or empty, folder to write the adapter to.", required=True)
+@ALPHA()
+@ADAPTER_NAME
+@WRITING
 def extract_lora(**options: Any) -> None:
     """Take the LoRA pairs out of a training checkpoint of InternVL, as a PEFT adapter folder.
 
@@ -243,6 +258,7 @@ def extract_lora(**options: Any) -> None:
 
     \b
     Example:
-      streamshard extract-lora ./work_dirs/my-lora-run --base ./InternVL3-8B --output ./adapter
+      streamshard extract-lora ./work_dirs/my-lora-run \\
+          --base ./InternVL3-8B --output ./adapter
     """
-    write("extract_lora", texts.extract_text, **options)
+    write("extract_lora", "extracting", texts.extract_text, **options)

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import sys
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
+from streamshard.cli.terminal_text import columns_of, fitted
 from streamshard.errors import WriteError
 
-__all__ = ["end", "open_streams", "say", "show", "unprinted"]
+__all__ = [
+    "end",
+    "error_document",
+    "forget_document",
+    "open_streams",
+    "say",
+    "show",
+    "show_json",
+    "unprinted",
+]
 
 
 def open_streams() -> None:
@@ -38,18 +49,44 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def say(text: str) -> None:
-    """Print a message to standard error, if that can be written to."""
+def say(text: str, *, fits: bool = True) -> None:
+    """Print a message to standard error, if that can be written to; `fits` breaks long lines."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{fitted(text, columns_of(sys.stderr)) if fits else text}\n")
         sys.stderr.flush()
 
 
-def show(pieces: Iterable[str], done: str = "") -> None:
-    """Print the result to standard output.
+def show(text: str, done: str = "") -> None:
+    """Print the result to standard output, broken between words.
 
     Raises `WriteError`, which ends with `done`, if it cannot be written to.
     """
+    _print([fitted(text, columns_of(sys.stdout))], done)
+
+
+def show_json(document: Mapping[str, Any], done: str = "") -> None:
+    """The like for a JSON document, the only one of this process: a second one is not printed."""
+    if not _documents:
+        _documents.append(None)
+        # In pieces: a report on all tensors of a large model has megabytes.
+        _print(json.JSONEncoder().iterencode(document), done)
+
+
+_documents: list[None] = []
+"""Has an item once a document was begun."""
+
+
+def forget_document() -> None:
+    """Have another document allowed, of another command in this process."""
+    _documents.clear()
+
+
+def error_document(kind: str, code: int, message: str) -> dict[str, Any]:
+    """What `--json` prints of an error."""
+    return {"error": {"type": kind, "exit_code": code, "message": message}}
+
+
+def _print(pieces: Iterable[str], done: str) -> None:
     try:
         sys.stdout.writelines(pieces)
         sys.stdout.write("\n")

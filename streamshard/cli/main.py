@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -15,10 +14,10 @@ from types import FrameType
 import click
 
 import streamshard.cli.reading_commands  # noqa: F401 - adds its commands
+from streamshard.cli import console
 from streamshard.cli.app import cli
-from streamshard.cli.console import end, open_streams, say, unprinted
-from streamshard.errors import StreamshardError, escaped
-from streamshard.extras import explained
+from streamshard.cli.endings import Terminated, ending
+from streamshard.errors import WriteError
 from streamshard.limits import told
 
 __all__ = ["main"]
@@ -29,13 +28,6 @@ _signalled: list[int] = []
 
 
 _COMPLETION = "_STREAMSHARD_COMPLETE"  # set where a shell asks click to complete a line
-
-
-_UNPRINTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EBADF)
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
 
 
 def _handle_signals() -> None:
@@ -57,7 +49,7 @@ def _on_interrupt(number: int, _frame: FrameType | None) -> None:
 def _on_terminate(number: int, _frame: FrameType | None) -> None:
     _ignore_signals()
     _signalled.append(number)
-    raise _Terminated
+    raise Terminated
 
 
 def _ignore_signals() -> None:
@@ -68,21 +60,21 @@ def _ignore_signals() -> None:
 
 def main(command: click.Command = cli) -> None:
     """Run the command line and exit with the code of what happened."""
-    open_streams()
+    console.open_streams()
+    console.forget_document()
     if threading.current_thread() is threading.main_thread():
         _handle_signals()
-    end(_run(command))
+    console.end(_run(command))
 
 
 def _run(command: click.Command) -> int:
     """Run a command; the exit code of what happened, which is told."""
-    verbose = bool({"-v", "--verbose"} & set(sys.argv))
     try:
         told(_invoke)(command)
     except click.exceptions.Exit as error:  # --help, --version
         return error.exit_code
     except BaseException as error:  # noqa: BLE001 - each has its code
-        return _end_of(error, verbose=verbose)
+        return _tell(error, as_json=command is cli and _is_asked("--json"))
     return 0
 
 
@@ -95,43 +87,20 @@ def _invoke(command: click.Command) -> None:
         command.invoke(context)
 
 
-def _end_of(error: BaseException, *, verbose: bool) -> int:
+def _is_asked(*names: str) -> bool:
+    """Whether there is such an option, also where the options could not be understood."""
+    arguments = sys.argv[1:]
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return any(name in options for name in names)
+
+
+def _tell(error: BaseException, *, as_json: bool) -> int:
     """Tell why a command ended; returns the exit code."""
-    # Code of others that was interrupted, like an import, may make any error of it.
-    signal_raised = _signalled and not isinstance(error, StreamshardError)
-    if isinstance(error, _Terminated) or (signal_raised and _signalled[0] != signal.SIGINT):
-        return _say_ended("Terminated", error, 143)
-    if isinstance(error, KeyboardInterrupt) or signal_raised:
-        return _say_ended("Interrupted", error, 130)
-    if isinstance(error, click.ClickException):
-        with contextlib.suppress(OSError, ValueError):
-            error.show()
-        return error.exit_code
-    if isinstance(error, ImportError):
-        error = explained(error) or error
-    if isinstance(error, StreamshardError):
-        return _say_error(error, verbose=verbose)
-    if isinstance(error, OSError) and error.filename is None and error.errno in _UNPRINTED:
-        return _say_error(unprinted(error), verbose=verbose)  # --help, --version
-    if verbose:
-        say("".join(traceback.format_exception(error)).rstrip())
-    say(
-        f"error: unexpected {type(error).__name__}: {escaped(str(error))}\n"
-        "This is a bug in streamshard: please report it with the output of the same command "
-        "and --verbose."
-    )
-    return StreamshardError.exit_code
-
-
-def _say_error(error: StreamshardError, *, verbose: bool) -> int:
-    if verbose:
-        say("".join(traceback.format_exception(error)).rstrip())
-    say("error: " + "\n".join(map(escaped, str(error).split("\n"))))
-    return error.exit_code
-
-
-def _say_ended(how: str, error: BaseException, code: int) -> int:
-    # Whoever was writing has added what is kept.
-    left = escaped(str(error)) if isinstance(error, (KeyboardInterrupt, _Terminated)) else ""
-    say(f"{how}. {left or 'Nothing was written: run the same command again.'}")
-    return code
+    end = ending(error, _signalled[0] if _signalled else None)
+    if end.is_error and _is_asked("-v", "--verbose"):
+        console.say("".join(traceback.format_exception(error)).rstrip(), fits=False)
+    console.say(end.text)
+    if as_json:
+        with contextlib.suppress(WriteError, ValueError):  # the code says it, too
+            console.show_json(console.error_document(end.kind, end.code, end.message))
+    return end.code

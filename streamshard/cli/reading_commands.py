@@ -5,40 +5,45 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import click
-
 import streamshard
 from streamshard.cli import texts
 from streamshard.cli.app import cli
-from streamshard.cli.options import reading_options, workers_option
+from streamshard.cli.command import CHECKS, argument, option
+from streamshard.cli.options import READING, WORKERS
 from streamshard.cli.screen import begin
 from streamshard.errors import VerificationError
 from streamshard.wording import KEYWORDS, command_line
 
 
 @cli.command("diff", short_help="Compare two checkpoints.")
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
-@workers_option
-@reading_options
+@argument("a", metavar="A", help="Checkpoint folder or .safetensors file.")
+@argument("b", metavar="B", help="Another one; names are as in its layout.")
+@WORKERS
+@READING
 def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
     """Compare two checkpoints: names, shapes, dtypes and L2 distances, layouts reconciled.
+
+    The first line says whether they differ.
 
     \b
     Example:
       streamshard diff ./merged ./InternVL3-8B
     """
     screen = begin(**output)
-    with contextlib.closing(screen), command_line(KEYWORDS["diff"]):
+    with contextlib.closing(screen.progress) as progress, command_line(KEYWORDS["diff"]):
         report = streamshard.diff(
-            a, b, workers=workers, on_total=screen.begin, progress=screen.progress
+            a,
+            b,
+            workers=workers,
+            on_total=lambda nbytes: progress.step("comparing", nbytes),
+            progress=progress.piece,
         )
     screen.result(report, texts.diff_text)
 
 
 @cli.command("inspect", short_help="Say what a checkpoint or adapter is.")
-@click.argument("path", metavar="X")
-@reading_options
+@argument("path", metavar="PATH", help="Checkpoint or adapter folder, or a .safetensors file.")
+@READING
 def inspect(path: str, **output: Any) -> None:
     """Say what a checkpoint or adapter is: layout, family, dimensions, dtypes, files, LoRA state.
 
@@ -55,19 +60,21 @@ def inspect(path: str, **output: Any) -> None:
 
 
 @cli.command("verify", short_help="Read a checkpoint again and say what is wrong with it.")
-@click.argument("path", metavar="X")
-@click.option(
+@argument("path", metavar="PATH", help="Checkpoint or adapter folder, or a .safetensors file.")
+@option(
+    CHECKS,
     "--sample",
     metavar="PART",
     help="Read only a part of the tensors, at random: like 10% or 200.  [default: all]",
 )
-@click.option(
+@option(
+    CHECKS,
     "--strict",
     is_flag=True,
     help="Exit with 8 also if there are no digests to compare with.",
 )
-@workers_option
-@reading_options
+@WORKERS
+@READING
 def verify(
     path: str, sample: str | None, workers: int | None, *, strict: bool, **output: Any
 ) -> None:
@@ -87,16 +94,16 @@ def verify(
     """
     screen = begin(**output)
     try:
-        with contextlib.closing(screen), command_line(KEYWORDS["verify"]):
+        with contextlib.closing(screen.progress) as progress, command_line(KEYWORDS["verify"]):
             report = streamshard.verify(
                 path,
                 sample=sample,
                 strict=strict,
                 workers=workers,
-                on_total=screen.begin,
-                progress=screen.progress,
+                on_total=lambda nbytes: progress.step("verifying", nbytes),
+                progress=progress.piece,
             )
     except VerificationError as error:
-        screen.result(error.report, texts.verify_text)
+        screen.result(error.report, texts.verify_text, error)
         raise
     screen.result(report, texts.verify_text)

@@ -3,116 +3,130 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import streamshard
 from streamshard.cli import texts
-from streamshard.cli.console import say, show
-from streamshard.errors import escaped
+from streamshard.cli.console import error_document, say, show, show_json
+from streamshard.cli.progress import Progress
+from streamshard.errors import StreamshardError, escaped
 from streamshard.wording import command_line
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 __all__ = ["begin", "write"]
 
 
-def begin(*, as_json: bool, quiet: bool, verbose: bool) -> _Screen:
-    """Set up logging and memory before anything heavy is imported."""
-    _log_to_stderr(verbose=verbose)
+_NONE_FINISHED = "No file was finished, so nothing is kept: run the same command again."
+
+
+def begin(writing: str = "", *, as_json: bool, quiet: bool, verbose: bool) -> Screen:
+    """Set up logging and memory before anything heavy is imported.
+
+    `writing` is what writing is called in this command.
+    """
+    screen = Screen(writing, as_json=as_json, quiet=quiet)
+    _log(screen.progress, quiet=quiet, verbose=verbose)
     _one_blas_thread()
     _return_memory()
-    return _Screen(as_json=as_json, quiet=quiet)
+    return screen
 
 
 def write(
     function: str,
+    writing: str,
     text: Callable[[dict[str, Any]], str],
     *,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    as_json: bool = False,
+    quiet: bool = False,
+    verbose: bool = False,
     **options: Any,
 ) -> None:
     """Run a writing command of the Python API and print its report."""
-    screen = begin(as_json=as_json, quiet=quiet, verbose=verbose)
-    with contextlib.closing(screen), command_line(options):
+    screen = begin(writing, as_json=as_json, quiet=quiet, verbose=verbose)
+    none = "" if options.get("dry_run") else _NONE_FINISHED
+    with (
+        _said_if_ended(none),
+        contextlib.closing(screen.progress) as progress,
+        command_line(options),
+    ):
+        progress.step("checking")
         report = getattr(streamshard, function)(
-            on_plan=lambda plan: screen.begin(plan.tensor_nbytes),
-            progress=screen.progress,
-            **options,
+            on_step=progress.step, progress=progress.piece, **options
         )
-    screen.result(report, texts.plan_text if report["dry_run"] else text)
+    output = escaped(str(report["output"]))
+    with _said_if_ended("" if report["dry_run"] else f"{output} is complete."):
+        screen.result(report, texts.plan_text if report["dry_run"] else text)
 
 
-class _Screen:
+@contextlib.contextmanager
+def _said_if_ended(text: str) -> Iterator[None]:
+    """What a signal that arrives here says, unless it says something already."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and text and not any(map(str, error.args)):
+            error.args = (text,)
+        raise
+
+
+class Screen:
     """Where progress, messages and results go."""
 
-    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+    def __init__(self, writing: str, *, as_json: bool, quiet: bool) -> None:
         self._as_json = as_json
         self._quiet = quiet
-        self._bar: tqdm[Any] | None = None
+        self.progress = Progress({"writing": writing}, quiet=quiet)
 
-    def close(self) -> None:
-        """End the progress bar."""
-        bar, self._bar = self._bar, None
-        if bar is not None:
-            with contextlib.suppress(OSError, ValueError):
-                bar.close()
-
-    def begin(self, nbytes: int) -> None:
-        """Begin the progress bar."""
-        # A log file gets no bar; a terminal does.
-        if self._quiet or not sys.stderr.isatty():
-            return
-        from tqdm import tqdm
-
-        with contextlib.suppress(OSError, ValueError):
-            self._bar = tqdm(
-                total=nbytes,
-                unit="B",
-                unit_scale=True,
-                dynamic_ncols=True,
-                mininterval=0.2,
-                file=sys.stderr,
-            )
-
-    def progress(self, nbytes: int, name: str) -> None:
-        """Move the progress bar."""
-        bar = self._bar
-        if bar is not None:
-            try:
-                bar.set_postfix({"tensor": escaped(name[-40:])}, refresh=False)
-                bar.update(nbytes)
-            except (OSError, ValueError):  # the terminal is gone; the work is not
-                self._bar = None
-
-    def result(self, report: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> None:
-        """Print the report, as JSON or as `text` puts it."""
-        if not self._as_json:
-            report = texts.printable_report(report)
-        if not self._as_json and not self._quiet:
-            for warning in report["warnings"]:
-                say(f"warning: {warning}")
-        if self._quiet and not self._as_json:
-            return
+    def result(
+        self,
+        report: dict[str, Any],
+        text: Callable[[dict[str, Any]], str],
+        error: StreamshardError | None = None,
+    ) -> None:
+        """Print the report, as JSON or as `text` puts it; with the `error` that it led to, if any."""
         written = report["output"] and not report.get("dry_run")
         done = f"; {report['output']} is complete" if written else ""
-        # In pieces: a report on all tensors of a large model has megabytes.
-        show(json.JSONEncoder().iterencode(report) if self._as_json else [text(report)], done)
+        if self._as_json:
+            if error is not None:
+                name = type(error).__name__
+                report = {**report, **error_document(name, error.exit_code, str(error))}
+            show_json(report, done)
+            return
+        if not self._quiet:
+            report = texts.printable_report(report)
+            for warning in report["warnings"]:
+                say(f"warning: {warning}")
+            show(text(report), done)
 
 
-def _log_to_stderr(*, verbose: bool) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+class _Handler(logging.Handler):
+    """Says what is logged, above the progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = escaped(self.format(record)) if record.exc_info is None else self.format(record)
+        if record.name.partition(".")[0] != "streamshard":
+            text = f"{record.levelname} {record.name}: {text}"
+        elif record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        self._progress.message(text)
+
+
+def _log(progress: Progress, *, quiet: bool, verbose: bool) -> None:
+    """Have logs said: of this package also what is no warning, and of others only warnings."""
+    root = logging.getLogger()
+    root.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    for handler in [one for one in root.handlers if isinstance(one, _Handler)]:
+        root.removeHandler(handler)
+    root.addHandler(_Handler(progress))
+    own = logging.ERROR if quiet else logging.INFO
+    logging.getLogger("streamshard").setLevel(logging.DEBUG if verbose else own)
     logging.captureWarnings(capture=True)
     logging.raiseExceptions = False  # a log that cannot be written is no reason for tracebacks
 

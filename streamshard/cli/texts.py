@@ -51,9 +51,17 @@ def plan_text(report: dict[str, Any]) -> str:
             *files[:20],
             *([f"  and {len(files) - 20} more files"] if len(files) > 20 else []),
             f"{changed}; {plan['workers']} threads, about {_bytes(plan['memory_bytes'])} of memory.",
+            *_continued(report),
             "Nothing was written.",
         ]
     )
+
+
+def _continued(report: dict[str, Any]) -> list[str]:
+    if not report["resumed"]:
+        return []
+    done = f"{report['resumed']} of {report['shards']} files are done"
+    return [f"Would continue an interrupted run: {done}."]
 
 
 def merge_text(report: dict[str, Any]) -> str:
@@ -109,11 +117,11 @@ def wrap_text(report: dict[str, Any]) -> str:
     if report["format"] == "peft":
         lines.append(f"  An adapter: load or merge it together with {report['base']}")
     else:
-        lines += [
-            "  InternVL's trainer wraps by the ranks in this config: start it without --use_llm_lora and",
-            "  --use_backbone_lora, which would wrap once more and begin anew, and with --freeze_llm",
-            "  False and --freeze_backbone False, which would freeze the pairs too.",
-        ]
+        lines.append(
+            "  InternVL's trainer wraps by the ranks in this config: start it without --use_llm_lora and "
+            "--use_backbone_lora, which would wrap once more and begin anew, and with --freeze_llm "
+            "False and --freeze_backbone False: else the pairs are frozen too."
+        )
     return "\n".join(lines)
 
 
@@ -140,20 +148,24 @@ def extract_text(report: dict[str, Any]) -> str:
 
 def _effort_text(report: dict[str, Any]) -> str:
     return (
-        f"  {_bytes(report['bytes'])} in {report['shards']} files, {report['seconds']:.1f} s, "
+        f"  {_bytes(report['bytes'])} in {_files(report['shards'])}, {report['seconds']:.1f} s, "
         f"{_bytes(report['bytes'] / report['seconds'])}/s, peak memory "
         f"{_bytes(report['peak_rss_bytes'])}"
     )
 
 
+def _files(count: int) -> str:
+    return f"{count} file" if count == 1 else f"{count} files"
+
+
 def diff_text(report: dict[str, Any]) -> str:
-    """What `diff` prints."""
+    """What `diff` prints; its first line says whether they differ."""
     l2 = report["l2"]
     lines = [
-        f"{report['equal']} tensors are equal, {len(report['different'])} differ; "
-        f"{len(report['missing'])} are only in {report['b']}, "
-        f"{len(report['unexpected'])} only in {report['a']}",
-        f"L2: total {_number(l2['sum'])}, average {_number(l2['per_parameter'])}, "
+        _verdict(report),
+        f"  A: {report['a']}",
+        f"  B: {report['b']}",
+        f"  L2: total {_number(l2['sum'])}, average {_number(l2['per_parameter'])}, "
         f"global {_number(l2['global'])}",
     ]
     for title, key in (("only in B", "missing"), ("only in A", "unexpected")):
@@ -171,12 +183,39 @@ def diff_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _verdict(report: dict[str, Any]) -> str:
+    kinds = {
+        "different": "other values",
+        "shapes": "another shape",
+        "dtypes": "another dtype",
+    }
+    found = [
+        f"{len(report[key])} {'has' if len(report[key]) == 1 else 'have'} {what}"
+        for key, what in kinds.items()
+        if report[key]
+    ]
+    found += [
+        f"{len(report[key])} {'is' if len(report[key]) == 1 else 'are'} only in {side}"
+        for key, side in (("unexpected", "A"), ("missing", "B"))
+        if report[key]
+    ]
+    if found:
+        return f"They differ: of the tensors {', '.join(found)}; {report['equal']} are equal"
+    skipped = len(report["l2"]["skipped"])
+    if skipped:
+        return (
+            f"No difference found: {report['equal']} tensors are equal, {skipped} could not be "
+            "compared (their dtype is none that is understood)"
+        )
+    return f"They do not differ: all {report['equal']} tensors are equal"
+
+
 def inspect_text(report: dict[str, Any]) -> str:
     """What `inspect` prints."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report["dtypes"].items())
     size = (
         f"{report['tensors']} tensors ({dtypes}), {report['parameters']:,} parameters, "
-        f"{_bytes(report['bytes'])} in {report['shards']} files"
+        f"{_bytes(report['bytes'])} in {_files(report['shards'])}"
     )
     if "adapter" in report:
         facts = ", ".join(f"{k} {v}" for k, v in report["adapter"].items() if v is not None)

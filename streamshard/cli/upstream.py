@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from streamshard.cli import texts
+from streamshard.cli.command import CONTEXT, INPUTS, OUTPUT, Command, argument, option
 from streamshard.cli.main import main
-from streamshard.cli.options import CONTEXT
 from streamshard.cli.screen import write
 
 __all__ = ["run_upstream", "run_upstream_merge"]
@@ -17,31 +18,33 @@ __all__ = ["run_upstream", "run_upstream_merge"]
 def run_upstream_merge(description: str | None) -> None:
     """InternVL's merge script: its two arguments, our engine."""
 
-    @click.command(help=description and f"\b\n{description}", context_settings=CONTEXT)
-    @click.argument("input_path", metavar="INPUT_PATH")
-    @click.argument("output_path", metavar="OUTPUT_PATH")
+    @_script(description)
+    @argument("input_path", metavar="INPUT_PATH", help="Training checkpoint with LoRA inside.")
+    @argument("output_path", metavar="OUTPUT_PATH", group=OUTPUT, help="New folder to write.")
     def merge(input_path: str, output_path: str) -> None:
-        write(
-            "merge_lora",
-            texts.merge_text,
-            as_json=False,
-            quiet=False,
-            verbose=False,
-            checkpoint=input_path,
-            output=output_path,
-        )
+        write("merge_lora", "merging", texts.merge_text, checkpoint=input_path, output=output_path)
 
     main(merge)
 
 
 def run_upstream(function: str, description: str | None) -> None:
     """One of InternVL's conversion scripts: its options and printed facts, our engine."""
+    custom, hf, new = (
+        "Checkpoint in the custom layout.",
+        "Checkpoint in the HF layout.",
+        "New folder.",
+    )
 
-    @click.command(help=description and f"\b\n{description}", context_settings=CONTEXT)
-    @click.option("--custom-path", required=True, help="Checkpoint in the custom layout.")
-    @click.option("--hf-path", required=True, help="Checkpoint in the HF layout.")
-    @click.option("--save-path", required=True, help="New folder to write.")
+    @_script(description)
+    @option(INPUTS, "--custom-path", required=True, metavar="FOLDER", help=custom)
+    @option(INPUTS, "--hf-path", required=True, metavar="FOLDER", help=hf)
+    @option(OUTPUT, "--save-path", required=True, metavar="FOLDER", help=new)
     def convert(**options: Any) -> None:
-        write(function, texts.upstream_text, as_json=False, quiet=False, verbose=False, **options)
+        write(function, "converting", texts.upstream_text, **options)
 
     main(convert)
+
+
+def _script(description: str | None) -> Callable[[Callable[..., None]], click.Command]:
+    text = description and description.replace("\n\n", "\n\n\b\n")  # lines as they are
+    return click.command(cls=Command, help=text, context_settings=CONTEXT)

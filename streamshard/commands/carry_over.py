@@ -95,6 +95,7 @@ def carry_over(
     given = _given(tensors, source, OTHER[layout])
     check_names(source.where, tensors)
     check_shapes(source.where, tensors, given, dims, OTHER[layout])
+    reference.check()
     result = convert(tensors, dims, layout, given=given)
     known = _named_alike(reference, dims, layout) if reference.tensors else None
     missing, unexpected = list(result.missing), list(result.unexpected)
@@ -135,7 +136,7 @@ def carry_over(
     _check_shapes(result.tensors, known or {}, (embedding, head_name), reference)
     if tokenizer_from == "source" and layout == "hf":
         config["image_token_id"] = image_token_id(Tokenizer.of(source.where, side_files))
-    note_beyond(side_files, rows)
+    note_beyond(side_files, rows, reference.tokenizer, source.tokenizer)
     if rows is not None:
         config[INNER[layout]]["vocab_size"] = rows
     note(*_rope_warnings(source, reference, dims.family))

@@ -23,6 +23,7 @@ from streamshard.engine.run import run
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.lora.base_checks import check_base
+from streamshard.notes import note
 
 __all__ = ["ConversionOptions", "custom_to_hf", "hf_to_custom"]
 
@@ -98,7 +99,8 @@ def _convert(asked: _Asked, options: ConversionOptions) -> Report:
 def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
     started = time.perf_counter()
     source = Model(open_checkpoint(asked.source))
-    check_base(source.tensors, source.config)
+    note(*source.checkpoint.warnings)
+    check_base(source.tensors, source.config, source.where, goal="converted")
     reference = Model(open_checkpoint(asked.reference, needs_weights=False))
     inputs = [source.path, reference.path]
     output = check_places(asked.output, inputs, overwrite=chosen.overwrite)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
 
-from streamshard.commands.identify import Model, architecture_of
+from streamshard.commands.identify import Model, architecture_of, is_of_internlm2
 from streamshard.errors import InputError
+from streamshard.internvl.detection import layout_of
 from streamshard.internvl.layouts import pieces
 from streamshard.internvl.model_config import OTHER, Dims, dims_from_config
 from streamshard.internvl.spelling import flat_parts
@@ -19,7 +21,7 @@ __all__ = ["other_names"]
 def other_names(base: Model) -> OtherNames:
     """How an adapter may call the weights of a base; of no other layout if it is no InternVL."""
     if base.layout is None or base.config is None:
-        return OtherNames(_flat)
+        return OtherNames(_flat, never_ties=_never_ties)
     config, own, other = base.config, base.layout, OTHER[base.layout]
 
     @cache
@@ -57,7 +59,17 @@ def other_names(base: Model) -> OtherNames:
                 found |= dict.fromkeys(s for s in starts if not re.search(r"\.\d+\.", s))
         return list(found)
 
-    return OtherNames(_flat, places, parts)
+    return OtherNames(_flat, places, parts, _never_ties)
+
+
+def _never_ties(names: Iterable[str], base_class: str | None) -> bool:
+    """Whether an adapter was trained on InternVLChatModel, by its names or by what its config says."""
+    every = list(names)
+    return (
+        base_class == "InternVLChatModel"
+        or layout_of(every) == "custom"
+        or any(map(is_of_internlm2, every))
+    )
 
 
 def _flat(name: str) -> str:

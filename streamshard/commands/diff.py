@@ -20,6 +20,7 @@ from streamshard.engine.workers import collect
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import convert
 from streamshard.internvl.model_config import Dims
+from streamshard.notes import note
 from streamshard.tensors.comparing import Distances, is_comparable, tensor_distance
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
@@ -44,6 +45,7 @@ def diff(
     """
     started = time.perf_counter()
     one, other = Model(open_checkpoint(a)), Model(open_checkpoint(b))
+    note(*one.checkpoint.warnings, *other.checkpoint.warnings)
     ours, theirs = _reconciled(one, other)
     compared = [n for n in theirs if n in ours and is_comparable(ours[n], theirs[n])]
     if on_total is not None:
@@ -92,6 +94,8 @@ def _reconciled(one: Model, other: Model) -> tuple[Mapping[str, Lazy], Mapping[s
         if config is None or its_config is None:
             return one.tensors, other.tensors
         left, right = dims_of(config), dims_of(its_config)
+    elif one.relative is not None and one.relative == other.relative:
+        left, right = one.dims, other.dims
     else:
         left = right = model_dims(one, other, theirs)
     return _renamed(one, left, mine, theirs), _renamed(other, right, theirs, theirs)

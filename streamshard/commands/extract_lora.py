@@ -7,13 +7,16 @@ computed.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Unpack
 
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.tokenizer import Content
 from streamshard.commands.identify import Model
 from streamshard.commands.public import public
@@ -31,7 +34,7 @@ from streamshard.errors import AdapterError, InputError, UsageError, listed, pri
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.internvl.lora_targets import TASK_TYPES, UPSTREAM_DROPOUT, upstream_alpha
-from streamshard.internvl.spelling import flat_name, flat_names, in_model
+from streamshard.internvl.spelling import flat_name, flat_names, in_model, is_qianfan
 from streamshard.lora.saved_adapter import adapter_config, adapter_key, selection
 from streamshard.lora.wrapped_names import Unwrapped
 from streamshard.notes import note
@@ -39,6 +42,7 @@ from streamshard.tensor_names import PREFIX
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
+from streamshard.tensors.workspace import Workspace
 
 __all__ = ["extract_lora"]
 
@@ -81,33 +85,32 @@ def extract_lora(
         note(*_left_out(plain, trained, found.depths, where))
     else:
         own = Model(open_checkpoint(base))
-        own.check()
         tokenizer = for_adapter(own.tokenizer, Model(source).tokenizer)
         theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
-        workers = workers_or_default(chosen.workers)
-        trained |= _differing(mine, given, (where, own.where), workers)
+        trained |= _differing(mine, given, (where, own.where), chosen)
     modules = {
         flat_name(f"{m}.weight").removesuffix(".weight") if layout == "hf" else m: m for m in ranks
     }
     saved = _saved_modules(trained, modules, plain, where)
+    in_memory = partial(in_model, layout=layout, qianfan=is_qianfan(source.tensors))
     tensors: dict[str, Lazy] = {}
     live_ranks = {}
     for flat, module in modules.items():
-        live = in_model(f"{flat}.weight", layout).removesuffix(".weight")
+        live = in_memory(f"{flat}.weight").removesuffix(".weight")
         live_ranks[live] = ranks[module]
         tensors[adapter_key(live, "lora_A")] = source.tensors[found.pairs[module].A]
         tensors[adapter_key(live, "lora_B")] = source.tensors[found.pairs[module].B]
     for name in plain:
         if any(name.startswith(f"{module}.") for module in saved):
             given_name = found.saved.get(plain[name], found.base[plain[name]])
-            tensors[PREFIX + in_model(name, layout)] = source.tensors[given_name]
-    weights = [in_model(n, layout).removesuffix(".weight") for n in plain if n.endswith(".weight")]
+            tensors[PREFIX + in_memory(name)] = source.tensors[given_name]
+    weights = [in_memory(n).removesuffix(".weight") for n in plain if n.endswith(".weight")]
     alphas = {
         m: float(upstream_alpha(r)) if alpha is None else alpha for m, r in live_ranks.items()
     }
-    entries = [in_model(f"{module}.weight", layout).removesuffix(".weight") for module in saved]
+    entries = [in_memory(f"{module}.weight").removesuffix(".weight") for module in saved]
     config = adapter_config(
         live_ranks,
         {m: int(value) if value == int(value) else value for m, value in alphas.items()},
@@ -185,7 +188,7 @@ def _left_out(
 
 
 def _differing(
-    mine: Mapping[str, Lazy], theirs: Mapping[str, Lazy], where: tuple[str, str], workers: int
+    mine: Mapping[str, Lazy], theirs: Mapping[str, Lazy], where: tuple[str, str], chosen: Options
 ) -> set[str]:
     """Names of tensors whose bytes are not those of the base, which must have the same names."""
     only = sorted(set(mine) - set(theirs)) or sorted(set(theirs) - set(mine))
@@ -203,7 +206,18 @@ def _differing(
                 f"{other.dtype} {list(other.shape)} in {where[1]}. Give the model that the training "
                 "started from, in the dtype of the training; an adapter cannot change a shape."
             )
-    equal = collect(mine, lambda name, work: equal_bytes(mine[name], theirs[name], work), workers)
+    lock = threading.Lock()
+
+    def is_equal(name: str, work: Workspace) -> bool:
+        same = equal_bytes(mine[name], theirs[name], work)
+        if chosen.progress is not None and chosen.on_step is not None:
+            with lock:
+                chosen.progress(mine[name].nbytes, name)
+        return same
+
+    if chosen.on_step is not None:
+        chosen.on_step("comparing", total_nbytes(mine), 0)
+    equal = collect(mine, is_equal, workers_or_default(chosen.workers))
     return {name for name, same in zip(mine, equal, strict=True) if not same}
 
 
@@ -222,7 +236,7 @@ def _saved_modules(
             f"{where}: {len(bad)} tensors differ from the base and cannot be part of an adapter: "
             f"{listed(bad)}. They are weights under a LoRA pair, or parameters that are no modules of "
             "their own. Is this the base that the training started from? If it is, merge the "
-            "checkpoint instead (merge-lora)."
+            "checkpoint instead: `merge-lora CHECKPOINT`."
         )
     # A numbered module is one of a Sequential, as mlp1.1, which goes as a whole.
     owners = {name.rpartition(".")[0] for name in trained if name in names}

@@ -23,7 +23,9 @@ from streamshard.internvl.model_config import (
     check_config,
     config_layout,
     dims_from_config,
+    inferred_architecture,
     llm_architecture,
+    section_of,
 )
 from streamshard.internvl.relatives import check_names, no_conversion, relative_of
 from streamshard.internvl.same_model import differences
@@ -146,12 +148,17 @@ def dims_of(config: Mapping[str, Any], name: str = "", where: str = "config.json
     return dims_from_config(config, architecture=architecture_of(config, name), where=where)
 
 
+def is_of_internlm2(name: str) -> bool:
+    """Whether a tensor is of InternLM2's own class, by its name."""
+    return _INTERNLM2.search(name) is not None
+
+
 def architecture_of(config: Mapping[str, Any], name: str = "") -> str | None:
     """The custom class to take where an HF config does not say it; None where it does."""
     inner = config.get(INNER["hf"])
     if not isinstance(inner, dict) or inner.get("model_type") != "llama":
         return None
-    return "InternLM2ForCausalLM" if _INTERNLM2.search(name) else "LlamaForCausalLM"
+    return "InternLM2ForCausalLM" if is_of_internlm2(name) else "LlamaForCausalLM"
 
 
 def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
@@ -207,8 +214,8 @@ def _check_layout(model: Model, side: Layout, where: str) -> None:
 
 def _check_inferred(custom: Model, architecture: str, where: str) -> None:
     """Raise `InputError` if the class is known by model_type only, and the names are of another."""
-    llm = (custom.config or {}).get(INNER["custom"]) or {}
-    if llm.get("architectures") not in (None, [], [""], [None]) or custom.layout != "custom":
+    llm = section_of(custom.config or {}, INNER["custom"], where)
+    if inferred_architecture(llm) is None or custom.layout != "custom":
         return
     found = custom.detected.family
     if found is not None and FAMILIES[found].architecture != architecture:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.adapter_folder import is_adapter, open_adapter
+from streamshard.checkpoint.adapter_folder import AdapterFolder, is_adapter, open_adapter
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.commands.identify import Model, dimensions
@@ -16,9 +16,10 @@ from streamshard.disk.existence import is_folder
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading, system
 from streamshard.engine.report import Report, finished, new_report
-from streamshard.errors import InputError
+from streamshard.errors import InputError, printable
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.lora_targets import FLAGS
+from streamshard.notes import note
 from streamshard.tensor_names import factors_among
 
 __all__ = ["inspect"]
@@ -38,12 +39,14 @@ def inspect(path: PathLike) -> Report:
         return _inspect_adapter(folder, started)
     found = open_checkpoint(path)
     report = new_report("inspect", found.tensors, None)
+    note(*found.warnings)
     files = Counter(dict.fromkeys(found.metadata, 0))
-    for name, tensor in found.tensors.items():
-        files[found.shard_of(name)] += tensor.nbytes
+    for tensor in found.tensors.values():
+        files[Path(tensor.path).name] += tensor.nbytes
     facts: dict[str, Any] = dict.fromkeys(("spelling", "family", "packed_experts", "evidence"))
+    model = Model(found)
     try:
-        seen = Model(found).detected
+        seen = model.detected
         facts = {
             "layout": seen.layout,
             "spelling": seen.spelling,
@@ -51,9 +54,11 @@ def inspect(path: PathLike) -> Report:
             "packed_experts": seen.packed_experts,
             "evidence": list(seen.evidence),
         }
-        report["warnings"] += seen.warnings
+        note(*seen.warnings)
+        if not factors_among(found.tensors):  # `verify` looks at wrapped ones, too
+            model.check()
     except InputError as error:
-        report["warnings"].append(str(error))
+        note(str(error))
     report |= {
         **facts,
         "path": str(found.path),
@@ -68,16 +73,32 @@ def inspect(path: PathLike) -> Report:
 
 def _inspect_adapter(folder: Path, started: float) -> Report:
     adapter = open_adapter(folder)
+    note(*adapter.warnings, *_beside(adapter))
     keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
     report = {
         **new_report("inspect", adapter.tensors, layout_of(adapter.tensors)),
         "path": str(folder),
         "adapter": {key: adapter.config.get(key) for key in keys},
         "dtypes": dict(Counter(tensor.dtype for tensor in adapter.tensors.values())),
-        "files": {adapter.file.name: total_nbytes(adapter.tensors)},
-        "shards": 1,
+        "files": {
+            **{name: total_nbytes(tensors) for name, tensors in adapter.files.items()},
+            **{
+                found.file.relative_to(adapter.path).as_posix(): total_nbytes(found.tensors)
+                for found in adapter.beside
+            },
+        },
+        "shards": len(adapter.files),
     }
     return finished(report, started)
+
+
+def _beside(adapter: AdapterFolder) -> list[str]:
+    """That a merge also takes weights which lie beside the adapter."""
+    return [
+        f"{printable(found.file.name)} has {len(found.tensors)} tensors that were trained beside the "
+        "adapter; a merge takes them, too"
+        for found in adapter.beside
+    ]
 
 
 def _lora_state(found: Checkpoint) -> dict[str, Any]:

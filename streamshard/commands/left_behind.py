@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from streamshard.checkpoint.file_names import NOT_CARRIED, NOT_ENTERED, WEIGHTS
 from streamshard.checkpoint.json_files import MAX_JSON_BYTES, json_object
@@ -60,7 +61,15 @@ def _named(name: str, content: Content) -> Iterator[str]:
             yield f"{(found[1] or found[2]).decode()}.py"
     elif _CONFIGS.fullmatch(name):
         text = content if isinstance(content, bytes) else read_bytes(content, MAX_JSON_BYTES)
-        yield from modules_of(json_object(text, Path(name)).get("auto_map"))
+        yield from _modules(json_object(text, Path(name)))
+
+
+def _modules(config: Mapping[str, Any]) -> Iterator[str]:
+    """What a config names at its top, or for a part of the model."""
+    yield from modules_of(config.get("auto_map"))
+    for inner in config.values():
+        if isinstance(inner, dict):
+            yield from _modules(inner)
 
 
 def _in_subfolders(folder: Path) -> Iterator[str]:

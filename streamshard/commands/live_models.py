@@ -43,6 +43,9 @@ def wrap_llm_lora(
     llm = _part(model, "language_model")
     family = _family(llm, getattr(model, "llm_arch_name", None))
     ends = target_ends(family.name, "custom", "language_model")
+    if any(name.endswith(".experts.gate_up_proj") for name, _ in llm.named_parameters()):
+        # Names of an expert's layers, which peft would take for the packed parameters.
+        ends = [end for end in ends if "." in end]
     model.language_model = _wrapped(llm, ends, r, lora_alpha, lora_dropout, task_type="CAUSAL_LM")
     model.language_model.enable_input_require_grads()
     model.language_model.print_trainable_parameters()

@@ -11,15 +11,17 @@ from typing import cast
 from streamshard.checkpoint.adapter_folder import AdapterFolder, open_adapter
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
+from streamshard.checkpoint.no_adapter import is_training_checkpoint
 from streamshard.commands.identify import Model
 from streamshard.commands.training_checkpoint import open_wrapped
 from streamshard.disk.paths import PathLike
-from streamshard.errors import UsageError, printable
+from streamshard.errors import UsageError, argument, printable
 from streamshard.internvl.families import LAYOUTS
 from streamshard.lora.adapter import Adapter
 from streamshard.lora.base_checks import check_base
 from streamshard.lora.experts import EXPERT_ORDERS
 from streamshard.lora.settings import read_settings
+from streamshard.notes import note
 
 __all__ = ["Asked", "Inputs", "open_inputs"]
 
@@ -63,16 +65,19 @@ def open_inputs(asked: Asked) -> Inputs:
     if order not in EXPERT_ORDERS:
         raise UsageError(f"--expert-order is {order!r}; {' or '.join(EXPERT_ORDERS)} it is.")
     inputs = _training_checkpoint(asked) if asked.checkpoint is not None else _folders(asked)
-    check_base(inputs.base.tensors, inputs.base.config)
+    check_base(inputs.base.tensors, inputs.base.config, inputs.base.where)
     inputs.base.check()
     return inputs
 
 
 def _training_checkpoint(asked: Asked) -> Inputs:
     if asked.base is not None or asked.adapter is not None or asked.weight:
+        too = {"--adapter": asked.adapter, "--base": asked.base, "--weight": asked.weight or None}
+        given = " and ".join(option for option, value in too.items() if value is not None)
         raise UsageError(
-            "a training checkpoint has its base and its pairs inside: give either CHECKPOINT, or "
-            "--adapter and --base."
+            f"a training checkpoint has its base and its pairs inside, so {given} cannot be given with "
+            "CHECKPOINT. Leave that out; or, for an adapter in a folder of its own, CHECKPOINT: "
+            "`merge-lora --adapter ADAPTER --base MODEL`."
         )
     base, adapters = open_wrapped(
         cast("PathLike", asked.checkpoint), alpha=asked.alpha, adapter_name=asked.adapter_name
@@ -82,7 +87,7 @@ def _training_checkpoint(asked: Asked) -> Inputs:
 
 def _folders(asked: Asked) -> Inputs:
     if asked.base is None or asked.adapter is None:
-        raise UsageError("give --adapter and --base, or a LoRA-wrapped training CHECKPOINT.")
+        raise _incomplete(asked)
     if asked.alpha is not None:
         raise UsageError("--alpha is for training checkpoints; an adapter's config has its own.")
     if asked.layout == "keep" and (asked.reference, asked.tokenizer_from) != (None, None):
@@ -92,15 +97,46 @@ def _folders(asked: Asked) -> Inputs:
         )
     base = open_checkpoint(asked.base)
     folders = _open_adapters(asked.adapter)
+    note(*base.warnings, *(warning for folder in folders for warning in folder.warnings))
     return Inputs(Model(base), _adapters(folders, asked), folders)
 
 
+def _incomplete(asked: Asked) -> UsageError:
+    """The error of a merge that was given less than it needs, by what that is."""
+    given = [asked.base] if asked.adapter is None else _paths(asked.adapter)
+    only = given[0] if given else None
+    if only is None:
+        return UsageError(
+            "nothing to merge: give an adapter and the model it was trained on (`merge-lora --adapter "
+            "ADAPTER --base MODEL`), or a training checkpoint of InternVL, which has both inside "
+            "(`merge-lora CHECKPOINT`)."
+        )
+    if is_training_checkpoint(only):
+        return UsageError(
+            f"{printable(str(only))} is a LoRA-wrapped training checkpoint, which has its base and its "
+            f"pairs inside: `merge-lora {argument(only)}`."
+        )
+    if asked.adapter is None:
+        return UsageError(
+            "--adapter is missing: the folder that PEFT's save_pretrained wrote, to be folded into the "
+            "base."
+        )
+    return UsageError(
+        "--base is missing: the model that the adapter was trained on, a folder or a .safetensors file."
+    )
+
+
 def _open_adapters(adapter: PathLike | Sequence[PathLike]) -> list[AdapterFolder]:
-    one = isinstance(adapter, (str, bytes, os.PathLike)) or not isinstance(adapter, Iterable)
-    paths = [cast("PathLike", adapter)] if one else list(cast("Iterable[PathLike]", adapter))
+    paths = _paths(adapter)
     if not paths:
         raise UsageError("no adapter given: pass --adapter.")
     return [open_adapter(path) for path in paths]
+
+
+def _paths(adapter: PathLike | Sequence[PathLike]) -> list[PathLike]:
+    """One path, or several."""
+    one = isinstance(adapter, (str, bytes, os.PathLike)) or not isinstance(adapter, Iterable)
+    return [cast("PathLike", adapter)] if one else list(cast("Iterable[PathLike]", adapter))
 
 
 def _adapters(folders: Sequence[AdapterFolder], asked: Asked) -> list[Adapter]:
@@ -124,6 +160,7 @@ def _adapters(folders: Sequence[AdapterFolder], asked: Asked) -> list[Adapter]:
             factor,
             asked.adapter_name,
             asked.expert_order,
+            {printable(str(beside.file)): beside.tensors for beside in folder.beside},
         )
         for folder, factor in zip(folders, weights, strict=True)
     ]

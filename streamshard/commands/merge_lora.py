@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder
-from streamshard.checkpoint.digests import file_digest
+from streamshard.checkpoint.digests import files_digest
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, SUFFIX
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.tokenizer import Content
@@ -46,6 +46,7 @@ from streamshard.lora.merge import Merged, alone, changes_of, merge
 from streamshard.notes import note
 from streamshard.tensors import kernel
 from streamshard.tensors.comparing import equal_bytes
+from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy, Stored
 from streamshard.tensors.workspace import Workspace
 
@@ -93,7 +94,8 @@ def merge_lora(
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
     started, chosen = time.perf_counter(), Options.of(options)
-    weights = [weight] if isinstance(weight, (int, float)) else list(weight or [])
+    given = [] if weight is None else weight
+    weights = [float(one) for one in (given if isinstance(given, Iterable) else [given])]
     asked = Asked(
         base=base,
         adapter=adapter,
@@ -141,7 +143,7 @@ def merge_lora(
         l2_from=str(inputs.base.path),
         reference=written.reference,
         compares_sources=True,
-        must_change=True,
+        must_change=not _has_unmeasured(inputs.base, folded.merged),
         facts={
             "merged": len({*folded.merged.updated, *folded.merged.replaced}),
             "base": str(inputs.base.path),
@@ -204,7 +206,7 @@ def _fold(asked: Asked, inputs: Inputs) -> _Folded:
     with contextlib.closing(Files()) as opened:
         work = Workspace(opened)
         tie = _tie(base, work)
-        changes = changes_of(base.tensors, adapters, work, other_names(base), tie)
+        changes = changes_of(base.tensors, adapters, work, other_names(base), tie, _apart(base))
         note(*changes.warnings)
         merged = merge(changes, work)
         unchecked = asked.checkpoint is not None or asked.allow_merged_base
@@ -217,6 +219,15 @@ def _fold(asked: Asked, inputs: Inputs) -> _Folded:
     return _Folded(merged, tie, changes.facts)
 
 
+def _has_unmeasured(base: Model, merged: Merged) -> bool:
+    """Whether something is changed that no distance tells: a shape, or values that are no floats."""
+    before = ((base.tensors.get(name), merged.tensors[name]) for name in merged.replaced)
+    return any(
+        old is not None and (old.shape != new.shape or new.dtype not in FLOATS)
+        for old, new in before
+    )
+
+
 def _tie(base: Model, work: Workspace) -> tuple[str, str] | None:
     """Embedding and head of a base where these are one tensor, stored once or twice."""
     tie = base.tie
@@ -226,6 +237,14 @@ def _tie(base: Model, work: Workspace) -> tuple[str, str] | None:
     return tie if equal_bytes(embedding, head, work) else None
 
 
+def _apart(base: Model) -> tuple[str, str] | None:
+    """Embedding and head of a base of the custom layout, which never ties them."""
+    embedding, head = base.embedding_and_head
+    if base.layout != "custom" or embedding is None or head is None:
+        return None
+    return embedding, head
+
+
 def _described(folded: _Folded, folders: Sequence[AdapterFolder]) -> list[dict[str, Any]]:
     """What the report says of each adapter, and of the folder that it is from."""
     if not folders:
@@ -233,7 +252,7 @@ def _described(folded: _Folded, folders: Sequence[AdapterFolder]) -> list[dict[s
     return [
         {
             **facts,
-            "digest": file_digest(folder.file),
+            "digest": files_digest([folder.path / name for name in folder.files]),
             NAMED: folder.config.get(NAMED),
         }
         for facts, folder in zip(folded.facts, folders, strict=True)
@@ -283,7 +302,7 @@ def _kept(asked: Asked, base: Model, folded: _Folded, beside: Beside, dtype: str
     """The result in the layout and the files of the base."""
     if asked.checkpoint is not None:
         beside = with_code(base, beside, asked.reference)
-    note_beyond(beside.side_files, beside.rows)
+    note_beyond(beside.side_files, beside.rows, base.tokenizer)
     files = dict(beside.side_files)
     if beside.config is None:
         note(f"{base.where}: has no config.json; the output has none either")

@@ -40,9 +40,11 @@ def check_given_twice(facts: Sequence[Mapping[str, Any]]) -> None:
     digests = [described.get("digest") for described in facts]
     twice = [d["file"] for d in facts if d.get("digest") and digests.count(d["digest"]) > 1]
     if twice:
+        files = dict.fromkeys(twice)
         raise UsageError(
-            f"{listed(twice)} are one adapter, and its update would be added more than once. Give it "
-            "once; --weight scales it."
+            f"{listed(files)} {'is' if len(files) == 1 else 'are'} one adapter that was given "
+            f"{len(twice)} times, and its update would be added more than once. Give it once; --weight "
+            "scales it."
         )
 
 

@@ -12,10 +12,13 @@ from typing import Any
 
 from streamshard.errors import InputError, listed, printable
 from streamshard.internvl.detection import dims_from_names
+from streamshard.internvl.dims import Dims
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import to_custom, to_hf
 from streamshard.internvl.model_config import dims_from_config
 from streamshard.internvl.row_parts import Ops, in_memory
+from streamshard.internvl.shapes import check_shapes
+from streamshard.internvl.spelling import flat_names
 
 __all__ = ["compute_l2_distance", "convert_keys_back", "convert_keys_to_hf"]
 
@@ -37,7 +40,9 @@ def convert_keys_back(
     """
     given = _mapping(hf_state_dict)
     dims = _dims(given, "hf", config, architecture)
-    return to_custom(dict(given), dims, _ops(given))
+    made = to_custom(dict(given), dims, _ops(given))
+    check_shapes("the state dict", given, flat_names(given, "hf"), dims, "hf")
+    return made
 
 
 def convert_keys_to_hf(
@@ -53,7 +58,9 @@ def convert_keys_to_hf(
     """
     given = _mapping(custom_state_dict)
     dims = _dims(given, "custom", config, None)
-    return to_hf(dict(given), dims, _ops(given), spelling="nested")
+    made = to_hf(dict(given), dims, _ops(given), spelling="nested")
+    check_shapes("the state dict", given, flat_names(given, "custom"), dims, "custom")
+    return made
 
 
 def compute_l2_distance(a: Any, b: Any) -> float:
@@ -102,12 +109,14 @@ def _dims(
     layout: Layout,
     config: Mapping[str, Any] | None,
     architecture: str | None,
-) -> Any:
+) -> Dims:
     if config is not None:
-        return dims_from_config(config, architecture=architecture)
-    if architecture is not None:
+        dims = dims_from_config(config, architecture=architecture)
+    elif architecture is not None:
         raise InputError("architecture is given without config: the head counts are needed too.")
-    return dims_from_names(list(tensors), layout)
+    else:
+        dims = dims_from_names(list(tensors), layout)
+    return dims
 
 
 def _ops(tensors: Mapping[str, Any]) -> Ops[Any]:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.commands.beside_wrapped import check_beside_wrapped
 from streamshard.commands.identify import Model
 from streamshard.disk.paths import PathLike
-from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
+from streamshard.errors import AdapterError, InputError, UsageError, argument, listed, printable
 from streamshard.internvl.lora_targets import FLAGS, PARTS, upstream_alpha
 from streamshard.internvl.shapes import GATHER
 from streamshard.lora.adapter import Adapter
@@ -61,7 +62,8 @@ def read_wrapped(
     if not is_wrapped(found.tensors):
         raise InputError(
             f"{where}: no LoRA found: it has no lora_A and lora_B tensors, so there is nothing to do. "
-            "A full fine-tune is complete as it is; for a PEFT adapter give --adapter and --base."
+            "A full fine-tune is complete as it is; for a PEFT adapter: "
+            f"`merge-lora --adapter ADAPTER --base {argument(found.path)}`."
         )
     empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
     if empty:
@@ -72,9 +74,10 @@ def read_wrapped(
             f"{where}: its names are those of a wrapped model, but it has no lora_A and lora_B: the "
             "pairs are lost, or were merged before. Save the checkpoint again."
         )
+    found = check_beside_wrapped(found, inside.base)
     Model(found).check(inside.base)
     ranks = {module: _rank(found, pair.A, where) for module, pair in inside.pairs.items()}
-    note(*check_flags(found, ranks, where, alpha=alpha))
+    note(*found.warnings, *check_flags(found, ranks, where, alpha=alpha))
     for part, depth in inside.depths.items():
         if depth > 1:
             note(
@@ -136,7 +139,7 @@ def _refuse_others(inside: Unwrapped, where: str) -> None:
         raise AdapterError(
             f"{where}: '{printable(given)}' is {kind}, which InternVL's trainer does not save and "
             "which cannot be understood without the adapter's config. Save the adapter with PEFT's "
-            "save_pretrained, and give it as --adapter with its --base."
+            "save_pretrained, and fold it in: `merge-lora --adapter ADAPTER --base MODEL`."
         )
 
 

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from streamshard.checkpoint.file_names import REPORT_NAME, SUFFIX
+from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.open_anything import Opened, open_anything
 from streamshard.checkpoint.unlisted_files import Entry, contents, harm
+from streamshard.checkpoint.weight_files import is_weight_file
 from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
 from streamshard.commands.verify_model import AsModel, as_model
@@ -22,6 +23,7 @@ from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import share
 from streamshard.errors import UnreadError, UsageError, VerificationError, printable
 from streamshard.internvl.detection import layout_of
+from streamshard.notes import note
 
 __all__ = ["verify"]
 
@@ -67,10 +69,9 @@ def verify(
     check.shards(names)
     coverage = _coverage(found, check)
     model = as_model(found)
-    warnings = []
     if not found.listing.usable and found.listing.record == "missing":
         reason = _why_uncomparable(found)
-        warnings.append(f"no digests are recorded: {reason}")
+        note(f"no digests are recorded: {reason}")
         if strict:
             coverage["problems"].append(
                 f"{printable(str(given))}: nothing could be compared: {reason} (--strict)."
@@ -100,7 +101,6 @@ def verify(
             *model.problems,
             *coverage["problems"],
         ],
-        "warnings": warnings,
     }
     report = finished(report, started)
     if report["problems"] and set(report["problems"]) <= set(report["unreadable"]):
@@ -169,7 +169,7 @@ def _why_not(found: Opened, check: Comparison, name: str) -> str:
         return "it cannot be read" if unread else "it is not as it was written"
     if name in found.headers:
         return "its values were read, but no digest of it is recorded"
-    if name.endswith(SUFFIX):
+    if is_weight_file(name):
         return "it is no part of this checkpoint, and no digest of it is recorded"
     return "no digest of it is recorded"
 

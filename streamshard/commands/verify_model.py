@@ -46,16 +46,16 @@ class AsModel:
 def as_model(found: Opened) -> AsModel:
     """Compare the names and shapes of a checkpoint with its config, or with each other without one."""
     seen, tensors = AsModel(), found.tensors
-    if found.adapter:
-        return seen.not_possible("this is an adapter")
-    if found.incomplete or found.unread:
-        return seen.not_possible("not all files could be read")
     where = str(found.folder)
     for check in (check_names, check_gathered):
         try:
             check(where, tensors)
         except InputError as error:
             seen.problems.append(str(error))
+    if found.adapter:
+        return seen.not_possible("this is an adapter")
+    if found.incomplete or found.unread:
+        return seen.not_possible("not all files could be read")
     layout = layout_of(tensors)
     if layout is None:
         return seen.not_possible("by its names this is no whole InternVL checkpoint")

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from streamshard.checkpoint.tokenizer import Content, Tokenizer, differences, is_comparable
+from streamshard.checkpoint.tokenizer import Content, Tokenizer
+from streamshard.checkpoint.tokenizer_differences import differences, is_comparable
 from streamshard.checkpoint.tokenizer_files import exchanged, with_tokens
 from streamshard.errors import AdapterError, InputError, printable
 from streamshard.internvl.families import Layout
@@ -132,7 +133,7 @@ def after_conversion(
     is not said where rows or tokens differ, or cannot be done.
     """
     have, theirs = rows
-    pairs = _compared(source, reference) if source.has_tokens else {}
+    pairs = _compared(reference, source) if reference.has_tokens else {}
     known = {n: pair for n, pair in pairs.items() if have is None or n < have}
     question = (
         "Say whose tokenizer belongs to the weights: --tokenizer-from source (usual after adding "
@@ -146,7 +147,7 @@ def after_conversion(
     if whose is None and known:
         raise InputError(
             f"the tokenizers of {source.where} and of the reference {reference.where} have not the "
-            f"same tokens: {_told(known, 'source', 'reference')}. {question}"
+            f"same tokens: {_told(known, 'reference', 'source')}. {question}"
         )
     if whose != "source":
         _note_reference(source, reference, known)
@@ -168,7 +169,7 @@ def _note_reference(source: Tokenizer, reference: Tokenizer, known: Pairs) -> No
     elif known:
         note(
             "the tokenizer is the reference's, as was said, and not the source's: "
-            f"{_told(known, 'source', 'reference')}"
+            f"{_told(known, 'reference', 'source')}"
         )
     elif source.has_tokens:
         _note_settings(reference, source, "the reference's is written", names=("eos_token",))
@@ -236,9 +237,13 @@ def image_token_id(tokenizer: Tokenizer) -> int:
     return found
 
 
-def note_beyond(files: Mapping[str, Content], rows: int | None) -> None:
-    """Note the tokens of what is written that the weights have no rows for."""
+def note_beyond(files: Mapping[str, Content], rows: int | None, *known: Tokenizer) -> None:
+    """Note the tokens of what is written that the weights have no rows for.
+
+    Of `known` tokenizers, one with the same files has read them already.
+    """
     written = Tokenizer.of("the output", files)
+    written = next((one for one in known if one.files == written.files), written)
     found = {} if rows is None else written.beyond(rows)
     if found:
         note(
@@ -249,10 +254,16 @@ def note_beyond(files: Mapping[str, Content], rows: int | None) -> None:
 
 
 def _compared(one: Tokenizer, other: Tokenizer) -> Pairs:
-    """What two tokenizers differ in, if `other` has tokens; what cannot be compared is noted."""
+    """What two tokenizers differ in, if `other` has tokens; what cannot be compared is noted.
+
+    `one` is that of the folder to write. What the other does not list says nothing if it is no whole
+    tokenizer and `one` is.
+    """
     if not other.has_tokens:
         return {}
     found = differences(one, other)
+    if one.is_whole and not other.is_whole:
+        found = {number: pair for number, pair in found.items() if pair[1] is not None}
     if not is_comparable(one, other):
         note(
             f"the vocabularies of {one.where} and {other.where} cannot be compared: only the tokens "

@@ -12,6 +12,7 @@ from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.commands.identify import Model
 from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.public import public
+from streamshard.commands.whose_tokenizer import note_beyond
 from streamshard.commands.written_config import config_bytes
 from streamshard.disk.paths import PathLike
 from streamshard.engine.job import Job, Options, OutputOptions
@@ -77,7 +78,8 @@ def wrap_lora(
     ranks, alphas = _ranks(llm_r, llm_alpha, backbone_r, backbone_alpha)
     _check_options(format, ranks, alphas, dropout, seed)
     source = Model(open_checkpoint(base))
-    check_base(source.tensors, source.config)
+    note(*source.checkpoint.warnings)
+    check_base(source.tensors, source.config, source.where, goal="wrapped")
     target = check_places(output, [source.path], overwrite=chosen.overwrite)
     layout = source.layout
     if layout is None:
@@ -120,6 +122,9 @@ def wrap_lora(
     if wraps:
         flagged = _wrapped_config(source, layout, ranks)
         note_left_behind(source.checkpoint.side_files, [source.path])
+        embedding, _ = source.embedding_and_head
+        rows = None if embedding is None else source.tensors[embedding].rows
+        note_beyond(source.checkpoint.side_files, rows, source.tokenizer)
         named = wrap(tensors, pairs, [PARTS[part]["custom"] for part in ranks])
         files_of = source.checkpoint.shard_of
         job = Job(
@@ -236,7 +241,7 @@ def _wrapped_config(source: Model, layout: Layout, ranks: Mapping[str, int]) -> 
     if layout != "custom":
         raise InputError(
             f"{where}: is of the HF layout, but the trainer that loads wrapped checkpoints knows "
-            "only the custom layout. Convert it with hf2custom, or write an adapter (--format peft)."
+            "only the custom layout. Convert it with `hf2custom`, or write an adapter (--format peft)."
         )
     if source.config is None:
         raise InputError(

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from streamshard.checkpoint.digests import Hash, file_digest, hash_file, new_digest
+from streamshard.checkpoint.file_names import SUFFIX
 from streamshard.checkpoint.header import data_start
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
@@ -198,7 +199,8 @@ def _sampled(path: Path) -> tuple[str, list[int] | None]:
     """
     digest, changed = new_digest(), None
     with open_source(path) as file:
-        header = data_start(file)
+        # Of files of torch, whose description is at the end, places and shapes count in the recipe.
+        header = data_start(file) if path.suffix == SUFFIX else 0
         if file.nbytes <= header + SAMPLES * SAMPLE_NBYTES:
             hash_file(path, digest)
         else:

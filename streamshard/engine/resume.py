@@ -84,7 +84,7 @@ def check_finished(
             [finished for finished in right if finished.sha256 is None], staging, progress, on_step
         )
     if wrong:
-        _log.warning("%s differ from what was written, and are written anew", listed(sorted(wrong)))
+        _log.warning("not as written, and therefore written anew: %s", listed(sorted(wrong)))
     return len(noted) - len(wrong)
 
 

@@ -45,6 +45,7 @@ VISION_DEFAULTS: dict[Layout, dict[str, Any]] = {
         "qk_normalization": True,
         "norm_type": "rms_norm",
         "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu",
     },
     "hf": {
         "num_hidden_layers": 24,
@@ -58,6 +59,7 @@ VISION_DEFAULTS: dict[Layout, dict[str, Any]] = {
         "use_qk_norm": False,
         "norm_type": "layer_norm",
         "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu",
     },
 }
 TOP_DEFAULTS: dict[Layout, dict[str, Any]] = {
@@ -137,6 +139,7 @@ _LLM_DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "num_experts": 128,
         "num_experts_per_tok": 4,
+        "swiglu_limit": 7.0,
         "sliding_window": 128,
     },
 }

@@ -9,7 +9,7 @@ from typing import Any
 from streamshard.errors import InputError
 from streamshard.internvl.families import Layout
 from streamshard.internvl.lora_targets import FLAGS
-from streamshard.internvl.model_config import INNER, llm_architecture, section_of
+from streamshard.internvl.model_config import INNER, inferred_architecture, section_of
 
 __all__ = ["config_fixes", "untied", "with_dtype", "with_vocabulary"]
 
@@ -40,9 +40,9 @@ def config_fixes(
         fixed["tie_word_embeddings"] = inner["tie_word_embeddings"] = False
     if layout == "custom":
         fixed |= dict.fromkeys(FLAGS, 0)
-        named = llm_architecture(config)
-        if (inner.get("architectures") or [None])[0] != named:
-            inner["architectures"] = [named]
+        inferred = inferred_architecture(inner)
+        if inferred is not None:
+            inner["architectures"] = [inferred]
     parameters = inner.get("rope_parameters")
     if not isinstance(parameters, dict):
         return fixed

@@ -18,6 +18,7 @@ __all__ = [
     "check_config",
     "config_layout",
     "dims_from_config",
+    "inferred_architecture",
     "is_tied",
     "llm_architecture",
     "pair_of",
@@ -56,10 +57,8 @@ def llm_architecture(config: Mapping[str, Any], where: str = "config.json") -> s
     neither says it, or if the family has no table.
     """
     llm = section_of(config, "llm_config", where)
-    named = llm.get("architectures")
-    if named in (None, [], [""], [None]):
-        kind = llm.get("model_type")
-        named = [f.architecture for f in FAMILIES.values() if f.name == kind]
+    inferred = inferred_architecture(llm)
+    named = llm.get("architectures") if inferred is None else [inferred]
     if isinstance(named, list) and named and isinstance(named[0], str):
         if any(family.architecture == named[0] for family in FAMILIES.values()):
             return named[0]
@@ -72,6 +71,14 @@ def llm_architecture(config: Mapping[str, Any], where: str = "config.json") -> s
         f"{where}: llm_config.architectures is missing, and model_type there is '{kind}'. They tell "
         "the language model's class: take config.json from the original model."
     )
+
+
+def inferred_architecture(llm: Mapping[str, Any]) -> str | None:
+    """The class by the `model_type` of a custom language model; None where the config names one."""
+    if llm.get("architectures") not in (None, [], [""], [None]):
+        return None
+    kind = llm.get("model_type")
+    return next((f.architecture for f in FAMILIES.values() if f.name == kind), None)
 
 
 def dims_from_config(

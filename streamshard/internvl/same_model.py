@@ -25,8 +25,16 @@ _LLM_KEYS = (
     "use_sliding_window",
     "sliding_window",
     "max_window_layers",
+    "swiglu_limit",
 )
 _TOP_KEYS = (("downsample_ratio", "downsample_ratio"), ("select_layer", "vision_feature_layer"))
+# What InternVLChatModel always does, and HF configs can say otherwise.
+_FIXED = {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
+_FIXED_VISION = {
+    "use_mean_pooling": True,
+    "use_absolute_position_embeddings": True,
+    "use_mask_token": False,
+}
 _VISION_KEYS = (
     "image_size",
     "patch_size",
@@ -34,6 +42,7 @@ _VISION_KEYS = (
     "hidden_size",
     "intermediate_size",
     "num_attention_heads",
+    "hidden_act",
 )
 
 # What the classes assume in the settings of the scaling, for each kind that has them.
@@ -61,6 +70,11 @@ def differences(
     seen, twin = _vision(custom, "custom"), _vision(hf, "hf")
     pairs += [
         (f"vision_config.{key}", _alike(seen, key), _alike(twin, key)) for key in _VISION_KEYS
+    ]
+    pairs += [(key, value, other.get(key, value)) for key, value in _FIXED.items()]
+    pairs += [
+        (f"vision_config.{key}", value, twin.get(key, value))
+        for key, value in _FIXED_VISION.items()
     ]
     if custom.get("force_image_size"):
         size = pair_of(custom, "force_image_size", "config.json")

@@ -19,6 +19,7 @@ __all__ = [
     "flat_names",
     "flat_parts",
     "in_model",
+    "is_qianfan",
     "spell",
 ]
 
@@ -33,6 +34,7 @@ SPELLINGS: dict[str, tuple[str, str, str]] = {
     "mid": ("lm_head.", "language_model.model.", ""),
     "short": ("lm_head.", "language_model.", ""),
 }
+_ENCODER, _QIANFAN = "vision_tower.encoder.layer.", "vision_tower.layers."
 WRITTEN_SPELLINGS = ("flat", "nested")
 
 
@@ -53,7 +55,8 @@ def flat_parts(name: str) -> tuple[str, str, str]:
     if rest in {"lm_head.weight", "language_model.lm_head.weight"}:
         return "language_model.lm_head.weight", "head", name.removesuffix("weight")
     if rest.startswith(("vision_tower.", "multi_modal_projector.")):
-        return rest, "vision", name.removesuffix(rest)
+        flat = rest.replace(_QIANFAN, _ENCODER, 1) if rest.startswith(_QIANFAN) else rest
+        return flat, "vision", name.removesuffix(rest)
     if rest.startswith("language_model."):
         tail = rest.removeprefix("language_model.").removeprefix("model.")
         # Most names are flat already, and one object for both saves megabytes.
@@ -101,6 +104,13 @@ def flat_names(names: Iterable[str], layout: Layout) -> dict[str, str]:
     return found
 
 
-def in_model(name: str, layout: Layout) -> str:
+def is_qianfan(names: Iterable[str]) -> bool:
+    """Whether names of the vision encoder are those that `QianfanOCRVisionModel` has in memory."""
+    return any(_QIANFAN in name for name in names)
+
+
+def in_model(name: str, layout: Layout, *, qianfan: bool = False) -> str:
     """The name that a tensor of the custom layout, or of HF's flat spelling, has in the live model."""
-    return spell(name, "nested") if layout == "hf" else name
+    if layout != "hf":
+        return name
+    return spell(name.replace(_ENCODER, _QIANFAN, 1) if qianfan else name, "nested")

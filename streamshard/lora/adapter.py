@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
 from streamshard.tensors.workspace import Workspace
 
 __all__ = [
+    "GATHER",
     "Adapter",
     "AdapterPlan",
     "check_target",
@@ -32,12 +33,19 @@ __all__ = [
 ]
 
 
+GATHER = (
+    "Gather the weights and save the adapter again (FSDP: with FULL_STATE_DICT; ZeRO-3: with "
+    "stage3_gather_16bit_weights_on_model_save)."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """One adapter: what messages call it, its settings, its tensors, and a factor on its scale.
 
     `name` chooses among several adapters in one file; `expert_order` is one of
-    `experts.EXPERT_ORDERS`.
+    `experts.EXPERT_ORDERS`. `beside` are the tensors of files that lie beside the adapter's own, by what
+    messages call each file.
     """
 
     where: str
@@ -46,6 +54,7 @@ class Adapter:
     weight: float = 1.0
     name: str | None = None
     expert_order: str = "peft"
+    beside: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,9 @@ class AdapterPlan:
     parameters: Mapping[str, str]
     """Module to the fused parameter that it adapts."""
     homes: Mapping[str, Sequence[Place]]
+    warnings: tuple[str, ...] = ()
+    unasked: Sequence[str] = ()
+    """Keys of whole tensors that the config does not ask for: they may only repeat the base."""
 
     def weight(self, module: str) -> str:
         """The tensor that a module's pair updates, as the adapter names it."""
@@ -79,7 +91,9 @@ def wanted_tensors(plan: AdapterPlan, *, turned: bool) -> dict[str, Wanted]:
             rows *= max(A.rows // plan.adapter.settings.rank(pattern_key(plan, name)), 1)
         wanted[weight] = Wanted(rows, module.A)
     for name, key in plan.keys.whole.items():
-        wanted.setdefault(name, Wanted(tensors[key].rows, key))
+        # Of a table and rows of it the table says how many there are.
+        if name not in wanted or wanted[name].rows == 1:
+            wanted[name] = Wanted(tensors[key].rows, key)
     return wanted
 
 
@@ -145,10 +159,18 @@ def misfit(
     plan: AdapterPlan, key: str, shape: list[int], target: str, tensor: Lazy
 ) -> AdapterError:
     """The error for an update that has not the shape of its target."""
+    other = [int(n) for n in tensor.shape]
+    alike = [n == m for n, m in zip(shape, other, strict=False)]
+    sliced = len(shape) == len(other) and sum(alike) == len(alike) - 1
+    sliced = sliced and all(m % max(n, 1) == 0 and n for n, m in zip(shape, other, strict=True))
     return AdapterError(
         f"{plan.adapter.where}: '{printable(key)}' and its lora_B make an update of shape {shape}, but "
-        f"base tensor '{printable(target)}' is {list(tensor.shape)}. The adapter belongs to another "
-        "model."
+        f"base tensor '{printable(target)}' is {other}. "
+        + (
+            f"The file may hold one slice of a sharded model's factors. {GATHER}"
+            if sliced
+            else "The adapter belongs to another model."
+        )
     )
 
 

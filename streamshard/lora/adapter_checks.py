@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from streamshard.errors import AdapterError, listed, printable
-from streamshard.lora.adapter import Adapter, AdapterPlan, pattern_key
+from streamshard.lora.adapter import GATHER, Adapter, AdapterPlan, pattern_key
+from streamshard.lora.experts import Fused
 from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy
 
-__all__ = ["check_biases", "check_factors", "check_flags"]
+__all__ = ["check_biases", "check_factors", "check_flags", "not_asked", "unasked"]
 
 
 def check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
@@ -32,18 +33,29 @@ def check_biases(plan: AdapterPlan, base: Mapping[str, Lazy]) -> None:
         raise _disagreement(plan, f"bias is '{bias}'", "biases", lacking, lacks=True)
 
 
-def check_flags(plan: AdapterPlan) -> None:
-    """Raise `AdapterError` where config and tensors say different things."""
+def check_flags(
+    plan: AdapterPlan,
+    base: Iterable[str],
+    spelled: Callable[[str], str],
+    fused: Fused | None,
+) -> list[str]:
+    """Raise `AdapterError` where config and tensors say different things; returns warnings.
+
+    `base` are the names of the base's tensors, which an adapter may have `spelled` otherwise, `fused`
+    the parameters that it has, if any are targets.
+    """
     settings, keys = plan.adapter.settings, plan.keys
     pairs = {name: module for name, module in keys.modules.items() if module.A}
     plain = {name: module for name, module in pairs.items() if name not in plan.parameters}
     tokens = [name for name, module in keys.modules.items() if module.tokens]
-    biases = [name for name in keys.whole if name.endswith(".bias")]
     saved = {
         entry: [name for name in keys.whole if _is_within(name, entry)]
         for entry in settings.modules_to_save
     }
-    lost = [entry for entry, names in saved.items() if not names]
+    # PEFT leaves out what it does not find: what the base has not either was not trained.
+    absent = [entry for entry, names in saved.items() if not names]
+    there = [spelling for name in base for spelling in (name, spelled(name))] if absent else []
+    lost = [entry for entry in absent if any(_is_within(name, entry) for name in there)]
     for flag, on, what, having in (
         ("use_dora", settings.use_dora, "magnitudes", {n for n in plain if plain[n].magnitude}),
         ("lora_bias", settings.lora_bias, "biases of lora_B", {n for n in plain if plain[n].bias}),
@@ -55,6 +67,12 @@ def check_flags(plan: AdapterPlan) -> None:
         ]
         if wrong:
             raise _disagreement(plan, f"{flag} is {str(on).lower()}", what, wrong, lacks=on)
+    warnings = []
+    if absent and not lost:
+        warnings.append(
+            f"{plan.adapter.where}: modules_to_save has {listed(absent)}, which neither the file nor "
+            "the base has: PEFT ignored that, and so does this merge"
+        )
     impossible = ("use_dora", "lora_bias", "fan_in_fan_out")
     for flag in impossible if plan.parameters else ():
         if getattr(settings, flag):
@@ -86,25 +104,44 @@ def check_flags(plan: AdapterPlan) -> None:
             for target in settings.target_parameters
         )
     ):
-        raise _disagreement(
-            plan,
-            f"target_parameters has {listed(settings.target_parameters)}",
-            "pairs for them",
-            [],
-            lacks=True,
+        there = [t for t in settings.target_parameters if fused is None or fused.has_any(t)]
+        if there or not pairs:
+            raise _disagreement(
+                plan, f"target_parameters has {listed(there)}", "pairs for them", [], lacks=True
+            )
+        warnings.append(
+            f"{plan.adapter.where}: target_parameters has {listed(settings.target_parameters)}, which "
+            "the base has not: PEFT ignored that, and so does this merge"
         )
-    allowed = {name for names in saved.values() for name in names}
-    if settings.bias != "none":
-        allowed |= set(biases)
-    unasked = [k for n, k in keys.whole.items() if n not in allowed and not is_of_tokens(n)]
-    if unasked:
-        raise _disagreement(
-            plan,
-            "neither modules_to_save nor bias of the config asks for them",
-            "whole tensors",
-            unasked,
-            lacks=False,
-        )
+    return warnings
+
+
+def unasked(plan: AdapterPlan, whole: Mapping[str, str]) -> list[str]:
+    """The keys, of those of `whole` tensors, that the config does not ask for.
+
+    Trainers that save all that they have save weights of the base, too; other values than the base's
+    were trained, and the config would say so.
+    """
+    settings = plan.adapter.settings
+    return [
+        key
+        for name, key in whole.items()
+        if not is_of_tokens(name)
+        and not any(_is_within(name, entry) for entry in settings.modules_to_save)
+        and (settings.bias == "none" or not name.endswith(".bias"))
+    ]
+
+
+def not_asked(plan: AdapterPlan, keys: Sequence[str]) -> AdapterError:
+    """The error for whole tensors that the config does not ask for, and that are not the base's."""
+    return _disagreement(
+        plan,
+        "neither modules_to_save nor bias of the config asks for them, and they are not what the base "
+        "has",
+        "whole tensors",
+        keys,
+        lacks=False,
+    )
 
 
 def _check_nesting(plan: AdapterPlan) -> None:
@@ -148,8 +185,10 @@ def check_factors(plan: AdapterPlan) -> None:
     used = [
         k for m in plan.keys.modules.values() for k in (m.A, m.B, m.magnitude, m.bias, m.tokens)
     ]
-    for key in filter(None, [*used, *plan.keys.whole.values()]):
-        if tensors[key].dtype not in FLOATS:
+    whole = set(plan.keys.whole.values())
+    for key in filter(None, [*used, *whole]):
+        # Whole modules may have counters, too, which are compared with the base's later.
+        if tensors[key].dtype not in FLOATS and not (key in whole and is_count(tensors[key])):
             raise AdapterError(
                 f"{adapter.where}: '{printable(key)}' is {tensors[key].dtype}; "
                 f"one of {', '.join(FLOATS)} was expected. Save the adapter as float32."
@@ -164,20 +203,39 @@ def check_factors(plan: AdapterPlan) -> None:
             # Convolutions have a kernel in A, and a kernel of 1 in B.
             if len(factor.shape) < 2 or len(A.shape) != len(B.shape):
                 raise _partitioned(adapter, key)
-        rank, found = adapter.settings.rank(pattern_key(plan, name)), A.shape[0]
-        fits = found == B.shape[1] and math.prod(B.shape[2:]) == 1
-        fits = fits and (found % rank == 0 if name in plan.parameters else found == rank)
-        if not fits:
-            raise AdapterError(
-                f"{adapter.where}: '{printable(module.A)}' has rank {found} and its lora_B "
-                f"{B.shape[1]}, but adapter_config.json says {rank}. Config and tensors are not of one "
-                "adapter, or it is for a grouped convolution, which PEFT cannot merge either."
+        _check_rank(plan, name, A, B)
+
+
+def _check_rank(plan: AdapterPlan, name: str, A: Lazy, B: Lazy) -> None:
+    where, key = plan.adapter.where, printable(plan.keys.modules[name].A)
+    rank, found, other = plan.adapter.settings.rank(pattern_key(plan, name)), A.shape[0], B.shape[1]
+    if found != other:
+        convolves = len(A.shape) > 2 and found % max(other, 1) == 0 and found == rank
+        raise AdapterError(
+            f"{where}: '{key}' has rank {found} and its lora_B {other}. "
+            + (
+                "It is for a grouped convolution, which PEFT cannot merge either: train without "
+                "that layer."
+                if convolves
+                else f"They are slices of a sharded (FSDP, ZeRO-3) model, or of two files. {GATHER}"
             )
+        )
+    fits = found % rank == 0 if name in plan.parameters else found == rank
+    if not fits or math.prod(B.shape[2:]) != 1:
+        raise AdapterError(
+            f"{where}: '{key}' has rank {found} and its lora_B {other}, but adapter_config.json says "
+            f"{rank}. Config and tensors are not of one adapter: take both from one folder."
+        )
+
+
+def is_count(tensor: Lazy) -> bool:
+    """Whether a tensor has integers or truth values, like the counters of BatchNorm."""
+    return tensor.dtype == "BOOL" or tensor.dtype[0] in "IU"
 
 
 def _partitioned(adapter: Adapter, key: str) -> AdapterError:
     return AdapterError(
         f"{adapter.where}: '{printable(key)}' has shape {list(adapter.tensors[key].shape)}; a "
         "matrix was expected. The adapter may have been saved from a partitioned (ZeRO-3, FSDP) "
-        "model: gather its weights and save it again."
+        f"model. {GATHER}"
     )

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 
 from streamshard.errors import AdapterError, listed, printable
-from streamshard.lora.adapter import Adapter, AdapterPlan, no_sum, wanted_tensors
-from streamshard.lora.adapter_checks import check_biases, check_factors, check_flags
-from streamshard.lora.experts import parameter_names
+from streamshard.lora.adapter import Adapter, AdapterPlan, factors_of, no_sum, wanted_tensors
+from streamshard.lora.adapter_checks import (
+    check_biases,
+    check_factors,
+    check_flags,
+    not_asked,
+    unasked,
+)
+from streamshard.lora.beside import homes_beside, with_beside
+from streamshard.lora.experts import Fused, parameter_names
 from streamshard.lora.keys import BASE_LAYER, Keys, are_own_names, read_keys
-from streamshard.lora.name_matching import OtherNames, Place, find_homes
+from streamshard.lora.name_matching import Homes, OtherNames, Place, find_homes
 from streamshard.lora.pattern_eras import ERAS
 from streamshard.lora.which_release import settled
+from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
@@ -26,9 +36,12 @@ def plan_adapter(
     """Read an adapter's keys and find their places; raises `AdapterError` for what does not fit."""
     bare = not are_own_names(adapter.tensors, base)
     keys = read_keys(adapter.tensors, adapter.where, adapter.name, bare=bare)
+    own = keys.whole
+    adapter, keys = with_beside(adapter, keys, work)
     settings, where = adapter.settings, adapter.where
     adapted = [name for name, module in keys.modules.items() if module.A]
-    parameters = parameter_names(adapted, settings.target_parameters, where)
+    fused = Fused(base) if settings.target_parameters else None
+    parameters = parameter_names(adapted, settings.target_parameters, where, fused)
     nested = [name for name in keys.modules if name.endswith(BASE_LAYER) and name not in parameters]
     if nested:
         raise AdapterError(
@@ -44,26 +57,57 @@ def plan_adapter(
                 "modules_to_save."
             )
     plan = AdapterPlan(_of_its_release(adapter, keys, parameters), keys, parameters, homes={})
-    check_flags(plan)
+    asked = replace(plan, keys=replace(keys, whole=own))
+    warnings = check_flags(asked, base, others.spelled, fused)
+    plan = replace(plan, unasked=unasked(plan, own), warnings=tuple(warnings))
     magnitudes = [module.magnitude for module in keys.modules.values() if module.magnitude]
     if magnitudes and adapter.weight != 1:
         raise no_sum(adapter, magnitudes)
     check_factors(plan)
-    try:
-        homes = find_homes(base, wanted_tensors(plan, turned=False), where, others)
-    except AdapterError:
-        if not parameters:
-            raise
-        # The factors of fused experts may have in and out the other way round.
-        homes = find_homes(base, wanted_tensors(plan, turned=True), where, others)
-    found = replace(plan, homes=homes)
+    found = replace(plan, homes=_homes(plan, base, others))
     check_biases(found, base)
     biases = {
         f"{name}.bias": _bias_homes(found, name, base)
         for name, module in keys.modules.items()
         if module.bias
     }
-    return replace(found, homes={**biases, **homes})
+    return replace(found, homes={**biases, **found.homes})
+
+
+def _homes(plan: AdapterPlan, base: Mapping[str, Lazy], others: OtherNames) -> Homes:
+    """The places of all tensors: by one way to read the names, or else file by file."""
+    # The factors of fused experts may have in and out the other way round.
+    ways = [wanted_tensors(plan, turned=turned) for turned in {False, bool(plan.parameters)}]
+    problem = None
+    for find in (find_homes, partial(homes_beside, plan)) if plan.adapter.beside else (find_homes,):
+        for wanted in ways:
+            try:
+                return find(
+                    base, wanted, plan.adapter.where, others, partial(_could_fit, plan, base)
+                )
+            except AdapterError as error:
+                problem = error
+    if plan.unasked and not plan.adapter.beside:
+        raise not_asked(plan, plan.unasked) from problem
+    raise problem or AdapterError(f"{plan.adapter.where}: has no tensors.")
+
+
+def _could_fit(plan: AdapterPlan, base: Mapping[str, Lazy], homes: Homes) -> bool:
+    """Whether the shapes of whole tensors allow these homes, where names allow others, too."""
+    tensors = plan.adapter.tensors
+    sizes = {name: math.prod(tensors[key].shape) for name, key in plan.keys.whole.items()}
+    for name, module in plan.keys.modules.items():
+        if module.A and name not in plan.parameters:
+            A, B = factors_of(plan, name)
+            sizes.setdefault(plan.weight(name), B.rows * A.columns)
+    return all(
+        len(places) != 1
+        or not places[0].whole
+        or name not in sizes
+        or is_of_tokens(name)
+        or math.prod(base[places[0].target].shape) == sizes[name]
+        for name, places in homes.items()
+    )
 
 
 def _of_its_release(adapter: Adapter, keys: Keys, parameters: Collection[str]) -> Adapter:

@@ -15,6 +15,7 @@ from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensor_names import factors_among
 from streamshard.tensors.arrays import Float32
 from streamshard.tensors.computed import TILE_ROWS, Computed
+from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, read_float32
 from streamshard.tensors.workspace import Workspace
 
@@ -107,23 +108,37 @@ def quantization_keys(config: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{part}.{key}" for key in quantization_keys(inner))
 
 
-def check_base(base: Mapping[str, Lazy], config: Mapping[str, Any] | None) -> None:
-    """Raise `InputError` if a checkpoint is quantized or already wrapped by LoRA."""
-    for key in quantization_keys(config or {}):
-        raise InputError(
-            f"config.json of the base has a {key}. An update cannot be added to "
-            "quantized weights without a further loss: use the unquantized checkpoint."
-        )
+def check_base(
+    base: Mapping[str, Lazy],
+    config: Mapping[str, Any] | None,
+    where: str,
+    goal: str = "merged into",
+) -> None:
+    """Raise `InputError` if a checkpoint is quantized or wrapped by LoRA, and so cannot be `goal`."""
     quantized = [name for name in base if _QUANTIZED.fullmatch(name)]
+    key = next(quantization_keys(config or {}), None)
+    if key is not None and not quantized:
+        quantized = [n for n, t in base.items() if len(t.shape) > 1 and t.dtype not in FLOATS]
+        if not quantized:
+            kinds = ", ".join(sorted({tensor.dtype for tensor in base.values()}))
+            raise InputError(
+                f"{where}: its config.json has a {key}, but its weights are not quantized ({kinds}): it "
+                "is left over. Loaders would quantize, or fail: remove that key from config.json and "
+                "try again."
+            )
     if quantized:
         raise InputError(
-            f"the base is quantized: it has {listed(quantized, 3)}. An update cannot be added to "
-            "quantized weights without a further loss: use the unquantized checkpoint."
+            f"{where}: is quantized: it has {listed(quantized, 3)}. What is quantized cannot be {goal} "
+            "without a further loss: use the unquantized checkpoint."
         )
     wrapped = factors_among(base)
     if wrapped:
         raise InputError(
-            f"the base is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. Use the "
-            "checkpoint that the training started from, or merge its own pairs: "
-            "merge-lora CHECKPOINT --output O."
+            f"{where}: is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. "
+            + (
+                "Merge its pairs first, and convert the result: `merge-lora CHECKPOINT --output O`."
+                if goal == "converted"
+                else "Use the checkpoint that the training started from, or merge its own pairs: "
+                "`merge-lora CHECKPOINT --output O`."
+            )
         )

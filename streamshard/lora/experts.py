@@ -8,7 +8,7 @@ last two dimensions is in and which out has changed between releases of PEFT.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamshard.errors import AdapterError, listed, printable
@@ -16,7 +16,7 @@ from streamshard.lora.keys import BASE_LAYER
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.low_rank import Columns, LowRank, Transposed
 
-__all__ = ["EXPERT_ORDERS", "Stack", "expert_updates", "parameter_names", "stacked_as"]
+__all__ = ["EXPERT_ORDERS", "Fused", "Stack", "expert_updates", "parameter_names", "stacked_as"]
 
 
 # How the columns of B are ordered: PEFT interleaves experts, unsloth's own kernels do not.
@@ -34,13 +34,58 @@ class Stack:
     columns: int
 
 
+class Fused:
+    """The parameters that a base has in modules, experts one by one being two fused ones.
+
+    Modules are compared from their layer's number on: what is before that may be called otherwise.
+    """
+
+    def __init__(self, base: Iterable[str]) -> None:
+        self._found: set[tuple[str, str]] = set()
+        for name in base:
+            stem, mark, rest = name.partition(".experts.")
+            if mark and (single := _SINGLE.fullmatch(rest)) is not None:
+                fused = "down_proj" if single["part"] == "down" else "gate_up_proj"
+                self._found.add((_from_number(f"{stem}.experts"), fused))
+            else:
+                module, _, parameter = name.rpartition(".")
+                self._found.add((_from_number(module), parameter))
+
+    def has(self, module: str, parameter: str) -> bool:
+        """Whether a module has this parameter."""
+        return (_from_number(module), parameter) in self._found
+
+    def has_any(self, target: str) -> bool:
+        """Whether any module has what `target_parameters` calls so."""
+        module, _, parameter = target.rpartition(".")
+        inner = _from_number(module)
+        return any(
+            name == parameter and (_is_of(module, where) or _is_of(inner, where))
+            for where, name in self._found
+        )
+
+
+_SINGLE = re.compile(r"\d{1,6}\.(?P<part>gate|up|down)_proj\.weight")
+
+
+def _from_number(module: str) -> str:
+    """The end of a module's name from its last number on; all of it if there is none."""
+    words = module.split(".")
+    at = max((i for i, word in enumerate(words) if word.isdecimal()), default=0)
+    return ".".join(words[at:])
+
+
 def parameter_names(
-    modules: Sequence[str], target_parameters: Sequence[str], where: str
+    modules: Sequence[str],
+    target_parameters: Sequence[str],
+    where: str,
+    fused: Fused | None = None,
 ) -> dict[str, str]:
     """Module (as its key has it, `.base_layer` included) to the name of the parameter it adapts.
 
     Modules that no target parameter is in are left out, as are those whose parameter is "weight",
-    which is an ordinary pair. Raises `AdapterError` where the nesting leaves it open.
+    which is an ordinary pair. A target without a module is in those that have it by what `fused` says
+    of the base. Raises `AdapterError` where the nesting leaves it open.
     """
     levels: dict[str, list[str]] = {}
     for module in modules:
@@ -52,7 +97,9 @@ def parameter_names(
             target.rpartition(".")[2]
             for target in target_parameters
             if _is_of(target.rpartition(".")[0], plain)
+            and ("." in target or fused is None or fused.has(plain, target))
         ]
+        names = list(dict.fromkeys(names))  # by a whole name and by its end
         if names in ([], ["weight"]) and nested == [plain]:
             continue
         order = [name for name in _REGISTERED if name in names]

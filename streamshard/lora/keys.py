@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from streamshard.errors import AdapterError, listed, printable
-from streamshard.tensor_names import split_key, split_module
+from streamshard.tensor_names import has_words_of_training, split_key, split_module
 
 __all__ = ["BASE_LAYER", "Keys", "Module", "are_own_names", "read_keys"]
 
@@ -82,6 +82,8 @@ class Keys:
 
 def are_own_names(keys: Collection[str], base: Iterable[str]) -> bool:
     """Whether words as training puts them into names are of the base's own names here."""
+    if not any(has_words_of_training(key) for key in keys):
+        return False
     named = [split_key(key, bare=False)[1] for key in keys]
     if named == [split_key(key)[1] for key in keys]:
         return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from streamshard.lora.depth_check import check_depth
 from streamshard.lora.keys import Module
 from streamshard.lora.name_matching import OtherNames
 from streamshard.lora.replacements import Replacement, replaced_tensors, replacements_of
-from streamshard.lora.updates import Update, check_company, updated, updates_of
+from streamshard.lora.tied_rows import Ends, rows_of_both
+from streamshard.lora.updates import Update, Updates, check_company, updated, updates_of
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
 from streamshard.tensors.workspace import Workspace
@@ -70,14 +71,17 @@ def changes_of(
     work: Workspace,
     others: OtherNames,
     tie: tuple[str, str] | None = None,
+    apart: tuple[str, str] | None = None,
 ) -> Changes:
     """Match every tensor of every adapter with the weight it was trained on.
 
     Each tensor of an adapter is used exactly once. `others` knows the names of other spellings and
     of another layout, for adapters that were trained there. `tie` are the names of embedding and
-    head where these are one tensor, which the base may have once or twice. Raises `AdapterError`
-    for what has no home, does not fit, is not finite, or changes nothing.
+    head where these are one tensor, which the base may have once or twice; `apart` are they in a
+    layout that never ties them. Raises `AdapterError` for what has no home, does not fit, is not
+    finite, or changes nothing.
     """
+    ends = Ends(*tie, tied=True) if tie else Ends(*apart, tied=False) if apart else None
     whole = dict(base)
     if tie is not None:
         whole.setdefault(tie[1], base[tie[0]])
@@ -85,31 +89,50 @@ def changes_of(
     followed = [tie is not None and _follows(plan, tie, work) for plan in plans]
     own = [replacements_of(plan, whole, work) for plan in plans]
     replacements = [one for found in own for one in found.found]
-    if tie is not None:
-        replacements += _tied_rows(replacements, tie)
+    if ends is not None:
+        for plan, replaced in zip(plans, own, strict=True):
+            never = others.never_ties(plan.homes, plan.adapter.settings.base_class)
+            replacements += rows_of_both(plan, replaced.found, whole, ends, work, never_ties=never)
     whole |= replaced_tensors(whole, replacements)
     warnings = [warning for found in own for warning in found.warnings]
     updates, facts = [], []
     for plan, follows, replaced in zip(plans, followed, own, strict=True):
-        found, idle = updates_of(plan, whole, work)
-        if not found and not replaced.found:
-            raise _changes_nothing(plan.adapter)
+        made = updates_of(plan, whole, work)
+        if not made.found and not replaced.found:
+            raise _changes_nothing(plan.adapter, made)
+        if not made.found and made.pairs:
+            warnings.append(
+                f"{plan.adapter.where}: none of its {made.pairs:,} LoRA pairs has an effect, since "
+                f"{made.causes}; only values that it replaces are merged. Was it trained, and is "
+                "this its config?"
+            )
         dropped = tie[1] if follows and tie is not None else None
-        updates.append([(target, update) for target, update in found if target != dropped])
-        warnings += [*idle, *check_depth(plan, base)]
+        updates.append([(target, one) for target, one in made.found if target != dropped])
+        warnings += [*plan.warnings, *made.warnings, *check_depth(plan, base)]
         facts.append(facts_of(plan, replaced.idle))
     return Changes(
         base, adapters, whole, replacements, updates, tie, any(followed), facts, warnings
     )
 
 
-def _changes_nothing(adapter: Adapter) -> AdapterError:
+def _changes_nothing(adapter: Adapter, made: Updates) -> AdapterError:
+    where, causes = adapter.where, set(made.idle.values())
     if not adapter.weight:
         return AdapterError(
-            f"{adapter.where}: its --weight is 0, so it changes nothing. Leave the adapter out."
+            f"{where}: its --weight is 0, so it changes nothing. Leave the adapter out."
+        )
+    if causes == {"lora_alpha is 0"}:
+        return AdapterError(
+            f"{where}: lora_alpha is 0 in adapter_config.json, so every update is exactly zero. "
+            "Correct it to the value of the training; nothing else is wrong with the file."
+        )
+    if not made.pairs:
+        return AdapterError(
+            f"{where}: all that it has are values that the base has already. Is this the base before "
+            "or after the merge? Give the one that the adapter was trained on."
         )
     return AdapterError(
-        f"{adapter.where}: every update is exactly zero (lora_B is zero): the adapter "
+        f"{where}: every update is exactly zero, since {made.causes}: the adapter "
         "was not trained, or was saved by a trainer that lost its values. Give a checkpoint "
         "from later in the training, or save the adapter again."
     )
@@ -187,16 +210,6 @@ def _is_transpose(one: Lazy, other: Lazy, work: Workspace) -> bool:
         if not np.array_equal(left, right.T):
             return False
     return True
-
-
-def _tied_rows(replacements: Sequence[Replacement], tie: tuple[str, str]) -> list[Replacement]:
-    """Trained token rows of an embedding for its head, unless the adapter has other ones there.
-
-    PEFT puts the rows of the one into the other, and adds the head's own update to them.
-    """
-    embedding, head = ([r for r in replacements if r.is_tokens and r.target == n] for n in tie)
-    own = {id(r.adapter) for r in head}
-    return [replace(r, target=tie[1]) for r in embedding if id(r.adapter) not in own]
 
 
 def _is_still_tied(

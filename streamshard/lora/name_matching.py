@@ -13,7 +13,7 @@ from streamshard.errors import AdapterError, listed, nearest, printable
 from streamshard.lora.name_rewrites import REWRITES, part_rewrites
 from streamshard.tensors.lazy import Lazy
 
-__all__ = ["OtherNames", "Place", "Wanted", "find_homes"]
+__all__ = ["Homes", "OtherNames", "Place", "Wanted", "find_homes", "refuse_overlap"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Place:
     """Where rows of a change go: `rows` from `source_start` on, to `target` from `start` on.
 
     Rows of a target of experts, (experts, rows, columns), are counted over all experts. `whole`
-    says that they must be all rows of the target.
+    says that they must be all rows of the target, `turned` that the target has the transpose.
     """
 
     target: str
@@ -29,6 +29,7 @@ class Place:
     source_start: int
     rows: int
     whole: bool
+    turned: bool = False
 
 
 class Wanted(NamedTuple):
@@ -45,11 +46,13 @@ class OtherNames:
     `spelled` brings a name into the one spelling in which names are compared. `places` finds the
     places of a tensor of another layout, given its name and its rows (none if unknown); without it
     there is no other layout. `parts` is how names there begin, of models that are parts of one.
+    `never_ties` says whether names are of a class that never has embedding and head as one tensor.
     """
 
     spelled: Callable[[str], str]
     places: Callable[[str, int], Sequence[Place]] | None = None
     parts: Callable[[], Iterable[str]] = tuple
+    never_ties: Callable[[Iterable[str], str | None], bool] = lambda _names, _class: False
 
 
 Homes: TypeAlias = dict[str, list[Place]]
@@ -57,6 +60,10 @@ Homes: TypeAlias = dict[str, list[Place]]
 _EXPERTS = re.compile(r"(?P<experts>.+\.experts)\.(?P<name>gate_up_proj|down_proj)")
 _EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d{1,6})\.(?P<part>gate|up|down)_proj\.weight"
+)
+# GPT-OSS as unsloth loads it: a layer for each expert, with the transpose of what the model has.
+_LISTED = re.compile(
+    r"(?P<experts>.+\.experts)\.(?P<name>gate_up_proj|down_proj)s\.(?P<number>\d{1,6})\.weight"
 )
 
 
@@ -215,6 +222,13 @@ def _places(
     if match is not None:
         parts = ("gate", "up") if match["name"] == "gate_up_proj" else ("down",)
         return _one_by_one(match["experts"], parts, known, base)
+    match = _LISTED.fullmatch(name)
+    if match is not None:
+        target = known.get(f"{match['experts']}.{match['name']}")
+        if target is None or len(base[target].shape) != 3:
+            return []
+        height = base[target].shape[1]
+        return [Place(target, int(match["number"]) * height, 0, height, whole=False, turned=True)]
     match = _EXPERT.fullmatch(name)
     if match is None:
         return []
@@ -259,6 +273,12 @@ def _overlap(homes: Mapping[str, Sequence[Place]]) -> tuple[str, str, str] | Non
     return None
 
 
+def refuse_overlap(homes: Mapping[str, Sequence[Place]], where: str) -> None:
+    """Raise `AdapterError` if two names go to the same rows of one tensor."""
+    if _overlap(homes) is not None:
+        raise _overlapping(homes, where)
+
+
 def _overlapping(homes: Mapping[str, Sequence[Place]], where: str) -> AdapterError:
     one, other, target = map(printable, _overlap(homes) or ("", "", ""))
     return AdapterError(
@@ -284,5 +304,13 @@ def _no_home(
             f"  '{printable(wanted[name].key)}': nearest in the base: "
             + (listed(near) if near else "nothing like it")
         )
-    lines.append("Is this the base that the adapter was trained on, in the same layout?")
+    if all(".lora_" not in wanted[name].key for name in homeless):
+        lines.append(
+            "These are whole tensors, as of a new head (modules_to_save): a base that has no such "
+            "module has no place for them. Remove them from the file to merge the rest."
+        )
+    lines.append(
+        "Is this the base that the adapter was trained on? Names are read in one way for the whole "
+        "adapter. Give its own base, or rename its keys as this one has them."
+    )
     return AdapterError("\n".join(lines))

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.lora.adapter import Adapter, AdapterPlan, largest, no_sum
+from streamshard.lora.adapter_checks import not_asked
+from streamshard.lora.beside import check_beside, told_of
 from streamshard.lora.name_matching import Place
 from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.comparing import equal_bytes
@@ -52,14 +54,20 @@ def replacements_of(plan: AdapterPlan, base: Mapping[str, Lazy], work: Workspace
     rounded, replacing, idle = [], [], []
     for name, key in plan.keys.whole.items():
         tensor = tensors[key]
-        largest(adapter, key, work)
+        if tensor.dtype in FLOATS:
+            largest(adapter, key, work)
         count = len(found)
         for place in plan.homes[name]:
-            rows = tensor.take(place.source_start, place.source_start + place.rows)
+            rows = tensor
+            if tensor.shape:
+                rows = tensor.take(place.source_start, place.source_start + place.rows)
             target = base[place.target]
             _check_replacement(adapter, key, rows, target, place)
             if _is_there(rows, target, place, work):
                 continue
+            if key in plan.unasked:
+                raise not_asked(plan, [key])
+            check_beside(plan, key, place.target)
             if tensor.dtype != target.dtype:
                 rounded.append(place.target)
             rows = cast(rows, target.dtype)
@@ -73,7 +81,11 @@ def replacements_of(plan: AdapterPlan, base: Mapping[str, Lazy], work: Workspace
             largest(adapter, module.tokens, work)
             replacing.append(module.tokens)
             (place,) = plan.homes[plan.weight(name)]
-            found += _token_rows(plan, name, tensors[module.tokens], place.target, base)
+            table = base[place.target]
+            for earlier in found:
+                if earlier.whole and earlier.target == place.target:
+                    table = earlier.rows  # resized, and saved beside its rows
+            found += _token_rows(plan, name, tensors[module.tokens], place.target, table)
             if tensors[module.tokens].dtype != base[place.target].dtype:
                 rounded.append(place.target)
     if replacing and adapter.weight != 1:
@@ -82,13 +94,16 @@ def replacements_of(plan: AdapterPlan, base: Mapping[str, Lazy], work: Workspace
         f"{adapter.where}: values for {listed(rounded, 3)} are saved in another dtype than the "
         "base's and are rounded to it (--dtype keeps more)"
     ]
-    return Replacements(found, idle, warnings if rounded else [])
+    told = told_of(adapter, replacing)
+    return Replacements(found, idle, [*told, *(warnings if rounded else [])])
 
 
 def _is_there(rows: Lazy, target: Lazy, place: Place, work: Workspace) -> bool:
     """Whether a target has the values of `rows` already."""
     if place.whole and rows.shape != target.shape:
         return False
+    if not rows.shape:
+        return rows.dtype == target.dtype and equal_bytes(rows, target, work)
     before = target.take(place.start, place.start + rows.shape[0])
     if rows.dtype != before.dtype:
         rows, before = cast(rows, "F32"), cast(before, "F32")
@@ -104,6 +119,13 @@ def _check_replacement(adapter: Adapter, key: str, rows: Lazy, target: Lazy, pla
             f"'{printable(place.target)}' is {list(target.shape)}. The adapter belongs to another "
             "model."
         )
+    if rows.dtype == target.dtype:
+        return
+    if rows.dtype not in FLOATS:
+        raise AdapterError(
+            f"{adapter.where}: '{printable(key)}' is {rows.dtype}, but base tensor "
+            f"'{printable(place.target)}' is {target.dtype}. The adapter belongs to another model."
+        )
     if target.dtype not in FLOATS:
         raise InputError(
             f"base tensor '{printable(place.target)}' is {target.dtype}; one of "
@@ -112,7 +134,7 @@ def _check_replacement(adapter: Adapter, key: str, rows: Lazy, target: Lazy, pla
 
 
 def _token_rows(
-    plan: AdapterPlan, module: str, rows: Lazy, target: str, base: Mapping[str, Lazy]
+    plan: AdapterPlan, module: str, rows: Lazy, target: str, W: Lazy
 ) -> list[Replacement]:
     """Trained rows, neighbours together (PEFT `TrainableTokensLayer`)."""
     adapter, stated = plan.adapter, plan.adapter.settings.token_indices
@@ -124,7 +146,6 @@ def _token_rows(
             f"names {'none' if indices is None else len(indices)} for it. Config and tensors are "
             "not of one adapter."
         )
-    W = base[target]
     if rows.shape[1:] != W.shape[1:] or max(indices) >= W.rows:
         raise AdapterError(
             f"{adapter.where}: trained rows of {rows.columns} columns for tokens up to {max(indices):,} "
@@ -150,21 +171,32 @@ def replaced_tensors(
     for replacement in replacements:
         by_target.setdefault(replacement.target, []).append(replacement)
     for target, own in by_target.items():
-        own.sort(key=lambda r: r.start)
-        for one, other in pairwise(own):
-            if one.start + one.rows.rows > other.start or one.whole or other.whole:
-                raise AdapterError(
-                    f"{one.adapter.where} and {other.adapter.where}: both bring values of their own for "
-                    f"'{printable(target)}' (modules_to_save, biases or token rows). Only one of them "
-                    "can hold: merge one adapter, or remove these tensors from the other."
-                )
-        if own[0].whole:
-            found[target] = own[0].rows
-        else:
-            tensor, parts, at = base[target], [], 0
+        own.sort(key=lambda r: (not r.whole, r.start))
+        _check_alone(target, own)
+        table = own.pop(0) if own[0].whole else None
+        tensor = base[target] if table is None else table.rows
+        if own:
+            parts, at = [], 0
             for replacement in own:
                 parts += [tensor.take(at, replacement.start), replacement.rows]
                 at = replacement.start + replacement.rows.rows
             parts.append(tensor.take(at, tensor.shape[0]))
-            found[target] = concat([part for part in parts if part.shape[0]])
+            tensor = concat([part for part in parts if part.shape[0]])
+        found[target] = tensor
     return found
+
+
+def _check_alone(target: str, own: Sequence[Replacement]) -> None:
+    """Refuse two values for a row; rows of tokens may lie over a table of the same adapter."""
+    for one, other in pairwise(own):
+        over = one.whole and not other.whole and other.is_tokens
+        if over and all(one.adapter is r.adapter for r in own):
+            continue
+        if one.start + one.rows.rows > other.start or one.whole or other.whole:
+            files = dict.fromkeys([one.adapter.where, other.adapter.where])
+            whose = "both bring" if len(files) > 1 else "two of its tensors bring"
+            raise AdapterError(
+                f"{' and '.join(files)}: {whose} values of their own for "
+                f"'{printable(target)}' (modules_to_save, biases or token rows). Only one of them "
+                "can hold: merge one adapter, or remove these tensors from the other."
+            )

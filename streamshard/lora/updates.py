@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -29,7 +30,7 @@ from streamshard.tensors.lazy import Array, Lazy
 from streamshard.tensors.low_rank import LowRank, Transposed
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["Update", "check_company", "updated", "updates_of"]
+__all__ = ["Update", "Updates", "check_company", "updated", "updates_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,38 +58,75 @@ class Update:
         return replace(self, term=replace(self.term, weight=1.0))
 
 
-def updates_of(
-    plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace
-) -> tuple[list[tuple[str, Update]], list[str]]:
-    """What the pairs of an adapter add to which target, and warnings; exact zeros are left out."""
+@dataclass(frozen=True, slots=True)
+class Updates:
+    """What the pairs of an adapter add, by target; `idle` are modules without effect, and why."""
+
+    found: Sequence[tuple[str, Update]]
+    idle: Mapping[str, str]
+    pairs: int
+    warnings: Sequence[str]
+
+    @property
+    def causes(self) -> str:
+        """Why the idle ones have no effect."""
+        counts = Counter(self.idle.values())
+        return " and ".join(f"{cause} ({n:,} of {self.pairs:,})" for cause, n in counts.items())
+
+
+def updates_of(plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace) -> Updates:
+    """What the pairs of an adapter add to which target; exact zeros are left out."""
     adapter = plan.adapter
     pairs = {name: module for name, module in plan.keys.modules.items() if module.A}
     turned = _turned(plan, tensors)
     found: list[tuple[str, Update]] = []
-    idle = []
+    idle, scaled = {}, []
     weight = adapter.weight
     for name, module in pairs.items():
         scale = adapter.settings.scaling(pattern_key(plan, name))
         # All factors are read in any case: a zero must not hide a NaN.
-        peaks = [largest(adapter, key, work) for key in (module.A, module.B)]
-        for key in filter(None, (module.magnitude, module.bias)):
-            largest(adapter, key, work)
+        peaks = {key: largest(adapter, key, work) for key in filter(None, _of_pair(module))}
         if name in plan.parameters:
             new = _of_experts(plan, name, scale, tensors, turned=turned[name])
         else:
             new = _of_module(plan, name, module, scale, tensors, turned=turned[name])
-        if not (scale and adapter.weight and all(peaks)) and not module.magnitude:
-            idle.append(name)
+        cause = _no_effect(adapter, scale, *(peaks[key] for key in (module.A, module.B)))
+        if cause and module.magnitude:
+            scaled.append(name)
+        elif cause:
             new = []
-        if module.bias and scale and adapter.weight:
+        if module.bias and scale and weight and peaks[module.bias]:
             new += _of_bias(plan, name, module, scale, tensors)
+        if cause and not new:
+            idle[name] = cause
         # The product of weight and scale is exact: they stay apart.
         found += [(n, replace(u, term=replace(u.term, weight=weight))) for n, u in new]
-    warnings = [
-        f"{adapter.where}: {len(idle)} of {len(pairs)} updates are exactly zero and leave "
-        f"their weights as they are: {listed(idle, 3)}"
-    ]
-    return found, warnings if idle and found else []
+    warnings = []
+    if scaled:
+        warnings.append(
+            f"{adapter.where}: of {listed(scaled, 3)} only the DoRA magnitudes have an effect: the "
+            "update itself is exactly zero"
+        )
+    made = Updates(found, idle, len(pairs), warnings)
+    if idle and found:
+        warnings.append(
+            f"{adapter.where}: {len(idle)} of {len(pairs)} updates are exactly zero and leave "
+            f"their weights as they are, since {made.causes}: {listed(idle, 3)}"
+        )
+    return made
+
+
+def _of_pair(module: Module) -> tuple[str, ...]:
+    return module.A, module.B, module.magnitude, module.bias
+
+
+def _no_effect(adapter: Adapter, scale: float, a: float, b: float) -> str:
+    """Why a pair changes nothing, "" if it does something; `a` and `b` are its largest values."""
+    if not adapter.weight:
+        return "its --weight is 0"
+    if not scale:
+        return "lora_alpha is 0"
+    return "" if a and b else "lora_A is zero" if b else "lora_B is zero"
 
 
 def _turned(plan: AdapterPlan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:
@@ -103,7 +141,7 @@ def _turned(plan: AdapterPlan, tensors: Mapping[str, Lazy]) -> dict[str, bool]:
             A, B = factors_of(plan, name)
             first, *others = plan.homes[plan.weight(name)]
             alone = first.whole and not others and not module.is_embedding
-            found[name] = module.is_embedding
+            found[name] = module.is_embedding or first.turned
             if alone and len(tensors[first.target].shape) == 2:
                 linear[name] = Linear(tensors[first.target].shape, B.rows, A.columns)
     says = plan.adapter.settings.fan_in_fan_out

@@ -328,8 +328,8 @@ ADAPTERS: dict[str, tuple[Callable[[Pair], None], int, list[str]]] = {
             (p.adapter / "adapter_model.safetensors").unlink(),
             torch.save({QA: ones(4, 40).double()}, p.adapter / "adapter_model.bin"),
         ),
-        3,
-        ["adapter_model.bin", QA, "float64"],
+        4,
+        ["adapter_model.bin", QA],
     ),
 }  # fmt: skip
 

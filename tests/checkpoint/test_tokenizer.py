@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from streamshard.checkpoint import tokenizer as module
-from streamshard.checkpoint.tokenizer import differences, is_comparable
+from streamshard.checkpoint.tokenizer_differences import differences, is_comparable
 from streamshard.checkpoint.vocabulary import (
     of_vocab_json,
     scan_tokenizer_json,
@@ -136,6 +136,14 @@ def test_S3_a_placeholder_is_no_difference():
     assert FORMS["bpe"]().beyond(11) == {11: "<IMG_CONTEXT>"}
 
 
+@pytest.mark.parametrize("form", ["bpe", "spaced", "words", "slow", "reversed"])
+def test_S3_ids_beyond_the_rows(form):
+    """Tokens of the vocabulary proper too."""
+    found = FORMS[form]()
+    assert found.beyond(8) == {8: "😀", 9: 'q"\\', 10: "<img>", 11: "<IMG_CONTEXT>"}
+    assert found.beyond(12) == {}
+
+
 def test_what_cannot_be_read_is_told_and_not_compared():
     mine, broken = (
         FORMS["bpe"](),
@@ -176,11 +184,25 @@ def test_damaged_files_end_in_words():
             try:
                 found = read(bytes(bad))
                 if read is scan_tokenizer_json:
+                    found = scan_tokenizer_json(bytes(bad), merges=True)
                     found.vocabulary()
                     found.added_tokens()
                     list(found.merge_lines())
             except (ValueError, InputError):
                 continue
+
+
+@pytest.mark.parametrize("number", [-1, True, 1.5, "-7", None, [], 10**300, 2**63])
+def test_numbers_that_are_no_ids(number):
+    """Nothing counts up to them, and nothing is looked for there."""
+    mine = FORMS["bpe"]()
+    odd = of(
+        vocab__json={piece: n for n, piece in enumerate(PIECES[:5])},
+        added_tokens__json={"<img>": number},
+        tokenizer_config__json={"added_tokens_decoder": {"9" * 5000: {"content": "x"}}},
+    )
+    assert differences(mine, odd)
+    assert odd.beyond(0).keys() == {0, 1, 2, 3, 4}
 
 
 def test_templates_in_all_forms():

@@ -1,56 +1,17 @@
-"""Progress, signals and exit codes."""
+"""Signals and exit codes."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import pty
 import shlex
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 
 import pytest
 import reference
 from pairs import begun, record_of
 from sparse_folders import sparse_adapter, sparse_base
-
-
-def test_progress_is_on_stderr_of_a_terminal_only(pair):
-    """With a terminal for stderr a bar is drawn there; stdout is one JSON document all the same."""
-    controller, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
-    command = [sys.executable, "-m", "streamshard", *pair.command, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True) as process:
-        os.close(terminal)
-        seen = b""
-        while True:
-            try:
-                chunk = os.read(controller, 65536)
-            except OSError:  # the other end is closed
-                break
-            if not chunk:
-                break
-            seen += chunk
-        out = process.communicate()[0]
-    os.close(controller)
-    assert process.returncode == 0
-    assert json.loads(out)["merged"] == 2
-    text = seen.decode()
-    assert "100%" in text
-    assert "B/s" in text
-    assert "tensor=" in text
-
-
-def test_there_is_no_progress_in_a_log_file(pair):
-    command = [sys.executable, "-m", "streamshard", *pair.command, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["merged"] == 2
-    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

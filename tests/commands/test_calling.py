@@ -194,6 +194,18 @@ def test_every_command_returns_such_a_report(pair, merged):
     assert repr(streamshard.Report()).startswith("<Report")
 
 
+def test_one_weight_may_be_a_number(pair):
+    """Of one adapter; of numpy too."""
+    import numpy as np
+
+    made = []
+    for number, weight in enumerate((0.5, np.float32(0.5), [0.5])):
+        out = pair.root / f"w{number}"
+        streamshard.merge_lora(base=pair.base, adapter=pair.adapter, output=out, weight=weight)
+        made.append([file.read_bytes() for file in sorted(out.glob("*.safetensors"))])
+    assert made[0] == made[1] == made[2]
+
+
 # --- warnings -------------------------------------------------------------------------------------
 
 
@@ -311,7 +323,7 @@ def test_the_command_line_keeps_its_words_and_says_whose_an_option_is():
 def test_the_table_of_keywords_is_that_of_the_command_line():
     from streamshard.cli.main import cli
 
-    theirs = {"progress", "on_plan", "on_total"}  # the command line's own
+    theirs = {"progress", "on_plan", "on_step", "on_total"}  # the command line's own
     for name, command in COMMANDS.items():
         options = {one.name for one in cli.commands[command].params}
         options -= {"as_json", "quiet", "verbose"}

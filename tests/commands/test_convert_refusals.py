@@ -378,7 +378,9 @@ def test_the_output_is_an_input(which, folders, tmp_path, cli):
 
 def test_an_output_that_exists(folders, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="exists"):
         convert("hf", folders["custom"], folders["hf"], tmp_path / "out")
+    (tmp_path / "out" / "mine.txt").unlink()
     convert("hf", folders["custom"], folders["hf"], tmp_path / "out", overwrite=True)
     assert_same(read(tmp_path / "out"), as_hf(read(folders["custom"]), PRESETS["tiny"]))

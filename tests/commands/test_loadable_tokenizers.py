@@ -240,6 +240,15 @@ def test_S8_code_that_is_not_there_is_told(layout, where, tmp_path):
     assert not told(report, "elsewhere")
 
 
+def test_S8_code_of_a_part_of_the_model_is_told(tmp_path):
+    source = make(tmp_path / "source", "tiny", "hf")
+    ref = make(tmp_path / "ref", "tiny", "custom")
+    code = {"AutoConfig": "configuration_part.Part"}
+    edit(ref, lambda config: config["llm_config"].update(auto_map=code))
+    report = convert("custom", source, ref, tmp_path / "out")
+    assert told(report, "configuration_part.py", "config.json")
+
+
 def test_S8_code_that_code_needs_is_told(tmp_path):
     base = make(tmp_path / "base", "tiny", "custom")
     (base / "modeling_internvl_chat.py").write_text(

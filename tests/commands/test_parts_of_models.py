@@ -152,7 +152,7 @@ WRAPPERS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("same", [True, False], ids=["same", "other"])
 @pytest.mark.parametrize("kind", PARTS)
-def test_R1_an_adapter_of_a_part(kind, same, tmp_path):  # noqa: N802
+def test_R1_an_adapter_of_a_part(kind, same, tmp_path):
     preset, layout, before, after, adapter = trained(tmp_path, kind)
     home = layout if same else OTHER[layout]
     if not same:
@@ -165,7 +165,7 @@ def test_R1_an_adapter_of_a_part(kind, same, tmp_path):  # noqa: N802
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("kind", ["vit", "hf-vit", "llm", "projector"])
-def test_R1_with_words_of_training(kind, wrapper, tmp_path):  # noqa: N802
+def test_R1_with_words_of_training(kind, wrapper, tmp_path):
     preset, layout, before, after, adapter = trained(tmp_path, kind)
     change = WRAPPERS[wrapper]
     edited(adapter, lambda content: {change(key): t for key, t in content.items()})
@@ -187,7 +187,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("around", ["", "_orig_mod.", "module."])
 @pytest.mark.parametrize("kind", ["llm", "hf-vit-encoder", "hf-llm-without-head"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_R1_bases_of_every_spelling(spelling, kind, around, tmp_path):  # noqa: N802
+def test_R1_bases_of_every_spelling(spelling, kind, around, tmp_path):
     """As versions of transformers wrote them, and as trainings left them."""
     preset, layout, before, after, adapter = trained(tmp_path, kind)
     if layout == "custom":
@@ -208,7 +208,7 @@ def test_R1_bases_of_every_spelling(spelling, kind, around, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("kind", ["llm", "vit", "hf-vit"])
-def test_R1_bases_that_are_the_part(kind, tmp_path):  # noqa: N802
+def test_R1_bases_that_are_the_part(kind, tmp_path):
     """The other way round: trained on the whole, merged into the part alone."""
     layout, part, config = PARTS[kind]
     preset = PRESETS["tiny"]
@@ -251,7 +251,7 @@ def towers(folder: Path, *widths: int) -> tuple[Path, Path, Any]:
     return folder / "base", adapter, wrapped
 
 
-def test_R1_two_parts_of_one_shape_are_refused_by_name(tmp_path):  # noqa: N802
+def test_R1_two_parts_of_one_shape_are_refused_by_name(tmp_path):
     base, adapter, _ = towers(tmp_path, 20, 20)
     raises(
         tmp_path,
@@ -264,7 +264,7 @@ def test_R1_two_parts_of_one_shape_are_refused_by_name(tmp_path):  # noqa: N802
     )
 
 
-def test_R1_of_two_parts_the_one_that_fits(tmp_path):  # noqa: N802
+def test_R1_of_two_parts_the_one_that_fits(tmp_path):
     base, adapter, _ = towers(tmp_path, 20, 28)
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
     before, after = read(base), read(tmp_path / "out")
@@ -273,7 +273,7 @@ def test_R1_of_two_parts_the_one_that_fits(tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])
-def test_R1_names_of_two_parts_have_no_one_rewrite(layout, tmp_path):  # noqa: N802
+def test_R1_names_of_two_parts_have_no_one_rewrite(layout, tmp_path):
     """ViT alone and projector alone in one file: no one model has these names."""
     _, part, config = PARTS["vit"]
     preset = PRESETS["tiny"]

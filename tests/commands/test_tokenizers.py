@@ -175,6 +175,37 @@ def test_S3_the_same_tokenizer_in_other_bytes_is_silent(tmp_path):
     assert all((tmp_path / "out" / n).read_bytes() == (base / n).read_bytes() for n in FILES)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("row", [285, 7])
+def test_S3_rows_that_an_update_trains(row, dora, tmp_path):
+    """A pair on the embedding: rows with a zero in lora_A are not trained."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    adapter = adapter_with(tmp_path / "a", base, "custom", {}, kind="pairs")
+    content = load_file(adapter / "adapter_model.safetensors")
+    name = f"base_model.model.{EMBED['custom']}"
+    A = torch.zeros(4, VOCAB)
+    A[:, row] = 1.0
+    content[f"{name}.lora_embedding_A"] = A
+    content[f"{name}.lora_embedding_B"] = torch.ones(64, 4)
+    config = json_of(adapter / "adapter_config.json")
+    if dora:
+        weight = read(base)[f"{EMBED['custom']}.weight"].float()
+        updated = weight + 32 / 4 * (torch.ones(64, 4) @ A).T
+        for key in [key for key in content if key.endswith("lora_A.weight")]:
+            plain = read(base)[key.split("base_model.model.")[1].replace("lora_A.", "")].float()
+            stem = key.removesuffix("lora_A.weight")
+            content[f"{stem}lora_magnitude_vector"] = plain.norm(dim=1)
+        content[f"{name}.lora_magnitude_vector"] = updated.norm(dim=0)
+        config["use_dora"] = True
+    config["target_modules"] = [*config["target_modules"], "embed_tokens"]
+    reference.save_file(content, adapter / "adapter_model.safetensors", {"format": "pt"})
+    put_json(adapter / "adapter_config.json", config)
+    add_tokens(copied(base, adapter), {285: "<think>"})
+    report = merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    assert (285 in tokens_of(tmp_path / "out")) == (row == 285)
+    assert told(report, "'<think>'")
+
+
 def test_S3_a_tokenizer_that_lacks_tokens_of_the_base(tmp_path):
     """It is taken for what was trained, and what it lacks is named."""
     base = make(tmp_path / "base", "tiny", "custom")
@@ -279,6 +310,21 @@ def test_S3_a_conversion_tells_ids_beyond_the_rows(layout, tmp_path):
     ref = add_tokens(make(tmp_path / "ref", "tiny", layout), {300: "<far>"})
     report = convert(layout, source, ref, tmp_path / "out")
     assert told(report, "'<far>' (300)", "288 rows")
+
+
+def test_S3_a_list_of_some_tokens_says_nothing_of_others(tmp_path):
+    """A source with a part of a tokenizer: what it lists must agree, and no more."""
+    source, ref = make(tmp_path / "s", "tiny", "hf"), make(tmp_path / "r", "tiny", "custom")
+    for name in FILES:
+        (source / name).unlink()
+    (source / "added_tokens.json").write_text('{"<img>": 259}')
+    report = convert("custom", source, ref, tmp_path / "one")
+    assert report["warnings"] == []
+    (source / "added_tokens.json").write_text('{"<img>": 259, "<think>": 285}')
+    with pytest.raises(InputError, match=r"285.*tokenizer_from"):
+        convert("custom", source, ref, tmp_path / "two")
+    convert("custom", source, ref, tmp_path / "two", tokenizer_from="source")
+    assert tokens_of(tmp_path / "two") == tokens_of(ref) | {285: "<think>"}
 
 
 # --- S3: training checkpoints -----------------------------------------------------------------------
@@ -468,6 +514,36 @@ def test_S5_one_pass_is_two(layout, whose, trained, rows, tmp_path):
     assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
     knows = 285 in tokens_of(tmp_path / "one")
     assert knows == (whose == "source")
+
+
+def test_S5_one_pass_is_two_for_training_checkpoints(tmp_path):
+    base, ref = make(tmp_path / "base", "tiny", "custom"), make(tmp_path / "ref", "tiny", "hf")
+    source = add_tokens(wrapped_checkpoint(tmp_path / "in", base), THINK)
+    how: dict[str, Any] = {"reference": ref, "layout": "hf", "tokenizer_from": "source"}
+    merge_lora(checkpoint=source, output=tmp_path / "one", **how)
+    merge_lora(checkpoint=source, output=tmp_path / "half")
+    convert("hf", tmp_path / "half", ref, tmp_path / "two", tokenizer_from="source")
+    one, two = digests(tmp_path / "one"), digests(tmp_path / "two")
+    del one["streamshard.json"], two["streamshard.json"]
+    assert one == two
+
+
+def test_S3_a_list_of_tokens_and_a_tokenizer_of_one_file(tmp_path):
+    """As transformers 5 saves it: the token is added where that file has tokens."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    tokenizer_json(base)
+    for name in FILES:
+        (base / name).unlink()
+    adapter = adapter_with(tmp_path / "a", base, "custom", {285: 1.0})
+    (adapter / "added_tokens.json").write_text('{"<think>": 285}')
+    merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    added = json_of(tmp_path / "out" / "tokenizer.json")["added_tokens"]
+    assert added[:-1] == json_of(base / "tokenizer.json")["added_tokens"]
+    assert (added[-1]["id"], added[-1]["content"]) == (285, "<think>")
+    assert (
+        json_of(tmp_path / "out" / "tokenizer.json")["model"]
+        == json_of(base / "tokenizer.json")["model"]
+    )
 
 
 def test_S3_an_extracted_adapter_takes_its_tokenizer_along(tmp_path):

@@ -535,7 +535,7 @@ def test_an_adapter_onto_a_wrapped_base(trainer, tmp_path):
     key = "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     pair = {key.format("A"): torch.ones(4, 64), key.format("B"): torch.ones(64, 4)}
     adapter = reference.save_adapter(tmp_path / "adapter", pair, r=4, lora_alpha=4)
-    with pytest.raises(StreamshardError, match="merge-lora") as raised:
+    with pytest.raises(StreamshardError, match="merge_lora") as raised:
         merge_lora(base=source, adapter=adapter, output=tmp_path / "out")
     assert raised.value.exit_code in (3, 4)
     assert not (tmp_path / "out").exists()

@@ -233,11 +233,15 @@ def test_a_single_file_of_any_name_becomes_the_usual_one(pair, tmp_path):
     merge_lora(base=base, adapter=pair.adapter, output=pair.output)
     assert [*files(pair.output)] == ["model.safetensors"]
     merge_lora(base=base / "weights.safetensors", adapter=pair.adapter, output=tmp_path / "bare")
+    # What lies beside it goes with it, if a config does.
     assert files(tmp_path / "bare") == files(pair.output)
-    assert sorted(p.name for p in (tmp_path / "bare").iterdir()) == [
-        "model.safetensors",
-        "streamshard.json",
-    ]
+    names = ["config.json", "model.safetensors", "streamshard.json"]
+    assert sorted(p.name for p in (tmp_path / "bare").iterdir()) == names
+    alone = tmp_path / "alone" / "weights.safetensors"
+    alone.parent.mkdir()
+    (base / "weights.safetensors").rename(alone)
+    merge_lora(base=alone, adapter=pair.adapter, output=tmp_path / "x")
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == names[1:]
 
 
 def test_metadata_is_kept_and_completed(pair, tmp_path):

@@ -289,8 +289,8 @@ DISAGREE: dict[str, tuple[Callable[[Pair], Any], list[str]]] = {
         ["bias"],
     ),
     "saved-flag": (
-        lambda p: configure(p.adapter, modules_to_save=["mlp1"]),
-        ["modules_to_save", "mlp1"],
+        lambda p: configure(p.adapter, modules_to_save=["norm"]),
+        ["modules_to_save", "norm"],
     ),
     "saved-tensor": (
         lambda p: edited(

@@ -61,9 +61,9 @@ def test_a_plan_is_a_value(work):
         (pair("l.0.q") | pair("l.9.q"), {}, "1 of 2 modules are not in the base"),
         (pair("l.0.q"), {"r": 3}, "has rank 2 and its lora_B 2, but adapter_config.json says 3"),
         (pair("l.0.q"), {"use_dora": True}, "use_dora is true, but the file lacks magnitudes"),
-        (pair("l.0.q"), {"modules_to_save": ["mlp1"]}, "modules_to_save has 'mlp1'"),
+        (pair("l.0.q"), {"modules_to_save": ["v"]}, "modules_to_save has 'v'"),
         (
-            pair("l.0.q") | {"base_model.model.l.0.v.weight": numbers(6, 4)},
+            pair("l.0.q") | {"base_model.model.l.9.v.weight": numbers(6, 4)},
             {},
             "the file has whole tensors",
         ),
@@ -142,7 +142,7 @@ def test_rows_are_replaced_once(work):
     expected = values(numbers(8, 4), work)
     expected[1:3], expected[5:7] = (values(one.rows, work) for one in rows)
     assert np.array_equal(values(found["t"], work), expected)
-    with pytest.raises(AdapterError, match="both bring values of their own for 't'"):
+    with pytest.raises(AdapterError, match="two of its tensors bring values of their own for 't'"):
         replaced_tensors({"t": numbers(8, 4)}, [*rows, dataclasses.replace(rows[0], start=2)])
 
 

@@ -158,14 +158,13 @@ def test_reading_ends_with_an_exit_code_too(command, size, pair):
 
 
 @linux
-@pytest.mark.parametrize("size", [128, 200, 600])
-def test_a_pickled_adapter_needs_room_for_torch(size, pair):
+@pytest.mark.parametrize("size", [64, 128, 200])
+def test_a_pickled_adapter_needs_no_room_for_torch(size, pair):
     file = pair.adapter / "adapter_model.safetensors"
     reference.torch.save(reference.load_file(file), file.with_suffix(".bin"))
     file.unlink()
     done = ended(["-m", "streamshard", *pair.command], "RLIMIT_DATA", size * 10**6)
-    assert (done.returncode == 0) == (size == 600) == pair.output.exists()
-    assert size == 600 or "torch" in done.stderr
+    assert (done.returncode == 0) == (size >= 128) == pair.output.exists()
 
 
 def test_too_little_memory_is_said(pair, cli, monkeypatch):

@@ -1,0 +1,61 @@
+"""What to say of a path at which nothing is: how far it leads, and which names there are like it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from pathlib import Path
+
+from streamshard.disk.existence import is_folder, is_link, is_there, names_in
+from streamshard.errors import listed, printable
+
+__all__ = ["instead"]
+
+
+_HUB_ID = re.compile(r"(?:hf://)?[\w.-]+/[\w.-]+(@\S+)?")
+_MOST_NAMES = 10_000  # of a folder that is searched for like ones
+
+
+def instead(path: Path) -> str:
+    """The next step, if nothing is at `path`."""
+    if _dangles(path):
+        return "It is a link to nothing. Fetch what it led to, or remove the link."
+    around, missing = _nearest(path)
+    where = printable(str(around))
+    if not is_folder(around):
+        return f"{where} is a file, and no folder. Check the path."
+    names = _names(around)
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(missing.lower(), lower, n=2, cutoff=0.6)
+    if near:
+        return f"In {where} there is {listed(lower[name] for name in near)}: is that meant?"
+    if _HUB_ID.fullmatch(str(path)) and around == Path():
+        return (
+            "Check the path; if it is an id on the hub, these are not read yet: download it "
+            "(hf download) and give the folder."
+        )
+    if around != path.parent:
+        return f"There is no '{printable(missing)}' in {where}. Check the path."
+    return "Check the path."
+
+
+def _dangles(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return is_link(path)
+    return False
+
+
+def _nearest(path: Path) -> tuple[Path, str]:
+    """How far a path leads, and the name that is not there."""
+    for around in path.parents:
+        with contextlib.suppress(OSError):
+            if is_there(around):
+                return around, path.parts[len(around.parts)]
+    return Path(), path.parts[0]
+
+
+def _names(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return names_in(folder)[:_MOST_NAMES]
+    return []

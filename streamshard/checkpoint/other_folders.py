@@ -1,0 +1,77 @@
+"""What a folder without weights is in truth, and which one is meant: for messages."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+from streamshard.disk.existence import is_folder, names_in
+from streamshard.errors import listed, printable
+
+__all__ = ["GATHER", "what_instead"]
+
+
+GATHER = (
+    "Gather its weights with the script that DeepSpeed put beside them: "
+    "python zero_to_fp32.py . . --safe_serialization"
+)
+
+_RUN = re.compile(r"checkpoint-(\d{1,9})")
+_SHARDS = re.compile(r"global_step\d+|.*_(?:optim|model)_states\.pt|zero_to_fp32\.py")
+_FSDP = re.compile(r"pytorch_model_fsdp_\d+|.*\.distcp")
+_CACHE = re.compile(r"(?:models|datasets|spaces)--.+")
+
+
+def what_instead(folder: Path) -> str | None:
+    """What to give in place of a folder that has nothing to read; None if it does not tell.
+
+    Kinds are looked for from the one that says most: a cache of the hub, runs of a training, and states
+    of DeepSpeed and FSDP, in which weights lie cut into pieces.
+    """
+    names = _names(folder)
+    if "snapshots" in names and {"blobs", "refs"} & set(names):
+        return _snapshots(folder / "snapshots")
+    if folder.name == "snapshots" and "blobs" in _names(folder.parent):
+        return _snapshots(folder)
+    cached = [name for name in names if _CACHE.fullmatch(name)]
+    if cached:
+        return (
+            f"It is a cache of the hub with {listed(cached, 3)}: give the folder of a revision, "
+            f"{printable(str(folder / cached[0] / 'snapshots'))}/REVISION."
+        )
+    runs = sorted((int(run[1]), name) for name in names if (run := _RUN.fullmatch(name)))
+    if runs:
+        last = runs[-1][1]
+        others = f" (or another one of {len(runs)})" if len(runs) > 1 else ""
+        return (
+            f"It is the folder of a training run: give a checkpoint in it, such as "
+            f"{printable(str(folder / last))}{others}."
+        )
+    if any(_SHARDS.fullmatch(name) for name in names):
+        return f"It has states of DeepSpeed (ZeRO), of which each process wrote a part. {GATHER}"
+    if any(_FSDP.fullmatch(name) for name in names):
+        return (
+            "It has states of FSDP, of which each process wrote a part. Gather its weights: "
+            "accelerate merge-weights FOLDER OUTPUT"
+        )
+    return None
+
+
+def _snapshots(folder: Path) -> str:
+    found = _names(folder)
+    if not found:
+        return "It is a cache of the hub, and nothing of this model is in it: download it again."
+    return (
+        f"It is a cache of the hub: give the folder of a revision, "
+        f"{printable(str(folder / found[-1]))}"
+        + (f" (or another one of {len(found)})." if len(found) > 1 else ".")
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in a folder, as far as it can be looked at."""
+    with contextlib.suppress(OSError):
+        if is_folder(folder):
+            return names_in(folder)
+    return []

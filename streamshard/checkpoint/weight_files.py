@@ -1,0 +1,202 @@
+"""The weight files of a folder: which of them count, and their headers.
+
+A checkpoint or adapter is one file of a known name, or several that an index of a known name lists; of
+safetensors, or else of torch. Opening reads headers, pickles and JSON only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar, cast
+
+from streamshard.checkpoint.file_names import (
+    ADAPTER_CONFIG_NAME,
+    CHECKPOINT_NAMES,
+    PICKLED,
+    SUFFIX,
+    TRAINING_STATE,
+    Names,
+)
+from streamshard.checkpoint.header import Header, read_header
+from streamshard.checkpoint.json_files import MAX_JSON_BYTES, parse_index
+from streamshard.checkpoint.lfs_pointers import check_pointer
+from streamshard.checkpoint.other_folders import what_instead
+from streamshard.disk.existence import is_file, is_folder, is_link, is_there, names_in
+from streamshard.disk.files import read_bytes
+from streamshard.errors import InputError, argument, listed, printable
+from streamshard.tensors.lazy import Lazy, Stored
+
+__all__ = [
+    "find_weights",
+    "has",
+    "has_weights",
+    "is_weight_file",
+    "open_listed",
+    "open_weights",
+    "read_weights",
+]
+
+
+MAX_NAME_NBYTES = 255  # what file systems take
+
+
+class _Opened(Protocol):
+    """What a file was found to hold."""
+
+    @property
+    def tensors(self) -> Mapping[str, Lazy]:
+        """Its tensors."""
+
+
+_F = TypeVar("_F", bound=_Opened)
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether files of such a name are read here, by its ending."""
+    return name.endswith((SUFFIX, *PICKLED))
+
+
+def read_weights(file: Path) -> Header:
+    """The header of a weight file, or what stands for one; raises `InputError`."""
+    if file.name.endswith(SUFFIX):
+        return read_header(file)
+    from streamshard.checkpoint.pickled import read_pickled
+
+    # Without copies all of them are in the file.
+    return Header(cast("dict[str, Stored]", read_pickled(file, copies=False)), {})
+
+
+def open_weights(folder: Path) -> dict[str, Header]:
+    """The headers of a checkpoint's weight files, by name: those that its index lists, if it has one."""
+    found = find_weights(folder, CHECKPOINT_NAMES)
+    return open_listed(found or _only_other(folder), read_weights)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has a checkpoint's weights, be they complete or not."""
+    names = names_in(folder)
+    known = {name for both in CHECKPOINT_NAMES for name in both}
+    return any(name in known or name.endswith(SUFFIX) for name in names)
+
+
+def find_weights(folder: Path, kinds: Sequence[Names]) -> Path | None:
+    """The index, or the one file, of the first kind that a folder has."""
+    for index, single in kinds:
+        both = [name for name in (index, single) if has(folder / name)]
+        if len(both) > 1 and set(_weight_map(folder / index).values()) != {single}:
+            raise InputError.at(
+                folder,
+                f"has both {index} and {single}, and loaders "
+                "disagree on which counts. Remove the stale one.",
+            )
+        if both:
+            return folder / both[0]
+    return None
+
+
+def _only_other(folder: Path) -> Path:
+    """The one file of safetensors of a folder that has none of a known name, or an `InputError`."""
+    others = [
+        folder / name
+        for name in names_in(folder)
+        if name.endswith(SUFFIX)
+        and not name.startswith("adapter_")
+        and not TRAINING_STATE.fullmatch(name)
+        and is_file(folder / name)
+    ]
+    if len(others) == 1:
+        return others[0]
+    names = CHECKPOINT_NAMES[0]
+    if others:
+        raise InputError.at(
+            folder,
+            f"has {len(others)} .safetensors files but no {names.index_name}, "
+            "so what belongs together is not known. Add the index, or give one file.",
+        )
+    instead = what_instead(folder)
+    if instead is None and is_file(folder / ADAPTER_CONFIG_NAME):
+        raise InputError.at(
+            folder,
+            "is a PEFT adapter, not a checkpoint. It goes with the model it was trained on: "
+            f"`merge-lora --adapter {argument(folder)} --base MODEL`.",
+        )
+    hint = instead or f"Give a folder with {names.single} or an index."
+    raise InputError.at(folder, f"has no weights of a model. {hint}")
+
+
+def open_listed(found: Path, read: Callable[[Path], _F]) -> dict[str, _F]:
+    """The files that an index lists, or the one file itself, by name, each as `read` opens it.
+
+    Raises `InputError` unless the index lists just what the files hold.
+    """
+    if not found.name.endswith(".json"):
+        return {found.name: read(found)}
+    weight_map = _weight_map(found)
+    opened = {}
+    for name in sorted(set(weight_map.values())):
+        _check_file_name(found, name)
+        file = found.parent / name
+        if not has(file):
+            raise InputError.at(
+                found,
+                f"names '{printable(name)}', which is not in the folder. "
+                "The checkpoint is incomplete: fetch or copy that file.",
+            )
+        opened[name] = read(file)
+        # The index shrinks as the headers come: what is left is missing, and never are all names
+        # in memory twice.
+        stray = [t for t in opened[name].tensors if weight_map.pop(t, None) != name]
+        if stray:
+            raise InputError.at(
+                found,
+                f"'{printable(name)}' holds {listed(stray)}, which the index does not "
+                "list there. Files and index are not of one checkpoint.",
+            )
+    if weight_map:
+        raise InputError.at(
+            found,
+            f"lists {listed(weight_map)}, which the files do not hold. "
+            "Files and index are not of one checkpoint.",
+        )
+    return opened
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    text = read_bytes(index, MAX_JSON_BYTES)
+    check_pointer(index, text)
+    weight_map = parse_index(text, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError.at(index, "has no weight_map from tensor names to file names.")
+    if not weight_map:
+        raise InputError.at(index, "lists no tensors.")
+    return weight_map
+
+
+def _check_file_name(index: Path, name: str) -> None:
+    # Plain names only: no folder, drive or parent can be expressed, on any platform.
+    suffix = SUFFIX if SUFFIX in index.name else PICKLED[0]
+    plain = re.fullmatch(rf"[^/\\:\x00-\x1f]+{re.escape(suffix)}", name)
+    if plain is None or len(name.encode(errors="replace")) > MAX_NAME_NBYTES:
+        raise InputError.at(
+            index,
+            f"names the file '{printable(name)}'; only {suffix} files of the same "
+            "folder are allowed. The index is damaged or hostile.",
+        )
+
+
+def has(file: Path) -> bool:
+    """Whether there is a file of this name, also through a link.
+
+    Raises `InputError` if the name is taken by something that cannot be read like a file: a folder,
+    a pipe or device, which would hang, or a link that leads nowhere.
+    """
+    if is_file(file):
+        return True
+    if is_link(file) and not is_there(file):
+        raise InputError.at(file, "is a link to nothing. Fetch the file or remove the link.")
+    if is_there(file):
+        kind = "a folder" if is_folder(file) else "a pipe, socket or device"
+        raise InputError.at(file, f"is {kind}; a file was expected. Remove it.")
+    return False
