@@ -20,6 +20,9 @@
  * left is r 2^-150, and a few of that of the bound itself: less than `tiny`. Overflow ends in an
  * infinity or NaN, which is never proven.
  *
+ * DoRA's factors f are off by `slack` at most, and rounded to fp32, as is the product with the sum: the
+ * error is that of the sum times |f|, and (slack + 2 u) of the result, for which slack + 4 u is taken.
+ *
  * In fp64 (u = 2^-53) s b[k] is rounded at most three times, or b[k] a[k] is exact and s and the product
  * with it are rounded; with the additions of r products, of all terms and of w less than r + terms + 6.
  * Nothing underflows while |s| is in 2^-200..2^200; beyond that the caller does what is left.
@@ -481,7 +484,7 @@ static PyObject *merge(PyObject *Py_UNUSED(self), PyObject *args)
         return PyErr_Format(PyExc_ValueError, "no kernel %s here", name);
     if ((job.old_type = type_of(old_type)) < 0 || (job.out_type = type_of(out_type)) < 0)
         return NULL;
-    if (!job.wide && (job.out_type != BF16 || factor != Py_None || sums != Py_None)) {
+    if (!job.wide && (job.out_type != BF16 || sums != Py_None)) {
         PyErr_SetString(PyExc_ValueError, "fp32 is not enough for this");
         return NULL;
     }

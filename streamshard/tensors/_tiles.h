@@ -131,9 +131,11 @@ static void NAME(narrow)(const float *from, int type, void *to)
     }
 }
 
-/* Rounds PANEL sums in fp32 to BF16; returns a bit for each that is not proven right. */
-static inline uint64_t NAME(round)(const float *w, const float *update, const float *norms, float norm,
-                                   const job_t *job, float *rounded)
+/* Rounds PANEL sums in fp32, times `factor` or those of the columns, to BF16; returns a bit for each that
+ * is not proven right. What is to be added is put into `update` where there are factors. */
+static inline __attribute__((always_inline)) uint64_t
+NAME(round)(const float *w, float *update, const float *norms, float norm, const job_t *job,
+            const int scaled, double factor, const double *factors, float *rounded)
 {
     /* Bits that are dropped; below a power of two the next boundary is half as far away, which `share`
      * is half of. What is subnormal or may overflow is settled elsewhere. */
@@ -141,17 +143,32 @@ static inline uint64_t NAME(round)(const float *w, const float *update, const fl
     const float share = 0x1p-10f, least = 0x1p-126f, most = 0x1p127f;
     uint64_t proven = 0;
     vf c = SPLATF(job->bound), tiny = SPLATF(job->tiny), n = SPLATF(norm);
+    vf slack = SPLATF((float)(job->slack + 0x1p-22));
     for (int i = 0; i < PANEL; i += LF) {
         vf base = LOAD(vf, w + i);
         vf total = base + LOAD(vf, update + i);
         vu bits = (vu)total;
+        vf error = FMAF(n, LOAD(vf, norms + i), (vf)((vu)base & 0x7fffffff));
+        error = FMAF(c, error, tiny);
+        if (scaled) { /* a factor is rounded, and the product; `slack` has both */
+            vf by = SPLATF((float)factor);
+            if (factors != NULL) {
+                float narrow[LF];
+                for (int lane = 0; lane < LF; lane++)
+                    narrow[lane] = (float)factors[i + lane];
+                by = LOAD(vf, narrow);
+            }
+            total = total * by;
+            bits = (vu)total;
+            error = FMAF(error, (vf)((vu)by & 0x7fffffff), tiny);
+            error = FMAF(slack, (vf)(bits & 0x7fffffff), error);
+            STORE(update + i, total - base);
+        }
         vf size = (vf)(bits & 0x7fffffff);
         vi from = (vi)(bits & mask) - (int32_t)half;
         vi sign = from >> 31;
         vf ulp = (vf)(bits & 0x7f800000) * 0x1p-23f;
         vf distance = __builtin_convertvector((from ^ sign) - sign, vf) * ulp;
-        vf error = FMAF(n, LOAD(vf, norms + i), (vf)((vu)base & 0x7fffffff));
-        error = FMAF(c, error, tiny);
         uint64_t good = GREATER(distance, error) & GREATER(size * share, error)
                         & GREATER(SPLATF(most), size) & GREATER(size, SPLATF(least));
         proven |= good << i;
@@ -267,13 +284,13 @@ static void NAME(finish)(job_t *job, ptrdiff_t row, ptrdiff_t panel, void *updat
     }
     NAME(widen)(whole ? old : edge, job->old_type, w);
     uint64_t near;
+    const double *factors = job->factor == NULL || job->by_row ? NULL : job->factor + panel * PANEL;
+    double factor = job->factor != NULL && job->by_row ? job->factor[row] : 1.0;
     if (!job->wide) {
-        near = NAME(round)(w, update, norms, norm, job, rounded);
+        near = job->factor == NULL
+                   ? NAME(round)(w, update, norms, norm, job, 0, 1.0, NULL, rounded)
+                   : NAME(round)(w, update, norms, norm, job, 1, factor, factors, rounded);
     } else {
-        const double *factors = job->by_row ? NULL : job->factor;
-        double factor = job->factor != NULL && job->by_row ? job->factor[row] : 1.0;
-        if (factors != NULL)
-            factors += panel * PANEL;
         near = job->out_type == BF16
                    ? NAME(round_wide)(w, update, norms, norm, job, factor, factors, BF16, rounded)
                : job->out_type == F16

@@ -134,7 +134,8 @@ class Computed(Lazy):
         norms = 0
         if self.magnitude is not None:
             norms = 5 * 8 * (self.rows if self.magnitude.whole is None else width)
-        rows = rows_nbytes(self.terms, self.rows, wide=self._addition().wide)
+        kinds = {self._addition(None).wide} | ({True} if self.magnitude is not None else set())
+        rows = rows_nbytes(self.terms, self.rows, kinds)
         return width * self._column_nbytes() + norms + rows
 
     def held(self) -> tuple[Lazy, ...]:
@@ -165,8 +166,8 @@ class Computed(Lazy):
         bits = sum(DTYPE_BITS[dtype] for dtype in {self.dtype, self.source.dtype})
         return height * bits // 8 + sum(4 * term.A.rows for term in self.terms) + 4
 
-    def _addition(self) -> Addition:
-        wide = self.magnitude is not None or needs_fp64(self.dtype)
+    def _addition(self, scale: Scale | None) -> Addition:
+        wide = needs_fp64(self.dtype) or not (scale is None or scale.narrow)
         return Addition(self.terms, self.dtype, wide=wide)
 
     def window(
@@ -194,7 +195,9 @@ class Computed(Lazy):
                 inner = np.s_[:, low - first : high - first]
                 scale = self._scale(old, (start, stop), strip, work)
                 place = old[inner], new[inner]
-                self._addition().merge(self.source.dtype, *place, (start, low), strip, work, scale)
+                self._addition(scale).merge(
+                    self.source.dtype, *place, (start, low), strip, work, scale
+                )
 
     def update(self, start: int, stop: int, first: int, last: int, work: Workspace) -> Float32:
         """The sum of the terms for a window, rounded once to fp32."""
@@ -237,7 +240,7 @@ class Computed(Lazy):
         magnitude = self.magnitude
         if magnitude is None:
             return None
-        wide = bounds_of(self.terms).wide
+        bound = bounds_of(self.terms).wide
         if magnitude.whole is not None:
             whole, vector = magnitude.whole, magnitude.vector
 
@@ -252,14 +255,15 @@ class Computed(Lazy):
                         raise zero_norm(0, f"column {column:,}")
                     return found
 
-                return scale_of(values, sums, wide, square, by_row=False)
+                return scale_of(values, sums, bound, square, by_row=False)
 
             kept: Scale = work.kept(self.terms, "scale", strip, make)
             return kept
         start, stop = rows
         if self.columns <= self._strip_columns() and old.shape[1] == self.columns:
             sums = np.zeros((stop - start, 3))
-            self._addition().square(self.source.dtype, old, (start, 0), strip, work, sums)
+            wide = Addition(self.terms, self.dtype, wide=True)
+            wide.square(self.source.dtype, old, (start, 0), strip, work, sums)
         else:
             sums = work.kept(self.terms, "squares", magnitude.start, lambda: self._all_sums(work))[
                 start:stop
@@ -273,7 +277,7 @@ class Computed(Lazy):
                 raise zero_norm(start + place, "this row")
             return found
 
-        return scale_of(values, sums, wide, square, by_row=True)
+        return scale_of(values, sums, bound, square, by_row=True)
 
     def _all_sums(self, work: Workspace) -> Float64:
         """Sums over rows, which take a pass of their own over all strips."""

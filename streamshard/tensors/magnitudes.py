@@ -23,13 +23,15 @@ _KNOWN = 2.0**-42
 # Squares below may have lost what is too small for fp64, and factors beyond are left to exact numbers.
 _LEAST = 2.0**-900
 _SAFE = (2.0**-300, 2.0**300)
+_NARROW = (2.0**-100, 2.0**100)
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Factors of rows of a window, or of the columns of a strip; each is off by `slack` at most.
 
-    `square` gives the exact square of the norm of one of them, remembered in `squares`.
+    `safe` says that all of them are known in fp64, `narrow` that fp32 has them as well. `square` gives
+    the exact square of the norm of one of them, remembered in `squares`.
     """
 
     factors: Float64
@@ -38,6 +40,7 @@ class Scale:
     by_row: bool
     magnitudes: Float32
     square: Callable[[int], Scaled]
+    narrow: bool = False
     first: int = 0
     squares: dict[int, Scaled] = field(default_factory=dict)
 
@@ -91,4 +94,5 @@ def scale_of(
         padded = np.zeros(-(-len(factors) // PANEL) * PANEL)
         padded[: len(factors)] = factors
         factors = padded
-    return replace(scale, factors=factors, slack=slack, safe=safe)
+    narrow = bool(np.all((sizes > _NARROW[0]) & (sizes < _NARROW[1])))
+    return replace(scale, factors=factors, slack=slack, safe=safe, narrow=narrow)

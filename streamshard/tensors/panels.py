@@ -6,7 +6,7 @@ Norms are rounded up, and are 0 only where all is: bounds of errors are made of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,11 +181,11 @@ def _chunk_rows(terms: Sequence[LowRank]) -> int:
     return min(max(CHUNK_ELEMENTS // rank // 128, 1) * 128, CHUNK_ROWS)
 
 
-def rows_nbytes(terms: Sequence[LowRank], rows: int, *, wide: bool) -> int:
-    """Bytes of memory that rows of B take, with what is read for them."""
+def rows_nbytes(terms: Sequence[LowRank], rows: int, kinds: Collection[bool]) -> int:
+    """Bytes of memory that rows of B take, wide or not or both, with what is read for them."""
     rank = sum(term.A.rows for term in terms)
     largest = max(term.A.rows for term in terms)
-    kept = rank * (12 if wide else 8)
+    kept = rank * sum(12 if wide else 8 for wide in kinds)
     read = largest * (8 + 8)
     reading = max(max(_of(term.A), _of(term.B)) for term in terms)
     return min(_chunk_rows(terms), rows) * (kept + read) + reading
