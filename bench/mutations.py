@@ -460,11 +460,11 @@ MUTANTS = (
         ("test_weight_and_scale_are_multiplied_exactly",),
     ),
     Mutant(
-        "norm-not-known",
-        "(off < max(_KNOWN, 16 * bound))",
-        "(off < np.inf)",
-        "norms that cancel are taken for known",
-        ("test_a_norm_that_cancels",),
+        "open-without-sum",
+        "scaled = m.times(value)",
+        "scaled = m",
+        "DoRA's exact numbers forget the sum",
+        ("test_dora_of_any_size",),
     ),
     Mutant(
         "window-from-zero",
