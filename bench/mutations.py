@@ -464,7 +464,7 @@ MUTANTS = (
         "scaled = m.times(value)",
         "scaled = m",
         "DoRA's exact numbers forget the sum",
-        ("test_dora_of_any_size",),
+        ("test_dora_that_ties",),
     ),
     Mutant(
         "window-from-zero",

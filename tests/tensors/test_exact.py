@@ -375,6 +375,31 @@ def test_dora_of_any_size(seed, dtype, to, size, by_row):
     check(W, dtype, [term], to, work, m, by_row=by_row)
 
 
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("to", DTYPES)
+def test_dora_that_ties(to, by_row, work):
+    """The norm is a whole number, and elements are halfway between two numbers: no float can tell."""
+    digits = exactly.FORMATS[to][0]
+    if to == "F32":
+        # 8191^2 + 127^2 + 15^2 + 5^2 + 2^2 = 2^26, and 8191 * 4097 is odd and of 25 digits.
+        V, m = [8191, 127, 15, 5, 2], [4097 * 2.0**13, 4095 * 2.0**13, -4097.0, 3 * 2.0**10]
+        assert sum(v * v for v in V) == 2**26
+    else:
+        V, m = [3, 4, 0, 0, 0], [5 * (1 + 2.0**-digits), -5 * (1 + 3 * 2.0**-digits), 5.0, 0.1]
+    W = np.ldexp(np.tile(np.array(V, np.float32), (4, 1)), [[0], [-5], [3], [1]])
+    term = Term(1.0, np.ones((4, 1), np.float32), np.full((1, 5), 2.0**-30, np.float32))
+    whole = W.astype(np.float32)
+    # W and the update are V together; or the update is nothing.
+    split = Term(1.0, np.eye(4, dtype=np.float32), (whole / 2).astype(np.float32))
+    magnitude = np.array(m, np.float32)
+    for base, terms in ((whole / 2, split), (whole, Term(1.0, term.B * 0, term.A))):
+        if by_row:
+            check(base, "F32", [terms], to, work, magnitude)
+        else:
+            turned = Term(terms.scale, terms.A.T.copy(), terms.B.T.copy())
+            check(base.T.copy(), "F32", [turned], to, work, magnitude, by_row=False)
+
+
 def test_a_norm_that_cancels(work):
     """V is what is left of W and an update that nearly cancel: fp64 does not know its norm."""
     for to in DTYPES:
