@@ -114,22 +114,22 @@ def check_room(what: str, need: Need) -> None:
         raise OutOfMemoryError(f"not enough memory for {what}. {_advice(need)}")
 
 
-def fitting(threads: int, nbytes: int) -> int:
+def fitting(threads: int, nbytes: int, *, blas: bool = False) -> int:
     """How many of up to `threads` threads have room, each with buffers of `nbytes`.
 
-    Raises `OutOfMemoryError` if not even one has.
+    `blas` says that they multiply by it. Raises `OutOfMemoryError` if not even one has.
     """
-    while threads > 1 and not _has_room(_of_threads(threads, nbytes)):
+    while threads > 1 and not _has_room(_of_threads(threads, nbytes, blas=blas)):
         threads -= 1
     if threads == 1:
-        check_room("one worker", _of_threads(1, nbytes))
+        check_room("one worker", _of_threads(1, nbytes, blas=blas))
     return threads
 
 
-def _of_threads(threads: int, nbytes: int) -> Need:
+def _of_threads(threads: int, nbytes: int, *, blas: bool) -> Need:
     buffers = threads * nbytes + _SPARE_NBYTES
     # One more thread waits for the disk. The first worker has the buffer that BLAS has already.
-    private = buffers + (threads + 1) * STACK_NBYTES + (threads - 1) * BLAS_NBYTES
+    private = buffers + (threads + 1) * STACK_NBYTES + (threads - 1) * BLAS_NBYTES * blas
     return Need(private, private, buffers)
 
 

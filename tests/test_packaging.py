@@ -25,7 +25,7 @@ PACKAGE = ROOT / "streamshard"
 SOURCES = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
 COMPILED = ("streamshard/disk/_mapping", "streamshard/tensors/_kernels")
 TYPES = {"streamshard/py.typed", *(f"{name}.pyi" for name in COMPILED)}
-C_SOURCES = {f"{name}.c" for name in COMPILED}
+C_SOURCES = {*(f"{name}.c" for name in COMPILED), "streamshard/tensors/_tiles.h"}
 # Nothing of this repository, and of what is installed here only the dependencies.
 ELSEWHERE = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME"}}
 

@@ -16,6 +16,7 @@ from streamshard.engine.shard_task import parts_of
 from streamshard.engine.workers import SENDERS
 from streamshard.errors import UsageError
 from streamshard.limits import fitting, group_room
+from streamshard.tensors.kernel import chosen
 from streamshard.tensors.workspace import Held
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def worker_count(
             )
         while needed(count) > max_memory:
             count -= 1
-    return fitting(count, needed(1) - needed(0))
+    return fitting(count, needed(1) - needed(0), blas=chosen() == "numpy")
 
 
 def workers_or_default(workers: int | None) -> int:

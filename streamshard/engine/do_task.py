@@ -23,9 +23,9 @@ from streamshard.engine.shard_task import Member, Result, ShardTask
 from streamshard.errors import AdapterError, printable
 from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.comparing import squared_distance
+from streamshard.tensors.computed import TILE_ROWS
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, Stored, Window
-from streamshard.tensors.low_rank import TILE_ROWS
 from streamshard.tensors.rounding import Changes
 from streamshard.tensors.workspace import Workspace
 
@@ -82,11 +82,7 @@ def _opened(
     """What a task needs, opened if the caller has not done it."""
     with contextlib.ExitStack() as stack:
         if work is None:
-            from threadpoolctl import threadpool_limits
-
             work = Workspace(stack.enter_context(contextlib.closing(Files(task.stamps))))
-            # The bits of a product depend on the number of threads.
-            stack.enter_context(threadpool_limits(1, user_api="blas"))
         if output is None:
             output = stack.enter_context(OutputFile(task.path, task.file_nbytes, again=True))
         yield work, output

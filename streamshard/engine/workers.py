@@ -66,8 +66,6 @@ def share(
     `work` should call `stop.check` now and then. The first error ends the run and is raised here.
     With `spare` files that are read leave the page cache as it was.
     """
-    from threadpoolctl import threadpool_limits
-
     taken, lock = iter(items), threading.Lock()
 
     held = Held(workers)
@@ -86,11 +84,7 @@ def share(
         finally:
             workspace.reader.leave()
 
-    with (
-        contextlib.closing(Files(spare=spare)) as files,
-        # One BLAS thread a worker: the bits of a product depend on the number of threads.
-        threadpool_limits(1, user_api="blas"),
-    ):
+    with contextlib.closing(Files(spare=spare)) as files:
         threads = [_thread(loop) for _ in range(workers)]
         try:
             for place, thread in enumerate(threads):
