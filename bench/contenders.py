@@ -6,8 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,6 @@ class Contender:
     synced: bool = False
     slow: bool = False
     """Whether it is run once only."""
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 # The disk's limit: reads through the page cache, writes around it, waits for the disk.
