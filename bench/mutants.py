@@ -65,7 +65,9 @@ def copy_tree(place: Path) -> None:
 
 def find_source(tree: Path, text: str) -> Path:
     """The only file of the package that has this text, and has it once."""
-    sources = [p for p in sorted((tree / "streamshard").rglob("*")) if p.suffix in {".py", ".c"}]
+    sources = [
+        p for p in sorted((tree / "streamshard").rglob("*")) if p.suffix in {".py", ".c", ".h"}
+    ]
     found = [path for path in sources for _ in range(path.read_text("utf-8").count(text))]
     if len(found) != 1:
         places = ", ".join(path.name for path in found)
@@ -94,8 +96,8 @@ def apply(mutant: Mutant, tree: Path) -> Path:
     """Make the change in a tree; returns the file."""
     path = find_source(tree, mutant.old)
     path.write_text(path.read_text("utf-8").replace(mutant.old, mutant.new), "utf-8")
-    if path.suffix == ".c":
-        compile_kernel(path)
+    if path.suffix != ".py":
+        compile_kernel(path.with_name("_kernels.c"))
     return path
 
 

@@ -134,7 +134,7 @@ def replaced(holder: object, calls: Mapping[str, Callable[..., Any]]) -> Any:
 
 
 def scenarios(folder: Path, *, workers: int = 1) -> dict[str, Scenario]:
-    """A merge, one that replaces an older output, one that was interrupted, and a conversion."""
+    """A merge, one over an older output, one that was interrupted, one around the cache; a conversion."""
     inputs, place = folder / "inputs", folder / "place"
     base, adapter = _pair(inputs)
     more = ["--quiet", "--workers", str(workers)]
@@ -166,6 +166,15 @@ def scenarios(folder: Path, *, workers: int = 1) -> dict[str, Scenario]:
             content(older),
         ),
         Scenario("merge-lora, resumed", at(output), inputs, output, interrupted, expected, None),
+        Scenario(
+            "merge-lora, direct",
+            [*at(output), "--io", "direct"],
+            inputs,
+            output,
+            None,
+            expected,
+            None,
+        ),
     ]
     hf, custom = _layouts(folder / "layouts")
     convert = ["hf2custom", *more, "--hf-path", str(hf), "--custom-path", str(custom)]

@@ -21,7 +21,7 @@ EXTRAS = {
 """The extras, each named like its package, and what it is for."""
 _ALWAYS = (
     *("click", "huggingface_hub", "numpy", "psutil", "safetensors"),
-    *("threadpoolctl", "tqdm", "xxhash"),
+    *("tqdm", "xxhash"),
 )
 _CPU = (
     " On a machine without a GPU install torch's CPU build first, as its install page shows: the usual "

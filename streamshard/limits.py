@@ -28,7 +28,7 @@ from streamshard.errors import OutOfMemoryError
 if sys.platform != "win32":
     import resource
 
-__all__ = ["STACK_NBYTES", "Need", "check_room", "fitting", "import_numpy", "told"]
+__all__ = ["STACK_NBYTES", "Need", "check_room", "fitting", "group_room", "import_numpy", "told"]
 
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -114,22 +114,22 @@ def check_room(what: str, need: Need) -> None:
         raise OutOfMemoryError(f"not enough memory for {what}. {_advice(need)}")
 
 
-def fitting(threads: int, nbytes: int) -> int:
+def fitting(threads: int, nbytes: int, *, blas: bool = False) -> int:
     """How many of up to `threads` threads have room, each with buffers of `nbytes`.
 
-    Raises `OutOfMemoryError` if not even one has.
+    `blas` says that they multiply by it. Raises `OutOfMemoryError` if not even one has.
     """
-    while threads > 1 and not _has_room(_of_threads(threads, nbytes)):
+    while threads > 1 and not _has_room(_of_threads(threads, nbytes, blas=blas)):
         threads -= 1
     if threads == 1:
-        check_room("one worker", _of_threads(1, nbytes))
+        check_room("one worker", _of_threads(1, nbytes, blas=blas))
     return threads
 
 
-def _of_threads(threads: int, nbytes: int) -> Need:
+def _of_threads(threads: int, nbytes: int, *, blas: bool) -> Need:
     buffers = threads * nbytes + _SPARE_NBYTES
     # One more thread waits for the disk. The first worker has the buffer that BLAS has already.
-    private = buffers + (threads + 1) * STACK_NBYTES + (threads - 1) * BLAS_NBYTES
+    private = buffers + (threads + 1) * STACK_NBYTES + (threads - 1) * BLAS_NBYTES * blas
     return Need(private, private, buffers)
 
 
@@ -145,14 +145,14 @@ def _has_room(need: Need) -> bool:
             mmap.mmap(-1, nbytes, flags=flags, prot=protection).close()
         except (OSError, MemoryError, OverflowError):
             return False
-    group = _group_room()
+    group = group_room()
     return group is None or need.resident <= group
 
 
 def _is_limited() -> bool:
     if sys.platform == "win32":
         return False
-    return bool(_limits()) or _group_room() is not None or _promises_no_more()
+    return bool(_limits()) or group_room() is not None or _promises_no_more()
 
 
 def _limits() -> list[tuple[str, str, int]]:
@@ -188,7 +188,7 @@ def _advice(need: Need | None = None) -> str:
             if need is not None:
                 part += f", and about {taken + getattr(need, kind):,} must be allowed"
         parts.append(part)
-    room = _group_room()
+    room = group_room()
     if room is not None:
         part = f"the control group of this process has room for {room:,} bytes"
         parts.append(part if need is None else f"{part}, about {need.resident:,} are needed")
@@ -233,7 +233,7 @@ _V1 = (
 _UNLIMITED = 1 << 60  # version 1 writes a huge number where there is no limit
 
 
-def _group_room() -> int | None:
+def group_room() -> int | None:
     """Bytes that the control groups of this process leave; None where no limit can be read."""
     if sys.platform != "linux":
         return None

@@ -19,7 +19,7 @@ __all__ = ["COMMANDS", "FLAGS", "KEYWORDS", "command_line", "is_command_line", "
 
 _READING = ("workers", "progress", "on_total")
 _WRITING = (
-    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "dry_run"),
+    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io", "dry_run"),
     *("progress", "on_plan", "on_step"),
 )
 _MERGE = ("adapter", "base", "checkpoint", "output", "weight", "layout", "reference", "alpha")

@@ -23,8 +23,9 @@ pytestmark = slow
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "streamshard"
 SOURCES = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-TYPES = {"streamshard/py.typed", "streamshard/tensors/_kernels.pyi"}
-KERNEL = "streamshard/tensors/_kernels.c"
+COMPILED = ("streamshard/disk/_mapping", "streamshard/tensors/_kernels")
+TYPES = {"streamshard/py.typed", *(f"{name}.pyi" for name in COMPILED)}
+C_SOURCES = {*(f"{name}.c" for name in COMPILED), "streamshard/tensors/_tiles.h"}
 # Nothing of this repository, and of what is installed here only the dependencies.
 ELSEWHERE = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME"}}
 
@@ -86,17 +87,17 @@ def has_compiler() -> bool:
 def test_the_sdist_has_all_that_a_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {*SOURCES, *TYPES, KERNEL, "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {*SOURCES, *TYPES, *C_SOURCES, "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
 def test_the_wheel_has_all_that_runs_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        kernels = {name for name in names if name.endswith((".so", ".pyd"))}
+        compiled = {name for name in names if name.endswith((".so", ".pyd"))}
         entries = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
         script = archive.read(entries).decode()
-    assert names - kernels - {KERNEL} == SOURCES | TYPES
-    assert len(kernels) == has_compiler()
+    assert names - compiled - C_SOURCES == SOURCES | TYPES
+    assert len(compiled) == len(COMPILED) * has_compiler()
     assert "streamshard = streamshard.__main__:main" in script
 
 
@@ -105,7 +106,7 @@ def test_every_module_imports_from_there(site, tmp_path):
         name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in SOURCES
     )
     if has_compiler():
-        modules.append("streamshard.tensors._kernels")
+        modules += [name.replace("/", ".") for name in COMPILED]
     code = f"""
 import importlib, json
 found = {{name: importlib.import_module(name).__file__ for name in {modules}}}

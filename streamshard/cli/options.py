@@ -108,6 +108,15 @@ WRITING = with_options(
         metavar="SIZE",
         help="Use fewer threads to stay below this, like 512MB.",
     ),
+    option(
+        RUNNING,
+        "--io",
+        metavar="auto|buffered|direct",
+        default="auto",
+        show_default=True,
+        help="Write through the page cache or around it; auto goes around with what is large against "
+        "the memory that is free. Same bytes.",
+    ),
     READING,
 )
 """Of all commands that write."""

@@ -44,6 +44,7 @@ from streamshard.internvl.model_config import OTHER
 from streamshard.lora.base_checks import check_not_merged
 from streamshard.lora.merge import Merged, alone, changes_of, merge
 from streamshard.notes import note
+from streamshard.tensors import kernel
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy, Stored
@@ -74,9 +75,9 @@ def merge_lora(
 ) -> Report:
     """Fold LoRA pairs into the weights that they adapt, and write the result to a new folder.
 
-    Every merged element is `W + sum of weight * s * B @ A`, accumulated in fp32 and rounded once
-    to nearest even (DoRA: scaled by its magnitudes before); whole modules and token rows that were
-    trained replace what the base has; every other tensor and file is copied as bytes.
+    Every merged element is the exact value of `W + sum of weight * s * B @ A`, rounded once to
+    nearest even (DoRA: scaled by its magnitudes before), on every machine; whole modules and token
+    rows that were trained replace what the base has; every other tensor and file is copied as bytes.
 
     `base` is a folder or a `.safetensors` file, `adapter` one adapter folder or several, whose
     updates are summed; they may have been trained in another layout than the base's. Instead of both,
@@ -115,6 +116,7 @@ def merge_lora(
         expert_order=expert_order,
         allow_merged_base=allow_merged_base,
     )
+    kernel.chosen()  # one that this machine does not have is told before anything is done
     # 1. Open the base and the adapters.
     inputs = open_inputs(asked)
     # 2. Identify: is the base to be converted, too, and where does the result go?

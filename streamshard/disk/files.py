@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamshard.disk.inputs import Inputs, Stamp, active, changed, named
+from streamshard.disk.mapped import Mapped, check_choice, mapped
 from streamshard.disk.sources import Abilities, Source
 from streamshard.disk.system import AnyPath, reading, system
 from streamshard.errors import InputError, ReadError
@@ -55,11 +56,12 @@ class InputFile:
     """A regular file to read from, at any place, by several threads: a `Source`.
 
     It is noted in `inputs`, by default those that are active where it is opened: a `ChangedError`
-    says that it is not what had this name before.
+    says that it is not what had this name before. With `spare` the page cache is left as it was.
     """
 
-    def __init__(self, path: AnyPath, inputs: Inputs | None = None) -> None:
-        self.path = path
+    def __init__(self, path: AnyPath, inputs: Inputs | None = None, *, spare: bool = False) -> None:
+        check_choice()
+        self.path, self.spare = path, spare
         self._inputs = active() if inputs is None else inputs
         with reading(path):
             self._descriptor = self._open()
@@ -73,6 +75,9 @@ class InputFile:
                 self.release()
                 raise
         self.nbytes = self.stamp.nbytes
+        self._mapped: Mapped | None = None
+        self._unmapped = True
+        self._lock = threading.Lock()
 
     def _open(self) -> int:
         try:
@@ -101,6 +106,10 @@ class InputFile:
 
     def close(self) -> None:
         """Close the file; harmless if it is closed already."""
+        with self._lock:
+            found, self._mapped, self._unmapped = self._mapped, None, False
+        if found is not None:
+            found.close()
         if self._descriptor < 0 or self._inputs is None or not self._inputs.hold(self):
             self.release()
 
@@ -148,6 +157,15 @@ class InputFile:
                 f"{self.nbytes - offset - done:,} bytes too early. It is truncated or being changed.",
             )
         return done
+
+    def mapping(self) -> Mapped | None:
+        """The file in memory, mapped when it is first asked for; None if it is to be read."""
+        if self._unmapped:
+            with self._lock:
+                if self._unmapped:
+                    self._mapped = mapped(self._descriptor, self.nbytes, spare=self.spare)
+                    self._unmapped = False
+        return self._mapped
 
     def stream(self) -> io.BufferedReader:
         """The file as Python has files, for those who read no others; closing it closes nothing."""
@@ -197,19 +215,21 @@ class _Raw(io.RawIOBase):
         return count
 
 
-def open_source(key: AnyPath, inputs: Inputs | None = None) -> Source:
+def open_source(key: AnyPath, inputs: Inputs | None = None, *, spare: bool = False) -> Source:
     """What has this key, opened. Whoever reads anything of others comes by here."""
-    return InputFile(key, inputs)
+    return InputFile(key, inputs, spare=spare)
 
 
 class Files:
     """Sources, opened once each on first use; safe to share between threads.
 
     A file that is not what the plan saw raises `ChangedError`: by the inputs that were active where this
-    was made, by its size, and by `stamps`, for those who have no more of a plan than these.
+    was made, by its size, and by `stamps`, for those who have no more of a plan than these. With `spare`
+    the page cache is left as it was, as far as that is easily done.
     """
 
-    def __init__(self, stamps: Mapping[str, Stamp] | None = None) -> None:
+    def __init__(self, stamps: Mapping[str, Stamp] | None = None, *, spare: bool = False) -> None:
+        self._spare = spare
         self._stamps = stamps or {}
         self._inputs = active()
         self._files: dict[str, Source] = {}
@@ -221,13 +241,14 @@ class Files:
             file.close()
         self._files.clear()
 
-    def _file(self, path: str, file_nbytes: int) -> Source:
+    def source(self, path: str, file_nbytes: int) -> Source:
+        """The open source with this key, which has so many bytes."""
         file = self._files.get(path)
         if file is not None:
             return file
         with self._lock:
             if path not in self._files:
-                file = open_source(path, self._inputs)
+                file = open_source(path, self._inputs, spare=self._spare)
                 try:
                     self._check_planned(file, file_nbytes)
                 except BaseException:
@@ -245,11 +266,11 @@ class Files:
 
     def check(self, source: ByteRange) -> None:
         """Raise `ChangedError` if the file of `source` has changed since it was planned."""
-        self._file(source.path, source.file_nbytes).check()
+        self.source(source.path, source.file_nbytes).check()
 
     def read_into(self, source: ByteRange, out: memoryview) -> None:
         """Fill `out` (`source.nbytes` long) with the bytes of `source`."""
-        file = self._file(source.path, source.file_nbytes)
+        file = self.source(source.path, source.file_nbytes)
         file.read_into(out[: source.nbytes], source.offset)
 
 

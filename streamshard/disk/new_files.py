@@ -13,7 +13,7 @@ from streamshard.disk.files import BLOCK_NBYTES, open_source
 from streamshard.disk.system import NO_LINK, reading, system, writing
 from streamshard.errors import OutputError, ReadError, WriteError
 
-__all__ = ["LogFile", "OutputFile", "copy_file", "put", "write_new"]
+__all__ = ["LogFile", "OutputFile", "copy_file", "put", "write_all", "write_new"]
 
 
 _OLD = os.O_RDWR | NO_LINK | getattr(os, "O_NONBLOCK", 0)
@@ -66,7 +66,18 @@ class OutputFile:
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
-        _write_all(self._descriptor, self.path, data, offset)
+        write_all(self._descriptor, self.path, data, offset)
+
+    def write_among(self, data: memoryview, offset: int, begin: int, end: int) -> None:
+        """The like, of data that comes in no order with everything between `begin` and `end`."""
+        self.write(data, offset)
+
+    def room(self, offset: int, nbytes: int) -> memoryview | None:
+        """Where to put bytes instead of writing them; None if that is no use."""
+        return None
+
+    def filled(self, offset: int, nbytes: int) -> None:
+        """Take note of bytes that are in their room now."""
 
     def read_into(self, out: memoryview, offset: int) -> None:
         """Fill `out` with what was written at `offset`."""
@@ -146,12 +157,13 @@ class LogFile:
 
 def put(descriptor: int, path: Path, data: bytes, offset: int) -> None:
     """Write `data` at a place of an open file and wait until the disk has it."""
-    _write_all(descriptor, path, memoryview(data), offset)
+    write_all(descriptor, path, memoryview(data), offset)
     with writing(path, len(data)):
         system.fsync(descriptor)
 
 
-def _write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
+def write_all(descriptor: int, path: Path, data: memoryview, offset: int) -> None:
+    """Write `data` at a place of an open file."""
     done = 0
     while done < len(data):
         with writing(path, len(data) - done):

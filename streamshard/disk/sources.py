@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from streamshard.disk.inputs import Stamp
+from streamshard.disk.mapped import Mapped
 from streamshard.disk.system import AnyPath
 
 __all__ = ["Abilities", "Source"]
@@ -36,6 +37,8 @@ class Source(Protocol):
     path: AnyPath
     """Its key."""
     nbytes: int
+    spare: bool
+    """Whether the page cache is to be left as it was."""
     stamp: Stamp
     """Its identity: another one, as soon as anything of it has changed."""
 
@@ -48,6 +51,9 @@ class Source(Protocol):
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Up to `nbytes` bytes from `offset` on."""
+
+    def mapping(self) -> Mapped | None:
+        """All of it in memory, to be looked at in place; None if it must be read."""
 
     def stream(self) -> io.BufferedReader:
         """The like as Python has files; closing it closes nothing."""

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from streamshard.disk.held import holder
 from streamshard.errors import (
@@ -24,6 +24,9 @@ from streamshard.errors import (
     ReadError,
     WriteError,
 )
+
+if TYPE_CHECKING:
+    from streamshard.disk._mapping import Mapping
 
 if sys.platform == "win32":
     import msvcrt
@@ -80,6 +83,20 @@ class System:
     def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
         """How many bytes of `data` were written."""
         return _pwrite(descriptor, data, offset)
+
+    def map(self, descriptor: int, nbytes: int) -> Mapping:
+        """The first bytes of a file in memory."""
+        from streamshard.disk._mapping import Mapping
+
+        return Mapping(descriptor, nbytes)
+
+    def populate(self, descriptor: int, mapping: Mapping, offset: int, nbytes: int) -> None:
+        """Have a part of a file that is mapped in memory."""
+        mapping.populate(offset, nbytes)
+
+    def uncache(self, descriptor: int, offset: int, nbytes: int) -> None:
+        """Have the page cache forget a range that was read."""
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def truncate(self, descriptor: int, nbytes: int) -> None:
         os.ftruncate(descriptor, nbytes)

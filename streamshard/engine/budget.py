@@ -10,16 +10,25 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from streamshard.disk.direct import CHUNK_NBYTES
 from streamshard.disk.system import system
 from streamshard.engine.shard_task import parts_of
+from streamshard.engine.workers import SENDERS
 from streamshard.errors import UsageError
-from streamshard.limits import fitting
+from streamshard.limits import fitting, group_room
+from streamshard.tensors.kernel import chosen
 from streamshard.tensors.workspace import Held
 
 if TYPE_CHECKING:
     from streamshard.checkpoint.shards import Shard
 
-__all__ = ["memory_estimate", "peak_rss_bytes", "worker_count", "workers_or_default"]
+__all__ = [
+    "goes_around_cache",
+    "memory_estimate",
+    "peak_rss_bytes",
+    "worker_count",
+    "workers_or_default",
+]
 
 
 DEFAULT_WORKERS = 8
@@ -30,15 +39,22 @@ _PROCESS_NBYTES = 45_000_000
 _TENSOR_NBYTES = 1000
 _WORKER_NBYTES = 4_000_000
 _READER_NBYTES = 6_000_000
+# Where writing goes around the page cache: chunks that are being written, and those that have a place
+# for the ends of tensors.
+_DIRECT_NBYTES = (SENDERS + 1) * CHUNK_NBYTES
+_DIRECT_WORKER_NBYTES = 3 * CHUNK_NBYTES
+_SMALL_NBYTES = 16_000_000  # so little is written that nothing has to make way for it
 
 
-def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int | None) -> int:
+def worker_count(
+    shards: Sequence[Shard], workers: int | None, max_memory: int | None, *, direct: bool = False
+) -> int:
     """How many threads to use: as asked, else one a processor, fewer for a memory budget.
 
     Fewer also where a limit of this process leaves room for fewer. Raises `UsageError` if the budget
     does not allow a single one, `OutOfMemoryError` if such a limit does not.
     """
-    count, needed = _asked(workers), _needed(shards)
+    count, needed = _asked(workers), _needed(shards, direct=direct)
     if max_memory is not None:
         if needed(1) > max_memory:
             raise UsageError(
@@ -47,7 +63,7 @@ def worker_count(shards: Sequence[Shard], workers: int | None, max_memory: int |
             )
         while needed(count) > max_memory:
             count -= 1
-    return fitting(count, needed(1) - needed(0))
+    return fitting(count, needed(1) - needed(0), blas=chosen() == "numpy")
 
 
 def workers_or_default(workers: int | None) -> int:
@@ -64,12 +80,12 @@ def _asked(workers: int | None) -> int:
     return workers or min(_processors(), DEFAULT_WORKERS)
 
 
-def memory_estimate(shards: Sequence[Shard], workers: int) -> int:
+def memory_estimate(shards: Sequence[Shard], workers: int, *, direct: bool = False) -> int:
     """About how many bytes of resident memory a run takes at most."""
-    return _needed(shards)(workers)
+    return _needed(shards, direct=direct)(workers)
 
 
-def _needed(shards: Sequence[Shard]) -> Callable[[int], int]:
+def _needed(shards: Sequence[Shard], *, direct: bool) -> Callable[[int], int]:
     """The like for any number of workers."""
     held: dict[int, int] = {}
     tensors = 0
@@ -82,14 +98,15 @@ def _needed(shards: Sequence[Shard]) -> Callable[[int], int]:
                 buffers += [nbytes] * min(parts_of(tensor), MAX_WORKERS)
             for node in tensor.held():
                 held[id(node)] = node.nbytes
-    process = _PROCESS_NBYTES + tensors * _TENSOR_NBYTES
+    process = _PROCESS_NBYTES + tensors * _TENSOR_NBYTES + direct * _DIRECT_NBYTES
+    each = _WORKER_NBYTES + direct * _DIRECT_WORKER_NBYTES
     shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
     own = heapq.nlargest(MAX_WORKERS, buffers)
 
     def needed(workers: int) -> int:
         # There may be fewer parts of large ones than workers.
         nbytes = sum(shared[: Held.count_for(workers)]) + sum(own[:workers])
-        return process + nbytes + workers * _WORKER_NBYTES
+        return process + nbytes + workers * each
 
     return needed
 
@@ -99,6 +116,24 @@ def _processors() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
         return os.cpu_count() or 1
+
+
+def goes_around_cache(io: str, shards: Sequence[Shard], max_memory: int | None = None) -> bool:
+    """Whether shards are written around the page cache, with that `--io`.
+
+    By default if they are more than a sixteenth of the memory that is free. The cache is good for those
+    who read the output next, but takes twice the processor time to write, and what others have in it
+    would have to go; before a tenth of it is to be written, Linux begins to write in any case.
+    """
+    nbytes = sum(shard.nbytes for shard in shards)
+    if io != "auto" or nbytes < _SMALL_NBYTES:
+        return io == "direct"
+    if max_memory is not None and memory_estimate(shards, 1, direct=True) > max_memory:
+        return False
+    import psutil
+
+    free, group = psutil.virtual_memory().available, group_room()
+    return nbytes > (free if group is None else min(free, group)) // 16
 
 
 def peak_rss_bytes() -> int:

@@ -14,6 +14,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
+import numpy as np
+
 from streamshard.checkpoint.digests import new_digest
 from streamshard.disk.files import BLOCK_NBYTES, ByteRange, Files
 from streamshard.disk.new_files import OutputFile
@@ -21,9 +23,9 @@ from streamshard.engine.shard_task import Member, Result, ShardTask
 from streamshard.errors import AdapterError, printable
 from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.comparing import squared_distance
+from streamshard.tensors.computed import TILE_ROWS
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, Stored, Window
-from streamshard.tensors.low_rank import TILE_ROWS
 from streamshard.tensors.rounding import Changes
 from streamshard.tensors.workspace import Workspace
 
@@ -80,11 +82,7 @@ def _opened(
     """What a task needs, opened if the caller has not done it."""
     with contextlib.ExitStack() as stack:
         if work is None:
-            from threadpoolctl import threadpool_limits
-
             work = Workspace(stack.enter_context(contextlib.closing(Files(task.stamps))))
-            # The bits of a product depend on the number of threads.
-            stack.enter_context(threadpool_limits(1, user_api="blas"))
         if output is None:
             output = stack.enter_context(OutputFile(task.path, task.file_nbytes, again=True))
         yield work, output
@@ -148,17 +146,36 @@ class _Part:
         """Write bytes of a file as they are."""
         files = self.work.files
         files.check(source)
-        buffer = self.work.bytes("out", WRITE_BYTES)
         for place in range(0, source.nbytes, WRITE_BYTES):
             start = max(place, self.first - at)
             stop = min(place + WRITE_BYTES, source.nbytes, self.last - at)
             if start < stop:
-                block = buffer[: stop - start]
                 span = ByteRange(
                     source.path, source.offset + start, stop - start, source.file_nbytes
                 )
-                files.read_into(span, block.data)
-                self._put(block, at + start)
+                self._copy_block(span, at + start)
+
+    def _copy_block(self, span: ByteRange, at: int) -> None:
+        place, source = self.member.begin + at, span.offset
+        while source < span.offset + span.nbytes:
+            nbytes = span.offset + span.nbytes - source
+            room = self.output.room(place, nbytes)
+            nbytes = nbytes if room is None else len(room)
+            part = ByteRange(span.path, source, nbytes, span.file_nbytes)
+            if room is None:
+                with self.work.view(part, "out") as block:
+                    self._put(block, place - self.member.begin)
+            else:
+                self.work.reader.read_into(part, room)
+                if self.whole:
+                    self._measure(np.frombuffer(room, np.uint8))
+                self._filled(place, nbytes)
+            place, source = place + nbytes, source + nbytes
+
+    def _filled(self, place: int, nbytes: int) -> None:
+        self.output.filled(place, nbytes)
+        if self.on_block is not None:
+            self.on_block(place, nbytes, self.member.name)
 
     def _compute(
         self, piece: Lazy, window: Window, at: int, changes: Changes, *, scattered: bool
@@ -178,8 +195,11 @@ class _Part:
             for place in range(0, len(out), WRITE_BYTES):
                 self._put(out[place : place + WRITE_BYTES], begin + place)
             return
+        ends = max(at, self.first), min(at + piece.nbytes, self.last)
+        among = self.member.begin + ends[0], self.member.begin + ends[1]
         for row in range(stop - start):
-            self._write_block(out[row * width : (row + 1) * width], begin + row * step)
+            block = out[row * width : (row + 1) * width]
+            self._write_block(block, begin + row * step, among)
 
     def _put(self, block: Bytes, at: int) -> None:
         """Write a block that follows the last one, and measure it if its tensor is whole."""
@@ -187,11 +207,14 @@ class _Part:
         if self.whole:
             self._measure(block)
 
-    def _write_block(self, block: Bytes, at: int) -> None:
+    def _write_block(self, block: Bytes, at: int, among: tuple[int, int] | None = None) -> None:
         start, stop = max(self.first - at, 0), min(self.last - at, len(block))
         if start < stop:
-            place = self.member.begin + at + start
-            self.output.write(block[start:stop].data, place)
+            place, data = self.member.begin + at + start, block[start:stop].data
+            if among is None:
+                self.output.write(data, place)
+            else:
+                self.output.write_among(data, place, *among)
             if self.on_block is not None:
                 self.on_block(place, stop - start, self.member.name)
 
@@ -214,11 +237,11 @@ class _Part:
         """Squared distance of the next block from the same elements of another tensor."""
         dtype = self.member.tensor.dtype
         bits, own_bits = DTYPE_BITS[reference.dtype], DTYPE_BITS[dtype]
-        theirs = self.work.bytes("reference", block.nbytes * bits // own_bits)
         offset = reference.offset + self.measured * bits // own_bits
-        span = ByteRange(reference.path, offset, theirs.nbytes, reference.file_nbytes)
-        self.work.files.read_into(span, theirs.data)
-        return squared_distance(block, dtype, theirs, reference.dtype)
+        nbytes = block.nbytes * bits // own_bits
+        span = ByteRange(reference.path, offset, nbytes, reference.file_nbytes)
+        with self.work.view(span, "reference", max(bits // 8, 1)) as theirs:
+            return squared_distance(block, dtype, theirs, reference.dtype)
 
 
 def is_scattered(piece: Lazy) -> bool:

@@ -11,7 +11,6 @@ data, and when the file was last changed, as nobody would wait for all of it to 
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,6 @@ class Fingerprint:
             "streamshard": __version__,
             "command": self.command,
             "options": dict(self.options),
-            "arithmetic": _arithmetic(),
             "inputs": inputs,
             "files": {name: _content_digest(content) for name, content in sorted(files.items())},
             "recipe": self.recipe,
@@ -91,10 +89,6 @@ def differences(old: Identity, new: Identity) -> list[str]:
     for name, before, now in _unequal(old.get("files"), new["files"]):
         how = "is new" if before is None else "is gone" if now is None else "has changed"
         found.append(f"the file {printable(name)} to be put beside the weights {how}")
-    found += [
-        f"{name} was {printable(str(before))} and is {printable(str(now))}"
-        for name, before, now in _unequal(old.get("arithmetic"), new["arithmetic"])
-    ]
     if not found and old.get("recipe") != new["recipe"]:
         found.append("other tensors are to be written, or from other sources")
     return found
@@ -141,22 +135,6 @@ def _is_inputs(value: Any) -> bool:
         isinstance(one, list) and len(one) == 3 and all(isinstance(part, str) for part in one[:2])
         for one in value
     )
-
-
-def _arithmetic() -> dict[str, str]:
-    """What the last bits of a product depend on; the compiled kernel is not among it."""
-    from threadpoolctl import threadpool_info
-
-    blas = sorted(
-        " ".join(str(found.get(key)) for key in ("internal_api", "version", "architecture"))
-        for found in threadpool_info()
-        if found.get("user_api") == "blas"
-    )
-    return {
-        "numpy": np.__version__,
-        "BLAS": ", ".join(dict.fromkeys(blas)),
-        "processor": platform.machine(),
-    }
 
 
 class _Recipe:

@@ -13,6 +13,7 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.engine.fingerprint import Fingerprint
 from streamshard.engine.option_values import dtype_option, size_option
+from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = ["Compared", "Job", "Options", "OutputOptions", "Plan"]
@@ -60,6 +61,8 @@ class Plan:
     """Every file that was opened so far, as it was then; it must be the same when it is read."""
     overwrite: bool
     sha256: bool
+    direct: bool
+    """Whether the weights are written around the page cache."""
     nbytes: int
     free_nbytes: int | None
     """None where the disk does not tell it."""
@@ -81,6 +84,9 @@ class Plan:
         }
 
 
+_IO = ("auto", "buffered", "direct")
+
+
 class OutputOptions(TypedDict, total=False):
     """Keywords of every function that writes: how to write."""
 
@@ -97,6 +103,9 @@ class OutputOptions(TypedDict, total=False):
     run with other inputs or options left."""
     sha256: bool
     """Keep the SHA-256 of all files in `streamshard.json`, too."""
+    io: str
+    """"buffered" writes through the page cache, "direct" around it where the file system can; by default
+    ("auto") around it if the output is large against the memory that is free. The bytes are the same."""
     dry_run: bool
     """Check everything and write nothing."""
     on_plan: Callable[[Plan], None] | None
@@ -118,6 +127,7 @@ class Options:
     max_memory: int | str | None = None
     overwrite: bool = False
     sha256: bool = False
+    io: str = "auto"
     dry_run: bool = False
     on_plan: Callable[[Plan], None] | None = None
     on_step: Callable[[str, int, int], None] | None = None
@@ -130,7 +140,9 @@ class Options:
         return cls(**{name: value for name, value in given.items() if name in names})
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for what is no size or no dtype; `dtype` is one of the four then."""
+        """Raise `UsageError` for what is none of its values; `dtype` is one of the four then."""
+        if self.io not in _IO:
+            raise UsageError(f"--io is {printable(repr(self.io))}; choose one of {', '.join(_IO)}.")
         object.__setattr__(self, "dtype", dtype_option(self.dtype))
         size_option(self.max_memory, "--max-memory")
         size_option(self.max_shard_size, "--max-shard-size")

@@ -15,7 +15,7 @@ from streamshard.disk.files import file_nbytes
 from streamshard.disk.folders import disk_free
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import staged_nbytes
-from streamshard.engine.budget import memory_estimate, worker_count
+from streamshard.engine.budget import goes_around_cache, memory_estimate, worker_count
 from streamshard.engine.fingerprint import fingerprint
 from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.engine.output_path import check_inputs
@@ -60,7 +60,8 @@ def plan(job: Job, options: Options) -> Plan:
     _check_names(job.files, shards)
     nbytes = sum(shard.nbytes for shard in shards)
     free = _room(job, shards)
-    count = worker_count(shards, options.workers, options.max_memory_nbytes)
+    direct = goes_around_cache(options.io, shards, options.max_memory_nbytes)
+    count = worker_count(shards, options.workers, options.max_memory_nbytes, direct=direct)
     compared = _compared(job, tensors)
     chosen = {"max_shard_size": options.max_shard_nbytes, "dtype": options.dtype, **job.choices}
     check_inputs(job.output)
@@ -78,10 +79,11 @@ def plan(job: Job, options: Options) -> Plan:
         inputs={} if inputs is None else inputs.stamps,
         overwrite=options.overwrite,
         sha256=options.sha256,
+        direct=direct,
         nbytes=nbytes,
         free_nbytes=free,
         workers=count,
-        memory_nbytes=memory_estimate(shards, count),
+        memory_nbytes=memory_estimate(shards, count, direct=direct),
     )
 
 

@@ -12,11 +12,12 @@ from streamshard.engine.budget import peak_rss_bytes
 from streamshard.engine.journal import FinishedShard
 from streamshard.errors import printable
 from streamshard.notes import noted
+from streamshard.tensors.kernel import chosen
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.rounding import Change
 from streamshard.version import __version__
 
-__all__ = ["Report", "Streamed", "finished", "new_report", "update"]
+__all__ = ["Report", "Streamed", "exactness", "finished", "new_report", "update"]
 
 
 class Report(dict[str, Any]):
@@ -107,9 +108,7 @@ def update(finished: Sequence[FinishedShard]) -> dict[str, float] | None:
 
     `unchanged` is the share of elements that an update was added to and that are as before.
     """
-    change = Change()
-    for shard in finished:
-        change = change.plus(shard.change)
+    change = _change(finished)
     if not change.updated:
         return None
     return {
@@ -117,3 +116,18 @@ def update(finished: Sequence[FinishedShard]) -> dict[str, float] | None:
         "effected": math.sqrt(change.effected),
         "unchanged": change.unchanged / change.updated,
     }
+
+
+def exactness(finished: Sequence[FinishedShard]) -> dict[str, Any] | None:
+    """How many elements were computed, how many of them again as they were near a boundary, by what."""
+    change = _change(finished)
+    if not change.updated:
+        return None
+    return {"elements": change.updated, "rechecked": change.rechecked, "kernel": chosen()}
+
+
+def _change(finished: Sequence[FinishedShard]) -> Change:
+    change = Change()
+    for shard in finished:
+        change = change.plus(shard.change)
+    return change

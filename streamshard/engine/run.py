@@ -22,7 +22,7 @@ from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
 from streamshard.engine.plan import plan
-from streamshard.engine.report import Report, Streamed, new_report, update
+from streamshard.engine.report import Report, Streamed, exactness, new_report, update
 from streamshard.engine.report import finished as in_the_end
 from streamshard.engine.resume import check_finished
 from streamshard.engine.staging import Staging, output_folder
@@ -99,6 +99,7 @@ def _report(made: Plan, *, kept: Collection[str] | None = None) -> dict[str, Any
         "shards": len(made.shards),
         **made.facts,
         "update": None,
+        "exactness": None,
         "resumed": len(kept or ()),
         "dry_run": kept is not None,
         "plan": None if kept is None else made.as_dict(),
@@ -131,6 +132,7 @@ def _fill(
         )
     distances = _distances(made.compared, made.shards, finished)
     report |= {"resumed": resumed, "l2": distances.report(), "update": update(finished)}
+    report["exactness"] = exactness(finished)
     _write_beside(made.files, staging)
     names = list(made.files)
     if len(made.shards) > 1:

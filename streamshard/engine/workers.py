@@ -13,13 +13,15 @@ from streamshard.disk.files import Files
 from streamshard.limits import STACK_NBYTES
 from streamshard.tensors.workspace import Held, Workspace
 
-__all__ = ["Background", "OnStep", "Progress", "Stop", "Stopped", "collect", "share"]
+__all__ = ["SENDERS", "Background", "OnStep", "Progress", "Stop", "Stopped", "collect", "share"]
 
 
 Progress: TypeAlias = Callable[[int, str], None]
 """Is told the bytes and the tensor of each finished piece."""
 OnStep: TypeAlias = Callable[[str, int, int], None]
 """Is told what is done from now on: a word, how many bytes that takes, and how many of them are done."""
+SENDERS = 3
+"""Threads that write around the page cache: disks are as fast as they can with some writes at a time."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -52,14 +54,18 @@ class Stop:
 
 
 def share(
-    items: Iterable[T], work: Callable[[T, Workspace], None], workers: int, stop: Stop
+    items: Iterable[T],
+    work: Callable[[T, Workspace], None],
+    workers: int,
+    stop: Stop,
+    *,
+    spare: bool = False,
 ) -> None:
     """Call `work` for each item, on `workers` threads with a workspace each, in no certain order.
 
     `work` should call `stop.check` now and then. The first error ends the run and is raised here.
+    With `spare` files that are read leave the page cache as it was.
     """
-    from threadpoolctl import threadpool_limits
-
     taken, lock = iter(items), threading.Lock()
 
     held = Held(workers)
@@ -75,12 +81,10 @@ def share(
                 work(item, workspace)  # type: ignore[arg-type]
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             stop.fail(error)
+        finally:
+            workspace.reader.leave()
 
-    with (
-        contextlib.closing(Files()) as files,
-        # One BLAS thread a worker: the bits of a product depend on the number of threads.
-        threadpool_limits(1, user_api="blas"),
-    ):
+    with contextlib.closing(Files(spare=spare)) as files:
         threads = [_thread(loop) for _ in range(workers)]
         try:
             for place, thread in enumerate(threads):
@@ -166,3 +170,44 @@ class Background:
                 task()
             except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
                 self._stop.fail(error)
+
+
+class Senders:
+    """A few threads that wait for the disk while others compute. An error of one stops the run.
+
+    What they are given is done in any case, also when the run has stopped: there is never much of it.
+    """
+
+    def __init__(self, stop: Stop) -> None:
+        self.free: list[memoryview] = []
+        self._stop = stop
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(SENDERS)
+        self._threads = 0
+        for _ in range(SENDERS):
+            try:
+                _start(_thread(self._loop))
+            except RuntimeError:
+                if not self._threads:
+                    raise
+                break  # the system allows no more of them, and fewer do the same
+            self._threads += 1
+
+    def add(self, task: Callable[[], None]) -> None:
+        """Have something done; waits while every thread has something to do."""
+        self._room.acquire()
+        self._tasks.put(task)
+
+    def finish(self) -> None:
+        """Have the threads end when everything is done."""
+        for _ in range(self._threads):
+            self._tasks.put(None)
+
+    def _loop(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+                self._stop.fail(error)
+            finally:
+                self._room.release()

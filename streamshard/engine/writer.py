@@ -18,6 +18,7 @@ from pathlib import Path
 from streamshard.checkpoint.digests import DIGEST_NBYTES, hash_file, new_sha256, shard_digest
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
+from streamshard.disk.direct import DirectFile
 from streamshard.disk.folders import disk_free, rename, sync_folder
 from streamshard.disk.inputs import active
 from streamshard.disk.new_files import OutputFile
@@ -27,7 +28,7 @@ from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
 from streamshard.engine.shard_task import Member, Result, ShardTask, parts_of
 from streamshard.engine.staging import Staging
-from streamshard.engine.workers import Background, OnStep, Progress, Stop, Stopped, share
+from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
 from streamshard.errors import WriteError, printable
 from streamshard.tensors.rounding import Change, Changes
 from streamshard.tensors.workspace import Workspace
@@ -44,7 +45,7 @@ ALIGNED_BYTES = 4096
 class _Open:
     """A shard that is being written."""
 
-    def __init__(self, shard: Shard, folder: Path) -> None:
+    def __init__(self, shard: Shard, folder: Path, senders: Senders | None) -> None:
         free = disk_free(folder)
         if free is not None and free < shard.nbytes:
             raise WriteError(
@@ -57,7 +58,11 @@ class _Open:
         self.digests = bytearray(DIGEST_NBYTES * self.left)
         self.measured: dict[int, tuple[float, Change]] = {}
         # Not yet under its name: until it is complete, nothing shall take it for a weight file.
-        self.output = OutputFile(folder / part_name(shard.name), shard.nbytes)
+        path = folder / part_name(shard.name)
+        if senders is None:
+            self.output = OutputFile(path, shard.nbytes)
+        else:
+            self.output = DirectFile(path, shard.nbytes, senders)
 
     def note(self, place: int, result: Result) -> bool:
         """Take note of a finished tensor; returns whether it was the last one."""
@@ -162,6 +167,7 @@ class _Run:
         self.stop = Stop()
         self.lock = threading.Lock()
         self.background = Background(self.stop)
+        self.senders = Senders(self.stop) if plan.direct else None
         self.opened: set[_Open] = set()
         self.inputs = active()
 
@@ -169,7 +175,7 @@ class _Run:
         """Every task; shards are begun on the way."""
         left = sum(total_nbytes(shard.tensors) for shard in shards)
         for shard in shards:
-            opened = _Open(shard, self.staging.folder)
+            opened = _Open(shard, self.staging.folder, self.senders)
             self.opened.add(opened)
             opened.output.write(memoryview(opened.header), 0)
             path, nbytes = opened.output.path, shard.nbytes  # a sum over all of its tensors
@@ -177,7 +183,7 @@ class _Run:
                 tensor = shard.tensors[name]
                 member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
                 whole = ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
-                cuts = cuts_of(member, left, self.plan.workers)
+                cuts = cuts_of(member, left, self.plan.workers, direct=self.senders is not None)
                 left -= tensor.nbytes
                 if len(cuts) == 2:
                     yield _Item(opened, place, whole)
@@ -247,6 +253,8 @@ class _Run:
             self.background.abandon()
             for opened in self.opened:
                 opened.output.abandon()
+        if self.senders is not None:
+            self.senders.finish()
 
 
 def write_shards(
@@ -268,19 +276,24 @@ def write_shards(
         to_write = sum(total_nbytes(shard.tensors) for shard in left)
         on_step("writing", plan.tensor_nbytes, plan.tensor_nbytes - to_write)
     try:
-        share(run.items(left), run.write, plan.workers, run.stop)
+        spare = run.senders is not None
+        share(run.items(left), run.write, plan.workers, run.stop, spare=spare)
         run.wait(left)
     finally:
         run.end()
 
 
-def cuts_of(member: Member, left: int, workers: int) -> list[int]:
+def cuts_of(member: Member, left: int, workers: int, *, direct: bool = False) -> list[int]:
     """Where a tensor is cut into parts, its two ends among that; `left` are all bytes not begun yet.
 
     Only one that is more than a worker's share of what is left: the others would have to wait for
-    it. Parts are measured in a second pass, which costs less than that, but not nothing.
+    it. Parts are measured in a second pass, which costs less than that, but not nothing. What goes
+    around the page cache (`direct`) would have to be read from the disk for it, and of what is only
+    copied one worker has more to write than the disk can: that is not cut.
     """
     most = parts_of(member.tensor)
+    if direct and all(piece.ranges() is not None for piece in member.tensor.pieces):
+        most = 1
     if member.tensor.nbytes * workers <= left or workers < 2 or most < 2:
         return [member.begin, member.end]
     step = max(left // (2 * workers), member.tensor.nbytes // most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import statistics
@@ -13,10 +14,9 @@ import numpy as np
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensor_names import factors_among
 from streamshard.tensors.arrays import Float32
-from streamshard.tensors.computed import Computed
+from streamshard.tensors.computed import TILE_ROWS, Computed
 from streamshard.tensors.dtypes import FLOATS
-from streamshard.tensors.lazy import Lazy, read_float32
-from streamshard.tensors.low_rank import SPAN_COLUMNS, TILE_COLUMNS, TILE_ROWS
+from streamshard.tensors.lazy import Lazy, NotFiniteError, read_float32
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["check_base", "check_not_merged", "projection", "quantization_keys"]
@@ -30,6 +30,7 @@ _QUANTIZED = re.compile(
 # Elements of the base that are looked at, a tile of rows from each tensor, and tensors.
 SAMPLE_ELEMENTS = 32_000_000
 SAMPLE_TENSORS = 512
+SPAN_ROWS, SPAN_COLUMNS = 32, 4096  # looked at at a time
 
 
 def check_not_merged(where: str, tensors: Iterable[Lazy], work: Workspace) -> None:
@@ -73,7 +74,8 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
         own = np.zeros(3)
         for W, D in _tiles(piece, start, stop, work):
             weight, update = W.astype(np.float64).ravel(), D.astype(np.float64).ravel()
-            own += np.dot(weight, update), np.dot(weight, weight), np.dot(update, update)
+            pairs = (weight, update), (weight, weight), (update, update)
+            own += [np.einsum("i,i->", *pair) for pair in pairs]
             count += W.size
         if own[2]:
             each.append(own[0] / own[2])
@@ -88,15 +90,13 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
 def _tiles(
     piece: Computed, start: int, stop: int, work: Workspace
 ) -> Iterator[tuple[Float32, Float32]]:
-    for first in range(0, piece.columns, SPAN_COLUMNS):
-        span = first, min(first + SPAN_COLUMNS, piece.columns)
-        base = read_float32(piece.source, start, stop, work, span)
-        for column in range(0, base.shape[1], TILE_COLUMNS):
-            W = base[:, column : column + TILE_COLUMNS]
-            height, width = W.shape
-            D = piece.update(start, first + column, height, width, work)
-            if D is not None:
-                yield W, D
+    for row in range(start, stop, SPAN_ROWS):
+        end = min(row + SPAN_ROWS, stop)
+        for first in range(0, piece.columns, SPAN_COLUMNS):
+            span = first, min(first + SPAN_COLUMNS, piece.columns)
+            with contextlib.suppress(NotFiniteError):  # told when it is merged
+                update = piece.update(row, end, *span, work)
+                yield read_float32(piece.source, row, end, work, span), update
 
 
 def quantization_keys(config: Mapping[str, Any]) -> Iterator[str]:

@@ -55,10 +55,7 @@ class Update:
     @property
     def unweighted(self) -> Update:
         """The like as the adapter has it: with weight 1."""
-        weight = self.adapter.weight
-        if weight == 1:
-            return self
-        return replace(self, term=replace(self.term, scale=self.term.scale / weight))
+        return replace(self, term=replace(self.term, weight=1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +81,9 @@ def updates_of(plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace) 
     turned = _turned(plan, tensors)
     found: list[tuple[str, Update]] = []
     idle, scaled = {}, []
+    weight = adapter.weight
     for name, module in pairs.items():
-        scale = adapter.settings.scaling(pattern_key(plan, name)) * adapter.weight
+        scale = adapter.settings.scaling(pattern_key(plan, name))
         # All factors are read in any case: a zero must not hide a NaN.
         peaks = {key: largest(adapter, key, work) for key in filter(None, _of_pair(module))}
         if name in plan.parameters:
@@ -97,11 +95,12 @@ def updates_of(plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace) 
             scaled.append(name)
         elif cause:
             new = []
-        if module.bias and scale and peaks[module.bias]:
+        if module.bias and scale and weight and peaks[module.bias]:
             new += _of_bias(plan, name, module, scale, tensors)
         if cause and not new:
             idle[name] = cause
-        found += new
+        # The product of weight and scale is exact: they stay apart.
+        found += [(n, replace(u, term=replace(u.term, weight=weight))) for n, u in new]
     warnings = []
     if scaled:
         warnings.append(

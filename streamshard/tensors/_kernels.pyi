@@ -3,13 +3,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-def add_bf16(
+def names() -> tuple[str, ...]: ...
+def merge(
+    kernel: str,
+    rows: int,
+    columns: int,
+    first: int,
     old: npt.NDArray[Any],
-    update: npt.NDArray[np.float32],
-    scale: npt.NDArray[np.float64] | None,
-    out: npt.NDArray[Any],
-) -> tuple[float, float, int]: ...
-def squares_bf16(
-    old: npt.NDArray[Any], update: npt.NDArray[np.float32], sums: npt.NDArray[np.float64]
-) -> None: ...
+    old_dtype: str,
+    out: npt.NDArray[Any] | None,
+    dtype: str,
+    wide: bool,
+    rank: int,
+    panels: npt.NDArray[np.float32],
+    norms: npt.NDArray[np.float32],
+    left: npt.NDArray[np.float32],
+    scaled: npt.NDArray[Any],
+    row_norms: npt.NDArray[np.float32],
+    ends: npt.NDArray[np.int64],
+    scales: npt.NDArray[np.float64],
+    safe: bool,
+    bound: float,
+    tiny: float,
+    bound_wide: float,
+    factor: npt.NDArray[np.float64] | None,
+    by_row: bool,
+    slack: float,
+    sums: npt.NDArray[np.float64] | None,
+    /,
+) -> tuple[float, float, int, int, bytes]: ...
 def distance_bf16(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float: ...

@@ -14,8 +14,9 @@ import numpy as np
 
 from streamshard.tensors.arrays import Bytes, Float64
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS, NUMPY
+from streamshard.tensors.kernel import distance_bf16
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, blocks
-from streamshard.tensors.rounding import squared_distance_bf16, widen
+from streamshard.tensors.rounding import widen
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["Distances", "equal_bytes", "is_comparable", "squared_distance", "tensor_distance"]
@@ -75,7 +76,7 @@ def squared_distance(one: Bytes, one_dtype: str, other: Bytes, other_dtype: str)
     The result is NaN where a NaN stands in one of them and the blocks differ.
     """
     if one_dtype == other_dtype == "BF16":
-        squared = squared_distance_bf16(one.view(np.uint16), other.view(np.uint16))
+        squared = distance_bf16(one.view(np.uint16), other.view(np.uint16))
         # Of equal infinities and NaNs the difference is NaN.
         return 0.0 if math.isnan(squared) and np.array_equal(one, other) else squared
     if one_dtype == other_dtype and np.array_equal(one, other):
@@ -87,7 +88,7 @@ def squared_distance(one: Bytes, one_dtype: str, other: Bytes, other_dtype: str)
             stop = start + PART_ELEMENTS
             difference = _float64(one[start * width : stop * width], one_dtype)
             difference -= _float64(other[start * other_width : stop * other_width], other_dtype)
-            total += float(np.dot(difference, difference))
+            total += float(np.sum(np.square(difference, out=difference)))
     return total
 
 

@@ -1,7 +1,8 @@
 """Tensors that are computed: an update or DoRA's magnitudes on a source, or a cast; rounded once.
 
-`Computed` is the one node that computes. It holds a source that preserves bytes, adds the sum of
-its terms in fp32, scales by magnitudes if it has any, and rounds once.
+`Computed` is the one node that computes. It holds a source that preserves bytes. What it adds the sum
+of its terms to, and scales by magnitudes if it has any, is a real number: the exact value is rounded
+once. Kernels do nearly all of it, and say what they could not decide (`kernel.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 
 from streamshard.tensors.arrays import Bytes, Elements, Float32, Float64
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS
+from streamshard.tensors.exact import Scaled
+from streamshard.tensors.kernel import needs_fp64
 from streamshard.tensors.lazy import (
     Input,
     Lazy,
@@ -23,23 +26,24 @@ from streamshard.tensors.lazy import (
     check_rows,
     read_float32,
 )
-from streamshard.tensors.low_rank import (
-    TILE_COLUMNS,
-    TILE_ROWS,
-    LowRank,
-    add_up,
-    cache_blocks,
-    tiles_of,
-)
-from streamshard.tensors.not_finite import why_not_finite, zero_norm
-from streamshard.tensors.rounding import add_and_round, add_row_squares, widen
+from streamshard.tensors.low_rank import LowRank
+from streamshard.tensors.magnitudes import Scale, scale_of
+from streamshard.tensors.merging import Addition
+from streamshard.tensors.not_finite import why_cast_fails, zero_norm
+from streamshard.tensors.open_elements import square_of_column, square_of_row
+from streamshard.tensors.panels import bounds_of, rows_nbytes
+from streamshard.tensors.rounding import Change, Changes, round_block
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["Computed", "Magnitude"]
+__all__ = ["TILE_ROWS", "Computed", "Magnitude"]
 
 
 # What a strip may take: its part of the factors A in fp32, and a tile of its rows.
 STRIP_NBYTES = 32_000_000
+# Rows that are computed at a time, and columns of which a strip has several; no byte depends on them.
+TILE_ROWS = 128
+TILE_COLUMNS = 1024
+BLOCK_ELEMENTS = TILE_ROWS * TILE_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ class Magnitude:
 
 @dataclass(frozen=True, slots=True)
 class Computed(Lazy):
-    """`source + sum of terms`, in fp32, scaled by `magnitude` if it has one, rounded once to `dtype`.
+    """`source + sum of terms`, scaled by `magnitude` if it has one, rounded once to `dtype`.
 
     `source` preserves bytes and is reshaped to the matrix that the terms are added to. Without
     terms this is a cast. Made by `cast`, `add_low_rank` and `with_magnitude`.
@@ -127,9 +131,12 @@ class Computed(Lazy):
         if not self.terms:
             return self.source.buffer_nbytes()
         width = min(self._strip_columns(), self.columns)
-        norms = 8 * self.rows if self.magnitude is not None else 0
-        more = sum(term.buffer_nbytes() for term in self.terms)
-        return width * self._column_nbytes(whole=width == self.columns) + norms + more
+        norms = 0
+        if self.magnitude is not None:
+            norms = 5 * 8 * (self.rows if self.magnitude.whole is None else width)
+        kinds = {self._addition(None).wide} | ({True} if self.magnitude is not None else set())
+        rows = rows_nbytes(self.terms, self.rows, kinds)
+        return width * self._column_nbytes() + norms + rows
 
     def held(self) -> tuple[Lazy, ...]:
         return tuple(node for term in self.terms for node in term.held())
@@ -148,21 +155,20 @@ class Computed(Lazy):
 
     def _strip_columns(self) -> int:
         """How wide a strip is: everything if that is not too much, or as many tiles as are not."""
-        if self.columns * self._column_nbytes(whole=True) <= STRIP_NBYTES:
+        nbytes = self._column_nbytes()
+        if self.columns * nbytes <= STRIP_NBYTES:
             return max(self.columns, 1)
-        tiles = STRIP_NBYTES // (self._column_nbytes(whole=False) * TILE_COLUMNS)
-        return max(tiles, 1) * TILE_COLUMNS
+        return max(STRIP_NBYTES // (nbytes * TILE_COLUMNS), 1) * TILE_COLUMNS
 
-    def _column_nbytes(self, *, whole: bool) -> int:
-        """Bytes of memory that each column of a strip takes, or of `whole` rows."""
+    def _column_nbytes(self) -> int:
+        """Bytes of memory that each column of a strip takes."""
         height = min(self.rows, TILE_ROWS)
         bits = sum(DTYPE_BITS[dtype] for dtype in {self.dtype, self.source.dtype})
-        nbytes = height * bits // 8 + sum(4 * term.A.rows for term in self.terms)
-        if self.magnitude is not None and self.magnitude.whole is not None:
-            nbytes += 3 * 8
-        elif self.magnitude is not None and whole:
-            nbytes += 4 * height  # the update, which is needed twice
-        return nbytes
+        return height * bits // 8 + sum(4 * term.A.rows for term in self.terms) + 4
+
+    def _addition(self, scale: Scale | None) -> Addition:
+        wide = needs_fp64(self.dtype) or not (scale is None or scale.narrow)
+        return Addition(self.terms, self.dtype, wide=wide)
 
     def window(
         self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace
@@ -171,168 +177,126 @@ class Computed(Lazy):
         if not rows * columns:
             return
         # Same dtype: the rows are read to where they will be replaced.
-        same = self.source.dtype == self.dtype
         raw = out
-        if not same:
+        if self.source.dtype != self.dtype:
             raw = work.bytes("source", rows * columns * DTYPE_BITS[self.source.dtype] // 8)
         self.source.window(start, stop, first, last, raw, work)
         old = raw.view(FLOATS[self.source.dtype]).reshape(rows, columns)
         new = out.view(FLOATS[self.dtype]).reshape(rows, columns)
-        width = self._strip_columns() if self.terms else last
-        # Overflow is found below, with the row; a warning would only come on top.
+        # What is not finite is found below, with its row; a warning would only come on top.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            if self.magnitude is not None and self.magnitude.whole is None:
-                if columns == self.columns <= width:
-                    self._fill_scaled_rows(old, new, start, work)
-                    return
-                squares = self._row_squares(work)[start:stop]
-                scale = self._row_scale(start, np.sqrt(squares), work)
+            if not self.terms:
+                self._round(old, new, (start, first), work)
+                return
+            width = self._strip_columns()
             for left in range(first - first % width, last, width):
                 strip = left, min(left + width, self.columns)
                 low, high = max(left, first), min(strip[1], last)
                 inner = np.s_[:, low - first : high - first]
-                if self.magnitude is None:
-                    factors = None
-                elif self.magnitude.whole is None:
-                    factors = scale
-                else:
-                    factors = self._column_scale(strip, work)[:, low - left : high - left]
-                self._fill_blocks(old[inner], new[inner], (start, low), strip, work, factors)
+                scale = self._scale(old, (start, stop), strip, work)
+                place = old[inner], new[inner]
+                self._addition(scale).merge(
+                    self.source.dtype, *place, (start, low), strip, work, scale
+                )
 
-    def _fill_blocks(
-        self,
-        old: Elements,
-        new: Elements,
-        at: tuple[int, int],
-        strip: tuple[int, int],
-        work: Workspace,
-        scale: Float64 | None,
-    ) -> None:
-        """Compute a window that begins at a row and column, all of it in one strip."""
-        first_row, first = at
+    def update(self, start: int, stop: int, first: int, last: int, work: Workspace) -> Float32:
+        """The sum of the terms for a window, rounded once to fp32."""
+        plain = Addition(self.terms, "F32", wide=True)
+        out = np.zeros((stop - start, last - first), np.float32)
+        width, changes = self._strip_columns(), work.changes
+        work.changes = Changes()
+        for left in range(first - first % width, last, width):
+            strip = left, min(left + width, self.columns)
+            low, high = max(left, first), min(strip[1], last)
+            part = out[:, low - first : high - first]
+            plain.merge("F32", part, part, (start, low), strip, work, None)
+        work.changes = changes
+        return out
+
+    def _round(self, old: Elements, new: Elements, at: tuple[int, int], work: Workspace) -> None:
+        """A cast, in blocks that fit the processor's cache."""
         rows, columns = old.shape
-        for row, column, height, width in cache_blocks(
-            rows, columns, first, self.columns if self.terms else None
-        ):
-            block = np.s_[row : row + height, column : column + width]
-            place = first_row + row, first + column
-            update = self.update(place[0], place[1], height, width, work, strip)
-            by = scale
-            if scale is not None:
-                by = scale[block[0]] if scale.shape == (len(old), 1) else scale[:, block[1]]
-            self._round(old[block], new[block], place, update, work, by)
+        width = min(columns, BLOCK_ELEMENTS)
+        height = BLOCK_ELEMENTS // width
+        for row in range(0, rows, height):
+            for column in range(0, columns, width):
+                block = np.s_[row : row + height, column : column + width]
+                shape = old[block].shape
+                base, rounded = (work.float32(name, *shape) for name in ("base", "change"))
+                cast = round_block(
+                    old[block], self.source.dtype, new[block], self.dtype, base, rounded
+                )
+                if not math.isfinite(cast):
+                    place = at[0] + row, at[1] + column
+                    raise why_cast_fails(self.source, self.dtype, *place, shape, work)
+                work.changes.add(Change(cast=cast))
 
-    def _fill_scaled_rows(self, old: Elements, new: Elements, start: int, work: Workspace) -> None:
-        """Rows whose norms are needed before the first of their elements is known."""
-        rows, columns = old.shape
-        strip = 0, columns
-        for row in range(0, rows, TILE_ROWS):
-            height = min(TILE_ROWS, rows - row)
-            own = np.s_[row : row + height]
-            whole = work.float32("row updates", height, columns)
-            squares = np.zeros(height)
-            for column in range(0, columns, TILE_COLUMNS):
-                across = np.s_[:, column : column + TILE_COLUMNS]
-                place = whole[across]
-                update = self.update(start + row, column, height, place.shape[1], work, strip)
-                np.copyto(place, 0.0 if update is None else update)
-                add_row_squares(old[own][across], self.source.dtype, place, squares, work.float32)
-            scale = self._row_scale(start + row, np.sqrt(squares), work)
-            for column in range(0, columns, TILE_COLUMNS):
-                across = np.s_[:, column : column + TILE_COLUMNS]
-                at = (start + row, column)
-                self._round(old[own][across], new[own][across], at, whole[across], work, scale)
+    # --- DoRA ---
 
-    def _row_squares(self, work: Workspace) -> Float64:
-        """Sums over all rows, which take a pass of their own over all strips."""
-        dtype = self.source.dtype
-
-        def add_up() -> Float64:
-            squares = np.zeros(self.rows)
-            for strip in self.strips():
-                for row, column, base in tiles_of(self.source, strip, work):
-                    update = self.update(row, column, len(base), base.shape[1], work, strip)
-                    if update is not None:
-                        own = squares[row : row + len(base)]
-                        add_row_squares(base, dtype, update, own, work.float32)
-            return squares
-
-        kept: Float64 = work.kept(self, "squares", None, add_up)
-        return kept
-
-    def _row_scale(self, row: int, norms: Float64, work: Workspace) -> Float64:
+    def _scale(
+        self, old: Elements, rows: tuple[int, int], strip: tuple[int, int], work: Workspace
+    ) -> Scale | None:
+        """Magnitudes by norms for a window of rows, or for the columns of a strip."""
         magnitude = self.magnitude
         if magnitude is None:
-            raise ValueError("no magnitudes")
-        if not norms.all():
-            raise zero_norm(row + int(np.argmin(norms)), "this row")
-        first = magnitude.start + row
-        vector = read_float32(magnitude.vector, first, first + len(norms), work)
-        return vector.astype(np.float64) / norms[:, None]
-
-    def _column_scale(self, strip: tuple[int, int], work: Workspace) -> Float64:
-        """Magnitude by norm of every column of a strip, which takes a pass of its own over all rows."""
-        magnitude = self.magnitude
-        if magnitude is None or magnitude.whole is None:
-            raise ValueError("no magnitudes of columns")
-        whole, vector = magnitude.whole, magnitude.vector
-        first, last = strip
-
-        def scale() -> Float64:
-            squares = np.zeros(last - first)
-            for row, column, base in tiles_of(whole.source, strip, work):
-                height, width = base.shape
-                total = work.float32("total", height, width)
-                widen(base, whole.source.dtype, total)
-                update = whole.update(row, column, height, width, work, strip)
-                if update is not None:
-                    np.add(total, update, out=total)
-                exact = total.astype(np.float64)
-                own = squares[column - first : column - first + width]
-                own += np.einsum("ij,ij->j", exact, exact)
-            if not squares.all():
-                raise zero_norm(0, f"column {first + int(np.argmin(squares)):,}")
-            values = read_float32(vector, first, last, work).reshape(1, -1)
-            return values.astype(np.float64) / np.sqrt(squares)
-
-        found: Float64 = work.kept(magnitude, "scale", strip, scale)
-        return found
-
-    def _round(
-        self,
-        old: Elements,
-        new: Elements,
-        at: tuple[int, int],
-        update: Float32 | None,
-        work: Workspace,
-        scale: Float64 | None,
-    ) -> None:
-        change = add_and_round(old, self.source.dtype, update, new, self.dtype, work.float32, scale)
-        if not math.isfinite(change.squared):
-            raise why_not_finite(self.source, self.dtype, *at, old.shape, update, work, scale)
-        work.changes.add(change)
-
-    def update(
-        self,
-        row: int,
-        column: int,
-        height: int,
-        width: int,
-        work: Workspace,
-        strip: tuple[int, int] | None = None,
-    ) -> Float32 | None:
-        """The sum of the terms for a block that crosses no edge of a tile of columns, in fp32.
-
-        `strip` is the strip that it is in, if that is known.
-        """
-        if not self.terms:
             return None
-        if strip is None:
-            columns = self._strip_columns()
-            first = column - column % columns
-            strip = first, min(first + columns, self.columns)
-        tile = column - column % TILE_COLUMNS
-        whole = min(TILE_COLUMNS, self.columns - tile)
-        update = work.float32("update", height, whole)
-        add_up(self.terms, update, row, tile, strip, work)
-        return update if width == whole else update[:, column - tile : column - tile + width]
+        bound = bounds_of(self.terms).wide
+        if magnitude.whole is not None:
+            whole, vector = magnitude.whole, magnitude.vector
+
+            def make() -> Scale:
+                sums = whole._sums(strip, work, by_row=False)  # noqa: SLF001
+                values = read_float32(vector, *strip, work).reshape(-1)
+
+                def square(place: int) -> Scaled:
+                    column = strip[0] + place
+                    found = square_of_column(whole.source, whole.terms, column, work)
+                    if not found.number:
+                        raise zero_norm(0, f"column {column:,}")
+                    return found
+
+                return scale_of(values, sums, bound, square, by_row=False)
+
+            kept: Scale = work.kept(self.terms, "scale", strip, make)
+            return kept
+        start, stop = rows
+        if self.columns <= self._strip_columns() and old.shape[1] == self.columns:
+            sums = np.zeros((stop - start, 3))
+            wide = Addition(self.terms, self.dtype, wide=True)
+            wide.square(self.source.dtype, old, (start, 0), strip, work, sums)
+        else:
+            sums = work.kept(self.terms, "squares", magnitude.start, lambda: self._all_sums(work))[
+                start:stop
+            ]
+        first = magnitude.start + start
+        values = read_float32(magnitude.vector, first, first + stop - start, work).reshape(-1)
+
+        def square(place: int) -> Scaled:
+            found = square_of_row(self.source, self.terms, start + place, work)
+            if not found.number:
+                raise zero_norm(start + place, "this row")
+            return found
+
+        return scale_of(values, sums, bound, square, by_row=True)
+
+    def _all_sums(self, work: Workspace) -> Float64:
+        """Sums over rows, which take a pass of their own over all strips."""
+        sums = np.zeros((self.rows, 3))
+        for strip in self.strips():
+            sums += self._sums(strip, work, by_row=True)
+        return sums
+
+    def _sums(self, strip: tuple[int, int], work: Workspace, *, by_row: bool) -> Float64:
+        """Squares of a strip by row or by column: high part, low part, squared bounds."""
+        first, last = strip
+        sums = np.zeros((self.rows if by_row else last - first, 3))
+        kind = np.dtype(FLOATS[self.source.dtype])
+        addition = Addition(self.terms, self.dtype, wide=True)
+        for row in range(0, self.rows, TILE_ROWS):
+            end = min(row + TILE_ROWS, self.rows)
+            raw = work.bytes("squared", (end - row) * (last - first) * kind.itemsize)
+            self.source.window(row, end, first, last, raw, work)
+            old = raw.view(kind).reshape(end - row, last - first)
+            own = sums[row:end] if by_row else sums
+            addition.square(self.source.dtype, old, (row, first), strip, work, own, by_row=by_row)
+        return sums

@@ -10,6 +10,7 @@ a tree is never deeper than that, and the rows of any node are again one of thes
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -148,6 +149,17 @@ class Lazy(ABC):
             self.window(row, row + rows, first, last, place, work)
             start = end
 
+    @contextlib.contextmanager
+    def seen(self, start: int, stop: int, work: Workspace, name: str) -> Iterator[Bytes]:
+        """The bytes of elements `[start, stop)`, to be looked at until the block ends.
+
+        A buffer of this `name` is used if they are not in memory already. An error of reading may come
+        when the block ends: see `Workspace.view`.
+        """
+        block = work.bytes(name, (stop - start) * DTYPE_BITS[self.dtype] // 8)
+        self.elements(start, stop, block, work)
+        yield block
+
     def windows(self, nbytes: int) -> Iterator[Window]:
         """Windows of about `nbytes` that make up everything, in the order that costs least."""
         return self.cut((0, self.rows, 0, self.columns), nbytes)
@@ -214,9 +226,19 @@ class Stored(Lazy):
         by_elements(self, (start, stop, first, last), out, work)
 
     def elements(self, start: int, stop: int, out: Bytes, work: Workspace) -> None:
+        work.reader.read_into(self._span(start, out.nbytes), out.data)
+
+    @contextlib.contextmanager
+    def seen(self, start: int, stop: int, work: Workspace, name: str) -> Iterator[Bytes]:
+        bits = DTYPE_BITS[self.dtype]
+        span = self._span(start, (stop - start) * bits // 8)
+        with work.view(span, name, max(bits // 8, 1)) as found:
+            yield found
+
+    def _span(self, start: int, nbytes: int) -> ByteRange:
+        """Some bytes from element `start` on."""
         begin = self.offset + start * DTYPE_BITS[self.dtype] // 8
-        span = ByteRange(self.path, begin, out.nbytes, self.file_nbytes)
-        work.files.read_into(span, out.data)
+        return ByteRange(self.path, begin, nbytes, self.file_nbytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -290,12 +312,11 @@ def blocks(
     total, step = math.prod(tensors[0].shape), max(nbytes // max(bits), 1) * 8
     for start in range(0, total, step):
         stop = min(start + step, total)
-        found = []
-        for place, tensor in enumerate(tensors):
-            block = work.bytes(f"block {place}", (stop - start) * bits[place] // 8)
-            tensor.elements(start, stop, block, work)
-            found.append(block)
-        yield tuple(found)
+        with contextlib.ExitStack() as stack:
+            yield tuple(
+                stack.enter_context(tensor.seen(start, stop, work, f"block {place}"))
+                for place, tensor in enumerate(tensors)
+            )
 
 
 def check_rows(tensor: Lazy, start: int, stop: int) -> None:

@@ -1,42 +1,31 @@
 """Floating-point formats of checkpoints and fp32, both ways, on blocks.
 
 numpy has no bfloat16. Widening it to fp32 is a shift by 16 bits; rounding fp32 to it, to
-nearest with ties to even, is an integer addition and a shift. Where the compiled kernel is
-installed it does the same to bfloat16 in one pass. Both add up in one order, that of `LANES`, so that
-nothing depends on which of them there is.
+nearest with ties to even, is an integer addition and a shift.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from streamshard.tensors.arrays import Bytes, Elements, Float32, Float64
-from streamshard.tensors.dtypes import NOT_FINITE
-
-try:
-    from streamshard.tensors import _kernels
-except ImportError:  # installed without a compiler
-    _kernels = None  # type: ignore[assignment]
+from streamshard.tensors.arrays import Bytes, Elements, Float32
+from streamshard.tensors.dtypes import FLOATS, NOT_FINITE
 
 __all__ = [
     "Change",
     "Changes",
-    "add_and_round",
-    "add_row_squares",
     "count_not_finite",
     "narrow",
-    "squared_distance_bf16",
+    "narrowed",
+    "round_block",
     "widen",
 ]
 
 
-# How many sums the kernel keeps at a time: element i of a row is added to sum i modulo this, those
-# that are left over at the end of a row to the first; in the end the sums are added up in their order.
-LANES = 16
 # So many blocks are remembered before their sums are condensed.
 MAX_TERMS = 4096
 
@@ -45,8 +34,9 @@ class Change(NamedTuple):
     """What updates and casts did: sums in fp64 of squares, and counts of elements.
 
     `effected` is of what was written less what was there, `intended` of what was to be added
-    before rounding. Of `updated` elements `unchanged` have the bits that they had. `cast` is of
-    what rounding alone did, where there was no update.
+    before rounding. Of `updated` elements `unchanged` have the value that they had. `cast` is of
+    what rounding alone did, where there was no update. `rechecked` elements were near a boundary
+    between two roundings, and computed again.
     """
 
     effected: float = 0.0
@@ -54,6 +44,7 @@ class Change(NamedTuple):
     updated: int = 0
     unchanged: int = 0
     cast: float = 0.0
+    rechecked: int = 0
 
     @property
     def squared(self) -> float:
@@ -68,6 +59,7 @@ class Change(NamedTuple):
             self.updated + other.updated,
             self.unchanged + other.unchanged,
             self.cast + other.cast,
+            self.rechecked + other.rechecked,
         )
 
 
@@ -79,7 +71,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._sums: tuple[list[float], list[float], list[float]] = ([], [], [])
-        self._updated = self._unchanged = 0
+        self._updated = self._unchanged = self._rechecked = 0
 
     def add(self, change: Change) -> None:
         """Take note of what was done to a block."""
@@ -89,6 +81,7 @@ class Changes:
         cast.append(change.cast)
         self._updated += change.updated
         self._unchanged += change.unchanged
+        self._rechecked += change.rechecked
         if len(cast) > MAX_TERMS:
             for terms in self._sums:
                 terms[:] = _condensed(terms)
@@ -99,11 +92,12 @@ class Changes:
             terms[:] = _condensed([*terms, *more])
         self._updated += other._updated
         self._unchanged += other._unchanged
+        self._rechecked += other._rechecked
 
     def total(self) -> Change:
         """All together."""
         effected, intended, cast = map(math.fsum, self._sums)
-        return Change(effected, intended, self._updated, self._unchanged, cast)
+        return Change(effected, intended, self._updated, self._unchanged, cast, self._rechecked)
 
 
 def _condensed(terms: Sequence[float]) -> list[float]:
@@ -170,108 +164,22 @@ def narrow(values: Float32, dtype: str, out: Elements, rounded: Float32) -> None
         np.copyto(rounded, values)
 
 
-def add_and_round(
-    old: Elements,
-    old_dtype: str,
-    update: Float32 | None,
-    new: Elements,
-    dtype: str,
-    scratch: Callable[[str, int, int], Float32],
-    scale: Float64 | None = None,
-) -> Change:
-    """Round `(old + update) * scale` to `dtype` into `new`, which may be `old` itself.
+def narrowed(values: Float32, dtype: str) -> Elements:
+    """Values that `dtype` has just so, as its elements."""
+    out = np.empty(values.shape, FLOATS[dtype])
+    narrow(values, dtype, out, np.empty_like(values))
+    return out
 
-    All are matrices of one shape; `scale` is a column of one factor for each row, or a row of one
-    for each column. Sums are in fp32, products with `scale` in fp64. `scratch` gives fp32
-    matrices by name. The sums are finite only if every element of both is.
+
+def round_block(
+    old: Elements, old_dtype: str, new: Elements, dtype: str, base: Float32, rounded: Float32
+) -> float:
+    """Round a matrix to `dtype` into `new`; returns the sum in fp64 of the squares of the changes.
+
+    It is finite only if every element of both is. `base` and `rounded` are matrices of the same
+    shape to work in.
     """
-    by_row = scale is None or scale.shape == (len(old), 1)
-    as_kernel = by_row and old_dtype == dtype == "BF16"
-    if _kernels is not None and as_kernel and update is not None and old.size:
-        factors = None if scale is None else np.ascontiguousarray(scale[:, 0])
-        effected, intended, unchanged = _kernels.add_bf16(old, update, factors, new)
-        return Change(effected, intended, old.size, unchanged)
-    base = scratch("base", *old.shape)
-    total = scratch("total", *old.shape)
-    change = scratch("change", *old.shape)
     widen(old, old_dtype, base)
-    if update is None:
-        np.copyto(total, base)
-    else:
-        np.add(base, update, out=total)
-        if scale is not None:
-            np.multiply(total, scale, out=total, casting="same_kind")
-    narrow(total, dtype, new, change)
-    if update is None:
-        return Change(cast=_squares(np.subtract(change, base, out=change)))
-    unchanged = int(np.count_nonzero(change.view(np.uint32) == base.view(np.uint32)))
-    np.subtract(change, base, out=change)
-    if scale is not None:
-        update = np.subtract(total, base, out=total)
-    squares = _squares_by_lanes if as_kernel else _squares
-    return Change(squares(change), squares(update), old.size, unchanged)
-
-
-def add_row_squares(
-    old: Elements,
-    old_dtype: str,
-    update: Float32,
-    sums: Float64,
-    scratch: Callable[[str, int, int], Float32],
-) -> None:
-    """Add the squares of each row of `old + update` (added in fp32) to `sums`, in fp64."""
-    if _kernels is not None and old_dtype == "BF16" and old.size:
-        _kernels.squares_bf16(old, update, sums)
-        return
-    total = scratch("total", *old.shape)
-    widen(old, old_dtype, total)
-    np.add(total, update, out=total)
-    exact = total.astype(np.float64)
-    if old_dtype == "BF16" and old.size:
-        lanes = np.add.reduce(_in_lanes(exact * exact), axis=1)
-        sums += np.add.accumulate(lanes, axis=1)[:, -1]
-    else:
-        sums += np.einsum("ij,ij->i", exact, exact)
-
-
-def _squares(values: Float32) -> float:
-    exact = values.astype(np.float64).reshape(-1)
-    return float(np.dot(exact, exact))
-
-
-def _squares_by_lanes(values: Float32) -> float:
-    exact = values.astype(np.float64)
-    return _sum_by_lanes(exact * exact)
-
-
-def _sum_by_lanes(values: Float64) -> float:
-    """The sum of a matrix, in the order in which the kernel adds."""
-    if not values.size:
-        return 0.0
-    # Over the first axis of a C-ordered array numpy adds row after row.
-    lanes = np.add.reduce(_in_lanes(values).reshape(-1, LANES), axis=0)
-    return float(np.add.accumulate(lanes)[-1])
-
-
-def _in_lanes(values: Float64) -> Float64:
-    """Each row of a matrix as rows of `LANES`; what is left over comes one by one, beside zeros."""
-    rows, columns = values.shape
-    groups, left = divmod(columns, LANES)
-    if not left:
-        return np.ascontiguousarray(values).reshape(rows, groups, LANES)
-    padded = np.zeros((rows, groups + left, LANES))
-    padded[:, :groups] = values[:, : groups * LANES].reshape(rows, groups, LANES)
-    padded[:, groups:, 0] = values[:, groups * LANES :]
-    return padded
-
-
-def squared_distance_bf16(one: Elements, other: Elements) -> float:
-    """Sum in fp64 of the squared differences of two arrays of bfloat16 (as uint16)."""
-    if _kernels is not None:
-        return _kernels.distance_bf16(one, other)
-    left, right = np.empty(one.shape, np.float32), np.empty(other.shape, np.float32)
-    widen(one, "BF16", left)
-    widen(other, "BF16", right)
-    with np.errstate(invalid="ignore"):
-        change = (left.astype(np.float64) - right).reshape(1, -1)
-        return _sum_by_lanes(change * change)
+    narrow(base, dtype, new, rounded)
+    change = np.subtract(rounded, base, out=rounded).astype(np.float64)
+    return float(np.sum(np.square(change, out=change)))

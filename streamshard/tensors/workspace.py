@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
-from streamshard.disk.files import Files
+from streamshard.disk.files import ByteRange, Files
+from streamshard.disk.reader import Reader
 from streamshard.tensors.arrays import Bytes, Float32
 from streamshard.tensors.rounding import Changes
 
@@ -69,6 +71,7 @@ class Workspace:
 
     def __init__(self, files: Files, held: Held | None = None) -> None:
         self.files = files
+        self.reader = Reader(files)
         self.held = held or Held()
         self.changes = Changes()
         self._buffers: dict[str, Bytes] = {}
@@ -82,6 +85,21 @@ class Workspace:
             buffer = np.empty(nbytes, np.uint8)
             self._buffers[name] = buffer
         return buffer[:nbytes]
+
+    @contextlib.contextmanager
+    def view(self, span: ByteRange, name: str, align: int = 1) -> Iterator[Bytes]:
+        """Bytes of a file, to be looked at until the block ends: where they are mapped, or read.
+
+        They are read into the buffer of this `name` if they are not mapped, or do not begin there at a
+        multiple of `align`. Raises `ReadError`, also when the block ends: what was made of them by
+        then must not be used.
+        """
+
+        def room(nbytes: int) -> memoryview:
+            return self.bytes(name, nbytes).data
+
+        with self.reader.view(span, room, align) as found:
+            yield np.frombuffer(found, np.uint8)
 
     def float32(self, name: str, rows: int, columns: int) -> Float32:
         """The like as an fp32 matrix."""

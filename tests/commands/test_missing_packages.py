@@ -66,7 +66,7 @@ def test_c3_cutting_anew_says_what_it_needs(pair):
     assert not pair.output.exists()
 
 
-@pytest.mark.parametrize("package", ["numpy", "safetensors", "xxhash", "click", "threadpoolctl"])
+@pytest.mark.parametrize("package", ["numpy", "safetensors", "xxhash", "click"])
 def test_c3_what_everybody_needs_is_told_too(package, pair):
     told(run([package], *pair.command), package)
     assert not pair.output.exists()

@@ -287,7 +287,7 @@ def test_the_file_must_be_the_one_that_was_made(stored, tmp_path):
 
 def test_what_is_not_finite_is_told_with_the_tensor(stored, tmp_path):
     w = stored["w"]
-    huge = add_low_rank(w, [LowRank(stored["A"], stored["B"], 1e39, 0, ROWS)])
+    huge = add_low_rank(w, [LowRank(stored["A"], stored["B"], 1e45, 0, ROWS)])
     (one,) = plan_shards({"a.weight": huge}, shard_of={"a.weight": "x"}, metadata={})
     with pytest.raises(AdapterError, match=r"'a\.weight', row \d+"):
         do(task_of(one, new_file(tmp_path / "x", one), *whole_range(one)))

@@ -8,6 +8,7 @@ from arrays import array
 
 from streamshard.errors import AdapterError
 from streamshard.lora.experts import Stack, expert_updates, parameter_names, stacked_as
+from streamshard.tensors.constructors import add_low_rank
 from streamshard.tensors.lazy import Array, read_float32
 from streamshard.tensors.low_rank import LowRank
 from streamshard.tensors.workspace import Workspace
@@ -17,10 +18,12 @@ STACK = Stack(EXPERTS, ROWS, COLUMNS)
 
 
 def whole(update: LowRank, work: Workspace) -> np.ndarray:
-    out = np.zeros((update.stop - update.start, update.A.columns), np.float32)
-    update.fill(out, 0, 0, (0, update.A.columns), work)
+    shape = update.stop - update.start, update.A.columns
+    node = add_low_rank(array(np.zeros(shape)), [update])
+    out = np.empty(node.nbytes, np.uint8)
+    node.fill(0, node.rows, out, work)
     work.forget()
-    return out
+    return out.view(np.float32).reshape(shape)
 
 
 @pytest.mark.parametrize("order", ["peft", "unsloth"])

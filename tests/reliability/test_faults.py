@@ -20,12 +20,19 @@ from marks import slow
 
 import streamshard
 from streamshard.disk import files, new_files
+from streamshard.disk.mapped import _mapping
 from streamshard.disk.system import system
 from streamshard.errors import ReadError
 
 pytestmark = slow
 
-NAMES = ["merge-lora", "merge-lora --overwrite", "merge-lora, resumed", "hf2custom"]
+NAMES = [
+    "merge-lora",
+    "merge-lora --overwrite",
+    "merge-lora, resumed",
+    "merge-lora, direct",
+    "hf2custom",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,17 @@ def test_calls_that_fail(name, scenarios, made):
     assert wrong == []
     assert calls > 400
     assert done > 60
+
+
+@pytest.mark.parametrize("name", ["merge-lora, direct", "hf2custom"])
+def test_calls_that_fail_while_files_are_mapped(name, scenarios, made, monkeypatch):
+    if _mapping is None:
+        pytest.skip("nothing is mapped on this system")
+    monkeypatch.setenv("STREAMSHARD_READ", "mmap")
+    calls, done, wrong = sweep(scenarios[name], KINDS, made, 211 if name == "hf2custom" else 53)
+    assert wrong == []
+    assert calls > 400
+    assert done > 30
 
 
 def test_calls_that_fail_while_two_threads_work(two_workers):
@@ -104,7 +122,7 @@ def test_wrong_bytes_are_noticed(scenarios, made, monkeypatch):
     (at, *_) = numbers(scenario, made, "pwrite", "vocab.json")
     assert problems(scenario, Faults(Kind(("pwrite",), part=0.5), at, made)) == ""
     monkeypatch.setattr(
-        new_files, "_write_all", lambda descriptor, _, data, at: system.pwrite(descriptor, data, at)
+        new_files, "write_all", lambda descriptor, _, data, at: system.pwrite(descriptor, data, at)
     )
     found = problems(scenario, Faults(Kind(("pwrite",), part=0.5), at, made))
     assert "the output is neither old nor complete" in found

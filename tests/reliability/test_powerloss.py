@@ -23,7 +23,12 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, runs.Scenar
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("merge-lora", 150), ("merge-lora --overwrite", 250), ("merge-lora, resumed", 100)],
+    [
+        ("merge-lora", 150),
+        ("merge-lora --overwrite", 250),
+        ("merge-lora, resumed", 100),
+        ("merge-lora, direct", 150),
+    ],
 )
 def test_no_state_shows_what_is_not_complete(name, least, scenarios):
     steps, count, wrong = examine(scenarios[name], step=3)

@@ -16,17 +16,12 @@ from hypothesis import strategies as st
 
 from streamshard.disk.files import Files
 from streamshard.errors import InputError
-from streamshard.tensors.computed import Computed
+from streamshard.tensors.computed import TILE_COLUMNS, TILE_ROWS, Computed
 from streamshard.tensors.constructors import add_low_rank, cast
 from streamshard.tensors.joined import Concat, concat
 from streamshard.tensors.lazy import Array, Lazy, NotFiniteError, Stored, read_float32
-from streamshard.tensors.low_rank import (
-    CHUNK_ROWS,
-    MAX_RANK_FLOAT32,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    LowRank,
-)
+from streamshard.tensors.low_rank import LowRank
+from streamshard.tensors.panels import CHUNK_ROWS
 from streamshard.tensors.rounding import Changes
 from streamshard.tensors.workspace import Workspace
 
@@ -171,7 +166,7 @@ def test_any_blocking_gives_the_same_bytes(folder, data, rows, columns, dtype, t
     if terms:
         error = np.abs(found - exact)
         half = reference.step(exact, target) / 2
-        assert (error <= half + 24 * 2.0**-24 * size).all()
+        assert (error <= half + 2.0**-50 * size).all()
     else:
         np.testing.assert_array_equal(found, reference.round_once(exact, target))
         assert dtype != target or whole == reference.bits(W)
@@ -182,10 +177,10 @@ def test_wide_rows(folder, columns):
     check_blocks(new_source(folder), 130, columns)
 
 
-@pytest.mark.parametrize("r", [8, MAX_RANK_FLOAT32 + 1])
+@pytest.mark.parametrize("r", [8, 65])
 @pytest.mark.parametrize("columns", [1, 3, 40])
 def test_many_rows(folder, columns, r):
-    """More than are kept of the scaled factor at a time; also of ranks that are summed in fp64."""
+    """More than are kept of the scaled factor at a time."""
     check_blocks(new_source(folder), 2 * CHUNK_ROWS + 130, columns, r=r)
 
 
@@ -207,8 +202,9 @@ def check_blocks(source: Source, rows: int, columns: int, r: int = 8) -> None:
         assert source.whole(tensor.take(low, high)) == whole[low * row : high * row]
     exact = reference.double(W) + 0.25 * (reference.double(B) @ reference.double(A))
     found = torch.frombuffer(bytearray(whole), dtype=torch.bfloat16).reshape(rows, columns)
+    # In fp64, which is not exact, but nearly always near enough.
     different = reference.double(found) != reference.round_once(exact, "BF16")
-    assert different.mean() < 1e-3
+    assert different.mean() < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["stored", "array", "joined", "cast", "computed", "mixed"])

@@ -1,0 +1,84 @@
+"""Which of the inner loops this process uses: compiled ones for this processor, or numpy's.
+
+All of them give the same bytes. `STREAMSHARD_KERNEL` forces one, for comparison.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from streamshard.errors import UsageError, printable
+from streamshard.tensors import numpy_kernel
+from streamshard.tensors.arrays import Elements
+from streamshard.tensors.numpy_kernel import Found, Job
+
+try:
+    from streamshard.tensors import _kernels
+except ImportError:  # installed without a compiler
+    _kernels = None  # type: ignore[assignment]
+
+__all__ = [
+    "CHOICES",
+    "VARIABLE",
+    "Found",
+    "Job",
+    "available",
+    "chosen",
+    "distance_bf16",
+    "merge",
+    "needs_fp64",
+]
+
+
+VARIABLE = "STREAMSHARD_KERNEL"
+CHOICES = ("auto", "avx512", "avx2", "baseline", "numpy")
+
+
+def available() -> tuple[str, ...]:
+    """What this machine can run, the best first."""
+    compiled = () if _kernels is None else tuple(_kernels.names())
+    return (*compiled, "numpy")
+
+
+def chosen() -> str:
+    """The kernel in use. Raises `UsageError` for one that is unknown, or that cannot run here."""
+    return _of(os.environ.get(VARIABLE, "") or "auto")
+
+
+@functools.cache
+def _of(asked: str) -> str:
+    if asked not in CHOICES:
+        raise UsageError(
+            f"{VARIABLE} is {printable(repr(asked))}; one of {', '.join(CHOICES)} was expected."
+        )
+    found = available()
+    if asked == "auto":
+        return found[0]
+    if asked not in found:
+        why = "was installed without a compiler" if _kernels is None else "has no such processor"
+        raise UsageError(
+            f"{VARIABLE} is {asked}, but this machine {why}: {', '.join(found)} can be chosen. "
+            "All of them give the same bytes."
+        )
+    return asked
+
+
+def needs_fp64(dtype: str) -> bool:
+    """Whether factors are wanted in fp64: where fp32 proves too little, and for numpy."""
+    return dtype != "BF16" or chosen() == "numpy"
+
+
+def merge(job: Job) -> Found:
+    """Do what `_kernels.merge` tells, by the kernel in use."""
+    name = chosen()
+    if name == "numpy":
+        return numpy_kernel.merge(job)
+    return Found(*_kernels.merge(name, *job))
+
+
+def distance_bf16(one: Elements, other: Elements) -> float:
+    """Sum in fp64 of the squared differences of two arrays of bfloat16 (as uint16)."""
+    if chosen() == "numpy":
+        return numpy_kernel.distance_bf16(one, other)
+    return _kernels.distance_bf16(one, other)
