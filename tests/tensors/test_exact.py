@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from streamshard.disk.files import Files
 from streamshard.errors import UsageError
+from streamshard.tensors import computed as computed_nodes
 from streamshard.tensors import exact, kernel
 from streamshard.tensors.constructors import add_low_rank, cast, with_magnitude
 from streamshard.tensors.lazy import Array, Lazy, NotFiniteError
@@ -499,3 +500,28 @@ def test_the_reference_rounds_like_numpy(dtype):
 
 def test_doctests_of_exact_numbers():
     assert doctest.testmod(exact).failed == 0
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_norms_over_several_strips(by_row, work, monkeypatch):
+    """Of rows that are taken in parts, and of windows that are."""
+    monkeypatch.setattr(computed_nodes, "STRIP_NBYTES", 1)
+    W = fitting(normal((5, 2100), 0.02, 1), "BF16")
+    W[1, :7] = [3, 4, 0, 0, 0, 0, 0]
+    W[1, 7:] = 0
+    term = Term(2 / 3, normal((5, 3), 0.1, 2), normal((3, 2100), 0.02, 3))
+    term.B[1] = 0
+    m = np.full(5 if by_row else 2100, 5 * (1 + 2.0**-8), np.float32)
+    expected = exactly.merged(W, [term], "BF16", m, by_row=by_row)
+    tensor = node(W, "BF16", [term], "BF16", m, by_row=by_row)
+    assert isinstance(tensor, computed_nodes.Computed)
+    assert len(list(tensor.strips())) == 3
+    for name in KERNELS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(kernel.VARIABLE, name)
+            work.forget()
+            for start, stop, first, last in tensor.windows(1 << 14):
+                out = np.empty((stop - start, last - first), np.uint16)
+                tensor.window(start, stop, first, last, out.reshape(-1).view(np.uint8), work)
+                wanted = exactly.bits(expected[start:stop, first:last], "BF16")
+                np.testing.assert_array_equal(out, wanted)
