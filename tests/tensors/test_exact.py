@@ -256,6 +256,17 @@ def test_the_border_of_what_fits(dtype, below, work):
     check(W, dtype, [Term(1.0, B, A)], dtype, work)
 
 
+@pytest.mark.parametrize("to", ["BF16", "F32"])
+def test_changes_that_are_larger_than_numbers_may_be(to, work):
+    """From one end of what fits to the other."""
+    W = np.full((3, 70), -(2.0**127), np.float32)
+    W[1] = 2.0**100
+    term = Term(1.5, np.full((3, 1), 2.0**64, np.float32), np.full((1, 70), 2.0**63, np.float32))
+    term.B[1] = 2.0**63
+    found = check(W, to, [Term(2.0, term.B * np.float32(0.9), term.A)], to, work)
+    assert all(np.isfinite(change.effected) for change in found)
+
+
 @pytest.mark.parametrize("to", DTYPES)
 def test_subnormal_numbers(to, work):
     digits, least, _ = exactly.FORMATS[to]
