@@ -15,7 +15,7 @@ __all__ = ["EXTRAS", "explained", "needed_for"]
 
 
 EXTRAS = {
-    "torch": "wrapping live models",
+    "torch": "converting files of torch before 1.6",
     "peft": "wrapping live models",
 }
 """The extras, each named like its package, and what it is for."""

@@ -2,8 +2,9 @@
 
 Messages are written for the command line, as `--max-memory`, `--layout custom` or a whole command
 in backquotes, and become those of whoever reads them at one place, where a public function ends
-(`spoken`). From Python that is `max_memory`, `layout="custom"`, `streamshard.merge_lora(adapter=A)`. An
-option that the running command lacks is told with the command that has it.
+(`spoken`). A command gets the program's name before it, to be pasted as it is. From Python that is
+`max_memory`, `layout="custom"`, `streamshard.merge_lora(adapter=A)`. An option that the running command
+lacks is told with the command that has it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 
-__all__ = ["COMMANDS", "KEYWORDS", "command_line", "is_command_line", "spoken"]
+__all__ = ["COMMANDS", "FLAGS", "KEYWORDS", "command_line", "is_command_line", "spoken"]
 
 
 _READING = ("workers", "progress", "on_total")
@@ -52,10 +53,11 @@ COMMANDS = {
 """What each is called on the command line."""
 
 _FUNCTIONS = {command: function for function, command in COMMANDS.items()}
-_FLAGS = {
+FLAGS = {
     *("overwrite", "sha256", "dry_run", "allow_missing", "allow_unexpected"),
     *("allow_merged_base", "base_is_residual", "strict"),
 }
+"""The options that are there or not."""
 _CHOICES = {
     "layout": "keep|custom|hf",
     "tokenizer_from": "source|reference",
@@ -99,7 +101,8 @@ def spoken(text: str, function: str = "") -> str:
     """
     own = _options.get()
     if own is not None:
-        return _OPTION.sub(lambda found: _with_owner(found, own), text) if "--" in text else text
+        text = _OPTION.sub(lambda found: _with_owner(found, own), text) if "--" in text else text
+        return _COMMAND.sub(r"`streamshard \g<command>\g<rest>`", text) if "`" in text else text
     if "--" in text or "`" in text or "CHECKPOINT" in text:
         known = KEYWORDS.get(function)
         text = _COMMAND.sub(_call, text)
@@ -128,7 +131,7 @@ def _keyword(found: re.Match[str], known: Collection[str] | None) -> str:
     if owner is None:
         return found[0]
     said = name
-    if name in _FLAGS:
+    if name in FLAGS:
         said = f"{name}=True"
     elif value is not None and value in _CHOICES.get(name, "").split("|"):
         said, value = f'{name}="{value}"', None
@@ -154,7 +157,7 @@ def _call(found: re.Match[str]) -> str:
             arguments.append(f"{positional.pop(0)}={_value(word)}" if positional else _value(word))
             continue
         name = word[2:].replace("-", "_")
-        value = "True" if name in _FLAGS or not words else _value(words.pop(0))
+        value = "True" if name in FLAGS or not words else _value(words.pop(0))
         arguments.append(f"{name}={value}")
     return f"`streamshard.{function}({', '.join(arguments)})`"
 

@@ -21,6 +21,7 @@ __all__ = [
     "MODEL_CONFIG_NAME",
     "NOT_CARRIED",
     "NOT_ENTERED",
+    "OTHER_ARRAYS",
     "PICKLED",
     "PICKLED_ADAPTER_NAME",
     "REPORT_NAME",
@@ -28,6 +29,7 @@ __all__ = [
     "SUFFIX",
     "TEMPLATE",
     "TEMPLATES",
+    "TENSORS",
     "TOKENIZER",
     "TRAINING_STATE",
     "WEIGHTS",
@@ -95,12 +97,16 @@ def written_name(name: str) -> str:
 
 # What a trainer needs to go on, and no part of a model; heads of reward models are used in training only.
 TRAINING_STATE = re.compile(
-    r"(?:optimizer|optim|scheduler|lr_scheduler|scaler|sampler|rng_state|random_states?|training_args"
-    r"|dataloader|dl_state_dict|custom_checkpoint|value_head|v_head|vhead|trainer_state)"
-    r"(?:[-_.].*)?\.(?:safetensors|bin|pt|pth)"
+    r"(?:optimizer|optim|scheduler|lr_scheduler|(?:grad_)?scaler|sampler|rng(?:_states?)?"
+    r"|random_states?|train(?:ing|er)?_(?:args|state)|dataloader|dl_state_dict|custom_checkpoint"
+    r"|value_head|v_head|vhead)(?:[-_.].*)?\.(?:safetensors|bin|pt|pth|ckpt|npz|npy|pkl|pickle)"
     r"|.*_(?:optim|model)_states\.pt",
     re.IGNORECASE | re.DOTALL,
 )
+
+# Files in which a trainer may save weights: those that are looked into, and those that are not read.
+TENSORS = re.compile(r".*\.(?:safetensors|bin|pt|pth|ckpt)", re.IGNORECASE | re.DOTALL)
+OTHER_ARRAYS = re.compile(r".*\.(?:npz|npy|pkl|pickle|h5|hdf5|msgpack)", re.IGNORECASE | re.DOTALL)
 
 # Names may have line ends too, which only DOTALL passes over.
 _KNOWN_WEIGHTS = "safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx"

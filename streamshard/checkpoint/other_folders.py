@@ -7,17 +7,13 @@ import re
 from pathlib import Path
 
 from streamshard.disk.existence import is_folder, names_in
-from streamshard.errors import listed, printable
+from streamshard.errors import argument, listed, printable
 
-__all__ = ["GATHER", "what_instead"]
+__all__ = ["what_instead"]
 
-
-GATHER = (
-    "Gather its weights with the script that DeepSpeed put beside them: "
-    "python zero_to_fp32.py . . --safe_serialization"
-)
 
 _RUN = re.compile(r"checkpoint-(\d{1,9})")
+_STEP = re.compile(r"global_step\d+")
 _SHARDS = re.compile(r"global_step\d+|.*_(?:optim|model)_states\.pt|zero_to_fp32\.py")
 _FSDP = re.compile(r"pytorch_model_fsdp_\d+|.*\.distcp")
 _CACHE = re.compile(r"(?:models|datasets|spaces)--.+")
@@ -30,9 +26,11 @@ def what_instead(folder: Path) -> str | None:
     of DeepSpeed and FSDP, in which weights lie cut into pieces.
     """
     names = _names(folder)
-    if "snapshots" in names and {"blobs", "refs"} & set(names):
+    if "snapshots" in names and ({"blobs", "refs"} & set(names) or _CACHE.fullmatch(folder.name)):
         return _snapshots(folder / "snapshots")
-    if folder.name == "snapshots" and "blobs" in _names(folder.parent):
+    if folder.name == "snapshots" and (
+        "blobs" in _names(folder.parent) or _CACHE.fullmatch(folder.parent.name)
+    ):
         return _snapshots(folder)
     cached = [name for name in names if _CACHE.fullmatch(name)]
     if cached:
@@ -49,11 +47,20 @@ def what_instead(folder: Path) -> str | None:
             f"{printable(str(folder / last))}{others}."
         )
     if any(_SHARDS.fullmatch(name) for name in names):
-        return f"It has states of DeepSpeed (ZeRO), of which each process wrote a part. {GATHER}"
-    if any(_FSDP.fullmatch(name) for name in names):
+        # What is run lies beside the states of all steps.
+        whole = folder.parent if _STEP.fullmatch(folder.absolute().name) else folder
+        script, path = argument(whole / "zero_to_fp32.py"), argument(whole)
+        return (
+            "It has states of DeepSpeed (ZeRO), of which each process wrote a part. Gather its weights "
+            "with the script that DeepSpeed left there: "
+            f"python {script} {path} {path} --safe_serialization"
+        )
+    parts = [name for name in names if _FSDP.fullmatch(name)]
+    if parts:
+        inside = folder if parts[0].endswith(".distcp") else folder / parts[0]
         return (
             "It has states of FSDP, of which each process wrote a part. Gather its weights: "
-            "accelerate merge-weights FOLDER OUTPUT"
+            f"accelerate merge-weights {argument(inside)} OUTPUT"
         )
     return None
 

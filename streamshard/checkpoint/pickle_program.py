@@ -18,6 +18,14 @@ __all__ = ["Described", "PickleError", "Storage", "Unknown", "run_program"]
 MAX_STEPS = 2_500_000  # 46 a tensor: more than 50,000 of these in a file
 MAX_NUMBER_NBYTES = 16  # sizes and offsets have 8
 
+_PLAIN = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
+_PARAMETERS = (
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch.nn.parameter.Parameter",
+)
+_REBUILT = ("torch._utils._rebuild_", "torch._tensor._rebuild_")
+
 
 class PickleError(ValueError):
     """The program is not one that torch writes; the message says what is wrong."""
@@ -51,12 +59,13 @@ class Described:
     dtype: str = ""
 
 
-def run_program(program: bytes) -> Any:
+def run_program(program: bytes, tensors: list[Described | Unknown] | None = None) -> Any:
     """What a pickle describes: dicts, lists, tuples, plain values, `Described` and `Unknown`.
 
-    Raises `PickleError`.
+    Every tensor of it is added to `tensors`, those too that lie within objects or are of a kind that is
+    not known here. Raises `PickleError`.
     """
-    machine = _Machine(program)
+    machine = _Machine(program, [] if tensors is None else tensors)
     try:
         return machine.run()
     except PickleError:
@@ -75,8 +84,9 @@ _MARK = _Mark()
 class _Machine:
     """A stack, and what was stored under numbers; steps of the program change them."""
 
-    def __init__(self, program: bytes) -> None:
+    def __init__(self, program: bytes, tensors: list[Described | Unknown]) -> None:
         self.program = program
+        self.tensors = tensors
         self.at = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
@@ -158,15 +168,26 @@ def _call(machine: _Machine) -> None:
     name = function.name if isinstance(function, Unknown) else type(function).__name__
     if not isinstance(arguments, tuple):
         raise PickleError(f"it calls {name} with no arguments")
-    machine.stack.append(_made(name, arguments))
+    made = _made(name, arguments)
+    if isinstance(made, Described) or (
+        isinstance(made, Unknown) and made.name.startswith(_REBUILT)
+    ):
+        machine.tensors.append(made)
+    machine.stack.append(made)
 
 
 def _made(name: str, arguments: tuple[Any, ...]) -> Any:
     """What a call of torch's way to describe values stands for."""
     if name == "collections.OrderedDict" and not arguments:
         return {}
-    if name in ("torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter") and arguments:
+    if name in _PARAMETERS and arguments:
         return arguments[0]
+    if name == "torch._tensor._rebuild_from_type_v2" and len(arguments) == 4:
+        # A tensor that somebody gave attributes of its own.
+        function, kind, inner, _ = arguments
+        plain = isinstance(kind, Unknown) and kind.name in _PLAIN
+        if plain and isinstance(function, Unknown) and isinstance(inner, tuple):
+            return _made(function.name, inner)
     if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
         storage, offset, shape, stride, _, _, *more = arguments
         dtype = ""

@@ -17,7 +17,13 @@ import numpy as np
 
 from streamshard.checkpoint.header import MAX_NAME_BYTES, MAX_RANK
 from streamshard.checkpoint.lfs_pointers import check_pointer
-from streamshard.checkpoint.pickle_program import Described, PickleError, Unknown, run_program
+from streamshard.checkpoint.pickle_program import (
+    Described,
+    PickleError,
+    Storage,
+    Unknown,
+    run_program,
+)
 from streamshard.checkpoint.zip_entries import Entries, NoArchiveError, read_entries
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
@@ -93,20 +99,51 @@ def read_pickled(file: Path, *, copies: bool = True) -> dict[str, Lazy]:
 def look_into(file: Path) -> dict[str, Lazy]:
     """The named tensors in a file of torch, whatever else is in it; none of a trainer's state.
 
-    If they are a mapping within the mapping, as `{"state_dict": …}`, these. Raises `InputError` if the
-    file cannot be read at all.
+    If they are a mapping within mappings, as `{"state_dict": …}`, these. Raises `InputError` if the
+    file cannot be read at all, or has tensors elsewhere, too: within objects or in several mappings.
     """
     with open_source(file) as opened:
         found = _mapping(file, opened)
-        levels = [found.content, *(v for v in found.content.values() if isinstance(v, dict))]
-        for level in levels:
-            own = {
-                n: v for n, v in level.items() if isinstance(v, Described) and isinstance(n, str)
-            }
-            if own:
-                room = min(opened.nbytes, MAX_COPIED_NBYTES)
-                return {name: found.tensor(name, value, room) for name, value in own.items()}
-    return {}
+        levels, aside = _levels(found.content)
+        named = [
+            {n: v for n, v in level.items() if isinstance(n, str) and isinstance(v, Described)}
+            for level in levels
+        ]
+        named = [level for level in named if level]
+        aside |= {id(value) for level in named for value in level.values()}
+        more = sum(id(value) not in aside for value in found.made)
+        if len(named) > 1 or more:
+            where = f"in {len(named)} mappings" if len(named) > 1 else "within others or objects"
+            raise InputError.at(
+                file,
+                f"has tensors {where}, so how they are called is not known. Save them as one flat "
+                "mapping of names to tensors, best as safetensors.",
+            )
+        room = min(opened.nbytes, MAX_COPIED_NBYTES)
+        return {n: found.tensor(n, v, room) for level in named for n, v in level.items()}
+
+
+def _levels(content: dict[Any, Any]) -> tuple[list[dict[Any, Any]], set[int]]:
+    """A mapping and those within it, but states of optimizers, and what is in those."""
+    levels: list[dict[Any, Any]] = []
+    aside: set[int] = set()
+    seen = {id(content)}
+    waiting: list[tuple[Any, bool]] = [(content, False)]
+    while waiting:
+        value, is_state = waiting.pop()
+        if isinstance(value, dict):
+            is_state = is_state or "param_groups" in value
+            if not is_state:
+                levels.append(value)
+        elif not is_state:
+            continue
+        for inner in value.values() if isinstance(value, dict) else value:
+            if is_state:
+                aside.add(id(inner))
+            if isinstance(inner, (dict, list, tuple)) and id(inner) not in seen:
+                seen.add(id(inner))
+                waiting.append((inner, is_state))
+    return levels, aside
 
 
 def rewritten(file: Path) -> str:
@@ -126,6 +163,8 @@ class _Mapping:
     entries: Entries
     root: str
     content: dict[Any, Any]
+    made: list[Described | Unknown]
+    """All its tensors."""
 
     def tensor(self, name: str, described: Described, room: int) -> Lazy:
         """A tensor at its place; `room` is how many bytes may be copied of one that is a view."""
@@ -143,6 +182,8 @@ class _Mapping:
         reach = sum((n - 1) * step for n, step in zip(shape, described.stride, strict=True))
         end = described.offset + (reach + 1 if count else 0)
         nbytes = self.entries.nbytes(entry)
+        if storage.elements * _width(storage) != nbytes:
+            raise _damaged(self.file, f"the data of '{printable(name)}' is of another size")
         if described.offset < 0 or end * width > nbytes or count * width > nbytes:
             raise InputError.at(
                 self.file,
@@ -178,12 +219,13 @@ def _mapping(file: Path, opened: Source) -> _Mapping:
     try:
         entries = read_entries(opened)
         root = _root(entries)
-        content = run_program(entries.read(f"{root}data.pkl", MAX_PROGRAM_NBYTES))
+        made: list[Described | Unknown] = []
+        content = run_program(entries.read(f"{root}data.pkl", MAX_PROGRAM_NBYTES), made)
     except (NoArchiveError, PickleError) as error:
         raise _damaged(file, str(error)) from error
     if not isinstance(content, dict):
         raise InputError.at(file, "is not a mapping of names to tensors.")
-    return _Mapping(file, entries, root, content)
+    return _Mapping(file, entries, root, content, made)
 
 
 def _root(entries: Entries) -> str:
@@ -204,6 +246,11 @@ def _dtype(described: Described) -> str | None:
     if not described.dtype:
         return _STORAGES.get(word)
     return _DTYPES.get(described.dtype.removeprefix("torch."))
+
+
+def _width(storage: Storage) -> int:
+    """Bytes of what a storage counts: its elements, or bytes if it has no dtype."""
+    return DTYPE_BITS[_STORAGES.get(storage.kind.rpartition(".")[2], "U8")] // 8
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -61,7 +61,7 @@ def cli() -> None:
     metavar="FOLDER",
     help="PEFT adapter folder. Give it again to sum several adapters.",
 )
-@BASE(help="What the adapter was trained on: checkpoint folder or .safetensors file.")
+@BASE(help="What the adapter was trained on: checkpoint folder or weight file.")
 @REFERENCE(
     help="With --layout: the original model in that layout, for config, code and tokenizer. With "
     "CHECKPOINT: the original model, for remote code that the trainer did not save."
@@ -189,7 +189,7 @@ def custom2hf(**options: Any) -> None:
 
 
 @cli.command("wrap-lora", short_help="Put fresh LoRA pairs into a checkpoint.")
-@BASE(required=True, help="Checkpoint folder or .safetensors file.")
+@BASE(required=True, help="Checkpoint folder or weight file (.safetensors, .bin).")
 @output("New, or empty, folder to write.", required=True)
 @option(
     OUTPUT,

@@ -16,7 +16,7 @@ from streamshard.wording import KEYWORDS, command_line
 
 
 @cli.command("diff", short_help="Compare two checkpoints.")
-@argument("a", metavar="A", help="Checkpoint folder or .safetensors file.")
+@argument("a", metavar="A", help="Checkpoint folder or weight file (.safetensors, .bin).")
 @argument("b", metavar="B", help="Another one; names are as in its layout.")
 @WORKERS
 @READING
@@ -42,7 +42,7 @@ def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
 
 
 @cli.command("inspect", short_help="Say what a checkpoint or adapter is.")
-@argument("path", metavar="PATH", help="Checkpoint or adapter folder, or a .safetensors file.")
+@argument("path", metavar="PATH", help="Checkpoint or adapter folder, or a weight file.")
 @READING
 def inspect(path: str, **output: Any) -> None:
     """Say what a checkpoint or adapter is: layout, family, dimensions, dtypes, files, LoRA state.
@@ -60,7 +60,7 @@ def inspect(path: str, **output: Any) -> None:
 
 
 @cli.command("verify", short_help="Read a checkpoint again and say what is wrong with it.")
-@argument("path", metavar="PATH", help="Checkpoint or adapter folder, or a .safetensors file.")
+@argument("path", metavar="PATH", help="Checkpoint or adapter folder, or a weight file.")
 @option(
     CHECKS,
     "--sample",

@@ -166,7 +166,9 @@ def diff_text(report: dict[str, Any]) -> str:
         f"  A: {report['a']}",
         f"  B: {report['b']}",
         f"  L2: total {_number(l2['sum'])}, average {_number(l2['per_parameter'])}, "
-        f"global {_number(l2['global'])}",
+        f"global {_number(l2['global'])} ({l2['compared']} tensors compared)"
+        if l2["compared"]
+        else "  L2: none, since no tensor could be compared",
     ]
     for title, key in (("only in B", "missing"), ("only in A", "unexpected")):
         lines += [f"  {title}: {name}" for name in report[key][:10]]

@@ -115,8 +115,8 @@ def carry_over(
     config = config_fixes(reference.config, layout, has_head=head_name is not None)
     for key in quantization_keys(config):
         raise InputError(
-            f"{reference.where}: its config.json has a {key}, but the "
-            "weights to write are not quantized. Give the unquantized original model."
+            f"{reference.where}: its config.json has a {key}, but the weights to write are not "
+            "quantized. Give the unquantized original model; if that key is left over, remove it."
         )
     rows = None if embedding is None else result.tensors[embedding].shape[0]
     head = rows if head_name is None else result.tensors[head_name].shape[0]

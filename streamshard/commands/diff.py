@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from streamshard.checkpoint.folder import open_checkpoint
@@ -17,10 +18,12 @@ from streamshard.disk.paths import PathLike
 from streamshard.engine.budget import workers_or_default
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import collect
+from streamshard.errors import argument, printable
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import convert
 from streamshard.internvl.model_config import Dims
 from streamshard.notes import note
+from streamshard.tensor_names import factors_among
 from streamshard.tensors.comparing import Distances, is_comparable, tensor_distance
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
@@ -46,6 +49,13 @@ def diff(
     started = time.perf_counter()
     one, other = Model(open_checkpoint(a)), Model(open_checkpoint(b))
     note(*one.checkpoint.warnings, *other.checkpoint.warnings)
+    wrapped = [bool(factors_among(model.tensors)) for model in (one, other)]
+    if wrapped[0] != wrapped[1]:
+        path = (one if wrapped[0] else other).path
+        note(
+            f"{printable(str(path))}: is a LoRA-wrapped training checkpoint, whose names are others: "
+            f"compare what `merge-lora {argument(path)}` makes of it"
+        )
     ours, theirs = _reconciled(one, other)
     compared = [n for n in theirs if n in ours and is_comparable(ours[n], theirs[n])]
     if on_total is not None:
@@ -97,8 +107,15 @@ def _reconciled(one: Model, other: Model) -> tuple[Mapping[str, Lazy], Mapping[s
     elif one.relative is not None and one.relative == other.relative:
         left, right = one.dims, other.dims
     else:
-        left = right = model_dims(one, other, theirs)
+        dims = model_dims(one, other, theirs)
+        # What one of them ties is no word about the other.
+        left, right = (replace(dims, tied=tied) for tied in (_ties(one), _ties(other)))
     return _renamed(one, left, mine, theirs), _renamed(other, right, theirs, theirs)
+
+
+def _ties(model: Model) -> bool:
+    """Whether a model's own config has embedding and head as one."""
+    return model.config is not None and bool(dims_of(model.config).tied)
 
 
 def _renamed(model: Model, dims: Dims, mine: Layout, theirs: Layout) -> dict[str, Lazy]:

@@ -119,7 +119,8 @@ class Model:
         known family is passed over, but for tensors that were never gathered.
         """
         check_names(self.where, self.tensors)
-        layout = self.layout
+        # Of a language model by itself only the config says of which layout it is a part.
+        layout = self.layout or config_layout(self.config or {})
         if layout is not None:
             try:
                 dims, given = self.dims, self.given(layout)

@@ -122,7 +122,7 @@ def _incomplete(asked: Asked) -> UsageError:
             "base."
         )
     return UsageError(
-        "--base is missing: the model that the adapter was trained on, a folder or a .safetensors file."
+        "--base is missing: the model that the adapter was trained on, a folder or a weight file."
     )
 
 

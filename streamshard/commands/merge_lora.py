@@ -27,7 +27,7 @@ from streamshard.commands.merged_folder import (
     shard_of,
     with_code,
 )
-from streamshard.commands.provenance import check_given_twice, check_record, other_base
+from streamshard.commands.provenance import check_record, other_base
 from streamshard.commands.public import public
 from streamshard.commands.whose_tokenizer import note_beyond
 from streamshard.commands.written_config import config_bytes
@@ -37,7 +37,7 @@ from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
-from streamshard.errors import InputError, UsageError
+from streamshard.errors import InputError, UsageError, printable
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.internvl.model_config import OTHER
@@ -95,7 +95,12 @@ def merge_lora(
     """
     started, chosen = time.perf_counter(), Options.of(options)
     given = [] if weight is None else weight
-    weights = [float(one) for one in (given if isinstance(given, Iterable) else [given])]
+    try:
+        weights = [float(one) for one in (given if isinstance(given, Iterable) else [given])]
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"--weight is {printable(repr(weight))}; a number was expected."
+        ) from error
     asked = Asked(
         base=base,
         adapter=adapter,
@@ -120,7 +125,6 @@ def merge_lora(
     # 3. Match every tensor of the adapters with a weight, and 4. check that it is not in there yet.
     folded = _fold(asked, inputs)
     adapters = _described(folded, inputs.folders)
-    check_given_twice(adapters)
     if not allow_merged_base:
         check_record(inputs.base, adapters)
     for described in adapters:

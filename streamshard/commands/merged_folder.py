@@ -94,6 +94,13 @@ def beside_merged(base: Model, result: Merged, folders: Sequence[AdapterFolder])
     if resized and rows is not None and old is not None:
         config = with_vocabulary(config, rows)
         note(f"the vocabulary has {rows:,} rows now, {old.shape[0]:,} before")
+    elif rows is not None and config_layout(config) is not None:
+        stated, config = config, with_vocabulary(config, rows)
+        if config != stated:  # which no class could load
+            note(
+                f"the base's config states another vocab_size than the {rows:,} rows of its embedding: "
+                "the output's has the number of rows"
+            )
     tokenizers = [
         Tokenizer.of(printable(str(folder.path)), tokenizer_files(folder.path))
         for folder in folders

@@ -13,9 +13,9 @@ from streamshard.checkpoint.record import MAX_RECORD_BYTES
 from streamshard.commands.identify import Model
 from streamshard.disk.existence import is_file
 from streamshard.disk.system import reading
-from streamshard.errors import AdapterError, InputError, UsageError, listed, printable
+from streamshard.errors import AdapterError, InputError, listed, printable
 
-__all__ = ["check_given_twice", "check_record", "other_base"]
+__all__ = ["check_record", "other_base"]
 
 
 def other_base(stated: object, base: Model) -> list[str]:
@@ -33,19 +33,6 @@ def other_base(stated: object, base: Model) -> list[str]:
         f"the adapter was trained on {printable(str(stated))}, by its config, and this base is "
         f"{base.where}: the shapes fit, but make sure that it is the right base"
     ]
-
-
-def check_given_twice(facts: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse one adapter under two paths, or given twice: its update would count twice."""
-    digests = [described.get("digest") for described in facts]
-    twice = [d["file"] for d in facts if d.get("digest") and digests.count(d["digest"]) > 1]
-    if twice:
-        files = dict.fromkeys(twice)
-        raise UsageError(
-            f"{listed(files)} {'is' if len(files) == 1 else 'are'} one adapter that was given "
-            f"{len(twice)} times, and its update would be added more than once. Give it once; --weight "
-            "scales it."
-        )
 
 
 def check_record(base: Model, facts: Sequence[Mapping[str, Any]]) -> None:

@@ -1,8 +1,9 @@
 """What every public command has around it: how it is called, and how what it says reaches the caller.
 
-A misspelt keyword is told with the one that is meant; `progress=True` shows a bar; a missing package is
-told with the command that installs it; messages are in the caller's words (`wording`); and warnings go
-to `logging` and `warnings` as well, but not if the command line calls, which prints them.
+A misspelt keyword is told with the one that is meant, and a value of another type with its keyword;
+`progress=True` shows a bar; a missing package is told with the command that installs it; messages are in
+the caller's words (`wording`); and warnings go to `logging` and `warnings` as well, but not if the
+command line calls, which prints them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import difflib
 import functools
 import logging
+import numbers
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +20,17 @@ from typing import Any, ParamSpec, cast
 
 from streamshard.disk.inputs import watched
 from streamshard.engine.report import Report
-from streamshard.errors import StreamshardError, StreamshardWarning, VerificationError
+from streamshard.errors import (
+    StreamshardError,
+    StreamshardWarning,
+    UsageError,
+    VerificationError,
+    printable,
+)
 from streamshard.extras import explained, needed_for
 from streamshard.limits import told
 from streamshard.notes import noting
-from streamshard.wording import KEYWORDS, is_command_line, spoken
+from streamshard.wording import FLAGS, KEYWORDS, is_command_line, spoken
 
 __all__ = ["public"]
 
@@ -30,6 +38,25 @@ P = ParamSpec("P")
 
 _LOG = logging.getLogger("streamshard")
 _LOG.addHandler(logging.NullHandler())  # else Python prints what `warnings` shows already
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    # "no" and "false" would mean yes.
+    **dict.fromkeys(FLAGS, ((numbers.Integral, type(None)), "True or False")),
+    **dict.fromkeys(
+        ("workers", "llm_r", "backbone_r"), ((numbers.Integral, type(None)), "a whole number")
+    ),
+    "seed": ((numbers.Integral,), "a whole number"),
+    **dict.fromkeys(
+        ("alpha", "llm_alpha", "backbone_alpha", "dropout"),
+        ((numbers.Real, type(None)), "a number"),
+    ),
+    "adapter_name": ((str, type(None)), "a name"),
+    **dict.fromkeys(
+        ("progress", "on_plan", "on_step", "on_total"),
+        ((Callable, bool, type(None)), "a function"),  # type: ignore[arg-type]
+    ),
+}
+"""What values are, of the keywords that do not say so themselves where they are read."""
 
 
 def public(command: Callable[P, Report]) -> Callable[P, Report]:
@@ -41,6 +68,7 @@ def public(command: Callable[P, Report]) -> Callable[P, Report]:
     def call(*args: P.args, **kwargs: P.kwargs) -> Report:
         _check_keywords(name, kwargs)
         try:
+            _check_values(kwargs)
             with _progress(name, kwargs) as given:
                 report = run(*args, **cast("Any", given))
         except ImportError as error:
@@ -66,8 +94,17 @@ def _check_keywords(name: str, given: Mapping[str, object]) -> None:
         if keyword not in known:
             plain = keyword.replace("-", "_").lower()
             near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-            hint = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(known)}."
+            hint = f"Did you mean '{near[0]}'?" if near else f"It knows {', '.join(known)}."
             raise TypeError(f"{name}() got an unexpected keyword argument '{keyword}'. {hint}")
+
+
+def _check_values(given: Mapping[str, object]) -> None:
+    """Raise `UsageError` for a value that is of no type that its keyword takes."""
+    for keyword, value in given.items():
+        types, what = _KINDS.get(keyword, ((object,), ""))
+        if not isinstance(value, types):
+            option = keyword.replace("_", "-")
+            raise UsageError(f"--{option} is {printable(repr(value), 60)}; {what} was expected.")
 
 
 @contextlib.contextmanager

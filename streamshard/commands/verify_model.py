@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.open_anything import Opened
@@ -12,10 +13,12 @@ from streamshard.errors import AdapterError, InputError, listed
 from streamshard.internvl.detection import dims_from_names, layout_of
 from streamshard.internvl.dims import Dims
 from streamshard.internvl.families import Layout
+from streamshard.internvl.model_config import INNER, config_layout, section_of
 from streamshard.internvl.relatives import check_names
 from streamshard.internvl.shapes import check_gathered, misfits
 from streamshard.internvl.spelling import flat_names
 from streamshard.internvl.tables import UNKNOWN, compared_names
+from streamshard.internvl.tied_embeddings import embedding_and_head
 from streamshard.lora.wrapped_names import unwrap
 from streamshard.tensor_names import is_wrapped
 from streamshard.tensors.lazy import Lazy
@@ -56,7 +59,8 @@ def as_model(found: Opened) -> AsModel:
         return seen.not_possible("this is an adapter")
     if found.incomplete or found.unread:
         return seen.not_possible("not all files could be read")
-    layout = layout_of(tensors)
+    # Where all that tells is missing, the config still says what the model should be.
+    layout = layout_of(tensors) or config_layout(found.config or {})
     if layout is None:
         return seen.not_possible("by its names this is no whole InternVL checkpoint")
     try:
@@ -80,9 +84,10 @@ def as_model(found: Opened) -> AsModel:
         except InputError as error:
             return seen.not_possible(str(error))
         _compare_names(seen, given, dims, layout)
+        _compare_rows(seen, tensors, given, found.config, layout)
         seen.checked.append(SHAPES)
     misshapen = list(misfits(tensors, given, dims, layout))
-    seen.problems += [f"{misfit}." for misfit in misshapen if tuple(misfit.found) != (0,)]
+    seen.problems += [f"{misfit}." for misfit in misshapen if misfit.found != (0,)]
     return seen
 
 
@@ -108,3 +113,22 @@ def _compare_names(seen: AsModel, given: Mapping[str, str], dims: Dims, layout: 
     unknown = [given.get(name, name) for name, why in others.items() if why == UNKNOWN]
     if unknown:
         seen.unchecked["names and shapes of tensors that InternVL does not have"] = listed(unknown)
+
+
+def _compare_rows(
+    seen: AsModel,
+    tensors: Mapping[str, Lazy],
+    given: Mapping[str, str],
+    config: Mapping[str, Any],
+    layout: Layout,
+) -> None:
+    """Embedding and head have as many rows as the config has tokens, or no class can load them."""
+    stated = section_of(config, INNER[layout], MODEL_CONFIG_NAME).get("vocab_size")
+    names = [given[flat] for flat in embedding_and_head(given) if flat is not None]
+    wrong = [name for name in names if stated is not None and tensors[name].shape[0] != stated]
+    if wrong:
+        rows = tensors[wrong[0]].shape[0]
+        seen.problems.append(
+            f"{MODEL_CONFIG_NAME} states a vocab_size of {stated}, but {listed(wrong)} have {rows:,} "
+            f"rows, so that it cannot be loaded: write {rows} there, if all rows are meant."
+        )

@@ -28,7 +28,9 @@ class Report(dict[str, Any]):
         command, output = self.get("command"), self.get("output") or self.get("path")
         facts = [] if output is None else [printable(str(output))]
         facts += [f"{self['tensors']:,} tensors"] if "tensors" in self else []
-        facts += [f"{len(self[key]):,} {key}" for key in ("problems", "warnings") if self.get(key)]
+        for key in ("problem", "warning"):
+            count = len(self.get(f"{key}s", ()))
+            facts += [f"{count:,} {key}{'s' if count > 1 else ''}"] if count else []
         facts += ["dry run"] if self.get("dry_run") else []
         return f"<Report of {command}: {', '.join(facts)}; {len(self)} keys>"
 

@@ -89,6 +89,7 @@ _COMMON = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "hidden_act": "silu",
+    "max_position_embeddings": 2048,
 }
 _LLAMA = {**_COMMON, "attention_bias": False, "mlp_bias": False}
 _QWEN2 = {
@@ -99,6 +100,7 @@ _QWEN2 = {
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
+    "max_position_embeddings": 32768,
 }
 _QWEN3 = {**_QWEN2, "head_dim": 128}
 # None for key-value heads stands for as many as heads, None for head_dim for hidden size by heads.
@@ -118,12 +120,19 @@ _LLM_DEFAULTS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
     },
     "internlm2": {**_COMMON, "bias": True},
-    "internlm3": {**_COMMON, "num_key_value_heads": 32, "qkv_bias": False, "bias": False},
+    "internlm3": {
+        **_COMMON,
+        "num_key_value_heads": 32,
+        "qkv_bias": False,
+        "bias": False,
+        "max_position_embeddings": 32768,
+    },
     "phi3": {
         **_COMMON,
         "hidden_size": 3072,
         "intermediate_size": 8192,
         "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
         "sliding_window": None,
     },
     "gpt_oss": {
@@ -140,6 +149,8 @@ _LLM_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts": 128,
         "num_experts_per_tok": 4,
         "swiglu_limit": 7.0,
+        "swiglu_alpha": 1.702,
+        "max_position_embeddings": 131072,
         "sliding_window": 128,
     },
 }

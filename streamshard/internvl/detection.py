@@ -118,6 +118,11 @@ def dims_from_names(names: Collection[str], layout: Layout) -> Dims:
     """
     keys = _llm_keys(names, layout)
     fitting = [family for family in FAMILIES if _fits(keys, family, layout)]
+    if not keys:
+        raise InputError(
+            f"no name begins with language_model, as in the {layout} layout; there are "
+            f"{listed(sorted(names), 3) or 'none'}. Give the state dict of the whole model."
+        )
     if not fitting:
         raise InputError(
             f"the names of the language model, such as {listed(sorted(keys))}, are not those of "

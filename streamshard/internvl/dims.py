@@ -33,6 +33,8 @@ class Dims:
     attention_bias: bool | None = None
     """Biases of the language model's attention, for families that may have them."""
     mlp_bias: bool | None = None
+    position_table: bool = True
+    """Whether the vision encoder adds trained positions: all do, unless an HF config denies it."""
     dense_layers: frozenset[int] | None = None
     """Layers of a mixture of experts that have none."""
     tied: bool | None = None

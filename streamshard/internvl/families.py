@@ -123,7 +123,12 @@ _VISION = (
         "vision_model.embeddings.",
         "vision_tower.embeddings.",
         Rule("class_embedding", "cls_token", "1 1 vision"),
-        Rule("position_embedding", "position_embeddings", "1 positions vision"),
+        Rule(
+            "position_embedding",
+            "position_embeddings",
+            "1 positions vision",
+            only="position_table",
+        ),
         Rule(
             "patch_embedding.{weight|bias}",
             "patch_embeddings.projection.{weight|bias}",
@@ -181,8 +186,9 @@ _NORMS = Rule("{input|post_attention}_layernorm.weight", shape="hidden")
 _ATTENTION = Rule(
     "self_attn.{q|k|v|o}_proj.weight", shape="q hidden | kv hidden | kv hidden | hidden q"
 )
-_BIAS = Rule("self_attn.{q|k|v|o}_proj.bias", shape="q | kv | kv | hidden")
-_ATTENTION_BIAS = replace(_BIAS, only="attention_bias")
+_ATTENTION_BIAS = Rule(
+    "self_attn.{q|k|v|o}_proj.bias", shape="q | kv | kv | hidden", only="attention_bias"
+)
 _MLP = Rule("mlp.{gate|up|down}_proj.weight", shape="inner hidden | inner hidden | hidden inner")
 _MLP_BIAS = Rule("mlp.{gate|up|down}_proj.bias", shape="inner | inner | hidden", only="mlp_bias")
 _HEAD_NORMS = Rule("self_attn.{q|k}_norm.weight", shape="head_dim")
@@ -214,7 +220,7 @@ _PHI3 = _ENDS + _layer(
 # The experts are packed in both layouts, stored in x out.
 _GPT_OSS = _ENDS + _layer(
     _ATTENTION,
-    _BIAS,
+    _ATTENTION_BIAS,
     Rule("self_attn.sinks", shape="heads"),
     Rule("mlp.router.{weight|bias}", shape="experts hidden | experts"),
     Rule(

@@ -137,6 +137,8 @@ def dims_from_config(
         norm_bias=seen["norm_type"] == "layer_norm",
         attention_bias=next((b for b in attention_bias if b is not None), None),
         mlp_bias=next((b for b in mlp_bias if b is not None), None),
+        position_table=layout == "custom"
+        or _switch(seen, "use_absolute_position_embeddings", there) is not False,
         dense_layers=_dense_layers(llm, layers, here) if family.packed else None,
         tied=is_tied(config, llm),
         vision_inner=_count(seen, "intermediate_size", there, limit=MAX_SIZE),

@@ -25,7 +25,9 @@ _LLM_KEYS = (
     "use_sliding_window",
     "sliding_window",
     "max_window_layers",
+    "layer_types",
     "swiglu_limit",
+    "swiglu_alpha",
 )
 _TOP_KEYS = (("downsample_ratio", "downsample_ratio"), ("select_layer", "vision_feature_layer"))
 # What InternVLChatModel always does, and HF configs can say otherwise.
@@ -48,6 +50,11 @@ _VISION_KEYS = (
 # What the classes assume in the settings of the scaling, for each kind that has them.
 _ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "yarn": {"beta_fast": 32, "beta_slow": 1, "truncate": True},
+}
+_ROPE_LENGTHS = {
+    "dynamic": ("max_position_embeddings",),
+    "yarn": ("original_max_position_embeddings",),
+    "longrope": ("original_max_position_embeddings", "max_position_embeddings"),
 }
 _GPT_OSS_ROPE = {
     "rope_type": "yarn",
@@ -105,18 +112,34 @@ def _llm(config: Mapping[str, Any], layout: Layout, family: str) -> dict[str, An
     """The settings of the language model as its class has them."""
     section = section_of(config, INNER[layout], "config.json")
     found = with_defaults(section, llm_defaults(FAMILIES[family], layout))
-    rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    rope = section.get("rope_scaling") or section.get("rope_parameters") or {}
+    # transformers 5, which alone reads HF configs in this way, believes the settings of the scaling.
+    places = (section, rope) if layout == "custom" else (rope, section)
     for key, default in (("rope_theta", found["rope_theta"]), ("partial_rotary_factor", 1.0)):
-        found[key] = section.get(key) or rope.get(key) or default
+        found[key] = places[0].get(key) or places[1].get(key) or default
     if found.get("use_sliding_window") is False:
         # The class forgets what is not used.
         found["sliding_window"] = found["max_window_layers"] = None
+    found["layer_types"] = _sliding_layers(found, family)
     return found
+
+
+def _sliding_layers(llm: Mapping[str, Any], family: str) -> list[int] | None:
+    """Which layers see a window only, stated or as the class chooses them; None if it does not."""
+    if family not in ("qwen2", "qwen3", "gpt_oss"):
+        return None
+    stated, count = llm.get("layer_types"), llm["num_hidden_layers"]
+    if isinstance(stated, list):
+        return [layer for layer, kind in enumerate(stated) if kind != "full_attention"]
+    if family == "gpt_oss":
+        return list(range(0, count, 2))
+    return [] if llm["sliding_window"] is None else list(range(llm["max_window_layers"], count))
 
 
 def rope_scaling(config: Mapping[str, Any], family: str) -> dict[str, Any] | None:
     """The scaling of rotary positions in the words of transformers 5; None if there is none."""
-    inner = config.get("llm_config") or config.get("text_config") or {}
+    layout: Layout = "custom" if config.get(INNER["custom"]) else "hf"
+    inner = section_of(config, INNER[layout], "config.json")
     stated = inner.get("rope_scaling") or inner.get("rope_parameters") or {}
     if not stated.keys() - {"rope_theta"} and family == "gpt_oss":
         stated = _GPT_OSS_ROPE
@@ -130,4 +153,8 @@ def rope_scaling(config: Mapping[str, Any], family: str) -> dict[str, Any] | Non
         if value is not None
         and key not in ("type", "rope_type", "rope_theta", "partial_rotary_factor")
     }
-    return {"rope_type": kind, **_ROPE_DEFAULTS.get(kind, {}), **rest}
+    # The lengths that the formula of the kind is made of.
+    whole = with_defaults(inner, llm_defaults(FAMILIES[family], layout))
+    whole.setdefault("original_max_position_embeddings", whole["max_position_embeddings"])
+    lengths = {key: whole[key] for key in _ROPE_LENGTHS.get(kind, ())}
+    return {"rope_type": kind, **lengths, **_ROPE_DEFAULTS.get(kind, {}), **rest}

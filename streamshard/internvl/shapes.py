@@ -30,8 +30,8 @@ GATHER = (
     "put config and tokenizer beside what it writes, and use that"
 )
 
-# What quantized weights are packed into.
-_PACKED = ("U8", "I8", "U32", "I32")
+# What quantized weights are packed into: no weight of a model is of whole numbers.
+_PACKED = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 # A size of a shape: a number, or the words (see `Dims.size`) whose sizes are added.
 Size = tuple[str, ...]
@@ -48,7 +48,7 @@ class HasShape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """A tensor of another shape than its model has; None stands for any size.
+    """A tensor of another shape than its model has, or of no floats; None stands for any size.
 
     `like` is the tensor that it does not agree with, empty if it is the config.
     """
@@ -59,15 +59,22 @@ class Misfit:
     like: str = ""
     dtype: str = ""
 
+    @property
+    def fits(self) -> bool:
+        """Whether the shape itself is the right one."""
+        return _agree(self.found, self.expected)
+
     def __str__(self) -> str:
         # A size that is free is as good as any.
         free = (
             self.found if len(self.found) == len(self.expected) else ("any",) * len(self.expected)
         )
         expected = zip(self.expected, free, strict=True)
-        sizes = ", ".join(str(mine if size is None else size) for size, mine in expected)
+        sizes = ", ".join(str(mine or "any" if size is None else size) for size, mine in expected)
         why = f"as '{printable(self.like)}' has it" if self.like else "by the config"
         text = f"'{printable(self.name)}' has the shape {list(self.found)}; [{sizes}] was expected, {why}"
+        if self.fits and all(self.found):
+            text = f"'{printable(self.name)}' has whole numbers, where weights are floats"
         if not all(self.found):
             return f"{text}. {GATHER}"
         if self.dtype in _PACKED:
@@ -128,7 +135,9 @@ def expected_shapes(dims: Dims, layout: Layout) -> dict[str, tuple[int | None, .
 def misfits(
     tensors: Mapping[str, HasShape], given: Mapping[str, str], dims: Dims, layout: Layout
 ) -> Iterator[Misfit]:
-    """The tensors whose shape is not that of their line in the tables, in the order of the names.
+    """The tensors that are not of the shape of their line in the tables, by the order of the names.
+
+    No size may be zero, and no weight may be of whole numbers.
 
     `given` maps flat names of `layout` to those of `tensors`; names that no table knows are passed
     over.
@@ -141,23 +150,20 @@ def misfits(
         pattern = patterns.get(key)
         if pattern is None:
             continue
-        found = tensors[name].shape
+        tensor = tensors[name]
+        found, packed = tensor.shape, tensor.dtype in _PACKED
         expected = known.get(key)
         if expected is None:
             expected = known[key] = shape.of(pattern)
-        if found == expected:
+        if found == expected and not packed:
             continue
         found = tuple(map(int, found))
         expected = known[key] = shape.of(pattern)
-        fits = len(found) == len(expected) and all(
-            size in (None, mine) for size, mine in zip(expected, found, strict=True)
-        )
-        if fits and all(found):
-            if shape.learn(pattern, found, name):
-                known.clear()
-        elif not fits:
+        if not _agree(found, expected) or not all(found) or packed:
             like = _like(shape, pattern, found, expected)
-            yield Misfit(name, found, expected, like, str(tensors[name].dtype))
+            yield Misfit(name, found, expected, like, str(tensor.dtype))
+        elif shape.learn(pattern, found, name):
+            known.clear()
 
 
 def check_shapes(
@@ -182,6 +188,13 @@ def check_gathered(where: str, tensors: Mapping[str, HasShape]) -> None:
     empty = [name for name, tensor in tensors.items() if tuple(tensor.shape) == (0,)]
     if empty:
         raise InputError(f"{where}: {listed(empty)} have no elements. {GATHER}.")
+
+
+def _agree(found: Sequence[int], expected: Sequence[int | None]) -> bool:
+    """Whether a shape is an expected one, of which None is any size."""
+    return len(found) == len(expected) and all(
+        size in (None, mine) for size, mine in zip(expected, found, strict=True)
+    )
 
 
 def _like(

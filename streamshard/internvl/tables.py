@@ -50,6 +50,7 @@ _SWITCHES = {
     "norm_bias": "bias of the vision encoder's norms",
     "attention_bias": "bias of the language model's attention",
     "mlp_bias": "bias of the language model's MLP",
+    "position_table": "table of the vision encoder's positions",
 }
 
 # An index in a name. Longer ones, and ones with leading zeros, are no indexes of layers.

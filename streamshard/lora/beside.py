@@ -29,11 +29,16 @@ def with_beside(adapter: Adapter, keys: Keys, work: Workspace) -> tuple[Adapter,
     adapter's own, and for values that differ from the adapter's own for the same tensor.
     """
     tensors, whole = dict(adapter.tensors), dict(keys.whole)
-    for file, own in adapter.beside.items():
+    for file, content in adapter.beside.items():
+        own = {
+            key: tensor
+            for key, tensor in content.items()
+            if key not in adapter.tensors or not _same(adapter.tensors[key], tensor, work)
+        }
         try:
             found = read_keys(own, file, adapter.name if factors_among(own) else None)
         except AdapterError as error:
-            raise _unplaced(file, own, str(error)) from error
+            raise _unplaced(file, content, str(error)) from error
         for name, module in found.modules.items():
             _check_repeats(adapter, keys.modules.get(name, Module()), module, file, work)
         for name, key in found.whole.items():
@@ -43,7 +48,9 @@ def with_beside(adapter: Adapter, keys: Keys, work: Workspace) -> tuple[Adapter,
                 whole[name], tensors[label] = label, own[key]
             elif not _same(tensors[before], own[key], work):
                 raise _unplaced(
-                    file, own, f"'{printable(key)}' has other values than '{printable(before)}'."
+                    file,
+                    content,
+                    f"'{printable(key)}' has other values than '{printable(before)}'.",
                 )
     return replace(adapter, tensors=tensors), replace(keys, whole=whole)
 

@@ -19,6 +19,7 @@ from streamshard.errors import AdapterError, printable
 from streamshard.lora.adapter import Adapter, AdapterPlan, facts_of
 from streamshard.lora.adapter_plan import plan_adapter
 from streamshard.lora.depth_check import check_depth
+from streamshard.lora.given_twice import check_given_twice
 from streamshard.lora.keys import Module
 from streamshard.lora.name_matching import OtherNames
 from streamshard.lora.replacements import Replacement, replaced_tensors, replacements_of
@@ -86,6 +87,7 @@ def changes_of(
     if tie is not None:
         whole.setdefault(tie[1], base[tie[0]])
     plans = [plan_adapter(adapter, whole, work, others) for adapter in adapters]
+    check_given_twice(plans, work)
     followed = [tie is not None and _follows(plan, tie, work) for plan in plans]
     own = [replacements_of(plan, whole, work) for plan in plans]
     replacements = [one for found in own for one in found.found]

@@ -10,6 +10,7 @@ from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.lora.adapter import Adapter, AdapterPlan, largest, no_sum
 from streamshard.lora.adapter_checks import not_asked
 from streamshard.lora.beside import check_beside, told_of
+from streamshard.lora.keys import BASE_LAYER
 from streamshard.lora.name_matching import Place
 from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.comparing import equal_bytes
@@ -24,7 +25,10 @@ __all__ = ["Replacement", "Replacements", "replaced_tensors", "replacements_of"]
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """Rows that take the place of rows of a target."""
+    """Rows that take the place of rows of a target.
+
+    `is_base` says that they are the weight beneath a pair or token rows, and not a copy of its own.
+    """
 
     adapter: Adapter
     target: str
@@ -32,6 +36,7 @@ class Replacement:
     rows: Lazy
     whole: bool = False
     is_tokens: bool = False
+    is_base: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,12 @@ def replacements_of(plan: AdapterPlan, base: Mapping[str, Lazy], work: Workspace
             if tensor.dtype != target.dtype:
                 rounded.append(place.target)
             rows = cast(rows, target.dtype)
-            found.append(Replacement(adapter, place.target, place.start, rows, whole=place.whole))
+            is_base = BASE_LAYER in key
+            found.append(
+                Replacement(
+                    adapter, place.target, place.start, rows, whole=place.whole, is_base=is_base
+                )
+            )
         if len(found) == count:
             idle.append(key)
         else:

@@ -1,7 +1,8 @@
-"""Trained token rows of a model whose head is its embedding, in bases that have both.
+"""Values of one of embedding and head that are meant for both, as the trained model tied the two.
 
-PEFT trains one set of rows for both and saves it once. The custom layout never ties the two, so its
-config does not say whether a model that an adapter was trained on did.
+PEFT trains one set of token rows for both and saves it once; and the weight beneath a pair, where it
+saves that, is the one which the two have in common: only the update is of one alone. The custom layout
+never ties the two, so its config does not say whether a model that an adapter was trained on did.
 """
 
 from __future__ import annotations
@@ -38,15 +39,41 @@ def rows_of_both(
     *,
     never_ties: bool,
 ) -> list[Replacement]:
-    """The rows that an adapter has for the embedding, for the head, if it means both.
+    """What an adapter has for the embedding, for the head, if it means both; or the reverse.
 
     `never_ties` says that the class that was trained has two tensors. Raises `AdapterError` where it is
     not known whether it had.
     """
-    rows = [r for r in own if r.is_tokens and r.target == ends.embedding]
-    if never_ties or not rows or any(r.is_tokens and r.target == ends.head for r in own):
+    if never_ties:
         return []
-    if not ends.tied:
+    tables = _tables_of_both(plan, own, ends) if ends.tied else []
+    return tables + _token_rows_of_both(plan, own, base, ends, work)
+
+
+def _tables_of_both(plan: AdapterPlan, own: Sequence[Replacement], ends: Ends) -> list[Replacement]:
+    """The weight beneath the pair of one of the two, for the other one."""
+    named = {place.target for name in plan.keys.whole for place in plan.homes[name]}
+    both = {ends.embedding: ends.head, ends.head: ends.embedding}
+    return [
+        replace(r, target=both[r.target])
+        for r in own
+        if r.is_base and r.whole and r.target in both and both[r.target] not in named
+    ]
+
+
+def _token_rows_of_both(
+    plan: AdapterPlan,
+    own: Sequence[Replacement],
+    base: Mapping[str, Lazy],
+    ends: Ends,
+    work: Workspace,
+) -> list[Replacement]:
+    rows = [r for r in own if r.is_tokens and r.target == ends.embedding]
+    if not rows or any(r.is_tokens and r.target == ends.head for r in own):
+        return []
+    if ends.tied:
+        _check_same_rows(plan)
+    else:
         says, same = _says_tied(plan), _are_equal(base, ends, work)
         if says and not same:
             raise AdapterError(
@@ -72,6 +99,26 @@ def rows_of_both(
 def _are_equal(base: Mapping[str, Lazy], ends: Ends, work: Workspace) -> bool:
     one, other = base[ends.embedding], base[ends.head]
     return one.shape == other.shape and equal_bytes(one, other, work)
+
+
+def _check_same_rows(plan: AdapterPlan) -> None:
+    """Refuse a file without rows of the head that are others than those of the embedding."""
+    indices = plan.adapter.settings.token_indices
+    own = [
+        {
+            index
+            for name, rows in indices.items()
+            if name.rpartition(".")[2] in ends
+            for index in rows
+        }
+        for ends in (EMBEDDINGS, HEADS)
+    ]
+    if all(own) and own[0] != own[1]:
+        raise AdapterError(
+            f"{plan.adapter.where}: trainable_token_indices has other rows for the head than for the "
+            "embedding, but the file has none of the head. It is incomplete: save or copy the adapter "
+            "again."
+        )
 
 
 def _says_tied(plan: AdapterPlan) -> bool:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from pairs import Pair
 
+from streamshard.checkpoint.other_folders import what_instead
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4936\n"
 
 
@@ -76,7 +78,7 @@ CASES: dict[str, tuple[Callable[[Pair], object], int, list[str]]] = {
     "utf-16": (lambda p: wide(p.adapter / "adapter_config.json"), 3, ["UTF-8"]),
     "zero": (
         lambda p: touched(emptied(p.base) / "global_step100" / "mp_rank_00_model_states.pt"),
-        3, ["DeepSpeed", "zero_to_fp32.py", "--safe_serialization"],
+        3, ["DeepSpeed", "python /", "base/zero_to_fp32.py /", "base --safe_serialization"],
     ),
     "inside-zero": (
         lambda p: touched(emptied(p.base) / "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
@@ -84,7 +86,7 @@ CASES: dict[str, tuple[Callable[[Pair], object], int, list[str]]] = {
     ),
     "fsdp": (
         lambda p: touched(emptied(p.base) / "pytorch_model_fsdp_0" / "__0_0.distcp"),
-        3, ["FSDP", "accelerate merge-weights"],
+        3, ["FSDP", "accelerate merge-weights /", "/pytorch_model_fsdp_0 OUTPUT"],
     ),
     "runs": (
         lambda p: touched(emptied(p.base) / "checkpoint-90" / "x", p.base / "checkpoint-100" / "x"),
@@ -116,6 +118,21 @@ def test_part_4_what_it_is_and_what_to_do(case, pair, refused):
     change, code, expected = CASES[case]
     change(pair)
     refused(code, *expected)
+
+
+@pytest.mark.parametrize("name", ["run 1", "run 1/global_step7"])
+def test_part_4_what_gathers_a_zero_save_can_be_pasted(name, tmp_path):
+    """It lies beside the states of all steps, and names may have spaces."""
+    touched(tmp_path / "run 1" / "global_step7" / "mp_rank_00_model_states.pt")
+    whole = tmp_path / "run 1"
+    said = what_instead(tmp_path / name)
+    assert f"python '{whole}/zero_to_fp32.py' '{whole}' '{whole}' --safe_serialization" in said
+
+
+@pytest.mark.parametrize("name", ["models--org--name", "models--org--name/snapshots"])
+def test_part_4_a_cache_that_was_copied_without_its_blobs(name, tmp_path):
+    touched(tmp_path / "models--org--name" / "snapshots" / "abc" / "x")
+    assert "models--org--name/snapshots/abc" in what_instead(tmp_path / name)
 
 
 def test_part_4_one_adapter_given_twice_is_named_once(pair, refused):

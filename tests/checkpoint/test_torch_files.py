@@ -178,6 +178,7 @@ BROKEN: dict[str, Any] = {
     "no-program": {"pkl": None, "data.pkl": None},
     "another-order": {"byteorder": b"big"},
     "short-data": {"0": b"1234"},
+    "long-data": {"0": bytes(200)},
     "no-data": {"0": None},
 }
 

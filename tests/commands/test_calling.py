@@ -141,6 +141,36 @@ def test_a_misspelt_keyword_is_told_with_the_one_that_is_meant(name, given, mean
         getattr(streamshard, name)(**{given: tmp_path})
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("merge_lora", {"workers": "2"}),
+        ("merge_lora", {"workers": 2.5}),
+        ("merge_lora", {"overwrite": "no"}),
+        ("merge_lora", {"weight": "x"}),
+        ("merge_lora", {"weight": [1, None]}),
+        ("merge_lora", {"alpha": "8"}),
+        ("merge_lora", {"adapter_name": 3}),
+        ("merge_lora", {"on_plan": 3}),
+        ("hf_to_custom", {"progress": "yes"}),
+        ("wrap_lora", {"llm_r": "4"}),
+        ("wrap_lora", {"seed": None}),
+        ("wrap_lora", {"dropout": "0.1"}),
+        ("wrap_lora", {"backbone_alpha": "8"}),
+        ("verify", {"strict": "false"}),
+    ],
+)
+def test_a_value_of_another_type_is_told_with_its_keyword(name, given, tmp_path):
+    needed = {
+        key: tmp_path / "x"
+        for key, one in inspect.signature(getattr(streamshard, name)).parameters.items()
+        if one.default is one.empty and one.kind is one.KEYWORD_ONLY
+    }
+    needed |= {"path": tmp_path / "x"} if name == "verify" else {}
+    with pytest.raises(UsageError, match=rf"`{next(iter(given))}(=True)?`.* was expected"):
+        getattr(streamshard, name)(**needed, **given)
+
+
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_a_nonsense_keyword_is_told_with_those_that_there_are(name):
     with pytest.raises(TypeError, match=rf"{name}\(\).*'zzzz'.*{KEYWORDS[name][-1]}"):
@@ -315,7 +345,8 @@ def test_the_command_line_keeps_its_words_and_says_whose_an_option_is():
     with command_line(KEYWORDS["diff"]):
         assert spoken("use --workers") == "use --workers"
         assert spoken("pass --adapter") == "pass --adapter (of streamshard merge-lora)"
-        assert spoken("run `merge-lora --adapter A`") == "run `merge-lora --adapter A`"
+        assert spoken("`merge-lora --adapter A`") == "`streamshard merge-lora --adapter A`"
+        assert spoken("it is `merge-lorax`") == "it is `merge-lorax`"
     with command_line({"checkpoint", "output"}):  # a drop-in script
         assert spoken("pass --overwrite.") == "pass --overwrite (of streamshard merge-lora)."
 

@@ -27,7 +27,7 @@ from presets import PRESETS, SPELLINGS, tensor_shapes
 from reference import digests, read
 from safetensors.torch import save_file
 
-from streamshard import diff
+from streamshard import diff, wrap_lora
 from streamshard.errors import InputError
 
 
@@ -346,3 +346,24 @@ def test_what_is_not_finite_is_said_so(value, tmp_path, cli):
     assert outcome.code == 0, outcome.err
     assert "L2: total not finite, average not finite, global not finite" in outcome.out
     assert re.search(r"not finite +w$", outcome.out, re.MULTILINE)
+
+
+def test_one_that_is_wrapped_is_told(tmp_path, cli):
+    """Else two hundred names that are in one only would be all that is said."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    for name in ("one", "other"):
+        wrap_lora(base=base, output=tmp_path / name, llm_r=2)
+    for pair in ((base, tmp_path / "one"), (tmp_path / "one", base)):
+        outcome = cli("diff", *pair)
+        assert outcome.code == 0
+        assert f"`streamshard merge-lora {tmp_path / 'one'}`" in outcome.err
+    assert not diff(tmp_path / "one", tmp_path / "other")["warnings"]
+
+
+def test_nothing_in_common_is_no_distance(tmp_path, cli):
+    """S13: of the command, too."""
+    for name in ("a", "b"):
+        save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    outcome = cli("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert "L2: none, since no tensor could be compared" in outcome.out
+    assert "total 0" not in outcome.out

@@ -126,6 +126,8 @@ def test_an_adapter_whose_names_say_nothing(tmp_path):
 
 def test_a_bare_file(tmp_path, cli):
     file = make(tmp_path / "x", "tiny-internlm2", "custom") / "model.safetensors"
+    assert inspect(file)["dimensions"]["heads"] == 4  # by the config beside it
+    (file.parent / "config.json").unlink()
     report = inspect(file)
     assert (report["layout"], report["family"], report["dimensions"]) == (
         "custom", "internlm2", None,
@@ -174,7 +176,7 @@ def test_inspect_of_nothing(tmp_path, cli):
     for path in ("nowhere", "empty"):
         refused(cli, tmp_path, 3, "inspect", tmp_path / path)
     ref = without_weights(make(tmp_path / "ref", "tiny", "hf"))
-    assert "no .safetensors weights" in refused(cli, tmp_path, 3, "inspect", ref)
+    assert "has no weights of a model" in refused(cli, tmp_path, 3, "inspect", ref)
 
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])

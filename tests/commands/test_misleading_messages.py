@@ -103,7 +103,7 @@ def test_an_adapter_in_place_of_a_checkpoint(command, pair, cli):
     assert done.code == 3
     assert "is a PEFT adapter" in done.err
     check_options(done.err, command)
-    (advice,) = re.findall(r"`(merge-lora [^`]*)`", done.err)
+    (advice,) = re.findall(r"`streamshard (merge-lora [^`]*)`", done.err)
     again = [str(pair.base) if word == "MODEL" else word for word in shlex.split(advice)]
     assert cli(*again, "--output", pair.root / "out" / "advised").code == 0
 
@@ -141,7 +141,9 @@ def test_a_training_checkpoint_as_an_adapter(trained, cli):
         done = cli("merge-lora", *given, "--output", trained / "o")
         assert done.code in {2, 3}, done.err
         assert "training checkpoint" in done.err
-        assert re.search(rf"`merge-lora {re.escape(str(run))}[^`]*`", done.err), done.err
+        assert re.search(rf"`streamshard merge-lora {re.escape(str(run))}[^`]*`", done.err), (
+            done.err
+        )
     with pytest.raises(StreamshardError, match=r"streamshard\.merge_lora\(checkpoint=\"") as raised:
         streamshard.merge_lora(adapter=run, base=base, output=trained / "o")
     assert "--" not in str(raised.value).replace(str(trained), "")
@@ -181,7 +183,7 @@ def test_a_plain_model_as_a_training_checkpoint(pair, cli):
     for command in ("merge-lora", "extract-lora"):
         done = cli(command, pair.base, "--output", pair.output)
         assert done.code == 3
-        assert f"`merge-lora --adapter ADAPTER --base {pair.base}`" in done.err
+        assert f"`streamshard merge-lora --adapter ADAPTER --base {pair.base}`" in done.err
         check_options(done.err, command)
 
 

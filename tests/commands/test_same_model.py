@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from folders import (
     HEADS,
     INNER,
@@ -86,6 +87,60 @@ def test_S15_windows_that_are_not_used_do_not_matter(folders, tmp_path):
     edit(folders["hf"], inner("hf", use_sliding_window=False))
     edit(folders["hf"], lambda c: c["text_config"].update(sliding_window=None))
     assert convert("hf", folders["custom"], folders["hf"], tmp_path / "out")["warnings"] == []
+
+
+def test_S15_rope_parameters_come_before_rope_theta(folders, tmp_path, cli):
+    """As in transformers 5, which reads both and keeps the former."""
+    parameters = {"rope_type": "default", "rope_theta": 5e6}
+    edit(folders["hf"], inner("hf", rope_theta=10000.0, rope_parameters=parameters))
+    read_by_it = transformers.AutoConfig.from_pretrained(folders["hf"]).text_config
+    assert read_by_it.rope_parameters["rope_theta"] == 5e6
+    call = command("hf", folders["custom"], folders["hf"], tmp_path / "out")
+    assert "llm_config.rope_theta is 10000.0" in refused(cli, tmp_path, 3, *call)
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("preset", "key", "value", "same"),
+    [
+        ("tiny-gpt-oss", "layer_types", [FULL] * 3, False),
+        ("tiny-gpt-oss", "layer_types", [SLIDING, FULL, SLIDING], True),
+        ("tiny-gpt-oss", "layer_types", None, True),
+        ("tiny-gpt-oss", "swiglu_alpha", 1.0, False),
+        ("tiny-gpt-oss", "swiglu_alpha", 1.702, True),
+        ("tiny", "layer_types", [FULL] * 3, True),
+        ("tiny", "layer_types", [FULL, SLIDING, FULL], False),
+        ("tiny-qwen3", "layer_types", [SLIDING] * 3, False),
+    ],
+)
+def test_S15_which_layers_see_a_window(preset, key, value, same, tmp_path, cli):
+    made = {side: make(tmp_path / side, preset, side) for side in ("custom", "hf")}
+    edit(made["hf"], lambda c: c["text_config"].update({key: value}))
+    call = command("hf", made["custom"], made["hf"], tmp_path / "out")
+    outcome = cli(*call, "--dry-run")
+    assert outcome.code == (0 if same else 3)
+    assert same or f"llm_config.{key}" in outcome.err
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+def test_S15_lengths_that_a_scaling_is_made_of(kind, folders, tmp_path):
+    """Stated beside it, so that equal scalings differ."""
+    scaling = {
+        "rope_type": kind,
+        "factor": 2.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+    }
+    for side, length in (("custom", 512), ("hf", 256)):
+        values = {"rope_scaling": scaling, "max_position_embeddings": length}
+        edit(folders[side], inner(side, **values))
+    (warning,) = convert("hf", folders["custom"], folders["hf"], tmp_path / "out")["warnings"]
+    assert "rope_scaling is" in warning
+    assert "512" in warning
+    edit(folders["custom"], inner("custom", max_position_embeddings=256))
+    assert convert("hf", folders["custom"], folders["hf"], tmp_path / "two")["warnings"] == []
 
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])

@@ -133,6 +133,7 @@ def test_S1_a_bare_file_of_another_model(tmp_path, cli):
         lambda c: c["text_config"].update(hidden_size=32),
     )
     without_weights(tmp_path / "ref")
+    (other / "config.json").unlink()  # which would be its config
     bare = other / "model.safetensors"
     text = refused(cli, tmp_path, 3, *command("hf", bare, tmp_path / "ref", tmp_path / "out"))
     assert "'language_model.lm_head.weight' has the shape [288, 64]; [288, 32] was" in text
@@ -178,6 +179,90 @@ def test_S1_what_was_never_gathered_is_refused_whatever_it_is(tmp_path, cli):
     assert cli("verify", tmp_path / "base").code == 8
 
 
+@pytest.mark.parametrize("layout", ["custom", "hf"])
+def test_S1_tables_that_are_both_empty(layout, tmp_path, cli):
+    """They agree with each other, and the config does not fix their rows."""
+    source = make(tmp_path / "source", "tiny", layout)
+    content = read(source)
+    put(source, {**content, EMBEDDING: content[EMBEDDING][:0], HEAD: content[HEAD][:0]})
+    ref = without_weights(make(tmp_path / "ref", "tiny", OTHER[layout]))
+    write_adapter(tmp_path / "adapter", "tiny", layout=layout, targets="llm")
+    merge = ["merge-lora", "--base", source, "--adapter", tmp_path / "adapter"]
+    conversion = command(OTHER[layout], source, ref, tmp_path / "out")
+    both = [*conversion, "--tokenizer-from", "source"]
+    for call in ([*merge, "--output", tmp_path / "out"], both):
+        text = refused(cli, tmp_path, 3, *call)
+        assert "has the shape [0, 64]; [any, 64] was expected" in text
+        assert "zero_to_fp32.py" in text
+    assert cli("verify", source).code == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool], ids=str)
+def test_S1_whole_numbers_are_no_weights(dtype, tmp_path, cli):
+    """transformers would take the codes of a quantized tensor for its values."""
+    source = make(tmp_path / "source", "tiny", "custom")
+    name, content = f"{LAYER}mlp.up_proj.weight", read(source)
+    put(source, {**content, name: content[name].to(dtype)})
+    ref = without_weights(make(tmp_path / "ref", "tiny", "hf"))
+    text = refused(cli, tmp_path, 3, *command("hf", source, ref, tmp_path / "out"))
+    assert f"'{name}' has whole numbers, where weights are floats" in text
+    assert cli("verify", source).code == 8
+
+
+@pytest.mark.parametrize("layout", ["custom", "hf"])
+def test_S1_S14_a_checkpoint_without_its_vision_encoder(layout, tmp_path, cli):
+    """Nothing in its names tells what it is; its config does."""
+    base = make(tmp_path / "base", "tiny", layout)
+    content = read(base)
+    left = {n: t for n, t in content.items() if n.startswith("language_model.")}
+    put(base, left)
+    assert set(found_by_verify(base)["missing"]) == set(content) - set(left)
+    name = f"{LAYER}mlp.down_proj.weight"
+    put(base, {**left, name: left[name].mT})
+    write_adapter(tmp_path / "adapter", "tiny", layout=layout, targets="llm")
+    merge = ["merge-lora", "--base", base, "--adapter", tmp_path / "adapter"]
+    text = refused(cli, tmp_path, 3, *merge, "--output", tmp_path / "out")
+    assert f"'{name}' has the shape [96, 64]; [64, 96] was expected" in text
+
+
+# What transformers 5.23 can build besides the published models.
+UNUSUAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "no-position-table": ({"use_absolute_position_embeddings": False}, {}, {}),
+    "rectangles": ({"image_size": [28, 56], "patch_size": [14, 7]}, {}, {}),
+    "rms-without-qk-norm": ({"norm_type": "rms_norm", "attention_bias": True}, {}, {}),
+    "one-channel": ({"num_channels": 1}, {}, {}),
+    "shuffle": ({"image_size": 56}, {}, {"downsample_ratio": 0.25}),
+    "head-dim": ({}, {"head_dim": 16}, {}),
+    "llama-biases": ({}, {"model_type": "llama", "attention_bias": True, "mlp_bias": True}, {}),
+    "phi3-grouped": ({}, {"model_type": "phi3"}, {}),
+    "qwen3-default-head-dim": ({}, {"model_type": "qwen3"}, {}),
+    "dense-layers": ({}, {"model_type": "qwen3_moe", "mlp_only_layers": [1], "num_experts": 4}, {}),
+    "gpt-oss-no-bias": (
+        {}, {"model_type": "gpt_oss", "attention_bias": False, "num_local_experts": 4}, {}
+    ),
+    "tied": ({}, {"tie_word_embeddings": False}, {"tie_word_embeddings": True}),
+    "untied": ({}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_S1_S14_unusual_models_of_transformers_are_right(case, tmp_path):
+    """Whatever the class builds by a config has the shapes and names that we expect by it."""
+    vision, text, top = UNUSUAL[case]
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = transformers.InternVLConfig(
+        vision_config={**sizes, "num_attention_heads": 2, "image_size": 28, **vision},
+        text_config={**sizes, "model_type": "qwen2", "num_attention_heads": 4, "vocab_size": 40,
+                     "num_key_value_heads": 2, "pad_token_id": 0, **text},
+        **top,
+    )  # fmt: skip
+    transformers.InternVLForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    report = streamshard.verify(tmp_path / "m")
+    assert report["problems"] == []
+    checks = {one["what"]: one["why_not"] for one in report["checks"]}
+    assert checks["completeness by config.json"] is checks["shapes by config.json"] is None
+
+
 def test_S1_wrapped_checkpoints(tmp_path, cli):
     """By the name in the file; also after the vocabulary was resized."""
     base = make(tmp_path / "run", "tiny", "custom")
@@ -187,6 +272,7 @@ def test_S1_wrapped_checkpoints(tmp_path, cli):
         for n, t in content.items()
     }
     put(base, more)
+    edit(base, lambda c: c["llm_config"].update(vocab_size=300))
     assert cli("verify", base).code == 0, cli("verify", base).out
     merge = ["merge-lora", base, "--output", tmp_path / "out", "--alpha", "8"]
     assert cli(*merge).code == 0
@@ -216,7 +302,17 @@ def test_S1_a_resized_vocabulary_is_fine(layout, how, tmp_path, cli):
     ref = without_weights(make(tmp_path / "ref", "tiny", OTHER[layout]))
     call = command(OTHER[layout], source, ref, tmp_path / "out")
     assert cli(*call, "--tokenizer-from", "source").code == 0
-    assert cli("verify", source).code == 0
+    assert cli("verify", tmp_path / "out").code == 0
+    # The source itself can only be loaded if its config says so.
+    outcome = cli("verify", source)
+    assert outcome.code == 8
+    assert "states a vocab_size of 288" in outcome.out
+    write_adapter(tmp_path / "adapter", "tiny", layout=layout, targets="llm")
+    merge = ["merge-lora", "--base", source, "--adapter", tmp_path / "adapter"]
+    outcome = cli(*merge, "--output", tmp_path / "merged")
+    assert outcome.code == 0
+    assert "another vocab_size" in outcome.err
+    assert cli("verify", tmp_path / "merged").code == 0
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-6b-vit", "tiny-internlm2", "tiny-qwen3-moe"])

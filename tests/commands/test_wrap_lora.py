@@ -352,8 +352,8 @@ def test_bases_that_cannot_be_wrapped(tmp_path):
         "lacks .*layers.1.mlp.up_proj.weight": {n: t for n, t in tensors.items() if n != name},
         "has 'language_model.extra.weight'": tensors
         | {"language_model.extra.weight": torch.ones(3)},
-        "up_proj.weight' is I32": tensors | {name: tensors[name].int()},
-        "the base is quantized": tensors | {name.replace("weight", "qweight"): torch.ones(3)},
+        "up_proj.weight' has whole numbers": tensors | {name: tensors[name].int()},
+        "is quantized: it has": tensors | {name.replace("weight", "qweight"): torch.ones(3)},
     }
     for number, (match, content) in enumerate(cases.items()):
         refused(reference.save_checkpoint(tmp_path / str(number), content, config=config), match)

@@ -255,14 +255,14 @@ def test_others_may_read(full, cli):
 
 
 def test_what_is_not_read_may_change(full, cli):
-    """New files in the folder, those that are not carried, and the tokenizer of an adapter."""
+    """New files in the folder, those that are not carried, and pictures beside an adapter."""
     (full.base / "trainer_state.json").write_text("{}")
-    (full.adapter / "tokenizer.json").write_text("{}")
+    (full.adapter / "loss.png").write_text("x")
 
     def change() -> None:
         (full.base / "new.txt").write_text("x")
         (full.base / "trainer_state.json").write_text("{ }")
-        (full.adapter / "tokenizer.json").unlink()
+        (full.adapter / "loss.png").unlink()
 
     with at(staged(full.root, "*.part"), change) as done:
         assert cli(*full.command).code == 0

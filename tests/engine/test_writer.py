@@ -50,7 +50,7 @@ def mixed(tmp_path):
         tmp_path / "base",
         dict(odd[:5]),
         dict(odd[5:]) | {WIDE: reference.normal((70, 33), 0.1, seed=6, dtype="BF16")},
-        {"only.empty": torch.zeros(0, dtype=torch.float16), "and": torch.zeros(3, 0)},
+        {"only.empty": torch.zeros(0, 2, dtype=torch.float16), "and": torch.zeros(3, 0)},
     )
     return base, one_pair(tmp_path / "adapter", 70, 33)
 

@@ -112,6 +112,8 @@ def test_names_of_no_family():
     names = [n.replace("mlp", "ffn") for n in lazy("tiny", "hf")]
     assert detect(names, config("tiny", "hf")).family is None
     assert "are not those of any of the families" in message(lambda: dims_from_names(names, "hf"))
+    assert "there are 'a'. Give the state dict" in message(lambda: dims_from_names(["a"], "hf"))
+    assert "there are none. Give the state dict" in message(lambda: dims_from_names([], "custom"))
 
 
 def test_detection_is_a_value():

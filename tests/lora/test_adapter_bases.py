@@ -258,6 +258,43 @@ def test_one_adapter_given_twice(pair, refused):
     refused(2, "--weight", more=["--adapter", pair.adapter])
 
 
+@pytest.mark.parametrize("how", ["bin", "metadata", "named", "alpha"])
+def test_part_4_one_adapter_in_another_file_is_given_twice(how, pair, refused):
+    """The tensors tell, not the bytes of the file."""
+    copy = pair.root / "copy"
+    shutil.copytree(pair.adapter, copy)
+    file = copy / "adapter_model.safetensors"
+    content = reference.load_file(file)
+    if how == "bin":
+        file.unlink()
+        torch.save(content, copy / "adapter_model.bin")
+    elif how == "named":
+        edited(copy, lambda c: {k.replace(".weight", ".default.weight"): t for k, t in c.items()})
+    elif how == "alpha":
+        configure(copy, lora_alpha=3)
+    else:
+        reference.save_file(content, file, {"format": "pt", "step": "3"})
+    refused(2, "one adapter", "copy", more=["--adapter", copy])
+
+
+def test_S9_equal_rows_of_other_tokens_are_two_adapters(tmp_path):
+    table = normal((20, 8), 1, seed=1)
+    base = reference.save_checkpoint(tmp_path / "base", {"model.embed_tokens.weight": table})
+    rows = normal((2, 8), 1, seed=2)
+    key = f"{KEY}model.embed_tokens.token_adapter.trainable_tokens_delta"
+    indices = {"a": [3, 7], "b": [9, 4], "c": [3, 7]}
+    for name, own in indices.items():
+        config = {"r": 1, "lora_alpha": 1, "trainable_token_indices": own}
+        reference.save_adapter(tmp_path / name, {key: rows}, **config)
+    merge_lora(base=base, adapter=[tmp_path / "a", tmp_path / "b"], output=tmp_path / "out")
+    expected = table.clone()
+    for own in ([3, 7], [9, 4]):
+        expected[own] = rows
+    assert reference.same_tensor(read(tmp_path / "out")["model.embed_tokens.weight"], expected)
+    both = [tmp_path / "a", tmp_path / "c"]
+    raises(tmp_path, "one adapter", code=2, base=base, adapter=both)
+
+
 def test_options_of_a_conversion_need_one(pair, refused):
     """A reference that nothing is taken from is a mistake."""
     refused(2, "--layout", more=["--reference", pair.base])

@@ -17,6 +17,7 @@ from peft_cases import (
     assert_exact,
     check,
     double,
+    edited,
     exact_weights,
     fill,
     language_model,
@@ -231,3 +232,47 @@ def test_tied_factors_that_are_not_transposes_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="ensure_weight_tying"):
         merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# --- what one of embedding and head has for both of a tied model ----------------------------------
+
+
+OF_BOTH: dict[str, dict[str, Any]] = {
+    "lora-embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "lora-head": {"target_modules": ["q_proj", "lm_head"]},
+    "dora-embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "dora-head": {"target_modules": ["lm_head"], "use_dora": True},
+    "lora-both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "head-saved": {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 149]},
+    "rows-without-head": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 149]},
+}
+
+
+@pytest.mark.parametrize("rows", [150, 160, 170])
+@pytest.mark.parametrize("kind", OF_BOTH)
+def test_R3_S9_the_table_beneath_a_pair_is_that_of_both(kind, rows, tmp_path):
+    """The model was tied, so the head has the saved table too, without the embedding's update."""
+    base = language_model(tied=True)
+    trained_on = language_model(tied=True)
+    trained_on.resize_token_embeddings(rows)
+    fill(trained_on)
+    if rows == 160:
+        with torch.no_grad():
+            base.model.embed_tokens.weight.add_(0.25)
+    wrapped = adapted(trained_on, **OF_BOTH[kind])
+    adapter = save_adapter(tmp_path / "adapter", wrapped, save_embedding_layers=True)
+    if kind == "rows-without-head":
+        edited(adapter, lambda c: {k: t for k, t in c.items() if "lm_head" not in k})
+    merge_lora(base=save_base(tmp_path / "base", base), adapter=adapter, output=tmp_path / "out")
+    assert_close(outputs(loaded(trained_on, tmp_path / "out")), outputs(wrapped))
+    assert config_of(tmp_path / "out")["vocab_size"] == rows
+
+
+def test_S9_other_rows_of_the_head_that_the_file_lacks(tmp_path):
+    model = language_model(tied=True)
+    named = {"embed_tokens": [3, 149], "lm_head": [5]}
+    wrapped = adapted(model, target_modules=["q_proj"], trainable_token_indices=named)
+    adapter = save_adapter(tmp_path / "adapter", wrapped)
+    edited(adapter, lambda c: {k: t for k, t in c.items() if "lm_head" not in k})
+    raises(tmp_path, "incomplete", base=save_base(tmp_path / "base", model), adapter=adapter)

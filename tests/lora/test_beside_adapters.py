@@ -28,12 +28,14 @@ FILES = [
     "mm_projector.pt",
     "projector.pth",
     "parts/vit.safetensors",
+    "VIT.SAFETENSORS",
+    "projector.ckpt",
 ]
 
 
 def put(path: Path, tensors: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         save_file(tensors, path)
     else:
         torch.save(tensors, path)
@@ -176,6 +178,20 @@ def test_S2_a_file_with_all_that_the_trainer_had(tmp_path):
     case.expect(case.trained)
 
 
+def test_S2_pieces_of_the_adapter_itself_are_inert(tmp_path):
+    """As an earlier save left them: pairs are cut apart, but all values are the adapter's."""
+    case = Case(tmp_path, "custom")
+    pairs = load_file(case.adapter / "adapter_model.safetensors")
+    for number in range(3):
+        own = {key: pairs[key] for key in [*pairs][number::3]}
+        put(case.adapter / f"adapter_model-0000{number + 1}-of-00003.safetensors", own)
+    plain = case.merged()
+    for file in case.adapter.glob("adapter_model-*"):
+        file.unlink()
+    again = case.merged("again")
+    assert all(reference.same_tensor(plain[name], again[name]) for name in again)
+
+
 STATES = [
     "optimizer.pt", "optimizer.bin", "optimizer_0.bin", "scheduler.pt", "scheduler.bin",
     "rng_state.pth", "rng_state_0.pth", "scaler.pt", "training_args.bin", "value_head.bin",
@@ -211,7 +227,56 @@ def test_S2_a_state_by_what_is_in_it(tmp_path):
     optimizer.step()
     torch.save(optimizer.state_dict(), case.adapter / "something.pt")
     torch.save({"epoch": 3, "args": Path("x")}, case.adapter / "notes.bin")
-    case.expect({})
+    state = {"optimizer": optimizer.state_dict(), "model": case.trained, "epoch": 3}
+    torch.save(state, case.adapter / "last.pt")
+    case.expect(case.trained)
+
+
+def test_S2_parameters_with_attributes_of_their_own(tmp_path):
+    """As parallel trainers mark them; torch pickles these in another way."""
+    case = Case(tmp_path, "custom")
+    marked: dict[str, Any] = {n: torch.nn.Parameter(t) for n, t in case.trained.items()}
+    for number, (name, tensor) in enumerate(marked.items()):
+        marked[name] = tensor if number % 2 else tensor.detach()
+        marked[name].tensor_model_parallel = False
+    put(case.adapter / "non_lora_trainables.bin", marked)
+    case.expect(case.trained)
+
+
+class Turned(torch.Tensor):
+    """A tensor of a class that is not torch's own."""
+
+
+HIDDEN: dict[str, Any] = {
+    "two-mappings": lambda t: {"projector": t, "vit": dict(t)},
+    "beside-a-tensor": lambda t: {"step": torch.tensor(3), "state_dict": t},
+    "list": lambda t: {"weights": [*t.values()]},
+    "list-within": lambda t: {"model": {"weights": [*t.values()]}},
+    "module": lambda t: {"projector": torch.nn.Linear(2, 2)},
+    "numbers": lambda t: dict(enumerate(t.values())),
+    "class": lambda t: {n: v.as_subclass(Turned) for n, v in t.items()},
+    "conjugated": lambda t: {"x": torch.ones(2, dtype=torch.complex64).conj()},
+    "sparse": lambda t: {n: v.float().to_sparse() for n, v in t.items()},
+    "one-of-many": lambda t: t | {"x": [torch.ones(2)]},
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_S2_tensors_that_have_no_name_are_not_passed_over(kind, tmp_path):
+    case = Case(tmp_path, "custom")
+    put(case.adapter / "non_lora_trainables.bin", HIDDEN[kind](case.trained))
+    with pytest.raises(AdapterError, match=r"non_lora_trainables\.bin"):
+        case.merged()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["projector.npz", "parts/projector.pkl", "WEIGHTS.H5"])
+def test_S2_a_format_that_is_not_read_is_told(file, tmp_path):
+    case = Case(tmp_path, "custom")
+    (case.adapter / "parts").mkdir()
+    (case.adapter / file).write_bytes(b"whatever")
+    case.merged()
+    assert any(file in warning for warning in case.report["warnings"])
 
 
 NOWHERE: dict[str, tuple[str, Any, str]] = {

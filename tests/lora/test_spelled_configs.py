@@ -36,7 +36,7 @@ def test_R12_residual_bases_in_any_case(name, tmp_path):
     adapter = save_adapter(tmp_path / "adapter", adapted(model, target_modules=["q_proj"]))
     configure(adapter, init_lora_weights=name)
     base = save_base(tmp_path / "base", model)
-    raises(tmp_path, name, "--base-is-residual", base=base, adapter=adapter)
+    raises(tmp_path, name, "base_is_residual", base=base, adapter=adapter)
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out", base_is_residual=True)
 
 

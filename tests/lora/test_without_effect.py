@@ -117,7 +117,7 @@ def test_S10_a_weight_of_zero_among_several(tmp_path):
     one = save_adapter(tmp_path / "one", adapted(fill(Model()), target_modules=["q_proj"]))
     two = save_adapter(tmp_path / "two", adapted(fill(Model()), target_modules=["v_proj"]))
     base = save_base(tmp_path / "base", fill(Model()))
-    said = raises(tmp_path, "--weight is 0", base=base, adapter=[one, two], weight=[1, 0])
+    said = raises(tmp_path, "`weight` is 0", base=base, adapter=[one, two], weight=[1, 0])
     assert "two" in said
 
 
