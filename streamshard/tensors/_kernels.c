@@ -27,6 +27,9 @@
  * with it are rounded; with the additions of r products, of all terms and of w less than r + terms + 6.
  * Nothing underflows while |s| is in 2^-200..2^200; beyond that the caller does what is left.
  */
+#if defined(__FAST_MATH__) || (defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0)
+#error "the proofs need every operation rounded as it stands: without this module numpy does the same"
+#endif
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <math.h>

@@ -226,12 +226,12 @@ static inline void NAME(add_up)(const float *w, const float *rounded, job_t *job
     vi same = {0};
     memcpy(sums, job->effected, sizeof sums);
     for (int i = 0; i < PANEL; i += LF) {
-        vf base = LOAD(vf, w + i), value = LOAD(vf, rounded + i), change = value - base;
+        vf base = LOAD(vf, w + i), value = LOAD(vf, rounded + i);
         same -= (vi)base == (vi)value;
         int lane = i % LANES / LD;
-        vd low = LOW(change), high = HIGH(change);
-        sums[lane] = FMAD(low, low, sums[lane]);
-        sums[lane + 1] = FMAD(high, high, sums[lane + 1]);
+        vd low = LOW(value) - LOW(base), high = HIGH(value) - HIGH(base);
+        sums[lane] += low * low; /* not fused: the same by every kernel */
+        sums[lane + 1] += high * high;
     }
     memcpy(job->effected, sums, sizeof sums);
     for (int i = 0; i < LF; i++)

@@ -245,7 +245,8 @@ class Computed(Lazy):
             whole, vector = magnitude.whole, magnitude.vector
 
             def make() -> Scale:
-                sums = whole._sums(strip, work, by_row=False)  # noqa: SLF001
+                sums = np.zeros((strip[1] - strip[0], 3))
+                whole._add_squares(strip, work, sums, by_row=False)  # noqa: SLF001
                 values = read_float32(vector, *strip, work).reshape(-1)
 
                 def square(place: int) -> Scaled:
@@ -283,13 +284,14 @@ class Computed(Lazy):
         """Sums over rows, which take a pass of their own over all strips."""
         sums = np.zeros((self.rows, 3))
         for strip in self.strips():
-            sums += self._sums(strip, work, by_row=True)
+            self._add_squares(strip, work, sums, by_row=True)
         return sums
 
-    def _sums(self, strip: tuple[int, int], work: Workspace, *, by_row: bool) -> Float64:
-        """Squares of a strip by row or by column: high part, low part, squared bounds."""
+    def _add_squares(
+        self, strip: tuple[int, int], work: Workspace, sums: Float64, *, by_row: bool
+    ) -> None:
+        """Add squares of a strip by row or by column: high part, low part, squared bounds."""
         first, last = strip
-        sums = np.zeros((self.rows if by_row else last - first, 3))
         kind = np.dtype(FLOATS[self.source.dtype])
         addition = Addition(self.terms, self.dtype, wide=True)
         for row in range(0, self.rows, TILE_ROWS):
@@ -299,4 +301,3 @@ class Computed(Lazy):
             old = raw.view(kind).reshape(end - row, last - first)
             own = sums[row:end] if by_row else sums
             addition.square(self.source.dtype, old, (row, first), strip, work, own, by_row=by_row)
-        return sums

@@ -163,7 +163,7 @@ class Addition:
             scaling = None if scale is None else partial(scale.exactly, row, at[1])
             found[0, number] = element(at[0], float(bases[0, number]), terms, self.dtype, scaling)
         new[places[:, 0], places[:, 1]] = narrowed(found, self.dtype)[0]
-        change = np.subtract(found, bases).astype(np.float64)  # as the kernels
+        change = found.astype(np.float64) - bases
         same = int(np.count_nonzero(found.view(np.uint32) == bases.view(np.uint32)))
         return float(np.sum(change * change)), same
 

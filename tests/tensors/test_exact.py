@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from streamshard.disk.files import Files
 from streamshard.errors import UsageError
+from streamshard.tensors import computed as computed_nodes
 from streamshard.tensors import exact, kernel
 from streamshard.tensors.constructors import add_low_rank, cast, with_magnitude
 from streamshard.tensors.lazy import Array, Lazy, NotFiniteError
@@ -253,6 +254,17 @@ def test_the_border_of_what_fits(dtype, below, work):
     A = np.zeros((2, 70), np.float32)
     A[0, 7], A[1, 7] = 1, -1 if below else 1
     check(W, dtype, [Term(1.0, B, A)], dtype, work)
+
+
+@pytest.mark.parametrize("to", ["BF16", "F32"])
+def test_changes_that_are_larger_than_numbers_may_be(to, work):
+    """From one end of what fits to the other."""
+    W = np.full((3, 70), -(2.0**127), np.float32)
+    W[1] = 2.0**100
+    term = Term(1.5, np.full((3, 1), 2.0**64, np.float32), np.full((1, 70), 2.0**63, np.float32))
+    term.B[1] = 2.0**63
+    found = check(W, to, [Term(2.0, term.B * np.float32(0.9), term.A)], to, work)
+    assert all(np.isfinite(change.effected) for change in found)
 
 
 @pytest.mark.parametrize("to", DTYPES)
@@ -499,3 +511,28 @@ def test_the_reference_rounds_like_numpy(dtype):
 
 def test_doctests_of_exact_numbers():
     assert doctest.testmod(exact).failed == 0
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_norms_over_several_strips(by_row, work, monkeypatch):
+    """Of rows that are taken in parts, and of windows that are."""
+    monkeypatch.setattr(computed_nodes, "STRIP_NBYTES", 1)
+    W = fitting(normal((5, 2100), 0.02, 1), "BF16")
+    W[1, :7] = [3, 4, 0, 0, 0, 0, 0]
+    W[1, 7:] = 0
+    term = Term(2 / 3, normal((5, 3), 0.1, 2), normal((3, 2100), 0.02, 3))
+    term.B[1] = 0
+    m = np.full(5 if by_row else 2100, 5 * (1 + 2.0**-8), np.float32)
+    expected = exactly.merged(W, [term], "BF16", m, by_row=by_row)
+    tensor = node(W, "BF16", [term], "BF16", m, by_row=by_row)
+    assert isinstance(tensor, computed_nodes.Computed)
+    assert len(list(tensor.strips())) == 3
+    for name in KERNELS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(kernel.VARIABLE, name)
+            work.forget()
+            for start, stop, first, last in tensor.windows(1 << 14):
+                out = np.empty((stop - start, last - first), np.uint16)
+                tensor.window(start, stop, first, last, out.reshape(-1).view(np.uint8), work)
+                wanted = exactly.bits(expected[start:stop, first:last], "BF16")
+                np.testing.assert_array_equal(out, wanted)
