@@ -31,6 +31,9 @@ _QUANTIZED = re.compile(
 SAMPLE_ELEMENTS = 32_000_000
 SAMPLE_TENSORS = 512
 SPAN_ROWS, SPAN_COLUMNS = 32, 4096  # looked at at a time
+# All over the model in so many rounds, of which a base that is clearly clean needs no more than one.
+ROUNDS = 8
+CLEAR_TENSORS, CLEAR_NOISE = 16, 0.02
 
 
 def check_not_merged(where: str, tensors: Iterable[Lazy], work: Workspace) -> None:
@@ -66,21 +69,27 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
     sizes = [min(TILE_ROWS, piece.rows) * piece.columns for piece in pieces]
     step = max(-(-sum(sizes) // SAMPLE_ELEMENTS), -(-len(pieces) // SAMPLE_TENSORS), 1)
     sums = np.zeros(3)
-    each = []
+    each: list[float] = []
     count = 0
-    for piece in pieces[::step]:
-        start = piece.rows // TILE_ROWS // 2 * TILE_ROWS
-        stop = min(start + TILE_ROWS, piece.rows)
-        own = np.zeros(3)
-        for W, D in _tiles(piece, start, stop, work):
-            weight, update = W.astype(np.float64).ravel(), D.astype(np.float64).ravel()
-            pairs = (weight, update), (weight, weight), (update, update)
-            own += [np.einsum("i,i->", *pair) for pair in pairs]
-            count += W.size
-        if own[2]:
-            each.append(own[0] / own[2])
-        sums += own
-        work.forget()
+    chosen = pieces[::step]
+    for first in range(ROUNDS):
+        for piece in chosen[first::ROUNDS]:
+            start = piece.rows // TILE_ROWS // 2 * TILE_ROWS
+            stop = min(start + TILE_ROWS, piece.rows)
+            own = np.zeros(3)
+            for W, D in _tiles(piece, start, stop, work):
+                weight, update = W.astype(np.float64).ravel(), D.astype(np.float64).ravel()
+                pairs = (weight, update), (weight, weight), (update, update)
+                own += [np.einsum("i,i->", *pair) for pair in pairs]
+                count += W.size
+            if own[2]:
+                each.append(own[0] / own[2])
+            sums += own
+            work.forget()
+        if len(each) >= CLEAR_TENSORS and sums[0] < sums[2] / 2:
+            noise = math.sqrt(sums[1] / sums[2] / count)
+            if noise < CLEAR_NOISE:
+                break
     if not each:
         return 0.0, math.inf, 0.0
     both, weights, updates = map(float, sums)
