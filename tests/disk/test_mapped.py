@@ -197,6 +197,29 @@ print(theirs[5])
     assert done.returncode == -signal.SIGBUS
 
 
+def test_a_handler_that_came_later_and_hands_the_signal_back(file):
+    """As that of `faulthandler`: the process ends, and tells once where."""
+    (file.parent / "other").write_bytes(b"x")
+    code = f"""
+import faulthandler, mmap, os
+from streamshard.disk.files import InputFile
+ours = InputFile({str(file)!r})
+ours.mapping()
+faulthandler.enable()
+others = InputFile({str(file.parent / "other")!r})
+others.mapping()
+descriptor = os.open({str(file)!r}, os.O_RDWR)
+theirs = mmap.mmap(descriptor, 0)
+os.truncate(descriptor, 0)
+print(theirs[5])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False, timeout=20
+    )
+    assert done.returncode == -signal.SIGBUS
+    assert done.stderr.count(b"Bus error") == 1
+
+
 def test_a_system_that_cannot_map_or_populate(file, monkeypatch):
     def fails(*_: object) -> None:
         raise OSError(5, "no")
