@@ -149,7 +149,6 @@ def test_high_ranks(r, to, work):
     check(W, "BF16", [Term(2 / 3, normal((7, r), 0.01, 2), normal((r, 70), 0.02, 3))], to, work)
 
 
-@pytest.mark.parametrize("to", DTYPES)
 def test_ranks_for_which_fp32_proves_nothing(work):
     """Its bound has no proof for so many products; elements are computed in fp64."""
     r = 32 * 4096
@@ -158,6 +157,7 @@ def test_ranks_for_which_fp32_proves_nothing(work):
         assert change.rechecked in (0, 2)  # numpy's are in fp64 from the beginning
 
 
+@pytest.mark.parametrize("to", DTYPES)
 def test_several_adapters_with_weights(to, work):
     """Their sum is exact, and so is the product of weight and scale."""
     W = fitting(normal((9, 70), 0.02, 1), "BF16")
