@@ -52,12 +52,13 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
         uintptr_t start = atomic_load(&places[i].start), end = atomic_load(&places[i].end);
         if (!start || at < start || at >= end)
             continue;
-        /* Nothing that follows is believed either, so it is no matter that it becomes zeros as well. */
+        /* First, as other threads see the zeros at once. Nothing that follows is believed either, so it is
+         * no matter that it becomes zeros as well. */
+        atomic_store(&places[i].lost, 1);
         uintptr_t page = at & ~(page_nbytes - 1);
         if (mmap((void *)page, end - page, PROT_READ,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
             break;
-        atomic_store(&places[i].lost, 1);
         errno = kept;
         return;
     }

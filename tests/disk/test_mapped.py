@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,29 @@ def test_what_is_lost_of_an_unchanged_file(file, monkeypatch):
     ):
         look(files, span(file, WINDOW_NBYTES, WINDOW_NBYTES), then=cut_and_look)
     files.close()
+
+
+def test_threads_that_look_at_what_is_cut_off(file):
+    """Whoever has seen zeros of the handler is told, also if another thread has called it."""
+    data, part = file.read_bytes(), span(file, PAGE, 3 * WINDOW_NBYTES)
+    wanted = data[PAGE : PAGE + part.nbytes]
+
+    def look_again(found: list[bool], files: Files) -> None:
+        while all(found):
+            with Reader(files).view(part, lambda n: memoryview(bytearray(n))) as seen:
+                same = seen == wanted
+            found.append(same)
+
+    for _ in range(5):
+        file.write_bytes(data)
+        files, found = Files(), []
+        files.check(part)
+        with ThreadPoolExecutor(4) as threads:
+            ends = [threads.submit(look_again, found, files) for _ in range(4)]
+            os.truncate(file, PAGE)
+            assert all(isinstance(end.exception(), ChangedError) for end in ends)
+        assert all(found)
+        files.close()
 
 
 def test_other_bus_errors_end_the_process_as_ever(file):
