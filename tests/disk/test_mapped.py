@@ -182,7 +182,7 @@ def test_what_is_lost_of_an_unchanged_file(file, monkeypatch):
 
 def test_threads_that_look_at_what_is_cut_off(file):
     """Whoever has seen zeros of the handler is told, also if another thread has called it."""
-    data, part = file.read_bytes(), span(file, PAGE, 3 * WINDOW_NBYTES)
+    data, part = file.read_bytes(), span(file, PAGE, 2 * WINDOW_NBYTES)
     wanted = data[PAGE : PAGE + part.nbytes]
 
     def look_again(found: list[bool], files: Files) -> None:
