@@ -41,7 +41,7 @@ static place_t places[PLACES];
 static atomic_int used; /* places from here on were never taken */
 
 static uintptr_t page_nbytes;
-static struct sigaction before;
+static struct sigaction before, first; /* whom the handler asks next, and the one that was there first */
 static int installed;
 
 static void on_bus_error(int number, siginfo_t *info, void *context)
@@ -52,19 +52,22 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
         uintptr_t start = atomic_load(&places[i].start), end = atomic_load(&places[i].end);
         if (!start || at < start || at >= end)
             continue;
-        /* Nothing that follows is believed either, so it is no matter that it becomes zeros as well. */
+        /* First, as other threads see the zeros at once. Nothing that follows is believed either, so it is
+         * no matter that it becomes zeros as well. */
+        atomic_store(&places[i].lost, 1);
         uintptr_t page = at & ~(page_nbytes - 1);
         if (mmap((void *)page, end - page, PROT_READ,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
             break;
-        atomic_store(&places[i].lost, 1);
         errno = kept;
         return;
     }
-    if (before.sa_flags & SA_SIGINFO) {
-        before.sa_sigaction(number, info, context);
-    } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
-        before.sa_handler(number);
+    struct sigaction next = before;
+    before = first; /* who came after this handler may hand the signal back to it, and would again */
+    if (next.sa_flags & SA_SIGINFO) {
+        next.sa_sigaction(number, info, context);
+    } else if (next.sa_handler != SIG_DFL && next.sa_handler != SIG_IGN) {
+        next.sa_handler(number);
     } else { /* the instruction is tried again, and ends the process as it would have */
         signal(SIGBUS, SIG_DFL);
         if (info->si_code <= 0)
@@ -82,6 +85,8 @@ static int install(void)
     if (installed && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_bus_error)
         return 0;
     before = now;
+    if (!installed)
+        first = now;
     struct sigaction ours = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_ONSTACK};
     sigemptyset(&ours.sa_mask);
     installed = 1;
@@ -140,8 +145,9 @@ static void unmap(mapping_t *self)
 {
     if (!self->start)
         return;
-    munmap(self->start, (size_t)self->nbytes);
+    /* First, as another thread may map something else there at once, which is not for the handler. */
     atomic_store(&self->place->start, 0);
+    munmap(self->start, (size_t)self->nbytes);
     self->start = NULL;
 }
 

@@ -107,11 +107,16 @@ class DirectFile(OutputFile):
         with self._changed:
             chunk = self._chunks.get(number)
             if chunk is None:
-                free = self._sender.free
-                memory = free.pop() if free else memoryview(mmap.mmap(-1, CHUNK_NBYTES))
+                memory = self._memory()
                 left = min(CHUNK_NBYTES, self._nbytes - number * CHUNK_NBYTES)
                 chunk = self._chunks[number] = _Chunk(memory, left)
         return chunk.memory[begin : min(begin + nbytes, CHUNK_NBYTES)]
+
+    def _memory(self) -> memoryview:
+        try:  # asking whether there is some would be too early: other files take from it as well
+            return self._sender.free.pop()
+        except IndexError:
+            return memoryview(mmap.mmap(-1, CHUNK_NBYTES))
 
     def filled(self, offset: int, nbytes: int) -> None:
         """Take note of bytes that are in their room now; they may be gone from there directly."""

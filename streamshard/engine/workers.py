@@ -11,6 +11,7 @@ from typing import TypeAlias, TypeVar
 
 from streamshard.disk.files import Files
 from streamshard.limits import STACK_NBYTES
+from streamshard.tensors.kernel import keep_subnormals
 from streamshard.tensors.workspace import Held, Workspace
 
 __all__ = ["SENDERS", "Background", "OnStep", "Progress", "Stop", "Stopped", "collect", "share"]
@@ -73,6 +74,7 @@ def share(
     def loop() -> None:
         workspace = Workspace(files, held)
         try:
+            keep_subnormals()
             while stop.going():
                 with lock:
                     item = next(taken, _END)

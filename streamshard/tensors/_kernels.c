@@ -590,10 +590,23 @@ static PyObject *names(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(args))
     return found;
 }
 
+PyDoc_STRVAR(keep_subnormals_doc,
+    "keep_subnormals()\n\n"
+    "Have this thread compute with subnormal numbers, and round to nearest, from now on.");
+
+static PyObject *keep_subnormals(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(args))
+{
+#if IS_X86
+    _mm_setcsr(0x1f80);
+#endif
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"merge", merge, METH_VARARGS, merge_doc},
     {"distance_bf16", distance_bf16, METH_VARARGS, distance_bf16_doc},
     {"names", names, METH_NOARGS, names_doc},
+    {"keep_subnormals", keep_subnormals, METH_NOARGS, keep_subnormals_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import os
 
+import numpy as np
+
 from streamshard.errors import UsageError, printable
 from streamshard.tensors import numpy_kernel
 from streamshard.tensors.arrays import Elements
@@ -26,6 +28,7 @@ __all__ = [
     "available",
     "chosen",
     "distance_bf16",
+    "keep_subnormals",
     "merge",
     "needs_fp64",
 ]
@@ -67,6 +70,22 @@ def _of(asked: str) -> str:
 def needs_fp64(dtype: str) -> bool:
     """Whether factors are wanted in fp64: where fp32 proves too little, and for numpy."""
     return dtype != "BF16" or chosen() == "numpy"
+
+
+def keep_subnormals() -> None:
+    """Have this thread compute as the proofs want it, for as long as it lives.
+
+    Threads inherit what other code of the process has set: libraries made with `-ffast-math` have the
+    processor take subnormal numbers for zeros. Raises `UsageError` where that cannot be undone.
+    """
+    if _kernels is not None:
+        _kernels.keep_subnormals()
+    smallest = np.float32(2.0**-126)
+    if smallest * np.float32(0.5) * np.float32(2) != smallest:
+        raise UsageError(
+            "Other code of this process has the processor take subnormal numbers for zeros, so that "
+            "nothing can be computed exactly. Run streamshard in a process of its own."
+        )
 
 
 def merge(job: Job) -> Found:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count, repeat
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def square_of_row(source: Lazy, terms: tuple[LowRank, ...], row: int, work: Work
         span = first, min(first + _STEP, source.columns)
         bases = read_float32(source, row, row + 1, work, span)[0]
         rights = [read_float32(t.A, 0, t.A.rows, work, span).T for t in terms]
-        more = _squares(row, bases, terms, _one_by_one(lefts, rights))
+        more = _squares(repeat(row), bases, terms, _one_by_one(lefts, rights))
         found = Scaled(found.number + more.number, more.exponent)
     return found
 
@@ -89,7 +90,7 @@ def square_of_column(
         end = min(row + _STEP, source.rows)
         bases = read_float32(source, row, end, work, span)[:, 0]
         lefts = [read_float32(t.B, t.start + row, t.start + end, work) for t in terms]
-        more = _squares(row, bases, terms, _one_by_one(rights, lefts))
+        more = _squares(count(row), bases, terms, _one_by_one(rights, lefts))
         found = Scaled(found.number + more.number, more.exponent)
     return found
 
@@ -102,14 +103,14 @@ def _one_by_one(
 
 
 def _squares(
-    row: int,
+    rows: Iterable[int],
     bases: np.ndarray,
     terms: tuple[LowRank, ...],
     factors: Iterator[list[tuple[list[int], list[int]]]],
 ) -> Scaled:
     scales = [term.exact_scale for term in terms]
     found, exponent = 0, 0
-    for base, own in zip(bases.tolist(), factors, strict=True):
+    for row, base, own in zip(rows, bases.tolist(), factors):  # noqa: B905 - rows have no end
         if not np.isfinite(base):
             raise base_not_finite(row)
         value, _ = total(base, [(scale, *pair) for scale, pair in zip(scales, own, strict=True)])

@@ -31,6 +31,8 @@ CHUNK_ELEMENTS = 256 * 1024
 # Within this the errors of products in fp64 are known exactly.
 _SAFE = (2.0**-200, 2.0**200)
 _SMALLEST = 2.0**-149
+# The bound in fp32 is proven as long as the square of this is below 2**24; beyond, nothing is.
+_MOST_NARROW = 4096
 
 
 class Panels(NamedTuple):
@@ -84,7 +86,7 @@ def bounds_of(terms: Sequence[LowRank]) -> Bounds:
         scales,
         exact,
         safe,
-        narrow * 2.0**-24,
+        narrow * 2.0**-24 if narrow < _MOST_NARROW else math.inf,
         (rank + 8) * 2.0**-149,
         (rank + len(terms) + 6) * 2.0**-53,
     )

@@ -117,6 +117,20 @@ def test_rooms_end_with_their_chunk(senders, tmp_path):
     assert (tmp_path / "file").read_bytes() == data
 
 
+def test_memory_that_another_file_takes_meanwhile(senders, tmp_path):
+    """Files have locks of their own, and share what is free."""
+
+    class Free(list):
+        def __len__(self) -> int:  # as it was a moment ago
+            return 1
+
+    senders.free = Free()
+    with DirectFile(tmp_path / "file", 3, senders) as file:
+        file.write(memoryview(b"abc"), 0)
+        file.sync()
+    assert (tmp_path / "file").read_bytes() == b"abc"
+
+
 def test_data_in_no_order_takes_no_memory(senders, tmp_path):
     """Columns of a matrix, row by row: chunks that only they fill are written at once."""
     begin, rows, width = 100, 3000, 1000

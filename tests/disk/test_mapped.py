@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,29 @@ def test_what_is_lost_of_an_unchanged_file(file, monkeypatch):
     files.close()
 
 
+def test_threads_that_look_at_what_is_cut_off(file):
+    """Whoever has seen zeros of the handler is told, also if another thread has called it."""
+    data, part = file.read_bytes(), span(file, PAGE, 2 * WINDOW_NBYTES)
+    wanted = data[PAGE : PAGE + part.nbytes]
+
+    def look_again(found: list[bool], files: Files) -> None:
+        while all(found):
+            with Reader(files).view(part, lambda n: memoryview(bytearray(n))) as seen:
+                same = seen == wanted
+            found.append(same)
+
+    for _ in range(5):
+        file.write_bytes(data)
+        files, found = Files(), []
+        files.check(part)
+        with ThreadPoolExecutor(4) as threads:
+            ends = [threads.submit(look_again, found, files) for _ in range(4)]
+            os.truncate(file, PAGE)
+            assert all(isinstance(end.exception(), ChangedError) for end in ends)
+        assert all(found)
+        files.close()
+
+
 def test_other_bus_errors_end_the_process_as_ever(file):
     code = f"""
 import mmap, os, sys
@@ -195,6 +219,29 @@ print(theirs[5])
     signalled = code.partition("descriptor =")[0] + "os.kill(os.getpid(), 7)"
     done = subprocess.run([sys.executable, "-c", signalled], capture_output=True, check=False)
     assert done.returncode == -signal.SIGBUS
+
+
+def test_a_handler_that_came_later_and_hands_the_signal_back(file):
+    """As that of `faulthandler`: the process ends, and tells once where."""
+    (file.parent / "other").write_bytes(b"x")
+    code = f"""
+import faulthandler, mmap, os
+from streamshard.disk.files import InputFile
+ours = InputFile({str(file)!r})
+ours.mapping()
+faulthandler.enable()
+others = InputFile({str(file.parent / "other")!r})
+others.mapping()
+descriptor = os.open({str(file)!r}, os.O_RDWR)
+theirs = mmap.mmap(descriptor, 0)
+os.truncate(descriptor, 0)
+print(theirs[5])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False, timeout=20
+    )
+    assert done.returncode == -signal.SIGBUS
+    assert done.stderr.count(b"Bus error") == 1
 
 
 def test_a_system_that_cannot_map_or_populate(file, monkeypatch):

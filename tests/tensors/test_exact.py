@@ -5,7 +5,11 @@ Compared with `exactly.py`, which is written from the definition and does not us
 
 from __future__ import annotations
 
+import ctypes
 import doctest
+import platform
+import sys
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -17,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamshard.disk.files import Files
+from streamshard.engine.workers import Stop, share
 from streamshard.errors import UsageError
 from streamshard.tensors import computed as computed_nodes
 from streamshard.tensors import exact, kernel
@@ -142,6 +147,14 @@ def test_ordinary_inputs(r, factors, dtype, to, work):
 def test_high_ranks(r, to, work):
     W = fitting(normal((7, 70), 0.02, 1), "BF16")
     check(W, "BF16", [Term(2 / 3, normal((7, r), 0.01, 2), normal((r, 70), 0.02, 3))], to, work)
+
+
+def test_ranks_for_which_fp32_proves_nothing(work):
+    """Its bound has no proof for so many products; elements are computed in fp64."""
+    r = 32 * 4096
+    W, A, B = normal((1, 2), 1, 1), normal((r, 2), 0.02, 2), normal((1, r), 0.1, 3)
+    for change in check(W, "F32", [Term(1.0, B, A)], "BF16", work):
+        assert change.rechecked in (0, 2)  # numpy's are in fp64 from the beginning
 
 
 @pytest.mark.parametrize("to", DTYPES)
@@ -422,6 +435,19 @@ def test_a_norm_that_cancels(work):
         check(W, "F32", [Term(1.0, B, A)], to, work, m)
 
 
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("row", [0, 1, 5])
+def test_a_norm_of_what_is_not_finite(row, by_row, work):
+    """It is told where the base is not."""
+    W = normal((6, 3), 1, 1)
+    W[row, 2] = np.inf
+    B, A = normal((6, 1), 1, 2), normal((1, 3), 1, 3)
+    tensor = node(W, "F32", [Term(1.0, B, A)], "F32", np.ones(6 if by_row else 3), by_row=by_row)
+    for name in KERNELS:
+        with pytest.raises(NotFiniteError, match=rf"^row {row}: the base weight"):
+            computed(tensor, work, name)
+
+
 # --- kernels --------------------------------------------------------------------------------------
 
 
@@ -461,6 +487,50 @@ def test_sums_do_not_depend_on_the_compiled_kernel(work):
     for change in found.values():
         assert change.effected == pytest.approx(found[compiled[0]].effected, rel=1e-12)
         assert change.intended == pytest.approx(found[compiled[0]].intended, rel=1e-6)
+
+
+def flush_subnormals() -> None:
+    """As libraries made with `-ffast-math` have this thread do, and those that it starts."""
+    library = ctypes.CDLL(None)
+    environment = (ctypes.c_uint32 * 8)()
+    library.fegetenv(environment)
+    environment[7] |= 0x8040  # MXCSR: FTZ, DAZ
+    library.fesetenv(environment)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="the bits are those of x86"
+)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_other_code_may_have_subnormals_flushed(compiled, monkeypatch):
+    """Workers compute with them again, or refuse."""
+    if compiled and "baseline" not in KERNELS:
+        pytest.skip("installed without a compiler")
+    if not compiled:
+        monkeypatch.setattr(kernel, "_kernels", None)
+    W = np.full((1, 3), 2.0**-149, np.float32)
+    term = Term(1.0, np.full((1, 1), 2.0**-149, np.float32), np.ones((1, 3), np.float32))
+    found, errors = [], []
+
+    def do(name: str, work: Workspace) -> None:
+        found.append(computed(node(W, "F32", [term], "F32"), work, name)[0])
+
+    def run() -> None:
+        flush_subnormals()
+        try:
+            share(KERNELS, do, 1, Stop())
+        except UsageError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=run)  # its environment ends with it
+    thread.start()
+    thread.join()
+    if not compiled:
+        assert "subnormal numbers" in errors[0]
+        return
+    assert not errors
+    assert len(found) == len(KERNELS)
+    assert all((elements.view("u4") == 2).all() for elements in found)
 
 
 @pytest.mark.parametrize("name", ["AVX512", "fast", "sse"])
