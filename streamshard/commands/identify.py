@@ -81,6 +81,11 @@ class Model:
         """The layout of the names; None where they do not tell."""
         return layout_of(self.tensors)
 
+    @property
+    def described_layout(self) -> Layout | None:
+        """The like by the config where the names do not tell, as of a language model by itself."""
+        return self.layout or config_layout(self.config or {})
+
     @cached_property
     def detected(self) -> Detected:
         """Spelling, family and evidence; raises `InputError` if this is no InternVL."""
@@ -121,8 +126,7 @@ class Model:
         known family is passed over, but for tensors that were never gathered.
         """
         check_names(self.where, self.tensors)
-        # Of a language model by itself only the config says of which layout it is a part.
-        layout = self.layout or config_layout(self.config or {})
+        layout = self.described_layout
         if layout is not None:
             try:
                 dims, given = self.dims, self.given(layout)
@@ -136,7 +140,7 @@ class Model:
 
     def note_incomplete(self) -> None:
         """Note the tensors of a known model that the config describes and that are not there."""
-        layout = self.layout or config_layout(self.config or {})
+        layout = self.described_layout
         if layout is None or self.config is None:
             return
         try:

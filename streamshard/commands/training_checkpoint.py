@@ -13,7 +13,7 @@ from streamshard.commands.identify import Model
 from streamshard.disk.paths import PathLike
 from streamshard.errors import AdapterError, InputError, UsageError, argument, listed, printable
 from streamshard.internvl.lora_targets import FLAGS, PARTS, upstream_alpha
-from streamshard.internvl.shapes import GATHER
+from streamshard.internvl.shapes import GATHER, not_gathered
 from streamshard.lora.adapter import Adapter
 from streamshard.lora.settings import LoraSettings
 from streamshard.lora.wrapped_names import Unwrapped, unwrap
@@ -67,7 +67,7 @@ def read_wrapped(
         )
     empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
     if empty:
-        raise InputError(f"{where}: {listed(empty)} have no elements. {GATHER}.")
+        raise not_gathered(where, empty)
     inside = unwrap(found.tensors, adapter_name)
     if not inside.pairs:
         raise InputError(

@@ -6,7 +6,7 @@ least be the same wherever it occurs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_shapes",
     "expected_shapes",
     "misfits",
+    "not_gathered",
 ]
 
 GATHER = (
@@ -187,7 +188,12 @@ def check_gathered(where: str, tensors: Mapping[str, HasShape]) -> None:
     """Raise `InputError` for tensors that a partitioned model left empty, whatever their names."""
     empty = [name for name, tensor in tensors.items() if tuple(tensor.shape) == (0,)]
     if empty:
-        raise InputError(f"{where}: {listed(empty)} have no elements. {GATHER}.")
+        raise not_gathered(where, empty)
+
+
+def not_gathered(where: str, empty: Collection[str]) -> InputError:
+    """The error for tensors, by their names, that a partitioned model left empty."""
+    return InputError(f"{where}: {listed(empty)} have no elements. {GATHER}.")
 
 
 def _agree(found: Sequence[int], expected: Sequence[int | None]) -> bool:

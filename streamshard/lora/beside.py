@@ -33,7 +33,7 @@ def with_beside(adapter: Adapter, keys: Keys, work: Workspace) -> tuple[Adapter,
         own = {
             key: tensor
             for key, tensor in content.items()
-            if key not in adapter.tensors or not _same(adapter.tensors[key], tensor, work)
+            if key not in adapter.tensors or not equal_bytes(adapter.tensors[key], tensor, work)
         }
         try:
             found = read_keys(own, file, adapter.name if factors_among(own) else None)
@@ -46,7 +46,7 @@ def with_beside(adapter: Adapter, keys: Keys, work: Workspace) -> tuple[Adapter,
             if before is None:
                 label = f"{file}: {key}"
                 whole[name], tensors[label] = label, own[key]
-            elif not _same(tensors[before], own[key], work):
+            elif not equal_bytes(tensors[before], own[key], work):
                 raise _unplaced(
                     file,
                     content,
@@ -64,17 +64,12 @@ def _check_repeats(
         key, mine = getattr(other, part.name), getattr(module, part.name)
         if not isinstance(key, str) or not key:
             continue
-        if not mine or not _same(adapter.tensors[mine], own[key], work):
+        if not mine or not equal_bytes(adapter.tensors[mine], own[key], work):
             raise _unplaced(
                 file,
                 own,
                 f"'{printable(key)}' is part of a LoRA update that {adapter.where} does not have.",
             )
-
-
-def _same(one: Lazy, other: Lazy, work: Workspace) -> bool:
-    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
-    return alike and equal_bytes(one, other, work)
 
 
 def homes_beside(

@@ -41,10 +41,7 @@ def _are_one(one: AdapterPlan, other: AdapterPlan, work: Workspace) -> bool:
     mine, theirs = _tensors(one), _tensors(other)
     if mine.keys() != theirs.keys():
         return False
-    pairs = [(mine[part], theirs[part]) for part in mine]
-    return all((a.dtype, a.shape) == (b.dtype, b.shape) for a, b in pairs) and all(
-        equal_bytes(a, b, work) for a, b in pairs
-    )
+    return all(equal_bytes(tensor, theirs[part], work) for part, tensor in mine.items())
 
 
 def _tensors(plan: AdapterPlan) -> dict[tuple[str, str], Lazy]:

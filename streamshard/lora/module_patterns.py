@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import TypeAlias
 
 __all__ = [
@@ -96,8 +96,7 @@ def matches(patterns: Iterable[str], module: str) -> Iterator[str]:
     ['layers\\.\\d+\\..*proj', 'up_proj']
     """
     name = _Name(module)
-    starts = 1 | name.after_dots
-    return (p for p in patterns if name.ends(_parsed(p), starts) & name.end)
+    return (p for p in patterns if name.ends(_parsed(p), 1 | name.after_dots) & name.end)
 
 
 def first_match(patterns: Iterable[str], module: str) -> str | None:
@@ -138,11 +137,15 @@ class _Name:
     def __init__(self, text: str) -> None:
         self._text = text
         self._found: dict[re.Pattern[str], int] = {}
-        line = text.partition("\n")[0]  # what .* reaches
-        self.after_dots = sum(1 << at + 1 for at, sign in enumerate(line) if sign == ".")
         self.end = 1 << len(text)
         if text.endswith("\n"):
             self.end |= self.end >> 1
+
+    @cached_property
+    def after_dots(self) -> int:
+        """Behind each dot that .* reaches; most configs have no pattern that asks."""
+        line = self._text.partition("\n")[0]
+        return sum(1 << at + 1 for at, sign in enumerate(line) if sign == ".")
 
     def ends(self, node: _Node, starts: int) -> int:
         """Where a match of `node` may end that began at one of `starts`."""

@@ -113,7 +113,7 @@ def _is_there(rows: Lazy, target: Lazy, place: Place, work: Workspace) -> bool:
     if place.whole and rows.shape != target.shape:
         return False
     if not rows.shape:
-        return rows.dtype == target.dtype and equal_bytes(rows, target, work)
+        return equal_bytes(rows, target, work)
     before = target.take(place.start, place.start + rows.shape[0])
     if rows.dtype != before.dtype:
         rows, before = cast(rows, "F32"), cast(before, "F32")

@@ -110,7 +110,7 @@ def _float64(block: Bytes, dtype: str) -> Float64:
 
 
 def equal_bytes(one: Lazy, other: Lazy, work: Workspace) -> bool:
-    """Whether two tensors of one shape and dtype have the same bytes, read block by block."""
+    """Whether two tensors have one shape, one dtype and the same bytes, which are read block by block."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     pairs = blocks(work, one, other, nbytes=READ_NBYTES)

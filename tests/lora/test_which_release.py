@@ -10,10 +10,18 @@ import re
 from typing import Any
 
 import pytest
-import torch
 from marks import PEERS
-from peft_cases import adapted, configure, edited, language_model, raises, save_adapter, save_base
-from reference import normal, read
+from peft_cases import (
+    adapted,
+    assert_as_peft,
+    configure,
+    edited,
+    language_model,
+    raises,
+    save_adapter,
+    save_base,
+)
+from reference import normal
 
 from streamshard import merge_lora
 from streamshard.errors import AdapterError
@@ -49,9 +57,7 @@ def test_R6_releases_with_other_ranks_are_out(config, tmp_path):
     configure(adapter, peft_version=...)
     base = save_base(tmp_path / "base", model)
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
-    expected = wrapped.merge_and_unload().state_dict()
-    for name, tensor in read(tmp_path / "out").items():
-        assert torch.allclose(tensor, expected[name], rtol=1e-5, atol=1e-6), name
+    assert_as_peft(tmp_path / "out", wrapped)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +90,7 @@ def test_R6_an_older_release_by_its_ranks(tmp_path):
     configure(adapter, peft_version=..., **patterns)
     base = save_base(tmp_path / "base", model)
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
-    expected = wrapped.merge_and_unload().state_dict()
-    for name, tensor in read(tmp_path / "out").items():
-        assert torch.allclose(tensor, expected[name], rtol=1e-5, atol=1e-6), name
+    assert_as_peft(tmp_path / "out", wrapped)
 
 
 def test_R6_the_rank_of_several_patterns_is_that_of_the_file(tmp_path):
@@ -98,9 +102,7 @@ def test_R6_the_rank_of_several_patterns_is_that_of_the_file(tmp_path):
     configure(adapter, rank_pattern=dict(sorted(ranks.items())))
     base = save_base(tmp_path / "base", model)
     merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
-    expected = wrapped.merge_and_unload().state_dict()
-    for name, tensor in read(tmp_path / "out").items():
-        assert torch.allclose(tensor, expected[name], rtol=1e-5, atol=1e-6), name
+    assert_as_peft(tmp_path / "out", wrapped)
 
 
 def test_R6_a_rank_of_no_release_is_refused(tmp_path):

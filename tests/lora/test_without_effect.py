@@ -12,6 +12,7 @@ from folders import put
 from marks import PEERS
 from peft_cases import (
     adapted,
+    assert_as_peft,
     configure,
     edited,
     fill,
@@ -132,9 +133,7 @@ def test_R2_modules_that_peft_did_not_find(entry, tmp_path):
     base = save_base(tmp_path / "base", model)
     report = merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
     assert [w for w in report["warnings"] if f"modules_to_save has '{entry}'" in w]
-    expected = wrapped.merge_and_unload().state_dict()
-    for name, tensor in read(tmp_path / "out").items():
-        assert torch.allclose(tensor, expected[name], rtol=1e-5, atol=1e-6), name
+    assert_as_peft(tmp_path / "out", wrapped)
 
 
 @pytest.mark.parametrize("entry", ["lm_head", "head", "norm", "layers.1.mlp", "1.mlp.up_proj"])

@@ -271,6 +271,13 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
+def assert_as_peft(output: Path, wrapped: Any) -> None:
+    """The tensors of a merge of fp32 are those that PEFT makes of the same adapter."""
+    expected = wrapped.merge_and_unload().state_dict()
+    for name, tensor in reference.read(output).items():
+        assert torch.allclose(tensor, expected[name], rtol=1e-5, atol=1e-6), name
+
+
 def assert_exact(
     written: Tensors, base: Tensors, exact: Mapping[str, Float64], *, equal: float = 0.9999
 ) -> None:
