@@ -7,7 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.open_anything import Opened, open_anything
@@ -19,8 +19,10 @@ from streamshard.commands.verify_model import AsModel, as_model
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
+from streamshard.engine.fetching import fetch, stored
+from streamshard.engine.job import BaseOptions
 from streamshard.engine.report import Report, finished, new_report
-from streamshard.engine.workers import share
+from streamshard.engine.workers import OnStep, share
 from streamshard.errors import UnreadError, UsageError, VerificationError, printable
 from streamshard.internvl.detection import layout_of
 from streamshard.notes import note
@@ -37,6 +39,8 @@ def verify(
     workers: int | None = None,
     progress: Callable[[int, str], None] | bool | None = None,
     on_total: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
+    **_cache: Unpack[BaseOptions],
 ) -> Report:
     """Read a checkpoint or adapter again, and say whether it is what was written.
 
@@ -59,6 +63,7 @@ def verify(
         found = open_anything(given)
     tensors = found.tensors
     names = _sampled(list(tensors), sample)
+    fetch({t.path for name in names for t in stored(tensors[name])}, on_step)
     check = Comparison(found, progress if callable(progress) else None)
     if on_total is not None:
         hashed = check.hashed_nbytes(whole=sample is None)
