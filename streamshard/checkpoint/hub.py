@@ -13,12 +13,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.digests import new_sha256
 from streamshard.checkpoint.file_names import (
     ADAPTER_CONFIG_NAME,
     CHECKPOINT_NAMES,
@@ -29,21 +27,16 @@ from streamshard.checkpoint.file_names import (
     TENSORS,
     TRAINING_STATE,
 )
-from streamshard.checkpoint.hub_client import Client, Listed, Repository
+from streamshard.checkpoint.hub_client import Client, Listed
 from streamshard.checkpoint.hub_errors import not_cached
-from streamshard.checkpoint.hub_head import Headed, keep_head
+from streamshard.checkpoint.hub_file import ViewFile
 from streamshard.checkpoint.hub_ids import HubId
-from streamshard.checkpoint.hub_ranges import HubOpener
 from streamshard.disk.far import forget, place
-from streamshard.disk.files import BLOCK_NBYTES, InputFile
 from streamshard.disk.folders import make_folders
-from streamshard.disk.inputs import Inputs
-from streamshard.disk.remote import RemoteFile
-from streamshard.disk.sources import Source
 from streamshard.disk.system import PRIVATE, system, writing
-from streamshard.errors import HubError, InputError, StreamshardError, printable
+from streamshard.errors import InputError, StreamshardError, printable
 
-__all__ = ["HubFile", "View"]
+__all__ = ["View"]
 
 SMALL_NBYTES = 64 * 1024 * 1024  # tokenizers have up to 40 MB
 AT_ONCE = 8
@@ -51,116 +44,6 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | PRIVATE
 _INDEXES = tuple(names.index_name for names in CHECKPOINT_NAMES)
 _FIRST = (MODEL_CONFIG_NAME, ADAPTER_CONFIG_NAME, *_INDEXES)
 """What is read of every model, whatever is to be done with it."""
-
-
-class HubFile:
-    """A file of a repository: a `disk.far.Far`."""
-
-    def __init__(
-        self, repository: Repository, listed: Listed, path: Path, *, whole: bool, stream: bool
-    ) -> None:
-        self.listed, self.path = listed, path
-        self.digest, self.nbytes = listed.digest, listed.nbytes
-        self.name = f"{repository.asked.repo}@{repository.commit}/{listed.name}"
-        self.store = repository.client.cache
-        self.checked: str | None = None
-        """How its content was compared with the hub's digest, if it was."""
-        self._repository = repository
-        self._whole, self._stream = whole, stream
-        self._lock = threading.Lock()
-        self._local: Path | None = None
-        self._opener: HubOpener | None = None
-        self._known = 0
-
-    @property
-    def kept(self) -> bool:
-        """Whether a copy is to be made before much of it is read."""
-        return (self._whole or not self._stream) and self.local() is None
-
-    def local(self) -> Path | None:
-        """Where the cache has it, if it does."""
-        if self._local is None:
-            self._local = self._repository.cached(self.listed)
-        return self._local
-
-    def open(self, inputs: Inputs | None, *, spare: bool) -> Source:
-        """It, open to be read: in the cache, or by ranges where only parts are needed."""
-        if self._whole:
-            self.fetch(lambda _: None)
-        local = self.local()
-        if local is None:
-            return self._remote(spare=spare)
-        file = InputFile(local, inputs, spare=spare)
-        if file.nbytes != self.nbytes:
-            file.close()
-            raise HubError(
-                f"{printable(str(local))}: has {file.nbytes:,} bytes, but the hub's file has "
-                f"{self.nbytes:,}. The cache is damaged: remove that file, and run the command again."
-            )
-        return file
-
-    def fetch(self, told: Callable[[int], None]) -> None:
-        """Have it in the cache; what comes is compared with the hub's digest."""
-        with self._lock:
-            if self.local() is not None:
-                return
-            came = 0
-
-            def count(nbytes: int) -> None:
-                nonlocal came
-                nbytes = max(min(nbytes, self.nbytes - came), 0)
-                came += nbytes
-                told(nbytes)
-
-            found = self._repository.download(self.listed, count)
-            count(self.nbytes)
-            self._check(found)
-            self._local = found
-
-    def _check(self, found: Path) -> None:
-        kind, _, expected = self.digest.partition(":")
-        digest = content_digest(found, kind)
-        if digest == expected:
-            self.checked = "downloaded"
-            return
-        self._repository.drop(self.listed)
-        raise HubError(
-            f"{self._repository.asked}: {printable(self.listed.name)} was downloaded, but is not what "
-            f"the hub says that it is ({self.digest}). It was taken out of the cache: run the "
-            "same command again."
-        )
-
-    def head(self) -> None:
-        """Have the header here, if it is a file of safetensors that is read by ranges."""
-        if not self._whole and self.local() is None:
-            self._remote(spare=False).close()
-
-    def _remote(self, *, spare: bool) -> Source:
-        repository = self._repository
-        if repository.client.offline:
-            raise not_cached(str(repository.asked), self.listed.name, repository.client.cache)
-        with self._lock:
-            if self._opener is None:
-                asked = repository.asked
-                self._opener = HubOpener(asked.repo, self.listed.name, repository.commit)
-            file = RemoteFile(str(self.path), self.nbytes, self.digest, self._opener)
-            if self.path.name.endswith(SUFFIX) and not self._known:
-                self._known = keep_head(file, self.path)
-        return Headed(file, self.path, self._known)
-
-    def described(self) -> dict[str, Any]:
-        """What the report says of it."""
-        why: str | None = None
-        if self.checked is None and self.local() is not None:
-            why = "it was in the cache before"
-        elif self.checked is None:
-            why = "it was read in parts"
-        return {
-            "bytes": self.nbytes,
-            "digest": self.digest,
-            "checked": self.checked,
-            "why_not": why,
-        }
 
 
 class View:
@@ -183,7 +66,7 @@ class View:
         self.asked = asked
         self.repository = client.repository(asked)
         self.root = around.joinpath(*asked.repo.split("/"))
-        self.files: dict[str, HubFile] = {}
+        self.files: dict[str, ViewFile] = {}
         listed = self.repository.files()
         names = {file.name for file in listed}
         self._make(listed)
@@ -195,7 +78,7 @@ class View:
             and f"{name.removesuffix(ADAPTER_CONFIG_NAME)}{MODEL_CONFIG_NAME}" not in names
         }
         for file in listed:
-            self.files[file.name] = HubFile(
+            self.files[file.name] = ViewFile(
                 self.repository,
                 file,
                 self.root / file.name,
@@ -271,7 +154,7 @@ class View:
             missing = [name for name in weights if name not in self.files]
             if missing:
                 raise not_cached(str(self.asked), missing[0], self.repository.client.cache)
-        _together([self.files[name] for name in weights if name in self.files], HubFile.head)
+        _together([self.files[name] for name in weights if name in self.files], ViewFile.head)
 
     def _is_inside(self, name: str) -> bool:
         """Whether a file is one of the folder that is meant, or below it and no other run's."""
@@ -298,22 +181,7 @@ class View:
         ][:64]
 
 
-def content_digest(path: Path, kind: str) -> str:
-    """The digest of a file as the hub has it: `sha256` of its content, or that of a `git` blob."""
-    import hashlib
-
-    with InputFile(path) as file:
-        found = new_sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
-        if kind != "sha256":
-            found.update(b"blob %d\0" % file.nbytes)
-        buffer, done = memoryview(bytearray(BLOCK_NBYTES)), 0
-        while count := file.read_into(buffer, done):
-            found.update(buffer[:count])
-            done += count
-    return str(found.hexdigest())
-
-
-def _fetch(file: HubFile) -> None:
+def _fetch(file: ViewFile) -> None:
     file.fetch(lambda _: None)
 
 
@@ -340,7 +208,7 @@ def _is_carried(name: str) -> bool:
     return not NOT_CARRIED.fullmatch(name.rpartition("/")[2])
 
 
-def _together(files: Sequence[HubFile], do: Callable[[HubFile], None]) -> None:
+def _together(files: Sequence[ViewFile], do: Callable[[ViewFile], None]) -> None:
     """Do something with files, several at once; the first error is raised."""
     from concurrent.futures import ThreadPoolExecutor
 

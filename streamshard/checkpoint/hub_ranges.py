@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import io
 
-__all__ = ["HubOpener"]
+__all__ = ["HubFile"]
 
 
-class HubOpener:
+class HubFile:
     """Opens ranges of a file on the hub."""
 
-    def __init__(self, repo: str, name: str, commit: str) -> None:
+    def __init__(
+        self,
+        repo: str,
+        commit: str,
+        name: str,
+        nbytes: int,
+        *,
+        where: str,
+        sha256: str | None = None,
+    ) -> None:
         from huggingface_hub import hf_hub_url
 
         self._url = hf_hub_url(repo, name, revision=commit)

@@ -12,17 +12,37 @@ from streamshard.disk.sources import Abilities
 from streamshard.disk.system import AnyPath
 from streamshard.errors import ReadError
 
-__all__ = ["RemoteFile"]
+__all__ = ["Remote", "RemoteFile"]
+
+
+class _Frontier:
+    def outcome(self) -> tuple[bool, str]:
+        """Not known."""
+        return False, "it was read in parts"
+
+
+class Remote:
+    """A file elsewhere."""
+
+    def __init__(
+        self, name: str, nbytes: int, digest: str, opener: Any, *, head: bytes = b""
+    ) -> None:
+        self.name, self.nbytes, self.digest, self.opener = name, nbytes, digest, opener
+        self.head, self.frontier = head, _Frontier()
+
+    def open(self, key: AnyPath) -> RemoteFile:
+        """It."""
+        return RemoteFile(key, self)
 
 
 class RemoteFile:
     """A file that is read by ranges."""
 
-    def __init__(self, key: str, nbytes: int, digest: str | None, opener: Any) -> None:
+    def __init__(self, key: AnyPath, remote: Remote) -> None:
         self.path: AnyPath = key
-        self.nbytes, self.spare = nbytes, False
-        self.stamp = Stamp(0, 0, nbytes, 0, 0)
-        self._opener = opener
+        self.nbytes, self.spare = remote.nbytes, False
+        self.stamp = Stamp(0, 0, self.nbytes, 0, 0)
+        self._opener, self._head = remote.opener, remote.head
 
     @property
     def abilities(self) -> Abilities:
@@ -34,8 +54,12 @@ class RemoteFile:
         stop = min(offset + len(out), self.nbytes)
         if stop <= offset:
             return 0
-        stream = self._opener.open(offset, stop)
-        done = 0
+        known = self._head[offset : offset + len(out)]
+        out[: len(known)] = known
+        done = len(known)
+        if done == stop - offset:
+            return done
+        stream = self._opener.open(offset + done, stop)
         try:
             while done < stop - offset:
                 count = stream.readinto(out[done : stop - offset])
