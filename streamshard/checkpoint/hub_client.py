@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from streamshard.disk.existence import found, is_folder, walked
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, printable
 
-__all__ = ["Client", "Listed", "Repository"]
+__all__ = ["Client", "Listed", "Published", "Repository"]
 
 MAX_FILES = 20_000  # of one repository; those of models have some hundred
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -36,6 +36,15 @@ class Listed:
     def blob(self) -> str:
         """What the hub's cache calls its content."""
         return self.digest.partition(":")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What the hub says of a model at one commit."""
+
+    asked: HubId
+    commit: str
+    files: Sequence[Listed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +86,13 @@ class Client:
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 ref.write_text(commit, encoding="utf-8")
         return Repository(self, asked, folder, commit)
+
+    def published(self, asked: HubId) -> Published:
+        """What the hub says of a model."""
+        if self.offline:
+            raise not_cached(str(asked), "what the hub says of it", self.cache)
+        found = self.repository(asked)
+        return Published(asked, found.commit, found.files())
 
     def _noted(self, asked: HubId, ref: Path) -> str:
         try:

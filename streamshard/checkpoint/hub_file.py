@@ -137,7 +137,7 @@ class ViewFile:
         return {"bytes": self.nbytes, "digest": self.digest, "checked": checked, "how": how}
 
 
-def content_digest(path: Path, kind: str) -> str:
+def content_digest(path: Path, kind: str, told: Callable[[int], None] = lambda _: None) -> str:
     """The digest of a file as the hub has it: `sha256` of its content, or that of a `git` blob."""
     import hashlib
 
@@ -149,4 +149,5 @@ def content_digest(path: Path, kind: str) -> str:
         while count := file.read_into(buffer, done):
             found.update(buffer[:count])
             done += count
+            told(count)
     return str(found.hexdigest())

@@ -39,11 +39,12 @@ class HubId:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
 
-def hub_id(text: str) -> HubId | None:
+def hub_id(text: str, *, only: bool = False) -> HubId | None:
     """What an argument means at which no path of this machine is; None if it is no id of the hub.
 
     `org/name`, `org/name@revision` and `hf://org/name@revision/file` are. Not what can only be a path:
     one that begins with a dot or in a folder that is here, or that has more parts or a file's ending.
+    With `only` no path can be meant.
     """
     if text.startswith(SCHEME):
         found = _URL.fullmatch(text)
@@ -58,6 +59,8 @@ def hub_id(text: str) -> HubId | None:
     found = _ID.fullmatch(text)
     if found is None or (found["revision"] is None and _FILE.fullmatch(text)):
         return None
+    if only:
+        return HubId(found["repo"], found["revision"])
     first = Path(text.partition("/")[0])
     with reading(first):
         return None if is_folder(first) else HubId(found["repo"], found["revision"])

@@ -89,6 +89,12 @@ def inspect(
     is_flag=True,
     help="Exit with 8 also if there are no digests to compare with.",
 )
+@option(
+    CHECKS,
+    "--against",
+    metavar="ORG/NAME@REVISION",
+    help="Compare with the digests of a model on the hub too; nothing is downloaded for it.",
+)
 @WORKERS
 @READING
 def verify(
@@ -96,6 +102,7 @@ def verify(
     revision: str | None,
     cache_dir: str | None,
     sample: str | None,
+    against: str | None,
     workers: int | None,
     *,
     offline: bool,
@@ -115,6 +122,7 @@ def verify(
       streamshard verify ./merged
       streamshard verify ./merged --sample 10%
       streamshard verify ./merged --strict
+      streamshard verify ./merged --against org/merged
     """
     screen = begin(**output)
     try:
@@ -125,6 +133,7 @@ def verify(
                 cache_dir=cache_dir,
                 offline=offline,
                 sample=sample,
+                against=against,
                 strict=strict,
                 workers=workers,
                 on_step=progress.step,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,10 +56,13 @@ def hub_inputs(command: str, given: Mapping[str, Any]) -> Iterator[dict[str, Any
     plain = {name: value for name, value in given.items() if name not in _OPTIONS}
     asked = {name: _ids(plain[name]) for name in _INPUTS[command] if plain.get(name) is not None}
     _add_revision(command, asked, plain, given.get("revision"))
-    if not any(one is not None for ids in asked.values() for one in ids):
+    against = plain.get("against")
+    if against is None and not any(one is not None for ids in asked.values() for one in ids):
         yield plain
         return
     with _Views(command, given) as views:
+        if against is not None:
+            plain["against"] = views.client.published(_published(against))
         _open_all(views, asked, plain)
         token = sources_of.set(views.origins)
         try:
@@ -105,20 +106,30 @@ class _Views:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def open(self, role: str, asked: HubId) -> Path:
-        """The path that stands for a model."""
-        from streamshard.checkpoint.hub import View
+    @property
+    def client(self) -> Client:
+        """What asks the hub."""
         from streamshard.checkpoint.hub_client import Client
 
-        if self._client is None or self._around is None:
+        if self._client is None:
             cache = self._given.get("cache_dir")
             cache = None if cache is None else input_path(cache, "the cache")
             self._client = Client.of(cache, offline=bool(self._given.get("offline")))
+        return self._client
+
+    def open(self, role: str, asked: HubId) -> Path:
+        """The path that stands for a model."""
+        from streamshard.checkpoint.hub import View
+
+        if self._around is None:
+            import shutil
+            import tempfile
+
             self._around = Path(tempfile.mkdtemp(prefix="streamshard-")).resolve()
             self._stack.callback(shutil.rmtree, self._around, ignore_errors=True)
         view = View(
             asked,
-            self._client,
+            self.client,
             self._around / str(len(self.origins)),
             stream=bool(self._given.get("stream")),
             heads_only=self._command in ("inspect", "diff"),
@@ -145,6 +156,16 @@ def _id(value: object) -> HubId | None:
     if not isinstance(value, str) or not value or "\0" in value or has_name(value):
         return None
     return hub_id(value)
+
+
+def _published(text: object) -> HubId:
+    """The model that an output is compared with."""
+    found = hub_id(text, only=True) if isinstance(text, str) else None
+    if found is None or found.inside:
+        raise UsageError(
+            f"--against is {printable(repr(text))}; a model on the hub it is: ORG/NAME@REVISION."
+        )
+    return found
 
 
 def _add_revision(
