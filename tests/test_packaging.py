@@ -87,7 +87,15 @@ def has_compiler() -> bool:
 def test_the_sdist_has_all_that_a_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {*SOURCES, *TYPES, *C_SOURCES, "pyproject.toml", "setup.py", "README.md", "LICENSE"} <= names
+    assert {
+        *SOURCES,
+        *TYPES,
+        *C_SOURCES,
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+    } <= names
 
 
 def test_the_wheel_has_all_that_runs_and_nothing_else(wheel):
