@@ -50,7 +50,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = root / "tree"
     unwanted = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "*.egg-info")
     shutil.copytree(PACKAGE, tree / "streamshard", ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     code = "import setuptools.build_meta as b; print(b.build_sdist('../dist'))"
     name = run(sys.executable, "-c", code, cwd=tree).splitlines()[-1]
@@ -87,7 +87,15 @@ def has_compiler() -> bool:
 def test_the_sdist_has_all_that_a_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {*SOURCES, *TYPES, *C_SOURCES, "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {
+        *SOURCES,
+        *TYPES,
+        *C_SOURCES,
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+    } <= names
 
 
 def test_the_wheel_has_all_that_runs_and_nothing_else(wheel):
@@ -98,6 +106,9 @@ def test_the_wheel_has_all_that_runs_and_nothing_else(wheel):
         script = archive.read(entries).decode()
     assert names - compiled - C_SOURCES == SOURCES | TYPES
     assert len(compiled) == len(COMPILED) * has_compiler()
+    # One for all versions of Python from 3.11 on.
+    assert "-cp311-abi3-" in wheel.name
+    assert all(name.endswith((".abi3.so", ".pyd")) for name in compiled)
     assert "streamshard = streamshard.__main__:main" in script
 
 
