@@ -102,7 +102,7 @@ def test_the_sdist_has_all_that_a_build_needs(sdist):
 
 
 def test_the_sdist_passes_tests_of_its_own(sdist, site, tmp_path):
-    """Unpacked, with the compiled parts of its wheel; the file of data and that of a command as examples."""
+    """Unpacked, with the compiled parts of its wheel: some files of tests as examples."""
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (tree,) = tmp_path.iterdir()
