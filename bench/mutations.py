@@ -365,8 +365,8 @@ MUTANTS = (
     ),
     Mutant(
         "recipe-without-places",
-        'self._text(f"Stored {number} {value.offset} {value.shape} {value.dtype}")',
-        'self._text(f"Stored {number} {value.shape} {value.dtype}")',
+        'self._texts.append(f"Stored {number} {value.offset} {value.shape} {value.dtype}")',
+        'self._texts.append(f"Stored {number} {value.shape} {value.dtype}")',
         "a run continues though tensors come from other places of the same file",
         ("test_the_place_of_a_tensor_is_part_of_the_plan",),
     ),
