@@ -32,6 +32,7 @@ __all__ = [
     "ByteRange",
     "Files",
     "InputFile",
+    "Raw",
     "file_nbytes",
     "open_source",
     "read_bytes",
@@ -169,7 +170,7 @@ class InputFile:
 
     def stream(self) -> io.BufferedReader:
         """The file as Python has files, for those who read no others; closing it closes nothing."""
-        return io.BufferedReader(_Raw(self))
+        return io.BufferedReader(Raw(self))
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Up to `nbytes` bytes from `offset` on."""
@@ -187,10 +188,10 @@ def _check_regular(path: AnyPath, mode: int) -> None:
         raise InputError.at(path, f"is {what}, a file was expected.")
 
 
-class _Raw(io.RawIOBase):
-    """An input file that is read from one place after the other."""
+class Raw(io.RawIOBase):
+    """A source that is read from one place after the other, as Python's files are."""
 
-    def __init__(self, file: InputFile) -> None:
+    def __init__(self, file: Source) -> None:
         super().__init__()
         self._file = file
         self._at = 0
