@@ -19,6 +19,7 @@ from typing import Any
 
 from streamshard.checkpoint.json_files import parse_prefix, parse_small
 from streamshard.checkpoint.other_kinds import check_beginning
+from streamshard.disk.far import far_at
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.disk.system import reading, system
@@ -280,11 +281,13 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
 def _ask_official_parser(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
+    # It needs a file of this machine; what stands for one of another has at least its header.
+    elsewhere = far_at(path)
+    local = path if elsewhere is None else elsewhere.local() or path
     try:
-        # It needs a file of this machine.
         with (
             reading(path),
-            system.by_library(path, lambda file: safe_open(file, framework="np")),
+            system.by_library(local, lambda file: safe_open(file, framework="np")),
         ):
             pass
     except SafetensorError as error:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamshard.disk.far import far_at
 from streamshard.disk.inputs import Inputs, Stamp, active, changed, named
 from streamshard.disk.mapped import Mapped, check_choice, mapped
 from streamshard.disk.sources import Abilities, Source
@@ -32,7 +33,7 @@ __all__ = [
     "ByteRange",
     "Files",
     "InputFile",
-    "Raw",
+    "as_stream",
     "file_nbytes",
     "open_source",
     "read_bytes",
@@ -170,7 +171,7 @@ class InputFile:
 
     def stream(self) -> io.BufferedReader:
         """The file as Python has files, for those who read no others; closing it closes nothing."""
-        return io.BufferedReader(Raw(self))
+        return as_stream(self)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Up to `nbytes` bytes from `offset` on."""
@@ -188,8 +189,8 @@ def _check_regular(path: AnyPath, mode: int) -> None:
         raise InputError.at(path, f"is {what}, a file was expected.")
 
 
-class Raw(io.RawIOBase):
-    """A source that is read from one place after the other, as Python's files are."""
+class _Raw(io.RawIOBase):
+    """A source that is read from one place after the other."""
 
     def __init__(self, file: Source) -> None:
         super().__init__()
@@ -216,8 +217,16 @@ class Raw(io.RawIOBase):
         return count
 
 
+def as_stream(file: Source) -> io.BufferedReader:
+    """A source as Python has files, for those who read no others; closing it closes nothing."""
+    return io.BufferedReader(_Raw(file))
+
+
 def open_source(key: AnyPath, inputs: Inputs | None = None, *, spare: bool = False) -> Source:
     """What has this key, opened. Whoever reads anything of others comes by here."""
+    elsewhere = far_at(key)
+    if elsewhere is not None:
+        return elsewhere.open(inputs, spare=spare)
     return InputFile(key, inputs, spare=spare)
 
 
