@@ -39,6 +39,7 @@ class ViewFile:
         self._lock = threading.Lock()
         self._local: Path | None = None
         self._remote: Remote | None = None
+        self._opener: HubFile | None = None
 
     @property
     def kept(self) -> bool:
@@ -114,7 +115,7 @@ class ViewFile:
             if self._remote is None:
                 name = f"{asked}/{self.listed.name}"
                 kind, _, digest = self.digest.partition(":")
-                opener = HubFile(
+                self._opener = opener = HubFile(
                     asked.repo,
                     self._repository.commit,
                     self.listed.name,
@@ -136,7 +137,14 @@ class ViewFile:
             checked, how = self._remote.frontier.outcome()
         elif self.local() is not None and not checked:
             how = "it was in the cache before"
-        return {"bytes": self.nbytes, "digest": self.digest, "checked": checked, "how": how}
+        sent = self._opener.requests if self._opener is not None else 0
+        return {
+            "bytes": self.nbytes,
+            "digest": self.digest,
+            "checked": checked,
+            "how": how,
+            "requests": sent,
+        }
 
 
 def content_digest(path: Path, kind: str, told: Callable[[int], None] = lambda _: None) -> str:
