@@ -145,7 +145,9 @@ class Store:
             files |= {name: blob for name, blob in changes.items() if blob is not None}
             for name in [name for name, blob in changes.items() if blob is None]:
                 files.pop(name, None)
-            identity = [repo.id, parent, message, next(self.numbers), sorted(changes)]
+            # No digest of a base's files: that would read gigabytes for a name.
+            content = sorted((name, str(blob)) for name, blob in changes.items())
+            identity = [repo.id, parent, message, next(self.numbers), content]
             sha = hashlib.sha1(json.dumps(identity).encode()).hexdigest()
             date = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
             repo.commits[sha] = Commit(sha, parent, message, files, date)
