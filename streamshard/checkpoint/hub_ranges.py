@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from streamshard.checkpoint.hub_errors import refusal
+from streamshard.checkpoint.hub_errors import asking
 from streamshard.checkpoint.hub_stream import Body
 from streamshard.disk.remote import AgainError
 from streamshard.errors import HubError, UsageError, printable
 
-__all__ = ["MOST_NBYTES", "HubFile"]
+__all__ = ["HubFile", "check_parts"]
 
 MOST_NBYTES = 50_000_000_000
 """Of larger files the hub gives no ranges."""
@@ -33,8 +33,8 @@ _MOST_REDIRECTS = 5
 class HubFile:
     """A file of a repository at one commit: what opens streams of it, in any thread.
 
-    `where` is what people are told, `sha256` the digest that the hub lists, if it lists one. The
-    hub's own tokens and endpoint are those of its client, unless others are given.
+    `where` is what people are told, `sha256` the digest that the hub lists, if it lists one. Tokens and
+    endpoint are those of the client, unless others are given.
     """
 
     def __init__(
@@ -68,20 +68,14 @@ class HubFile:
             raise UsageError(
                 "--stream needs huggingface_hub 1.0 or later: pip install -U huggingface_hub"
             )
-        if self._nbytes > MOST_NBYTES:
-            raise HubError(
-                f"{printable(self._where)}: has {self._nbytes:,} bytes, and of files of more than "
-                f"{MOST_NBYTES:,} the hub gives no parts. Run it without --stream, or download it."
-            )
         with contextlib.ExitStack() as stack:
             try:
                 return self._opened(start, stop, stack)
-            except errors.HfHubHTTPError as error:
-                raise refusal(self._where, "a part of it", error) from error
-            except (
-                errors.HTTPError,
-                RuntimeError,
-            ) as error:  # also of a client that is closed elsewhere
+            except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled):
+                with asking(self._repo, self._name):
+                    raise
+            except (errors.HTTPError, RuntimeError) as error:
+                # That may be the end of a client that another thread has closed.
                 raise AgainError(" ".join(str(error).split()) or type(error).__name__) from error
 
     def _opened(self, start: int, stop: int, stack: contextlib.ExitStack) -> Body:
@@ -204,6 +198,15 @@ class HubFile:
         if headers.get("Content-Encoding", "identity") != "identity":
             raise AgainError("the server sent an encoded part")
         return Body(response, stop - start, stack.pop_all())
+
+
+def check_parts(where: str, nbytes: int) -> None:
+    """Raise `HubError` for a file of which the hub gives no parts."""
+    if nbytes > MOST_NBYTES:
+        raise HubError(
+            f"{printable(where)}: has {nbytes:,} bytes, and of files of more than {MOST_NBYTES:,} the "
+            "hub gives no parts. Run it without --stream: then it is downloaded."
+        )
 
 
 def _origin(url: str) -> tuple[str, str]:

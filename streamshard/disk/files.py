@@ -33,7 +33,7 @@ __all__ = [
     "ByteRange",
     "Files",
     "InputFile",
-    "Raw",
+    "as_stream",
     "file_nbytes",
     "open_source",
     "read_bytes",
@@ -171,7 +171,7 @@ class InputFile:
 
     def stream(self) -> io.BufferedReader:
         """The file as Python has files, for those who read no others; closing it closes nothing."""
-        return io.BufferedReader(Raw(self))
+        return as_stream(self)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Up to `nbytes` bytes from `offset` on."""
@@ -189,8 +189,8 @@ def _check_regular(path: AnyPath, mode: int) -> None:
         raise InputError.at(path, f"is {what}, a file was expected.")
 
 
-class Raw(io.RawIOBase):
-    """A source that is read from one place after the other, as Python's files are."""
+class _Raw(io.RawIOBase):
+    """A source that is read from one place after the other."""
 
     def __init__(self, file: Source) -> None:
         super().__init__()
@@ -215,6 +215,11 @@ class Raw(io.RawIOBase):
         count = self._file.read_into(memoryview(buffer).cast("B"), self._at)
         self._at += count
         return count
+
+
+def as_stream(file: Source) -> io.BufferedReader:
+    """A source as Python has files, for those who read no others; closing it closes nothing."""
+    return io.BufferedReader(_Raw(file))
 
 
 def open_source(key: AnyPath, inputs: Inputs | None = None, *, spare: bool = False) -> Source:

@@ -13,7 +13,7 @@ import io
 import threading
 from typing import Protocol
 
-from streamshard.disk.files import Raw
+from streamshard.disk.files import as_stream
 from streamshard.disk.inputs import Stamp
 from streamshard.disk.mapped import Mapped
 from streamshard.disk.remote_digest import Frontier
@@ -144,7 +144,7 @@ class RemoteFile:
 
     def stream(self) -> io.BufferedReader:
         """It as Python has files."""
-        return io.BufferedReader(Raw(self), BLOCK_NBYTES)
+        return as_stream(self)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Up to `nbytes` bytes from `offset` on; of the file hardly more is asked for."""

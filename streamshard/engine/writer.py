@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -25,6 +25,7 @@ from streamshard.disk.new_files import OutputFile
 from streamshard.engine.do_task import WRITE_BYTES, do, measure
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import FinishedShard
+from streamshard.engine.lanes import Place, lanes
 from streamshard.engine.long_names import part_name
 from streamshard.engine.shard_task import Member, Result, ShardTask, parts_of
 from streamshard.engine.staging import Staging
@@ -168,29 +169,55 @@ class _Run:
         self.lock = threading.Lock()
         self.background = Background(self.stop)
         self.senders = Senders(self.stop) if plan.direct else None
-        self.opened: set[_Open] = set()
+        self.opened: dict[str, _Open] = {}
         self.inputs = active()
 
-    def items(self, shards: Sequence[Shard]) -> Iterator[_Item]:
-        """Every task; shards are begun on the way."""
-        left = sum(total_nbytes(shard.tensors) for shard in shards)
-        for shard in shards:
-            opened = _Open(shard, self.staging.folder, self.senders)
-            self.opened.add(opened)
-            opened.output.write(memoryview(opened.header), 0)
-            path, nbytes = opened.output.path, shard.nbytes  # a sum over all of its tensors
-            for place, (name, begin) in enumerate(opened.begins.items()):
-                tensor = shard.tensors[name]
-                member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
-                whole = ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
-                cuts = cuts_of(member, left, self.plan.workers, direct=self.senders is not None)
-                left -= tensor.nbytes
-                if len(cuts) == 2:
-                    yield _Item(opened, place, whole)
-                    continue
-                split = _Split(whole, len(cuts) - 1)
-                for first, last in pairwise(cuts):
-                    yield _Item(opened, place, replace(whole, begin=first, end=last), split)
+    def items(self, shards: Sequence[Shard]) -> Iterator[Iterable[_Item]]:
+        """Every task; together those that one thread is to do, one after the other."""
+        in_order, others = lanes(shards, self.plan.compared.reference)
+        for lane in in_order:
+            yield self.tasks(lane, 0)
+        left = sum(shard.tensors[name].nbytes for shard, _, name in others)
+        for item in self.tasks(others, left):
+            yield (item,)
+
+    def tasks(self, places: Iterable[Place], left: int) -> Iterator[_Item]:
+        """The tasks of some tensors; shards are begun on the way.
+
+        `left` are the bytes of all of them, 0 if none is to be cut.
+        """
+        for shard, number, name in places:
+            opened = self.begun(shard)
+            tensor, begin = shard.tensors[name], opened.begins[name]
+            member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
+            path, nbytes = opened.output.path, shard.nbytes
+            whole = ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
+            workers = self.plan.workers if left else 1
+            cuts = cuts_of(member, left, workers, direct=self.senders is not None)
+            left -= tensor.nbytes
+            if len(cuts) == 2:
+                yield _Item(opened, number, whole)
+                continue
+            split = _Split(whole, len(cuts) - 1)
+            for first, last in pairwise(cuts):
+                yield _Item(opened, number, replace(whole, begin=first, end=last), split)
+
+    def begun(self, shard: Shard) -> _Open:
+        """A shard that is being written, from when it is first asked for."""
+        with self.lock:
+            found = self.opened.get(shard.name)
+            if found is None:
+                self.stop.check()
+                found = _Open(shard, self.staging.folder, self.senders)
+                self.opened[shard.name] = found
+                found.output.write(memoryview(found.header), 0)
+        return found
+
+    def write_all(self, items: Iterable[_Item], work: Workspace) -> None:
+        """Do tasks, one after the other."""
+        for item in items:
+            self.stop.check()
+            self.write(item, work)
 
     def write(self, item: _Item, work: Workspace) -> None:
         """Do a task, and note what is known when all of its tensor is written."""
@@ -228,7 +255,7 @@ class _Run:
             rename(path, path.with_name(shard.name))
             sync_folder(path.parent)
             self.staging.add(shard)
-            self.opened.remove(opened)
+            del self.opened[shard.name]
 
     def tell_hashed(self, name: str, nbytes: int) -> None:
         """Note bytes of which the SHA-256 was taken, and tell them once nothing else is done."""
@@ -251,7 +278,7 @@ class _Run:
         with self.lock:
             self.stop.fail(Stopped())
             self.background.abandon()
-            for opened in self.opened:
+            for opened in self.opened.values():
                 opened.output.abandon()
         if self.senders is not None:
             self.senders.finish()
@@ -277,7 +304,7 @@ def write_shards(
         on_step("writing", plan.tensor_nbytes, plan.tensor_nbytes - to_write)
     try:
         spare = run.senders is not None
-        share(run.items(left), run.write, plan.workers, run.stop, spare=spare)
+        share(run.items(left), run.write_all, plan.workers, run.stop, spare=spare)
         run.wait(left)
     finally:
         run.end()

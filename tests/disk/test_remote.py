@@ -240,8 +240,10 @@ def test_what_could_not_be_checked_is_told():
 def test_threads_have_their_own_streams():
     store = Store(DATA * 3)
     remote, wrong = remote_of(store, "cache:"), []
+    together = threading.Barrier(3)
 
     def read(part):
+        together.wait()  # threads that are there at the same time
         for at in range(part * len(DATA), (part + 1) * len(DATA), 100_000):
             out = bytearray(min(100_000, (part + 1) * len(DATA) - at))
             file.read_into(memoryview(out), at)
