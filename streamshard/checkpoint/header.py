@@ -1,4 +1,4 @@
-"""The safetensors file format: reading headers, nothing else.
+"""Headers of the safetensors file format, read and judged.
 
 Rules: https://github.com/huggingface/safetensors (README, `Metadata::validate`). A header is
 accepted if our own strict reading and the official parser both accept it (which is not asked about
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.json_files import parse_prefix, parse_small
+from streamshard.checkpoint.new_header import MAX_TENSORS, PREFIX_NBYTES, header_pieces
 from streamshard.checkpoint.other_kinds import check_beginning
-from streamshard.checkpoint.written_header import MAX_TENSORS, PREFIX_NBYTES, header_pieces
 from streamshard.disk.far import far_at
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source

@@ -14,7 +14,7 @@ from streamshard.checkpoint.file_names import SINGLE_NAME, SUFFIX, numbered, wri
 from streamshard.checkpoint.folder import Checkpoint
 from streamshard.checkpoint.header import total_nbytes, total_parameters
 from streamshard.checkpoint.json_files import json_pieces
-from streamshard.checkpoint.written_header import build_header
+from streamshard.checkpoint.new_header import build_header
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = ["Shard", "index_pieces", "numbered_anew", "plan_shards", "shard_names"]

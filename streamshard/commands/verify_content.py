@@ -15,9 +15,9 @@ from streamshard.checkpoint.digests import (
 )
 from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.header import header_text
+from streamshard.checkpoint.new_header import framed
 from streamshard.checkpoint.open_anything import Opened, is_shard
 from streamshard.checkpoint.recorded_files import FileRecord, link_problem
-from streamshard.checkpoint.written_header import framed
 from streamshard.disk.files import open_source
 from streamshard.disk.system import is_unread
 from streamshard.engine.workers import Stop

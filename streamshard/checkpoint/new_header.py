@@ -1,4 +1,4 @@
-"""Headers of safetensors as the official writer has them, byte for byte."""
+"""Headers of the safetensors file format as they are written, byte for byte as the official writer's."""
 
 from __future__ import annotations
 
