@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from streamshard.errors import escaped
@@ -97,7 +98,15 @@ def merge_text(report: dict[str, Any]) -> str:
         f"  L2 from the base: {_number(l2['global'])} (sum over tensors {_number(l2['sum'])}, "
         f"per parameter {_number(l2['per_parameter'])})"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_exactness_text(report.get("exactness"))])
+
+
+def _exactness_text(exact: Mapping[str, Any] | None) -> list[str]:
+    """That all elements are right, and how many of them a second look was needed for."""
+    if exact is None:
+        return []
+    again = f"{exact['rechecked']:,} of them computed again near a rounding boundary"
+    return [f"  exact: {exact['elements']:,} elements rounded once, {again} ({exact['kernel']})"]
 
 
 def conversion_text(report: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Writing shards: the parent's part. Tasks are given to threads, and what they find is noted.
 
 Every tensor is a task, or several if it is so large that workers would have to wait for one of them.
-Tasks are done in any order; what is measured of tensors is summed in the order of the file. Progress,
+Tasks are done in any order: one worker copies what of a shard is only copied, and waits for the disk,
+while the others compute. What is measured of tensors is summed in the order of the file. Progress,
 journal, syncs and names are told or done here and nowhere else.
 """
 
@@ -12,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from streamshard.checkpoint.digests import DIGEST_NBYTES, hash_file, new_sha256, shard_digest
@@ -25,7 +26,7 @@ from streamshard.disk.new_files import OutputFile
 from streamshard.engine.do_task import WRITE_BYTES, do, measure
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import FinishedShard
-from streamshard.engine.lanes import Place, lanes
+from streamshard.engine.lanes import Place, is_copied, lanes, ordered
 from streamshard.engine.long_names import part_name
 from streamshard.engine.shard_task import Member, Result, ShardTask, parts_of
 from streamshard.engine.staging import Staging
@@ -104,11 +105,15 @@ class _Split:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A task, and where what is found goes: the shard, the place in there, other parts of the tensor."""
+    """A task, and where what is found goes: the shard, the place in there, other parts of the tensor.
+
+    `copied` ones are of a long stretch that is only copied.
+    """
 
     opened: _Open
     place: int
     task: ShardTask
+    copied: bool
     split: _Split | None = None
 
 
@@ -170,37 +175,43 @@ class _Run:
         self.background = Background(self.stop)
         self.senders = Senders(self.stop) if plan.direct else None
         self.opened: dict[str, _Open] = {}
+        self.copying = 0
         self.inputs = active()
 
     def items(self, shards: Sequence[Shard]) -> Iterator[Iterable[_Item]]:
         """Every task; together those that one thread is to do, one after the other."""
         in_order, others = lanes(shards, self.plan.compared.reference)
         for lane in in_order:
-            yield self.tasks(lane, 0)
+            yield self.in_order(lane)
         left = sum(shard.tensors[name].nbytes for shard, _, name in others)
-        for item in self.tasks(others, left):
-            yield (item,)
+        for _, found in groupby(others, lambda place: place[0].name):
+            places = [*found]
+            tasks = [self.whole(*place) for place in places]
+            for at, alone in ordered([task.members[0] for task in tasks], lambda: not self.copying):
+                (shard, place, _), whole = places[at], tasks[at]
+                (member,) = whole.members
+                cuts = cuts_of(member, left, self.plan.workers, direct=self.senders is not None)
+                left -= member.tensor.nbytes
+                split = _Split(whole, len(cuts) - 1) if len(cuts) > 2 else None
+                for first, last in pairwise(cuts):
+                    with self.lock:
+                        self.copying += alone
+                    part = whole if split is None else replace(whole, begin=first, end=last)
+                    yield (_Item(self.begun(shard), place, part, alone, split),)
 
-    def tasks(self, places: Iterable[Place], left: int) -> Iterator[_Item]:
-        """The tasks of some tensors; shards are begun on the way.
+    def in_order(self, lane: Iterable[Place]) -> Iterator[_Item]:
+        """The tasks of one thread; shards are begun on the way."""
+        for shard, place, name in lane:
+            whole = self.whole(shard, place, name)
+            yield _Item(self.begun(shard), place, whole, copied=False)
 
-        `left` are the bytes of all of them, 0 if none is to be cut.
-        """
-        for shard, number, name in places:
-            opened = self.begun(shard)
-            tensor, begin = shard.tensors[name], opened.begins[name]
-            member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
-            path, nbytes = opened.output.path, shard.nbytes
-            whole = ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
-            workers = self.plan.workers if left else 1
-            cuts = cuts_of(member, left, workers, direct=self.senders is not None)
-            left -= tensor.nbytes
-            if len(cuts) == 2:
-                yield _Item(opened, number, whole)
-                continue
-            split = _Split(whole, len(cuts) - 1)
-            for first, last in pairwise(cuts):
-                yield _Item(opened, number, replace(whole, begin=first, end=last), split)
+    def whole(self, shard: Shard, _place: int, name: str) -> ShardTask:
+        """The task of a whole tensor."""
+        opened = self.begun(shard)
+        tensor, begin = shard.tensors[name], opened.begins[name]
+        member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
+        path, nbytes = opened.output.path, shard.nbytes  # a sum over all of its tensors
+        return ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
 
     def begun(self, shard: Shard) -> _Open:
         """A shard that is being written, from when it is first asked for."""
@@ -223,7 +234,11 @@ class _Run:
         """Do a task, and note what is known when all of its tensor is written."""
         watch = _Watch(self, item.opened)
         output, split = item.opened.output, item.split
-        (result,) = do(item.task, work, watch, output)
+        try:
+            (result,) = do(item.task, work, watch, output)
+        finally:
+            with self.lock:
+                self.copying -= item.copied
         if split is not None:
             with self.lock:
                 split.changes.take(result.changes)
@@ -318,9 +333,7 @@ def cuts_of(member: Member, left: int, workers: int, *, direct: bool = False) ->
     around the page cache (`direct`) would have to be read from the disk for it, and of what is only
     copied one worker has more to write than the disk can: that is not cut.
     """
-    most = parts_of(member.tensor)
-    if direct and all(piece.ranges() is not None for piece in member.tensor.pieces):
-        most = 1
+    most = 1 if direct and is_copied(member) else parts_of(member.tensor)
     if member.tensor.nbytes * workers <= left or workers < 2 or most < 2:
         return [member.begin, member.end]
     step = max(left // (2 * workers), member.tensor.nbytes // most)
