@@ -143,7 +143,8 @@ def largest(adapter: Adapter, key: str, work: Workspace) -> float:
     tensor = adapter.tensors[key]
     largest = 0.0
     for start, stop, first, last in tensor.windows(READ_NBYTES):
-        block = read_float32(tensor, start, stop, work, (first, last))
+        room = work.float32("factor", stop - start, last - first)
+        block = read_float32(tensor, start, stop, work, (first, last), out=room)
         peak = float(np.abs(block, out=block).max())
         if not np.isfinite(peak):
             row = start + int(np.argmin(np.isfinite(block).all(axis=1)))
