@@ -188,6 +188,7 @@ def _streamed(commit: str, name: str, size: int, sha256: str) -> int:
     remote = Remote(name, size, f"sha256:{sha256}" if sha256 else "", opener)
     buffer, done = memoryview(bytearray(BLOCK_NBYTES)), 0
     with remote.open(name) as file:
+        file.onward = True
         while count := file.read_into(buffer, done):
             done += count
     assert done == size, (name, done)
