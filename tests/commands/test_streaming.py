@@ -136,7 +136,7 @@ MENDED = [
 
 @pytest.mark.parametrize(
     ("command", "fault"),
-    [*((one, None) for one in COMMANDS), *zip(cycle(COMMANDS), MENDED)],  # noqa: B905
+    [*((one, None) for one in COMMANDS), *zip(cycle(COMMANDS), MENDED)],
     ids=str,
 )
 def test_every_fault_at_every_fifth_request(command, fault, hub, made, small, tmp_path):
