@@ -26,6 +26,7 @@ __all__ = [
     "hf_to_custom",
     "inspect",
     "merge_lora",
+    "plot",
     "verify",
     "wrap_backbone_lora",
     "wrap_llm_lora",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from streamshard.commands.inspect import inspect
     from streamshard.commands.live_models import wrap_backbone_lora, wrap_llm_lora
     from streamshard.commands.merge_lora import merge_lora
+    from streamshard.commands.plot import plot
     from streamshard.commands.state_dicts import (
         compute_l2_distance,
         convert_keys_back,
@@ -69,6 +71,7 @@ _HOMES = {
     "hf_to_custom": "commands.convert",
     "inspect": "commands.inspect",
     "merge_lora": "commands.merge_lora",
+    "plot": "commands.plot",
     "verify": "commands.verify",
     "wrap_backbone_lora": "commands.live_models",
     "wrap_llm_lora": "commands.live_models",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import click
+
 import streamshard
 from streamshard.cli import texts
 from streamshard.cli.app import cli
 from streamshard.cli.command import CHECKS, argument, option
-from streamshard.cli.options import READING, WORKERS
+from streamshard.cli.heat_text import heat_text
+from streamshard.cli.options import DRAWING, READING, WORKERS
 from streamshard.cli.screen import begin
 from streamshard.errors import VerificationError
 from streamshard.wording import KEYWORDS, command_line
@@ -18,27 +21,49 @@ from streamshard.wording import KEYWORDS, command_line
 @cli.command("diff", short_help="Compare two checkpoints.")
 @argument("a", metavar="A", help="Checkpoint folder or weight file (.safetensors, .bin).")
 @argument("b", metavar="B", help="Another one; names are as in its layout.")
+@option(
+    CHECKS,
+    "--exit-code",
+    is_flag=True,
+    help="Exit with 8 if they differ, or if a tensor could not be compared.",
+)
+@DRAWING
 @WORKERS
 @READING
-def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
+def diff(
+    a: str,
+    b: str,
+    plot: str | None,
+    workers: int | None,
+    *,
+    exit_code: bool,
+    heatmap: bool,
+    **output: Any,
+) -> None:
     """Compare two checkpoints: names, shapes, dtypes and L2 distances, layouts reconciled.
 
     The first line says whether they differ.
 
     \b
-    Example:
+    Examples:
       streamshard diff ./merged ./InternVL3-8B
+      streamshard diff ./merged ./InternVL3-8B --heatmap
     """
     screen = begin(**output)
     with contextlib.closing(screen.progress) as progress, command_line(KEYWORDS["diff"]):
         report = streamshard.diff(
             a,
             b,
+            plot=plot,
             workers=workers,
             on_total=lambda nbytes: progress.step("comparing", nbytes),
             progress=progress.piece,
         )
+    if heatmap:
+        screen.heat = heat_text(report["heat_map"])
     screen.result(report, texts.diff_text)
+    if exit_code and report["differ"]:
+        raise click.exceptions.Exit(VerificationError.exit_code)
 
 
 @cli.command("inspect", short_help="Say what a checkpoint or adapter is.")

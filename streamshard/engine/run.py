@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from streamshard.disk.folders import resolved, sync_folder
 from streamshard.disk.inputs import active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, check_writable, places_beside
-from streamshard.engine.job import Compared, Job, Options, Plan
+from streamshard.engine.job import Beside, Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
 from streamshard.engine.plan import plan
@@ -49,7 +49,13 @@ def run(job: Job, options: Options) -> Report:
         )
         check_writable(made.output)
         return in_the_end(_report(made, kept=kept), started)
-    return execute(made, progress=options.progress, on_step=options.on_step, started=started)
+    return execute(
+        made,
+        progress=options.progress,
+        on_step=options.on_step,
+        on_distances=options.on_distances,
+        started=started,
+    )
 
 
 def execute(
@@ -57,6 +63,7 @@ def execute(
     *,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
+    on_distances: Callable[[Mapping[str, float]], None] | None = None,
     started: float | None = None,
 ) -> Report:
     """Do what a plan says, in this process or another one, and return the report.
@@ -79,8 +86,10 @@ def execute(
                 overwrite=made.overwrite,
             )
         )
-        _fill(made, staging, report, progress, on_step or (lambda *_: None), started)
+        distances = _fill(made, staging, report, progress, on_step or (lambda *_: None), started)
         inputs.end()
+    if on_distances is not None:
+        on_distances(distances.squared)
     return in_the_end(report, started)
 
 
@@ -113,7 +122,7 @@ def _fill(
     progress: Progress | None,
     on_step: OnStep,
     started: float,
-) -> None:
+) -> Distances:
     """Write everything into the folder where an output is built, and what is measured into the report."""
     resumed = check_finished(
         made.shards,
@@ -133,7 +142,7 @@ def _fill(
     distances = _distances(made.compared, made.shards, finished)
     report |= {"resumed": resumed, "l2": distances.report(), "update": update(finished)}
     report["exactness"] = exactness(finished)
-    _write_beside(made.files, staging)
+    _write_beside(made.files, staging, report)
     names = list(made.files)
     if len(made.shards) > 1:
         names.append(INDEX_NAME)
@@ -144,6 +153,7 @@ def _fill(
         "digests": _digests(made, finished, staging.folder, names),
     }
     write_new(staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, started))))
+    return distances
 
 
 def _distances(
@@ -164,7 +174,7 @@ def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
     return {*weights, *beside, INDEX_NAME, REPORT_NAME}
 
 
-def _write_beside(files: Mapping[str, Path | bytes], staging: Staging) -> None:
+def _write_beside(files: Mapping[str, Beside], staging: Staging, report: Mapping[str, Any]) -> None:
     """Write what lies beside the weights."""
     made: set[Path] = set()
     for name, content in files.items():
@@ -173,7 +183,7 @@ def _write_beside(files: Mapping[str, Path | bytes], staging: Staging) -> None:
         if isinstance(content, Path):
             copy_file(content, path)
         else:
-            write_new(path, [content])
+            write_new(path, [content if isinstance(content, bytes) else content.content(report)])
     for path in sorted(made, reverse=True):
         sync_folder(path)
 
