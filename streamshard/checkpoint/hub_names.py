@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from streamshard.disk.far import known_as, origins
+
 __all__ = ["Origin", "is_repository", "origin_of"]
 
 
@@ -55,8 +57,14 @@ def is_repository(text: object) -> bool:
 def origin_of(path: Path) -> Origin | None:
     """Of which repository and commit a folder, or a file in it, of the hub's cache is.
 
-    The cache has `models--ORG--NAME/snapshots/COMMIT/` for each. None if it is elsewhere.
+    The cache has `models--ORG--NAME/snapshots/COMMIT/` for each. The like of a path that stands for
+    files of the hub. None if it is elsewhere.
     """
+    known = known_as(str(path.absolute()))
+    for origin in (origins() or {}).values():
+        name = "@".join(part for part in (origin["repository"], origin["revision"]) if part)
+        if known == name or known.startswith(f"{name}/"):
+            return Origin(origin["repository"], origin["commit"])
     parts = path.absolute().parts
     for place in range(len(parts) - 2):
         kind, *names = parts[place].split("--")

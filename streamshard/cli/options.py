@@ -11,6 +11,7 @@ import click
 
 import streamshard
 from streamshard.cli.command import (
+    HUB,
     INPUTS,
     MEANING,
     OUTPUT,
@@ -21,18 +22,8 @@ from streamshard.cli.command import (
     with_options,
 )
 
-__all__ = [
-    "ADAPTER_NAME",
-    "ALPHA",
-    "BASE",
-    "CARD",
-    "CONVERSION",
-    "DRAWING",
-    "READING",
-    "REFERENCE",
-    "TOKENIZER_FROM",
-]
-__all__ += ["SPLITTING", "WORKERS", "WRITING", "output"]
+__all__ = ["ADAPTER_NAME", "ALPHA", "BASE", "CACHE", "CARD", "CONVERSION", "DRAWING", "READING"]
+__all__ += ["REFERENCE", "REVISION", "SPLITTING", "TOKENIZER_FROM", "WORKERS", "WRITING", "output"]
 
 
 BASE = partial(option, INPUTS, "--base", metavar="CHECKPOINT")
@@ -79,6 +70,24 @@ DRAWING = with_options(
         help="Draw what has changed, by layers and modules, into a .png, .svg or .pdf.",
     ),
     option(OUTPUT, "--heatmap", is_flag=True, help="Print the like, coarsely."),
+)
+
+CACHE = with_options(
+    option(
+        HUB,
+        "--cache-dir",
+        metavar="FOLDER",
+        help="The hub's cache.  [default: as HF_HOME and HF_HUB_CACHE say]",
+    ),
+    option(HUB, "--offline", is_flag=True, help="Ask the hub nothing; use what is in the cache."),
+)
+"""How models on the hub are got."""
+REVISION = partial(
+    option,
+    HUB,
+    "--revision",
+    metavar="REVISION",
+    help="Branch, tag or commit of the base, if it is on the hub.",
 )
 
 WORKERS = option(
@@ -147,6 +156,14 @@ WRITING = with_options(
         show_default=True,
         help="Write through the page cache or around it; auto goes around with what is large against "
         "the memory that is free. Same bytes.",
+    ),
+    REVISION(),
+    CACHE,
+    option(
+        HUB,
+        "--stream",
+        is_flag=True,
+        help="Read models on the hub as they are needed, and never store their weights.",
     ),
     READING,
 )

@@ -103,7 +103,7 @@ def _convert(asked: _Asked, options: ConversionOptions) -> Report:
     check_card(card)
     drawing = Drawing(options.get("plot"), heatmap=options.get("heatmap", False))
     # Planned in a function of its own: of 40,000 tensors each mapping that is left behind counts.
-    return drawing.run(_conversion(asked, allowed, card, chosen), chosen)
+    return drawing.run(lambda: _conversion(asked, allowed, card, chosen), chosen)
 
 
 def _conversion(asked: _Asked, allowed: Differences, card: str, chosen: Options) -> Job:

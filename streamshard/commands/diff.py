@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.header import total_parameters
@@ -18,8 +18,10 @@ from streamshard.commands.identify import Model, dims_of, model_dims
 from streamshard.commands.public import public
 from streamshard.disk.paths import PathLike
 from streamshard.engine.budget import workers_or_default
+from streamshard.engine.fetching import fetch, stored
+from streamshard.engine.job import CacheOptions
 from streamshard.engine.report import Report, finished, new_report
-from streamshard.engine.workers import collect
+from streamshard.engine.workers import OnStep, collect
 from streamshard.errors import argument, printable
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import convert
@@ -42,6 +44,8 @@ def diff(
     workers: int | None = None,
     progress: Callable[[int, str], None] | bool | None = None,
     on_total: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
+    **_cache: Unpack[CacheOptions],
 ) -> Report:
     """L2 distances of two checkpoints and what differs in names, shapes and dtypes.
 
@@ -49,7 +53,7 @@ def diff(
     `unexpected` ones that only `a` has; `differ` says whether there is any difference, or what could not
     be compared. `plot` is a file (.png, .svg, .pdf) for a picture of `heat_map`, which has the relative
     change of each module in each layer. `on_total` is told how many bytes will be read, `progress`
-    the bytes and the name of each finished tensor.
+    the bytes and the name of each finished tensor, `on_step` what is downloaded before.
     """
     started, drawing = time.perf_counter(), Drawing(plot, heatmap=True)
     one, other = Model(open_checkpoint(a)), Model(open_checkpoint(b))
@@ -63,6 +67,7 @@ def diff(
         )
     ours, theirs = _reconciled(one, other)
     compared = [n for n in theirs if n in ours and is_comparable(ours[n], theirs[n])]
+    fetch({t.path for n in compared for one in (ours, theirs) for t in stored(one[n])}, on_step)
     if on_total is not None:
         on_total(sum(ours[name].nbytes for name in compared))
     pairs = ((name, ours[name], theirs[name]) for name in compared)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Drawing:
             with needed_for("--plot"):
                 import matplotlib.figure  # noqa: F401
 
-    def check_outside(self, output: Path) -> None:
+    def _check_outside(self, output: Path) -> None:
         """Raise `UsageError` if the picture would lie in an output, which lists all of its files."""
         if self._file is not None and output.resolve() in self._file.resolve().parents:
             raise UsageError(
@@ -56,16 +56,16 @@ class Drawing:
         if self._file is not None:
             put_in_place(self._file, rendered(drawn(heat), self._kind))
 
-    def run(self, job: Job, options: Options) -> Report:
-        """Run a job and draw what it has changed."""
+    def run(self, job: Callable[[], Job], options: Options) -> Report:
+        """Run a job, which nobody else keeps in memory, and draw what it has changed."""
         if not self.is_wanted:
-            return run(job, options)
-        self.check_outside(job.output)
+            return run(job(), options)
         plans: list[Plan] = []
         told = options.on_plan
         found: dict[str, float] = {}
 
         def on_plan(made: Plan) -> None:
+            self._check_outside(made.output)
             if made.compared.source is None:
                 raise UsageError(
                     "--plot and --heatmap show the distance from the reference's weights, and it has "
@@ -76,8 +76,7 @@ class Drawing:
                 told(made)
 
         watched = dataclasses.replace(options, on_plan=on_plan, on_distances=found.update)
-        report = run(job, watched)
-        del job
+        report = run(job(), watched)
         report["heat_map"] = None
         if not report["dry_run"]:
             with _complete(report["output"]):

@@ -11,12 +11,14 @@ from streamshard.checkpoint.file_names import SINGLE_NAME
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
+from streamshard.disk.paths import PathLike
 from streamshard.engine.fingerprint import Fingerprint
 from streamshard.engine.option_values import dtype_option, size_option
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["Beside", "Compared", "Job", "Made", "Options", "OutputOptions", "Plan"]
+__all__ = ["BaseOptions", "Beside", "CacheOptions", "Compared", "Job", "Made", "Options"]
+__all__ += ["OutputOptions", "Plan"]
 
 
 class Made(Protocol):
@@ -81,6 +83,10 @@ class Plan:
     nbytes: int
     free_nbytes: int | None
     """None where the disk does not tell it."""
+    download_nbytes: int
+    """What is to be fetched before, of inputs that are not on this machine."""
+    download_free_nbytes: int | None
+    """What is free where that is kept; None without any."""
     workers: int
     memory_nbytes: int
 
@@ -94,6 +100,8 @@ class Plan:
         return {
             "files": [{"name": shard.name, "bytes": shard.nbytes} for shard in self.shards],
             "free_bytes": self.free_nbytes,
+            "download_bytes": self.download_nbytes,
+            "download_free_bytes": self.download_free_nbytes,
             "workers": self.workers,
             "memory_bytes": self.memory_nbytes,
         }
@@ -102,8 +110,27 @@ class Plan:
 _IO = ("auto", "buffered", "direct")
 
 
-class OutputOptions(TypedDict, total=False):
+class CacheOptions(TypedDict, total=False):
+    """Keywords of every function that reads models: how those on the hub are got."""
+
+    cache_dir: PathLike | None
+    """The hub's cache, as `HF_HUB_CACHE` is; by default what the environment says."""
+    offline: bool
+    """Ask the hub nothing, and use what is in the cache."""
+
+
+class BaseOptions(CacheOptions, total=False):
+    """The like, of those that read one model above all."""
+
+    revision: str | None
+    """Branch, tag or commit of the base, if that is on the hub."""
+
+
+class OutputOptions(BaseOptions, total=False):
     """Keywords of every function that writes: how to write."""
+
+    stream: bool
+    """Read models on the hub by ranges, as they are needed, and never store their weights."""
 
     max_shard_size: int | str | None
     """Bytes, or like "5GB", to split the output anew; by default files are those of the source."""
@@ -126,8 +153,9 @@ class OutputOptions(TypedDict, total=False):
     on_plan: Callable[[Plan], None] | None
     """Called once, before anything is written."""
     on_step: Callable[[str, int, int], None] | None
-    """Called whenever something else is begun ("checking" what an earlier run has finished, "comparing",
-    "writing", "hashing", "syncing"), with its bytes and how many of these are done."""
+    """Called whenever something else is begun ("downloading", "checking" what an earlier run has
+    finished, "comparing", "writing", "hashing", "syncing"), with its bytes and how many of these are
+    done; while downloading also whenever more are."""
     progress: Callable[[int, str], None] | bool | None
     """Called with the bytes and the tensor of each finished piece; True shows a bar."""
 

@@ -18,6 +18,7 @@ from streamshard.disk.folders import resolved, sync_folder
 from streamshard.disk.inputs import active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, check_writable, places_beside
+from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.job import Beside, Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
@@ -132,6 +133,10 @@ def _fill(
         on_step=on_step,
         sha256=made.sha256,
     )
+    left = [shard for shard in made.shards if shard.name not in staging.finished]
+    own = {name for shard in left for name in shard.tensors}
+    reference = (t for name, t in made.compared.reference.items() if name in own)
+    fetch(read_by(left, reference, made.files.values()), on_step)
     write_shards(made, staging, progress=progress, on_step=on_step)
     finished = [staging.finished[shard.name] for shard in made.shards]
     if made.must_change and not any(any(found.squared) for found in finished):
