@@ -19,8 +19,10 @@ from streamshard.disk.inputs import active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, check_writable, places_beside
 from streamshard.engine.fetching import fetch, read_by
+from streamshard.engine.fingerprint import Identity
 from streamshard.engine.job import Beside, Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
+from streamshard.engine.kept import as_kept
 from streamshard.engine.long_names import part_name
 from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, exactness, new_report, update
@@ -79,15 +81,17 @@ def execute(
         inputs.expect(made.inputs)
         target = resolved(made.output)
         inputs.leave_out(target, *places_beside(target).values())
+        identity = made.fingerprint.identity(made.files)
         staging = stack.enter_context(
             output_folder(
                 made.output,
-                made.fingerprint.identity(made.files),
+                identity,
                 names=_names(made.shards, made.files),
                 overwrite=made.overwrite,
             )
         )
-        distances = _fill(made, staging, report, progress, on_step or (lambda *_: None), started)
+        told = on_step or (lambda *_: None)
+        distances = _fill(made, staging, report, identity, progress, told, started)
         inputs.end()
     if on_distances is not None:
         on_distances(distances.squared)
@@ -120,6 +124,7 @@ def _fill(
     made: Plan,
     staging: Staging,
     report: dict[str, Any],
+    identity: Identity,
     progress: Progress | None,
     on_step: OnStep,
     started: float,
@@ -153,7 +158,7 @@ def _fill(
         names.append(INDEX_NAME)
         write_new(staging.folder / names[-1], index_pieces(made.shards))
     kept = {
-        **report,
+        **as_kept(report, identity),
         "l2_per_tensor": Streamed(distances.norms),
         "digests": _digests(made, finished, staging.folder, names),
     }
