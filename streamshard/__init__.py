@@ -22,6 +22,7 @@ __all__ = [
     "convert_keys_to_hf",
     "custom_to_hf",
     "diff",
+    "environment",
     "extract_lora",
     "hf_to_custom",
     "inspect",
@@ -36,6 +37,7 @@ __all__ = [
 if TYPE_CHECKING:
     from streamshard.commands.convert import ConversionOptions, custom_to_hf, hf_to_custom
     from streamshard.commands.diff import diff
+    from streamshard.commands.environment import environment
     from streamshard.commands.extract_lora import extract_lora
     from streamshard.commands.inspect import inspect
     from streamshard.commands.live_models import wrap_backbone_lora, wrap_llm_lora
@@ -67,6 +69,7 @@ _HOMES = {
     "convert_keys_to_hf": "commands.state_dicts",
     "custom_to_hf": "commands.convert",
     "diff": "commands.diff",
+    "environment": "commands.environment",
     "extract_lora": "commands.extract_lora",
     "hf_to_custom": "commands.convert",
     "inspect": "commands.inspect",

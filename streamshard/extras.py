@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from streamshard.errors import UsageError
 
-__all__ = ["EXTRAS", "NAMED", "explained", "needed_for"]
+__all__ = ["EXTRAS", "NAMED", "NEEDED", "explained", "needed_for"]
 
 
 EXTRAS = {
@@ -28,6 +28,8 @@ _ALWAYS = {
     "yaml": "pyyaml",
 }
 """What everybody needs, by the names of modules, and packages that are called otherwise."""
+NEEDED = tuple(package or module for module, package in _ALWAYS.items())
+"""The packages that everybody needs."""
 _CPU = (
     " On a machine without a GPU install torch's CPU build first, as its install page shows: the usual "
     "build brings gigabytes of CUDA."

@@ -40,6 +40,7 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
     "diff": ("a", "b", "plot", *_READING),
     "verify": ("path", "sample", "strict", "against", "revision", *_READING),
     "inspect": ("path", "revision", *_CACHE),
+    "environment": (),
 }
 """The keywords of each public function; its options are the same, with hyphens."""
 
@@ -52,6 +53,7 @@ COMMANDS = {
     "diff": "diff",
     "verify": "verify",
     "inspect": "inspect",
+    "environment": "env",
 }
 """What each is called on the command line."""
 

@@ -1,4 +1,4 @@
-"""The commands that only read: `diff`, `inspect` and `verify`."""
+"""The commands that only read: `diff`, `inspect` and `verify`; and `env`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import streamshard
 from streamshard.cli import texts
 from streamshard.cli.app import cli
 from streamshard.cli.command import CHECKS, argument, option
+from streamshard.cli.environment_text import environment_text
 from streamshard.cli.heat_text import heat_text
 from streamshard.cli.options import CACHE, DRAWING, READING, REVISION, WORKERS
 from streamshard.cli.screen import begin
@@ -169,3 +170,18 @@ def verify(
         screen.result(error.report, texts.verify_text, error)
         raise
     screen.result(report, texts.verify_text)
+
+
+@cli.command("env", short_help="Say what runs here, for a bug report.")
+@READING
+def env(**output: Any) -> None:
+    """Say what runs here, for a bug report: versions, kernel, processor, and what is not installed.
+
+    \b
+    Example:
+      streamshard env
+    """
+    screen = begin(**output)
+    with command_line(KEYWORDS["environment"]):
+        report = streamshard.environment()
+    screen.result(report, environment_text)
