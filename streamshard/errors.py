@@ -11,7 +11,9 @@ from typing import Any, Self
 
 __all__ = [
     "AdapterError",
+    "BusyError",
     "ChangedError",
+    "ClusterError",
     "InputError",
     "OutOfMemoryError",
     "OutputError",
@@ -22,6 +24,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "WriteError",
+    "add_to",
     "argument",
     "escaped",
     "listed",
@@ -73,6 +76,10 @@ class OutputError(StreamshardError):
     exit_code = 5
 
 
+class BusyError(OutputError):
+    """Another run is writing the output just now."""
+
+
 class WriteError(StreamshardError):
     """There is no space, no permission, or the system refused a write."""
 
@@ -114,6 +121,18 @@ class UnreadError(VerificationError, ReadError):
     """What could be read of a checkpoint is right, but not all of it could be; `report` lists what."""
 
     exit_code = 7
+
+
+class ClusterError(StreamshardError):
+    """The cluster's scheduler or its workers did not do what they were given."""
+
+    exit_code = 9
+
+
+def add_to(error: BaseException, text: str) -> None:
+    """Add something to what an error says."""
+    if text:
+        error.args = (" ".join([*(str(part) for part in error.args[:1]), text]), *error.args[1:])
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -19,7 +19,17 @@ __all__ = ["COMMANDS", "FLAGS", "KEYWORDS", "command_line", "is_command_line", "
 
 _READING = ("workers", "progress", "on_total")
 _WRITING = (
-    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io", "dry_run"),
+    *(
+        "max_shard_size",
+        "dtype",
+        "workers",
+        "max_memory",
+        "overwrite",
+        "sha256",
+        "io",
+        "part",
+        "dry_run",
+    ),
     *("progress", "on_plan", "on_step"),
 )
 _MERGE = ("adapter", "base", "checkpoint", "output", "weight", "layout", "reference", "alpha")
@@ -64,6 +74,7 @@ _CHOICES = {
     "format": "wrapped|peft",
     "expert_order": "peft|unsloth",
     "dtype": "keep|bf16|fp16|fp32",
+    "part": "finish",
 }
 
 _VALUES = "|".join(sorted({one for values in _CHOICES.values() for one in values.split("|")}))

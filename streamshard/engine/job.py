@@ -12,7 +12,7 @@ from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.engine.fingerprint import Fingerprint
-from streamshard.engine.option_values import dtype_option, size_option
+from streamshard.engine.option_values import Part, dtype_option, part_option, size_option
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
@@ -106,6 +106,9 @@ class OutputOptions(TypedDict, total=False):
     io: str
     """"buffered" writes through the page cache, "direct" around it where the file system can; by default
     ("auto") around it if the output is large against the memory that is free. The bytes are the same."""
+    part: str | None
+    """"I/N" (I from 1) writes the I-th of N parts of the output, in one of several processes on machines
+    that share its disk; the last one completes it, or "finish" does."""
     dry_run: bool
     """Check everything and write nothing."""
     on_plan: Callable[[Plan], None] | None
@@ -128,6 +131,7 @@ class Options:
     overwrite: bool = False
     sha256: bool = False
     io: str = "auto"
+    part: str | None = None
     dry_run: bool = False
     on_plan: Callable[[Plan], None] | None = None
     on_step: Callable[[str, int, int], None] | None = None
@@ -144,8 +148,19 @@ class Options:
         if self.io not in _IO:
             raise UsageError(f"--io is {printable(repr(self.io))}; choose one of {', '.join(_IO)}.")
         object.__setattr__(self, "dtype", dtype_option(self.dtype))
+        part_option(self.part)
         size_option(self.max_memory, "--max-memory")
         size_option(self.max_shard_size, "--max-shard-size")
+
+    @property
+    def wanted(self) -> Part | None:
+        """Which part is wanted; None for all of the output."""
+        return part_option(self.part)
+
+    @property
+    def may_exist(self) -> bool:
+        """Whether an output may be there: to be replaced, or as other parts have completed it."""
+        return self.overwrite or self.part is not None
 
     @property
     def max_shard_nbytes(self) -> int | None:

@@ -24,7 +24,7 @@ from streamshard.disk.held import Inode, inode
 from streamshard.disk.new_files import put
 from streamshard.disk.system import NO_LINK, PRIVATE, system, writing
 from streamshard.engine.ours import Ours
-from streamshard.errors import OutputError, WriteError, printable
+from streamshard.errors import BusyError, OutputError, WriteError, printable
 
 __all__ = ["Lock", "Moved", "locked", "look"]
 
@@ -84,7 +84,7 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(path: Path, target: Path) -> Iterator[Lock]:
-    """Hold the lock at `path` for writing `target`; raises `OutputError` if another run does.
+    """Hold the lock at `path` for writing `target`; raises `BusyError` if another run does.
 
     What has this name and is no lock of ours is refused as well, and left as it is.
     """
@@ -179,9 +179,9 @@ def _is_named(path: Path, descriptor: int) -> bool:
         return inode_of(path) == inode(system.fstat(descriptor))
 
 
-def _refusal(path: Path, target: Path, record: dict[str, Any]) -> OutputError:
+def _refusal(path: Path, target: Path, record: dict[str, Any]) -> BusyError:
     who = f" (process {record['pid']} on {printable(str(record['host']))})" if record else ""
-    return OutputError(
+    return BusyError(
         f"{printable(str(target))}: another run{who} is writing it. Wait for that to end, or choose "
         f"another output. If no such process is left, remove {printable(str(path))}."
     )
