@@ -14,6 +14,7 @@ __all__ = [
     "BusyError",
     "ChangedError",
     "ClusterError",
+    "HubError",
     "InputError",
     "OutOfMemoryError",
     "OutputError",
@@ -125,6 +126,12 @@ class UnreadError(VerificationError, ReadError):
 
 class ClusterError(StreamshardError):
     """The cluster's scheduler or its workers did not do what they were given."""
+
+    exit_code = 9
+
+
+class HubError(StreamshardError):
+    """The hub or the network did not give what is needed."""
 
     exit_code = 9
 

@@ -17,19 +17,12 @@ from contextvars import ContextVar
 __all__ = ["COMMANDS", "FLAGS", "KEYWORDS", "command_line", "is_command_line", "spoken"]
 
 
-_READING = ("workers", "progress", "on_total")
+_CACHE = ("cache_dir", "offline")
+_READING = ("workers", "progress", "on_total", "on_step", *_CACHE)
 _WRITING = (
-    *(
-        "max_shard_size",
-        "dtype",
-        "workers",
-        "max_memory",
-        "overwrite",
-        "sha256",
-        "io",
-        "part",
-        "dry_run",
-    ),
+    *("revision", *_CACHE, "stream"),
+    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io", "part"),
+    "dry_run",
     *("progress", "on_plan", "on_step"),
 )
 _MERGE = ("adapter", "base", "checkpoint", "output", "weight", "layout", "reference", "alpha")
@@ -45,8 +38,8 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
     "wrap_lora": (*_WRAP, "seed", "format", *_WRITING),
     "extract_lora": ("checkpoint", "output", "base", "alpha", "adapter_name", *_WRITING),
     "diff": ("a", "b", *_READING),
-    "verify": ("path", "sample", "strict", *_READING),
-    "inspect": ("path",),
+    "verify": ("path", "sample", "strict", "against", "revision", *_READING),
+    "inspect": ("path", "revision", *_CACHE),
 }
 """The keywords of each public function; its options are the same, with hyphens."""
 
@@ -65,7 +58,7 @@ COMMANDS = {
 _FUNCTIONS = {command: function for function, command in COMMANDS.items()}
 FLAGS = {
     *("overwrite", "sha256", "dry_run", "allow_missing", "allow_unexpected"),
-    *("allow_merged_base", "base_is_residual", "strict"),
+    *("allow_merged_base", "base_is_residual", "strict", "offline", "stream"),
 }
 """The options that are there or not."""
 _CHOICES = {

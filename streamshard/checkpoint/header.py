@@ -1,9 +1,9 @@
 """The safetensors file format: reading and building headers, nothing else.
 
 Rules: https://github.com/huggingface/safetensors (README, `Metadata::validate`). A header is
-accepted if our own strict reading and the official parser both accept it; what the official
-parser lets through against the written rules (duplicate names, a leading space, unknown
-fields) is refused.
+accepted if our own strict reading and the official parser both accept it (which is not asked about
+what the official writer writes); what the official parser lets through against the written rules
+(duplicate names, a leading space, unknown fields) is refused.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 
 from streamshard.checkpoint.json_files import parse_prefix, parse_small
 from streamshard.checkpoint.other_kinds import check_beginning
+from streamshard.disk.far import far_at
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, printable
-from streamshard.tensors.dtypes import DTYPE_BITS
+from streamshard.tensors.dtypes import DTYPE_BITS, NUMPY
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = [
@@ -59,6 +60,8 @@ _NAME = re.compile(
 )
 _BODY = re.compile(rb"\{[^{}]{0,4096}\}")
 _NEXT = re.compile(rb"[ \t\n\r]*([,}])")
+_COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+_OLDEST = {*NUMPY, "BF16"}
 _ORDER = {name: place for place, name in enumerate(DTYPE_BITS)}
 
 
@@ -78,8 +81,9 @@ def read_header(path: Path) -> Header:
     """
     text, file_nbytes = header_text(path)
     header = parse_header(path, text, file_nbytes)
-    del text  # the official parser maps it once more
-    _ask_official_parser(path)
+    if not _is_as_written(header, text):
+        del text  # it is mapped once more
+        _ask_official_parser(path)
     return header
 
 
@@ -93,29 +97,55 @@ def build_header(
     name; JSON without spaces or escapes, padded with spaces to a multiple of 8.
     """
     names = sorted(tensors, key=lambda name: (-_ORDER[tensors[name].dtype], name))
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    begin = 0
-    begins = {}
-    for name in names:
-        tensor = tensors[name]
-        begins[name] = begin
-        end = begin + tensor.nbytes
-        entries[name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_WRITTEN_HEADER_BYTES or len(tensors) > MAX_TENSORS:
+    ordered = {name: tensors[name] for name in names}
+    # Entry by entry: all of them as objects would take many times the bytes of the text.
+    header = bytearray(_PREFIX_NBYTES)
+    for piece in _pieces(ordered, metadata):
+        header += piece
+    header += b" " * (-len(header) % 8)
+    nbytes = len(header) - _PREFIX_NBYTES
+    if nbytes > MAX_WRITTEN_HEADER_BYTES or len(tensors) > MAX_TENSORS:
         raise InputError(
-            f"a file of {len(tensors):,} tensors would have a header of {len(text):,} bytes; not every "
+            f"a file of {len(tensors):,} tensors would have a header of {nbytes:,} bytes; not every "
             f"reader takes more than {MAX_WRITTEN_HEADER_BYTES:,} bytes, or {MAX_TENSORS:,} tensors. "
             "Choose a smaller --max-shard-size."
         )
-    header = framed(text)
-    return header, {name: len(header) + at for name, at in begins.items()}
+    header[:_PREFIX_NBYTES] = nbytes.to_bytes(_PREFIX_NBYTES, "little")
+    begins, begin = {}, len(header)
+    for name, tensor in ordered.items():
+        begins[name] = begin
+        begin += tensor.nbytes
+    return bytes(header), begins
+
+
+def _pieces(tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """The JSON of a header as the official writer has it, for tensors that follow each other."""
+    mark, begin = b"{", 0
+    if metadata:
+        yield b'{"__metadata__":%s' % _COMPACT.encode(dict(metadata)).encode()
+        mark = b","
+    for name, tensor in tensors.items():
+        shape, end = ",".join(map(str, tensor.shape)), begin + tensor.nbytes
+        entry = f'"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]'
+        yield b"%s%s:{%s}" % (mark, _COMPACT.encode(name).encode(), entry.encode())
+        mark, begin = b",", end
+    yield b"}" if mark == b"," else b"{}"
+
+
+def _is_as_written(header: Header, text: bytes) -> bool:
+    """Whether a header is, byte for byte, what the official writer writes, and its parser reads.
+
+    To say so itself that takes 1 KB of memory a tensor, many times what is kept here. It is asked about
+    dtypes that came later: not every release knows them.
+    """
+    if not {tensor.dtype for tensor in header.tensors.values()} <= _OLDEST:
+        return False
+    at = 0
+    for piece in _pieces(header.tensors, header.metadata):
+        if not text.startswith(piece, at):
+            return False
+        at += len(piece)
+    return not text[at:].strip(b" ")
 
 
 def framed(text: bytes) -> bytes:
@@ -154,34 +184,41 @@ def parse_header(path: Path, text: bytes, file_nbytes: int) -> Header:
     """
     start = _PREFIX_NBYTES + len(text)
     metadata: dict[str, str] | None = None
-    parsed: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
+    tensors: dict[str, Stored] = {}
+    where = str(path)
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each, as few differ
+    reached, in_order = start, True
     for name, value in _entries(path, text):
-        if name in parsed or (name == "__metadata__" and metadata is not None):
+        if name in tensors or (name == "__metadata__" and metadata is not None):
             raise _broken(path, f"has a header in which {printable(name)!r} occurs twice")
         if name == "__metadata__":
             metadata = _checked_metadata(path, value)
             continue
-        if len(parsed) == MAX_TENSORS:
+        if len(tensors) == MAX_TENSORS:
             raise _broken(path, f"has more than {MAX_TENSORS:,} tensors, the limit here")
         dtype, shape, begin, end = _check_entry(path, name, value)
-        parsed[name] = (begin, end, dtype, shape)
-    reached = 0
-    tensors = {}
-    where = str(path)
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each, as few differ
-    for name, (begin, end, dtype, shape) in sorted(parsed.items(), key=lambda item: item[1][:2]):
-        if begin != reached:
-            problem = "overlaps the one before it" if begin < reached else "leaves a hole before it"
-            raise _broken(path, f"{problem}: begins at {begin:,}, not at {reached:,}", name)
-        reached = end
-        kept = shapes.setdefault(shape, shape)
+        in_order = in_order and start + begin == reached
+        reached = start + end
         # Most names are in source and reference alike: interned, they are in memory once.
-        place = sys.intern(name)
-        tensors[place] = Stored(where, start + begin, kept, dtype, file_nbytes)
-    if start + reached != file_nbytes:
+        tensors[sys.intern(name)] = Stored(
+            where, start + begin, shapes.setdefault(shape, shape), dtype, file_nbytes
+        )
+    if not in_order:
+        tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+        reached = start
+        for name, tensor in tensors.items():
+            begin = tensor.offset
+            if begin != reached:
+                problem = (
+                    "overlaps the one before it" if begin < reached else "leaves a hole before it"
+                )
+                at = f"begins at {begin - start:,}, not at {reached - start:,}"
+                raise _broken(path, f"{problem}: {at}", name)
+            reached += tensor.nbytes
+    if reached != file_nbytes:
         raise _broken(
             path,
-            f"has {file_nbytes:,} bytes but its header describes {start + reached:,}; "
+            f"has {file_nbytes:,} bytes but its header describes {reached:,}; "
             "it is truncated or has something appended",
         )
     return Header(tensors, metadata or {})
@@ -280,11 +317,13 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
 def _ask_official_parser(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
+    # It needs a file of this machine; what stands for one of another has at least its header.
+    elsewhere = far_at(path)
+    local = path if elsewhere is None else elsewhere.local() or path
     try:
-        # It needs a file of this machine.
         with (
             reading(path),
-            system.by_library(path, lambda file: safe_open(file, framework="np")),
+            system.by_library(local, lambda file: safe_open(file, framework="np")),
         ):
             pass
     except SafetensorError as error:

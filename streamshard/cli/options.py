@@ -11,6 +11,7 @@ import click
 
 import streamshard
 from streamshard.cli.command import (
+    HUB,
     INPUTS,
     MEANING,
     OUTPUT,
@@ -21,8 +22,8 @@ from streamshard.cli.command import (
     with_options,
 )
 
-__all__ = ["ADAPTER_NAME", "ALPHA", "BASE", "CONVERSION", "READING", "REFERENCE", "TOKENIZER_FROM"]
-__all__ += ["SPLITTING", "WORKERS", "WRITING", "output"]
+__all__ = ["ADAPTER_NAME", "ALPHA", "BASE", "CACHE", "CONVERSION", "READING", "REFERENCE"]
+__all__ += ["REVISION", "SPLITTING", "TOKENIZER_FROM", "WORKERS", "WRITING", "output"]
 
 
 BASE = partial(option, INPUTS, "--base", metavar="CHECKPOINT")
@@ -48,6 +49,24 @@ TOKENIZER_FROM = partial(
     type=click.Choice(["source", "reference"]),
     metavar="source|reference",
     help="Whose tokenizer belongs to the weights, if the vocabularies differ.",
+)
+
+CACHE = with_options(
+    option(
+        HUB,
+        "--cache-dir",
+        metavar="FOLDER",
+        help="The hub's cache.  [default: as HF_HOME and HF_HUB_CACHE say]",
+    ),
+    option(HUB, "--offline", is_flag=True, help="Ask the hub nothing; use what is in the cache."),
+)
+"""How models on the hub are got."""
+REVISION = partial(
+    option,
+    HUB,
+    "--revision",
+    metavar="REVISION",
+    help="Branch, tag or commit of the base, if it is on the hub.",
 )
 
 WORKERS = option(
@@ -123,6 +142,14 @@ WRITING = with_options(
         show_default=True,
         help="Write through the page cache or around it; auto goes around with what is large against "
         "the memory that is free. Same bytes.",
+    ),
+    REVISION(),
+    CACHE,
+    option(
+        HUB,
+        "--stream",
+        is_flag=True,
+        help="Read models on the hub as they are needed, and never store their weights.",
     ),
     READING,
 )

@@ -35,6 +35,7 @@ def plan_text(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Would write {report['output']} ({bytes_text(report['bytes'])}; {free}):",
+            *_download(report["plan"]),
             *files[:MOST_LINES],
             *([f"  and {len(files) - MOST_LINES} more files"] if len(files) > MOST_LINES else []),
             *_divided(report),
@@ -43,6 +44,16 @@ def plan_text(report: dict[str, Any]) -> str:
             "Nothing was written.",
         ]
     )
+
+
+def _download(plan: dict[str, Any]) -> list[str]:
+    if not plan["download_bytes"]:
+        return []
+    free = plan["download_free_bytes"]
+    room = "" if free is None else f" ({bytes_text(free)} free on that disk)"
+    return [
+        f"  Before, {bytes_text(plan['download_bytes'])} are downloaded into the hub's cache{room}."
+    ]
 
 
 def _continued(report: dict[str, Any]) -> list[str]:

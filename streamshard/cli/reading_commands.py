@@ -9,18 +9,24 @@ import streamshard
 from streamshard.cli import texts
 from streamshard.cli.app import cli
 from streamshard.cli.command import CHECKS, argument, option
-from streamshard.cli.options import READING, WORKERS
+from streamshard.cli.options import CACHE, READING, REVISION, WORKERS
 from streamshard.cli.screen import begin
 from streamshard.errors import VerificationError
 from streamshard.wording import KEYWORDS, command_line
+
+_PATH = "Checkpoint or adapter folder, or a weight file; or a model on the hub (org/name)."
+_REVISION = "Branch, tag or commit, if it is on the hub."
 
 
 @cli.command("diff", short_help="Compare two checkpoints.")
 @argument("a", metavar="A", help="Checkpoint folder or weight file (.safetensors, .bin).")
 @argument("b", metavar="B", help="Another one; names are as in its layout.")
+@CACHE
 @WORKERS
 @READING
-def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
+def diff(
+    a: str, b: str, workers: int | None, cache_dir: str | None, *, offline: bool, **output: Any
+) -> None:
     """Compare two checkpoints: names, shapes, dtypes and L2 distances, layouts reconciled.
 
     The first line says whether they differ.
@@ -35,6 +41,9 @@ def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
             a,
             b,
             workers=workers,
+            cache_dir=cache_dir,
+            offline=offline,
+            on_step=progress.step,
             on_total=lambda nbytes: progress.step("comparing", nbytes),
             progress=progress.piece,
         )
@@ -42,25 +51,32 @@ def diff(a: str, b: str, workers: int | None, **output: Any) -> None:
 
 
 @cli.command("inspect", short_help="Say what a checkpoint or adapter is.")
-@argument("path", metavar="PATH", help="Checkpoint or adapter folder, or a weight file.")
+@argument("path", metavar="PATH", help=_PATH)
+@REVISION(help=_REVISION)
+@CACHE
 @READING
-def inspect(path: str, **output: Any) -> None:
+def inspect(
+    path: str, revision: str | None, cache_dir: str | None, *, offline: bool, **output: Any
+) -> None:
     """Say what a checkpoint or adapter is: layout, family, dimensions, dtypes, files, LoRA state.
 
-    Reads headers and configs only.
+    Reads headers and configs only, also of a model on the hub.
 
     \b
-    Example:
+    Examples:
       streamshard inspect ./InternVL3-8B --json
+      streamshard inspect OpenGVLab/InternVL3-8B
     """
     screen = begin(**output)
     with command_line(KEYWORDS["inspect"]):
-        report = streamshard.inspect(path)
+        report = streamshard.inspect(path, revision=revision, cache_dir=cache_dir, offline=offline)
     screen.result(report, texts.inspect_text)
 
 
 @cli.command("verify", short_help="Read a checkpoint again and say what is wrong with it.")
-@argument("path", metavar="PATH", help="Checkpoint or adapter folder, or a weight file.")
+@argument("path", metavar="PATH", help=_PATH)
+@REVISION(help=_REVISION)
+@CACHE
 @option(
     CHECKS,
     "--sample",
@@ -73,10 +89,25 @@ def inspect(path: str, **output: Any) -> None:
     is_flag=True,
     help="Exit with 8 also if there are no digests to compare with.",
 )
+@option(
+    CHECKS,
+    "--against",
+    metavar="ORG/NAME@REVISION",
+    help="Compare with the digests of a model on the hub too; nothing is downloaded for it.",
+)
 @WORKERS
 @READING
 def verify(
-    path: str, sample: str | None, workers: int | None, *, strict: bool, **output: Any
+    path: str,
+    revision: str | None,
+    cache_dir: str | None,
+    sample: str | None,
+    against: str | None,
+    workers: int | None,
+    *,
+    offline: bool,
+    strict: bool,
+    **output: Any,
 ) -> None:
     """Read a checkpoint or adapter again and say what is wrong with it.
 
@@ -91,15 +122,21 @@ def verify(
       streamshard verify ./merged
       streamshard verify ./merged --sample 10%
       streamshard verify ./merged --strict
+      streamshard verify ./merged --against org/merged
     """
     screen = begin(**output)
     try:
         with contextlib.closing(screen.progress) as progress, command_line(KEYWORDS["verify"]):
             report = streamshard.verify(
                 path,
+                revision=revision,
+                cache_dir=cache_dir,
+                offline=offline,
                 sample=sample,
+                against=against,
                 strict=strict,
                 workers=workers,
+                on_step=progress.step,
                 on_total=lambda nbytes: progress.step("verifying", nbytes),
                 progress=progress.piece,
             )

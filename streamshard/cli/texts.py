@@ -237,6 +237,13 @@ def verify_text(report: dict[str, Any]) -> str:
     for one in report["not_checked"]:
         why.setdefault(one["why"], []).append(one["name"])
     lines += [f"  not compared: {_shortened(names)}: {reason}" for reason, names in why.items()]
+    against = report["against"]
+    if against is not None:
+        lines.append(
+            f"  compared with {against['repository']} at commit {against['commit'][:12]}: "
+            f"{len(against['equal'])} files are equal, {len(against['different'])} differ, "
+            f"{len(against['missing'])} only there, {len(against['extra'])} only here"
+        )
     if report["extra"]:
         lines.append(f"  extra, not in the record: {_shortened(report['extra'])}")
     problems = report["problems"]

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.header import total_parameters
@@ -16,8 +16,10 @@ from streamshard.commands.identify import Model, dims_of, model_dims
 from streamshard.commands.public import public
 from streamshard.disk.paths import PathLike
 from streamshard.engine.budget import workers_or_default
+from streamshard.engine.fetching import fetch, stored
+from streamshard.engine.job import CacheOptions
 from streamshard.engine.report import Report, finished, new_report
-from streamshard.engine.workers import collect
+from streamshard.engine.workers import OnStep, collect
 from streamshard.errors import argument, printable
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import convert
@@ -39,12 +41,14 @@ def diff(
     workers: int | None = None,
     progress: Callable[[int, str], None] | bool | None = None,
     on_total: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
+    **_cache: Unpack[CacheOptions],
 ) -> Report:
     """L2 distances of two checkpoints and what differs in names, shapes and dtypes.
 
     Layouts are reconciled: names are those of `b`. `missing` are names that only `b` has,
     `unexpected` ones that only `a` has. `on_total` is told how many bytes will be read, `progress`
-    the bytes and the name of each finished tensor.
+    the bytes and the name of each finished tensor, `on_step` what is downloaded before.
     """
     started = time.perf_counter()
     one, other = Model(open_checkpoint(a)), Model(open_checkpoint(b))
@@ -58,6 +62,7 @@ def diff(
         )
     ours, theirs = _reconciled(one, other)
     compared = [n for n in theirs if n in ours and is_comparable(ours[n], theirs[n])]
+    fetch({t.path for n in compared for one in (ours, theirs) for t in stored(one[n])}, on_step)
     if on_total is not None:
         on_total(sum(ours[name].nbytes for name in compared))
     pairs = ((name, ours[name], theirs[name]) for name in compared)

@@ -144,33 +144,22 @@ class _Part:
 
     def _copy(self, source: ByteRange, at: int) -> None:
         """Write bytes of a file as they are."""
-        files = self.work.files
-        files.check(source)
-        for place in range(0, source.nbytes, WRITE_BYTES):
-            start = max(place, self.first - at)
-            stop = min(place + WRITE_BYTES, source.nbytes, self.last - at)
-            if start < stop:
-                span = ByteRange(
-                    source.path, source.offset + start, stop - start, source.file_nbytes
-                )
-                self._copy_block(span, at + start)
-
-    def _copy_block(self, span: ByteRange, at: int) -> None:
-        place, source = self.member.begin + at, span.offset
-        while source < span.offset + span.nbytes:
-            nbytes = span.offset + span.nbytes - source
-            room = self.output.room(place, nbytes)
-            nbytes = nbytes if room is None else len(room)
-            part = ByteRange(span.path, source, nbytes, span.file_nbytes)
+        self.work.files.check(source)
+        start, stop = max(self.first - at, 0), min(self.last - at, source.nbytes)
+        while start < stop:
+            place = self.member.begin + at + start
+            room = self.output.room(place, stop - start)
+            nbytes = min(stop - start, WRITE_BYTES) if room is None else len(room)
+            span = ByteRange(source.path, source.offset + start, nbytes, source.file_nbytes)
             if room is None:
-                with self.work.view(part, "out") as block:
-                    self._put(block, place - self.member.begin)
+                with self.work.view(span, "out") as block:
+                    self._put(block, at + start)
             else:
-                self.work.reader.read_into(part, room)
+                self.work.reader.read_into(span, room)
                 if self.whole:
                     self._measure(np.frombuffer(room, np.uint8))
                 self._filled(place, nbytes)
-            place, source = place + nbytes, source + nbytes
+            start += nbytes
 
     def _filled(self, place: int, nbytes: int) -> None:
         self.output.filled(place, nbytes)

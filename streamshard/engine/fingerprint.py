@@ -22,6 +22,7 @@ import numpy as np
 from streamshard.checkpoint.digests import Hash, file_digest, hash_file, new_digest
 from streamshard.checkpoint.file_names import SUFFIX
 from streamshard.checkpoint.header import data_start
+from streamshard.disk.far import far_at
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.errors import printable
@@ -53,10 +54,7 @@ class Fingerprint:
 
         `files` are what lies beside the weights, by name: a file to copy, or content.
         """
-        inputs = [
-            [path, *((file_digest(Path(path)), None) if whole else _sampled(Path(path)))]
-            for path, whole in self.inputs
-        ]
+        inputs = [_input(path, whole=whole) for path, whole in self.inputs]
         return {
             "streamshard": __version__,
             "command": self.command,
@@ -199,6 +197,16 @@ def _content_digest(content: Path | bytes) -> str:
     digest = new_digest()
     digest.update(content)
     return digest.hexdigest()
+
+
+def _input(path: str, *, whole: bool) -> list[Any]:
+    """What an input is: its path, the digest that it is told by, and when it was changed."""
+    elsewhere = far_at(path)
+    if elsewhere is not None and not whole:
+        # The same whether it is read where it is, or was here before.
+        return [elsewhere.name, elsewhere.digest, None]
+    name = path if elsewhere is None else elsewhere.name
+    return [name, *((file_digest(Path(path)), None) if whole else _sampled(Path(path)))]
 
 
 def _sampled(path: Path) -> tuple[str, list[int] | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,12 +11,13 @@ from streamshard.checkpoint.file_names import SINGLE_NAME
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
+from streamshard.disk.paths import PathLike
 from streamshard.engine.fingerprint import Fingerprint
 from streamshard.engine.option_values import Part, dtype_option, part_option, size_option
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["Compared", "Job", "Options", "OutputOptions", "Plan"]
+__all__ = ["BaseOptions", "CacheOptions", "Compared", "Job", "Options", "OutputOptions", "Plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,14 @@ class Compared:
     reference: Mapping[str, Stored]
     parameters: int
     skipped: tuple[str, ...]
+
+    def references(self, shards: Iterable[Shard]) -> Iterator[Stored]:
+        """What the tensors of these shards are compared with, as far as it is of other files."""
+        if self.reference:
+            for shard in shards:
+                yield from (
+                    self.reference[name] for name in shard.tensors if name in self.reference
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +75,10 @@ class Plan:
     nbytes: int
     free_nbytes: int | None
     """None where the disk does not tell it."""
+    download_nbytes: int
+    """What is to be fetched before, of inputs that are not on this machine."""
+    download_free_nbytes: int | None
+    """What is free where that is kept; None without any."""
     workers: int
     memory_nbytes: int
 
@@ -79,6 +92,8 @@ class Plan:
         return {
             "files": [{"name": shard.name, "bytes": shard.nbytes} for shard in self.shards],
             "free_bytes": self.free_nbytes,
+            "download_bytes": self.download_nbytes,
+            "download_free_bytes": self.download_free_nbytes,
             "workers": self.workers,
             "memory_bytes": self.memory_nbytes,
         }
@@ -87,8 +102,27 @@ class Plan:
 _IO = ("auto", "buffered", "direct")
 
 
-class OutputOptions(TypedDict, total=False):
+class CacheOptions(TypedDict, total=False):
+    """Keywords of every function that reads models: how those on the hub are got."""
+
+    cache_dir: PathLike | None
+    """The hub's cache, as `HF_HUB_CACHE` is; by default what the environment says."""
+    offline: bool
+    """Ask the hub nothing, and use what is in the cache."""
+
+
+class BaseOptions(CacheOptions, total=False):
+    """The like, of those that read one model above all."""
+
+    revision: str | None
+    """Branch, tag or commit of the base, if that is on the hub."""
+
+
+class OutputOptions(BaseOptions, total=False):
     """Keywords of every function that writes: how to write."""
+
+    stream: bool
+    """Read models on the hub by ranges, as they are needed, and never store their weights."""
 
     max_shard_size: int | str | None
     """Bytes, or like "5GB", to split the output anew; by default files are those of the source."""
@@ -114,8 +148,9 @@ class OutputOptions(TypedDict, total=False):
     on_plan: Callable[[Plan], None] | None
     """Called once, before anything is written."""
     on_step: Callable[[str, int, int], None] | None
-    """Called whenever something else is begun ("checking" what an earlier run has finished, "comparing",
-    "writing", "hashing", "syncing"), with its bytes and how many of these are done."""
+    """Called whenever something else is begun ("downloading", "checking" what an earlier run has
+    finished, "comparing", "writing", "hashing", "syncing"), with its bytes and how many of these are
+    done; while downloading also whenever more are."""
     progress: Callable[[int, str], None] | bool | None
     """Called with the bytes and the tensor of each finished piece; True shows a bar."""
 

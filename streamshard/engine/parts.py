@@ -9,19 +9,19 @@ from there (`run.py`).
 from __future__ import annotations
 
 import contextlib
-import heapq
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.record import read_record
-from streamshard.checkpoint.shards import Shard
 from streamshard.disk.folders import exists, rename, resolved, sync_folder
 from streamshard.disk.system import system
 from streamshard.engine.beside_output import check_beside, finished_beside, places_beside
 from streamshard.engine.claims import check_replaceable
+from streamshard.engine.division import shards_of
+from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity
 from streamshard.engine.job import Plan
 from streamshard.engine.option_values import Part
@@ -43,33 +43,10 @@ from streamshard.errors import (
     printable,
 )
 
-__all__ = ["Output", "adopting", "divided", "run_part", "who_does_what"]
+__all__ = ["Output", "adopting", "run_part"]
 
 
 _log = logging.getLogger(__name__)
-
-
-def divided(shards: Sequence[Shard], count: int) -> list[list[Shard]]:
-    """The shards of each of so many parts: about the same bytes, and the same whoever asks."""
-    parts: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, part) for part in range(count)]
-    for place in sorted(range(len(shards)), key=lambda place: (-shards[place].nbytes, place)):
-        load, part = loads[0]
-        parts[part].append(place)
-        heapq.heapreplace(loads, (load + shards[place].nbytes, part))
-    return [[shards[place] for place in sorted(part)] for part in parts]
-
-
-def who_does_what(shards: Sequence[Shard], part: Part) -> list[dict[str, Any]]:
-    """What every part writes, as the report of a dry run shows it."""
-    return [
-        {
-            "part": f"{number}/{part.count}",
-            "bytes": sum(shard.nbytes for shard in own),
-            "files": [shard.name for shard in own],
-        }
-        for number, own in enumerate(divided(shards, part.count) if part.number else (), start=1)
-    ]
 
 
 class Output:
@@ -79,7 +56,7 @@ class Output:
         self.made, self.part = made, part
         self.target = resolved(made.output)
         self.shared: Shared = shared_by(identity, [shard.name for shard in made.shards])
-        self.mine = divided(made.shards, part.count)[part.number - 1] if part.number else []
+        self.mine = [*shards_of(made.shards, part)]
         self.resumed = 0
         """How many shards of this part were finished before."""
         self._finished: set[str] = set()
@@ -116,9 +93,10 @@ class Output:
             self.telling(),
             shared_parts(self.target, self.shared, overwrite=self.made.overwrite) as parts,
         ):
-            left = sum(shard.name not in parts.finished for shard in mine)
-            self.resumed = len(self.mine) - left
+            left = [shard for shard in mine if shard.name not in parts.finished]
+            self.resumed = len(self.mine) - len(left)
             if left:
+                fetch(read_by(left, self.made.compared.references(left), ()), on_step)
                 own = replace(self.made, shards=tuple(mine))
                 write_shards(own, parts, progress=progress, on_step=on_step)
             self._finished.update(parts.look())

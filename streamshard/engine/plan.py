@@ -16,6 +16,8 @@ from streamshard.disk.folders import disk_free
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import staged_nbytes
 from streamshard.engine.budget import goes_around_cache, memory_estimate, worker_count
+from streamshard.engine.division import shards_of
+from streamshard.engine.fetching import fetching, read_by
 from streamshard.engine.fingerprint import fingerprint
 from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.engine.output_path import check_inputs
@@ -60,6 +62,10 @@ def plan(job: Job, options: Options) -> Plan:
     _check_names(job.files, shards)
     nbytes = sum(shard.nbytes for shard in shards)
     free = _room(job, shards)
+    known, own = job.reference or {}, shards_of(shards, options.wanted)
+    reference = [known[name] for shard in own for name in shard.tensors if name in known]
+    download = fetching(read_by(own, reference, job.files.values()))
+    download.check_room(job.output, nbytes)
     direct = goes_around_cache(options.io, shards, options.max_memory_nbytes)
     count = worker_count(shards, options.workers, options.max_memory_nbytes, direct=direct)
     compared = _compared(job, tensors)
@@ -82,6 +88,8 @@ def plan(job: Job, options: Options) -> Plan:
         direct=direct,
         nbytes=nbytes,
         free_nbytes=free,
+        download_nbytes=download.nbytes,
+        download_free_nbytes=download.free_nbytes,
         workers=count,
         memory_nbytes=memory_estimate(shards, count, direct=direct),
     )

@@ -19,12 +19,14 @@ from streamshard.disk.folders import resolved, sync_folder
 from streamshard.disk.inputs import Inputs, active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, check_writable, places_beside
+from streamshard.engine.division import who_does_what
+from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import identity_digest
 from streamshard.engine.job import Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.long_names import part_name
 from streamshard.engine.option_values import Part
-from streamshard.engine.parts import Output, adopting, run_part, who_does_what
+from streamshard.engine.parts import Output, adopting, run_part
 from streamshard.engine.parts_folder import refuse_parts
 from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, exactness, new_report, update
@@ -180,6 +182,8 @@ def _fill(
         on_step=on_step,
         sha256=made.sha256,
     )
+    left = [shard for shard in made.shards if shard.name not in staging.finished]
+    fetch(read_by(left, made.compared.references(left), made.files.values()), on_step)
     write_shards(made, staging, progress=progress, on_step=on_step)
     finished = [staging.finished[shard.name] for shard in made.shards]
     if made.must_change and not any(any(found.squared) for found in finished):

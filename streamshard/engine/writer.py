@@ -1,7 +1,8 @@
 """Writing shards: the parent's part. Tasks are given to threads, and what they find is noted.
 
 Every tensor is a task, or several if it is so large that workers would have to wait for one of them.
-Tasks are done in any order; what is measured of tensors is summed in the order of the file. Progress,
+Tasks are done in any order: one worker copies what of a shard is only copied, and waits for the disk,
+while the others compute. What is measured of tensors is summed in the order of the file. Progress,
 journal, syncs and names are told or done here and nowhere else.
 """
 
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from streamshard.checkpoint.digests import DIGEST_NBYTES, hash_file, new_sha256, shard_digest
 from streamshard.checkpoint.header import total_nbytes
@@ -36,6 +38,8 @@ __all__ = ["write_shards"]
 
 # What the disk is asked to begin with, and the progress is told, at a time.
 NOTED_BYTES = 8 * 1024 * 1024
+# What is only copied is worth an order of its own from here on.
+STRETCH_BYTES = 32 * 1024 * 1024
 # A part of a tensor begins on a multiple.
 ALIGNED_BYTES = 4096
 
@@ -102,11 +106,15 @@ class _Split:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A task, and where what is found goes: the shard, the place in there, other parts of the tensor."""
+    """A task, and where what is found goes: the shard, the place in there, other parts of the tensor.
+
+    `copied` ones are of a long stretch that is only copied.
+    """
 
     opened: _Open
     place: int
     task: ShardTask
+    copied: bool
     split: _Split | None = None
 
 
@@ -168,6 +176,7 @@ class _Run:
         self.background = Background(self.stop)
         self.senders = Senders(self.stop) if plan.direct else None
         self.opened: set[_Open] = set()
+        self.copying = 0
         self.inputs = active()
 
     def items(self, shards: Sequence[Shard]) -> Iterator[_Item]:
@@ -178,24 +187,33 @@ class _Run:
             self.opened.add(opened)
             opened.output.write(memoryview(opened.header), 0)
             path, nbytes = opened.output.path, shard.nbytes  # a sum over all of its tensors
-            for place, (name, begin) in enumerate(opened.begins.items()):
-                tensor = shard.tensors[name]
-                member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
-                whole = ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
+            members = [
+                Member(name, begin, shard.tensors[name], self.plan.compared.reference.get(name))
+                for name, begin in opened.begins.items()
+            ]
+            for place, alone in ordered(members, lambda: not self.copying):
+                member = members[place]
+                whole = ShardTask(
+                    path, nbytes, member.begin, member.end, (member,), self.plan.inputs
+                )
                 cuts = cuts_of(member, left, self.plan.workers, direct=self.senders is not None)
-                left -= tensor.nbytes
-                if len(cuts) == 2:
-                    yield _Item(opened, place, whole)
-                    continue
-                split = _Split(whole, len(cuts) - 1)
+                left -= member.tensor.nbytes
+                split = _Split(whole, len(cuts) - 1) if len(cuts) > 2 else None
                 for first, last in pairwise(cuts):
-                    yield _Item(opened, place, replace(whole, begin=first, end=last), split)
+                    with self.lock:
+                        self.copying += alone
+                    part = whole if split is None else replace(whole, begin=first, end=last)
+                    yield _Item(opened, place, part, alone, split)
 
     def write(self, item: _Item, work: Workspace) -> None:
         """Do a task, and note what is known when all of its tensor is written."""
         watch = _Watch(self, item.opened)
         output, split = item.opened.output, item.split
-        (result,) = do(item.task, work, watch, output)
+        try:
+            (result,) = do(item.task, work, watch, output)
+        finally:
+            with self.lock:
+                self.copying -= item.copied
         if split is not None:
             with self.lock:
                 split.changes.take(result.changes)
@@ -282,6 +300,28 @@ def write_shards(
         run.end()
 
 
+def is_copied(member: Member) -> bool:
+    """Whether all bytes of a tensor are those of files."""
+    return all(piece.ranges() is not None for piece in member.tensor.pieces)
+
+
+def ordered(members: Sequence[Member], idle: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
+    """The places of members in the order in which they are begun, and whether it is a long copy.
+
+    A stretch that is only copied keeps the disk busy and the processor idle, so one of it is begun
+    whenever `idle` says that nobody copies. What is copied between others stays there: ahead of these,
+    its ends would wait for the rest of their blocks in memory.
+    """
+    copied, others = deque[int](), deque[int]()
+    for kind, places in groupby(range(len(members)), lambda place: is_copied(members[place])):
+        stretch = [*places]
+        long = sum(members[place].tensor.nbytes for place in stretch) >= STRETCH_BYTES
+        (copied if kind and long else others).extend(stretch)
+    while copied or others:
+        alone = bool(copied) and (not others or idle())
+        yield (copied if alone else others).popleft(), alone
+
+
 def cuts_of(member: Member, left: int, workers: int, *, direct: bool = False) -> list[int]:
     """Where a tensor is cut into parts, its two ends among that; `left` are all bytes not begun yet.
 
@@ -290,9 +330,7 @@ def cuts_of(member: Member, left: int, workers: int, *, direct: bool = False) ->
     around the page cache (`direct`) would have to be read from the disk for it, and of what is only
     copied one worker has more to write than the disk can: that is not cut.
     """
-    most = parts_of(member.tensor)
-    if direct and all(piece.ranges() is not None for piece in member.tensor.pieces):
-        most = 1
+    most = 1 if direct and is_copied(member) else parts_of(member.tensor)
     if member.tensor.nbytes * workers <= left or workers < 2 or most < 2:
         return [member.begin, member.end]
     step = max(left // (2 * workers), member.tensor.nbytes // most)

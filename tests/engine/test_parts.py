@@ -28,7 +28,7 @@ from parts_runs import (
 
 import streamshard
 from streamshard.engine import parts as engine_parts
-from streamshard.engine.parts import divided
+from streamshard.engine.division import divided
 from streamshard.engine.parts_folder import PartsFolder
 from streamshard.errors import OutputError, UsageError, WriteError
 

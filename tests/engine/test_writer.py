@@ -17,7 +17,11 @@ from make_checkpoint import write_adapter, write_checkpoint
 from reference import INDEX, load_file
 
 from streamshard import StreamshardError, merge_lora
-from streamshard.engine.writer import NOTED_BYTES
+from streamshard.engine.shard_task import Member
+from streamshard.engine.writer import NOTED_BYTES, STRETCH_BYTES, ordered
+from streamshard.tensors.computed import Computed
+from streamshard.tensors.lazy import Stored
+from streamshard.tensors.low_rank import LowRank
 
 LAYER = "language_model.model.layers.0.mlp"
 WIDE = f"{LAYER}.down_proj.weight"
@@ -357,3 +361,23 @@ def test_a_base_in_the_cache_of_the_hub(pair, tmp_path):
     assert files(pair.output) == files(tmp_path / "plain")
     assert not any(path.is_symlink() for path in pair.output.iterdir())
     assert (pair.output / "tokenizer_config.json").exists()
+
+
+def stored(name: str, nbytes: int) -> Member:
+    return Member(name, 0, Stored("f", 0, (nbytes,), "U8", nbytes))
+
+
+def added(name: str) -> Member:
+    pair = LowRank(Stored("a", 0, (1, 4), "F32", 16), Stored("b", 0, (4, 1), "F32", 16), 1.0, 0, 4)
+    source = Stored("f", 0, (4, 4), "BF16", 32)
+    return Member(name, 0, Computed(source, (pair,), "BF16", (4, 4)))
+
+
+def test_one_worker_copies_long_stretches_while_others_compute():
+    half = STRETCH_BYTES // 2
+    members = [stored("norm", 8), added("q"), stored("bias", 8), added("k")]
+    members += [stored("vision.0", half), stored("vision.1", half), stored("vision.2", 8)]
+    nobody = iter([True, False, True, False, True])
+    assert [*ordered(members, lambda: next(nobody))] == [
+        *((4, True), (0, False), (5, True), (1, False), (6, True), (2, False), (3, False))
+    ]
