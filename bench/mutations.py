@@ -612,7 +612,7 @@ MUTANTS = (
     ),
     Mutant(
         "budget-not-kept",
-        "        if needed(1) > max_memory:",
+        "        if one > max_memory:",
         "        if False:",
         "--max-memory is not kept",
         ("test_a_budget_too_small_for_one_worker",),

@@ -8,6 +8,7 @@ what the official writer writes); what the official parser lets through against 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -99,23 +100,25 @@ def build_header(
     names = sorted(tensors, key=lambda name: (-_ORDER[tensors[name].dtype], name))
     ordered = {name: tensors[name] for name in names}
     # Entry by entry: all of them as objects would take many times the bytes of the text.
-    header = bytearray(_PREFIX_NBYTES)
+    file = io.BytesIO()
+    file.write(bytes(_PREFIX_NBYTES))
     for piece in _pieces(ordered, metadata):
-        header += piece
-    header += b" " * (-len(header) % 8)
-    nbytes = len(header) - _PREFIX_NBYTES
+        file.write(piece)
+    file.write(b" " * (-file.tell() % 8))
+    nbytes = file.tell() - _PREFIX_NBYTES
     if nbytes > MAX_WRITTEN_HEADER_BYTES or len(tensors) > MAX_TENSORS:
         raise InputError(
             f"a file of {len(tensors):,} tensors would have a header of {nbytes:,} bytes; not every "
             f"reader takes more than {MAX_WRITTEN_HEADER_BYTES:,} bytes, or {MAX_TENSORS:,} tensors. "
             "Choose a smaller --max-shard-size."
         )
-    header[:_PREFIX_NBYTES] = nbytes.to_bytes(_PREFIX_NBYTES, "little")
-    begins, begin = {}, len(header)
+    file.seek(0)
+    file.write(nbytes.to_bytes(_PREFIX_NBYTES, "little"))
+    begins, begin = {}, _PREFIX_NBYTES + nbytes
     for name, tensor in ordered.items():
         begins[name] = begin
         begin += tensor.nbytes
-    return bytes(header), begins
+    return file.getvalue(), begins
 
 
 def _pieces(tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from streamshard.disk.system import writing
 from streamshard.errors import HubError, InputError, StreamshardError, printable
 
-__all__ = ["asking", "endpoint", "not_cached"]
+__all__ = ["asking", "endpoint", "not_cached", "refusal"]
 
 _LOG_IN = "log in (hf auth login, or set HF_TOKEN)"
 
@@ -27,7 +27,7 @@ def asking(where: str, what: str) -> Iterator[None]:
     except (StreamshardError, MemoryError):
         raise
     except Exception as error:
-        raise _told(where, what, error) from error
+        raise refusal(where, what, error) from error
 
 
 def endpoint() -> str:
@@ -40,12 +40,14 @@ def endpoint() -> str:
 def not_cached(where: str, what: str, cache: Path) -> HubError:
     """The error of something that is not here, where the hub must not be asked."""
     return HubError(
-        f"{where}: {what} is not in the cache ({printable(str(cache))}), and the hub is not asked "
-        "(--offline, or HF_HUB_OFFLINE). Leave that out once, with a network, or give a folder."
+        f"{where}: is a model on the hub, if no path here is meant; {what} is not in the cache "
+        f"({printable(str(cache))}), and the hub is not asked (--offline, or HF_HUB_OFFLINE). Leave that "
+        "out once, with a network, or give a folder."
     )
 
 
-def _told(where: str, what: str, error: Exception) -> StreamshardError:
+def refusal(where: str, what: str, error: Exception) -> StreamshardError:
+    """The error that an error of the client is, which was asked for `what` of `where`."""
     for one in _causes(error):
         found = _known(where, what, one)
         if found is not None:
@@ -68,7 +70,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _known(where: str, what: str, error: BaseException) -> StreamshardError | None:
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    page = f"{endpoint()}/{where.partition('@')[0]}"
+    page = "/".join([endpoint(), *where.partition("@")[0].split("/")[:2]])
     status = getattr(getattr(error, "response", None), "status_code", None)
     if "GatedRepoError" in kinds:
         return HubError(
@@ -99,9 +101,9 @@ def _known(where: str, what: str, error: BaseException) -> StreamshardError | No
     if kinds & {"TransportError", "ConnectionError", "Timeout", "RequestException"}:
         text = printable(" ".join(str(error).split()), 200) or type(error).__name__
         return HubError(
-            f"{where}: {what} could not be got from {endpoint()}: {text}. Check the network, the proxy "
-            "and HF_ENDPOINT, and run the same command again; with --offline it uses what is in the "
-            "cache."
+            f"{where}: is no path here, and {what} could not be got from {endpoint()}: {text}. Check the "
+            "network, the proxy and HF_ENDPOINT, and run the same command again; with "
+            "--offline it uses what is in the cache."
         )
     return None
 

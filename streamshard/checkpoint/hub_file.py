@@ -12,7 +12,7 @@ from streamshard.checkpoint.file_names import SUFFIX
 from streamshard.checkpoint.hub_client import Listed, Repository
 from streamshard.checkpoint.hub_errors import not_cached
 from streamshard.checkpoint.hub_head import read_head
-from streamshard.checkpoint.hub_ranges import HubFile
+from streamshard.checkpoint.hub_ranges import HubFile, check_parts
 from streamshard.disk.files import BLOCK_NBYTES, InputFile
 from streamshard.disk.inputs import Inputs
 from streamshard.disk.remote import Remote
@@ -39,6 +39,7 @@ class ViewFile:
         self._lock = threading.Lock()
         self._local: Path | None = None
         self._remote: Remote | None = None
+        self._opener: HubFile | None = None
 
     @property
     def kept(self) -> bool:
@@ -101,6 +102,8 @@ class ViewFile:
     def head(self) -> None:
         """Have the header here, if it is a file of safetensors that is read by ranges."""
         if not self._whole and self.local() is None:
+            if self._stream:
+                check_parts(f"{self._repository.asked}/{self.listed.name}", self.nbytes)
             self._far().close()
 
     def _far(self) -> Source:
@@ -112,7 +115,7 @@ class ViewFile:
             if self._remote is None:
                 name = f"{asked}/{self.listed.name}"
                 kind, _, digest = self.digest.partition(":")
-                opener = HubFile(
+                self._opener = opener = HubFile(
                     asked.repo,
                     self._repository.commit,
                     self.listed.name,
@@ -134,7 +137,14 @@ class ViewFile:
             checked, how = self._remote.frontier.outcome()
         elif self.local() is not None and not checked:
             how = "it was in the cache before"
-        return {"bytes": self.nbytes, "digest": self.digest, "checked": checked, "how": how}
+        sent = self._opener.requests if self._opener is not None else 0
+        return {
+            "bytes": self.nbytes,
+            "digest": self.digest,
+            "checked": checked,
+            "how": how,
+            "requests": sent,
+        }
 
 
 def content_digest(path: Path, kind: str, told: Callable[[int], None] = lambda _: None) -> str:

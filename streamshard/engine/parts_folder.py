@@ -68,7 +68,7 @@ __all__ = [
 
 
 class PartsFolder:
-    """The shared folder, held; a `Place` to write to for whoever has a token."""
+    """The shared folder, held; a `Destination` for whoever has a token."""
 
     def __init__(self, folder: Held, shared: Shared, token: str = "") -> None:
         self.folder = Path(folder.path)

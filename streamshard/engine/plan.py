@@ -15,7 +15,7 @@ from streamshard.disk.files import file_nbytes
 from streamshard.disk.folders import disk_free
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import staged_nbytes
-from streamshard.engine.budget import goes_around_cache, memory_estimate, worker_count
+from streamshard.engine.budget import Needs, goes_around_cache, worker_count
 from streamshard.engine.division import shards_of
 from streamshard.engine.fetching import fetching, read_by
 from streamshard.engine.fingerprint import fingerprint
@@ -61,13 +61,13 @@ def plan(job: Job, options: Options) -> Plan:
     )
     _check_names(job.files, shards)
     nbytes = sum(shard.nbytes for shard in shards)
-    free = _room(job, shards)
+    free, needs = _room(job, nbytes, len(shards)), Needs.of(shards)
     known, own = job.reference or {}, shards_of(shards, options.wanted)
     reference = [known[name] for shard in own for name in shard.tensors if name in known]
     download = fetching(read_by(own, reference, job.files.values()))
     download.check_room(job.output, nbytes)
-    direct = goes_around_cache(options.io, shards, options.max_memory_nbytes)
-    count = worker_count(shards, options.workers, options.max_memory_nbytes, direct=direct)
+    direct = goes_around_cache(options.io, nbytes, needs, options.max_memory_nbytes)
+    count = worker_count(needs, options.workers, options.max_memory_nbytes, direct=direct)
     compared = _compared(job, tensors)
     chosen = {"max_shard_size": options.max_shard_nbytes, "dtype": options.dtype, **job.choices}
     check_inputs(job.output)
@@ -91,7 +91,7 @@ def plan(job: Job, options: Options) -> Plan:
         download_nbytes=download.nbytes,
         download_free_nbytes=download.free_nbytes,
         workers=count,
-        memory_nbytes=memory_estimate(shards, count, direct=direct),
+        memory_nbytes=needs.nbytes(count, direct=direct),
     )
 
 
@@ -115,11 +115,11 @@ def _check_names(files: Mapping[str, Path | bytes], shards: Sequence[Shard]) -> 
             )
 
 
-def _room(job: Job, shards: Sequence[Shard]) -> int | None:
+def _room(job: Job, nbytes: int, files: int) -> int | None:
     """Bytes that are free, if the disk tells them; `WriteError` if they are not enough."""
     free = disk_free(job.output.absolute())
     side = sum(file_nbytes(file) for file in job.files.values() if isinstance(file, Path))
-    needed = sum(shard.nbytes for shard in shards) + side + 64 * 1024 * len(shards)
+    needed = nbytes + side + 64 * 1024 * files
     # What an interrupted run has left is continued, or makes room.
     if free is not None and needed > free + staged_nbytes(job.output):
         raise WriteError(

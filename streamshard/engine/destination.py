@@ -8,10 +8,10 @@ from typing import Protocol
 
 from streamshard.engine.journal import FinishedShard
 
-__all__ = ["Place"]
+__all__ = ["Destination"]
 
 
-class Place(Protocol):
+class Destination(Protocol):
     """A folder in which shards are written: of one run (`staging.py`), or of many (`parts_folder.py`)."""
 
     folder: Path
