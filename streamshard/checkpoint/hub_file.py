@@ -84,6 +84,7 @@ class ViewFile:
             found = self._repository.download(self.listed, count)
             count(self.nbytes)
             self._check(found)
+            self._check_head(found)
             self._local = found
 
     def _check(self, found: Path) -> None:
@@ -97,6 +98,17 @@ class ViewFile:
             f"{self._repository.asked}: {printable(self.listed.name)} was downloaded, but is not what "
             f"the hub says that it is ({self.digest}). It was taken out of the cache: run the "
             "same command again."
+        )
+
+    def _check_head(self, found: Path) -> None:
+        """What was planned by a header that came before is only right if it is that of the file."""
+        head = b"" if self._remote is None else self._remote.head
+        with InputFile(found) as file:
+            if file.read(0, len(head)) == head:
+                return
+        raise HubError(
+            f"{self._repository.asked}: of {printable(self.listed.name)} its header came before, by "
+            "itself, and had other bytes. Nothing was made of it: run the same command again."
         )
 
     def head(self) -> None:
