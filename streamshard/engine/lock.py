@@ -113,7 +113,7 @@ def look(path: Path, target: Path) -> Moved | None:
         content = _content(descriptor, path)
         _check(content, descriptor, path, ours)
         record = _record(content)
-        if record and record["host"] == platform.node() and _alive(record):
+        if record and record["host"] == platform.node() and not _seems_free(descriptor, path):
             raise _refusal(path, target, record)
         return _note(content)
     finally:
@@ -171,6 +171,14 @@ def _try(descriptor: int, path: Path) -> bool:
             raise
         return not _alive(_record(_content(descriptor, path)))
     return True
+
+
+def _seems_free(descriptor: int, path: Path) -> bool:
+    """The like of a file that is open to be read; in a container another process may have that number."""
+    try:
+        return _try(descriptor, path)
+    except OSError:  # NFS locks only what may be written to
+        return not _alive(_record(_content(descriptor, path)))
 
 
 def _is_named(path: Path, descriptor: int) -> bool:

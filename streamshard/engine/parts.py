@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.record import read_record
 from streamshard.disk.folders import exists, rename, resolved, sync_folder
 from streamshard.disk.system import system
-from streamshard.engine.beside_output import check_beside, finished_beside, places_beside
+from streamshard.engine.beside_output import check_beside, finished_beside, places_beside, tidy
 from streamshard.engine.claims import check_replaceable
 from streamshard.engine.division import shards_of
 from streamshard.engine.fetching import fetch, read_by
@@ -26,7 +27,7 @@ from streamshard.engine.fingerprint import Identity
 from streamshard.engine.job import Plan
 from streamshard.engine.option_values import Part
 from streamshard.engine.parts_files import Shared, shared_by
-from streamshard.engine.parts_folder import discard_parts, opened_parts, shared_parts
+from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts, shared_parts
 from streamshard.engine.report import Report
 from streamshard.engine.staging import Staging
 from streamshard.engine.workers import OnStep, Progress
@@ -45,6 +46,9 @@ from streamshard.errors import (
 
 __all__ = ["Output", "adopting", "run_part"]
 
+
+TRIES = 10
+PAUSE_SECONDS = 0.3
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +82,7 @@ class Output:
 
     def check_place(self) -> None:
         """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
+        tidy(self.target)
         if exists(self.target):
             check_replaceable(self.target, overwrite=self.made.overwrite)
         self._finished.update(self._staged(check_beside))
@@ -89,10 +94,7 @@ class Output:
     def write(self, progress: Progress | None, on_step: OnStep) -> None:
         """Write the shards of this part that nobody has finished."""
         mine = [shard for shard in self.mine if shard.name not in self._finished]
-        with (
-            self.telling(),
-            shared_parts(self.target, self.shared, overwrite=self.made.overwrite) as parts,
-        ):
+        with shared_parts(self.target, self.shared, overwrite=self.made.overwrite) as parts:
             left = [shard for shard in mine if shard.name not in parts.finished]
             self.resumed = len(self.mine) - len(left)
             if left:
@@ -189,9 +191,21 @@ def run_part(
     `complete` carries out the plan as a run that continues, and returns the report of the whole; `report`
     is what is to be told otherwise. Raises `OutputError` if the part `finish` finds shards missing.
     """
+    with output.telling():
+        return _run(output, report, complete, progress, on_step)
+
+
+def _run(
+    output: Output,
+    report: Callable[[], Mapping[str, Any]],
+    complete: Callable[[], Mapping[str, Any]],
+    progress: Progress | None,
+    on_step: OnStep,
+) -> Report:
     number = output.part.number
     there = output.completed()
     if there is not None:
+        tidy(output.target)
         _log.info("the output is complete already")
     else:
         try:
@@ -209,34 +223,48 @@ def run_part(
             output.refuse_unfinished()
         if not output.is_finished:
             return output.told(report(), complete=False)
-        try:
-            with output.telling():
-                there = {**complete()}
-        except OutputError as error:
-            there = output.completed()  # another part was faster
-            if there is None:
-                if number and isinstance(error, BusyError):  # or is at it now
-                    return output.told(report(), complete=False)
-                raise
+        there = _completed(output, complete)
+        if there is None:
+            return output.told(report(), complete=False)
     return output.told(there, complete=True)
+
+
+def _completed(
+    output: Output, complete: Callable[[], Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The report of the output, completed here or by a faster one; None if that is still at it."""
+    for left in range(TRIES, 0, -1):
+        try:
+            return {**complete()}
+        except OutputError as error:
+            there = output.completed()
+            if there is not None:
+                return there
+            if not (output.part.number and isinstance(error, BusyError)):
+                raise
+            if left > 1:  # it may only have looked
+                time.sleep(PAUSE_SECONDS)
+    return None
 
 
 def adopting(output: Output) -> Callable[[Staging], None]:
     """What takes the finished shards of all parts into the folder in which the output is completed."""
 
+    def take(parts: PartsFolder, staging: Staging) -> None:
+        if parts.shared != output.shared:
+            raise OutputError.at(parts.folder, "was begun anew by others. Run all parts again.")
+        for name, shard in parts.finished.items():
+            # Noted before it is there: what is noted and not there is written again, or found here.
+            if name not in staging.finished:
+                staging.add(shard)
+            rename(parts.folder / name, staging.folder / name)
+        sync_folder(staging.folder)
+        sync_folder(parts.folder)
+
     def adopt(staging: Staging) -> None:
         with opened_parts(output.target) as parts:
-            if parts is None:
-                return
-            if parts.shared != output.shared:
-                raise OutputError.at(parts.folder, "was begun anew by others. Run all parts again.")
-            for name, shard in parts.finished.items():
-                # Noted before it is there: what is noted and not there is written again, or found here.
-                if name not in staging.finished:
-                    staging.add(shard)
-                rename(parts.folder / name, staging.folder / name)
-            sync_folder(staging.folder)
-            sync_folder(parts.folder)
+            if parts is not None:
+                take(parts, staging)
         discard_parts(output.target, writers=True)
 
     return adopt

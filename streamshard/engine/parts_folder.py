@@ -235,11 +235,11 @@ def _entered(stack: contextlib.ExitStack, folder: Path, target: Path) -> tuple[H
     """Hold the folder, made if there is none, and a lock in it under a token of our own."""
     with writing(folder, 0):
         made = folders.make_folders(folder.parent)
+        stack.callback(remove_empty, made)
         for one in made:
             sync_folder(one.parent)
         with contextlib.suppress(FileExistsError):
             system.mkdir(folder)
-    stack.callback(remove_empty, made)
     kept = stack.enter_context(held_parts(folder))
     checked(folder)
     stack.callback(remove_if_unused, folder)
