@@ -8,12 +8,12 @@ from typing import Any
 from streamshard.errors import escaped
 
 __all__ = [
+    "bytes_text",
     "conversion_text",
     "diff_text",
     "extract_text",
     "inspect_text",
     "merge_text",
-    "plan_text",
     "printable_report",
     "upstream_text",
     "verify_text",
@@ -30,50 +30,6 @@ def printable_report(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [printable_report(inner) for inner in value]
     return value
-
-
-def plan_text(report: dict[str, Any]) -> str:
-    """What `--dry-run` prints."""
-    plan = report["plan"]
-    files = [f"  {file['name']}  {_bytes(file['bytes'])}" for file in plan["files"]]
-    free = "free space unknown"
-    if plan["free_bytes"] is not None:
-        free = f"{_bytes(plan['free_bytes'])} free on that disk"
-    changed = (
-        f"{report['pairs']} LoRA pairs are written"
-        if "pairs" in report
-        else f"{report['tensors']} tensors are converted"
-        if report["merged"] is None
-        else f"{report['merged']} tensors get an update"
-    )
-    return "\n".join(
-        [
-            f"Would write {report['output']} ({_bytes(report['bytes'])}; {free}):",
-            *_download(plan),
-            *files[:20],
-            *([f"  and {len(files) - 20} more files"] if len(files) > 20 else []),
-            f"{changed}; {plan['workers']} threads, about {_bytes(plan['memory_bytes'])} of memory.",
-            *_continued(report),
-            "Nothing was written.",
-        ]
-    )
-
-
-def _download(plan: dict[str, Any]) -> list[str]:
-    if not plan["download_bytes"]:
-        return []
-    free = plan["download_free_bytes"]
-    room = "" if free is None else f" ({_bytes(free)} free on that disk)"
-    return [
-        f"  Before, {_bytes(plan['download_bytes'])} are downloaded into the hub's cache{room}."
-    ]
-
-
-def _continued(report: dict[str, Any]) -> list[str]:
-    if not report["resumed"]:
-        return []
-    done = f"{report['resumed']} of {report['shards']} files are done"
-    return [f"Would continue an interrupted run: {done}."]
 
 
 def merge_text(report: dict[str, Any]) -> str:
@@ -168,9 +124,9 @@ def extract_text(report: dict[str, Any]) -> str:
 
 def _effort_text(report: dict[str, Any]) -> str:
     return (
-        f"  {_bytes(report['bytes'])} in {_files(report['shards'])}, {report['seconds']:.1f} s, "
-        f"{_bytes(report['bytes'] / report['seconds'])}/s, peak memory "
-        f"{_bytes(report['peak_rss_bytes'])}"
+        f"  {bytes_text(report['bytes'])} in {_files(report['shards'])}, {report['seconds']:.1f} s, "
+        f"{bytes_text(report['bytes'] / report['seconds'])}/s, peak memory "
+        f"{bytes_text(report['peak_rss_bytes'])}"
     )
 
 
@@ -237,7 +193,7 @@ def inspect_text(report: dict[str, Any]) -> str:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report["dtypes"].items())
     size = (
         f"{report['tensors']} tensors ({dtypes}), {report['parameters']:,} parameters, "
-        f"{_bytes(report['bytes'])} in {_files(report['shards'])}"
+        f"{bytes_text(report['bytes'])} in {_files(report['shards'])}"
     )
     if "adapter" in report:
         facts = ", ".join(f"{k} {v}" for k, v in report["adapter"].items() if v is not None)
@@ -267,7 +223,7 @@ def verify_text(report: dict[str, Any]) -> str:
     lines = [
         f"{report['path']}",
         f"  read: {checked['tensors']} of {report['tensors']} tensors {against}, "
-        f"{_bytes(checked['bytes'])} in {report['seconds']:.1f} s",
+        f"{bytes_text(checked['bytes'])} in {report['seconds']:.1f} s",
         f"  files compared with their digests: {_shortened(report['checked_files'])}",
     ]
     done = [one["what"] for one in report["checks"] if one["why_not"] is None]
@@ -322,7 +278,8 @@ def _number(value: float | None, how: str = ".6g") -> str:
     return "not finite" if value is None else format(value, how)
 
 
-def _bytes(count: float) -> str:
+def bytes_text(count: float) -> str:
+    """A number of bytes for people."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"

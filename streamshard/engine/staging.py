@@ -34,7 +34,9 @@ from streamshard.engine.fingerprint import Identity
 from streamshard.engine.journal import FinishedShard, Journal
 from streamshard.engine.leftovers import Left, changed, left_in, refuse_strangers
 from streamshard.engine.lock import Lock, locked
+from streamshard.engine.long_names import part_name
 from streamshard.engine.ours import Ours
+from streamshard.engine.parts_folder import refuse_parts
 from streamshard.engine.swap import discard, recover, swap
 from streamshard.errors import (
     ChangedError,
@@ -43,6 +45,7 @@ from streamshard.errors import (
     ReadError,
     StreamshardError,
     WriteError,
+    add_to,
     listed,
     printable,
 )
@@ -68,6 +71,10 @@ class Staging:
         """Note that a shard is finished and on disk."""
         self.check_place()
         self._journal.add(shard)
+
+    def temporary(self, name: str) -> Path:
+        """Where a file is written until it is complete and gets its name."""
+        return self.folder / part_name(name)
 
     def forget(self, name: str) -> None:
         """Remove a shard whose content is not what was noted."""
@@ -139,12 +146,18 @@ class Staging:
 
 @contextlib.contextmanager
 def output_folder(
-    target: Path, plan: Identity, *, names: Collection[str], overwrite: bool
+    target: Path,
+    plan: Identity,
+    *,
+    names: Collection[str],
+    overwrite: bool,
+    adopt: Callable[[Staging], None] | None = None,
 ) -> Iterator[Staging]:
     """A staging folder that takes the place of `target` when the block succeeds.
 
     `names` are all files that may be made in it, relative to it. If a run with the same `plan` was
-    interrupted, its staging folder is continued. Whatever happens, `target` is either as it was or
+    interrupted, its staging folder is continued; `adopt` puts there what the parts of the output have
+    finished. Whatever happens, `target` is either as it was or
     complete. What is finished is kept if the block ends by a signal or because a disk failed;
     otherwise nothing is left. Raises `OutputError` if `target` is more than an empty
     folder and not to be overwritten, or is not ours, if another run writes it, if it was begun with
@@ -160,12 +173,14 @@ def output_folder(
         with locked(beside["lock"], target) as lock:
             recover(target, beside, lock)
             there = _check_free(target, overwrite=overwrite)
+            if adopt is None:
+                refuse_parts(target, overwrite=overwrite)
             with _opened(beside["partial"]) as (kept, ours):
                 left = left_in(kept, ours, lock.moved)
                 staging = _begun(kept, left, target, plan, names, overwrite=overwrite)
                 lock.settle()
                 replaces = functools.partial(_replaced, target, there=there, overwrite=overwrite)
-                yield from _built(staging, target, beside["old"], lock, replaces)
+                yield from _built(staging, target, beside["old"], lock, replaces, adopt)
     except BaseException:
         remove_empty(made)
         raise
@@ -227,9 +242,12 @@ def _built(
     old: Path,
     lock: Lock,
     replaces: Callable[[], contextlib.AbstractContextManager[Replaceable | None]],
+    adopt: Callable[[Staging], None] | None,
 ) -> Iterator[Staging]:
     placed = False
     try:
+        if adopt is not None:
+            adopt(staging)
         yield staging
         with writing(target, 0), replaces() as replaced:
             staging.check_content()
@@ -265,13 +283,13 @@ def _tell(
     """Say in an error what there is now, after having kept or removed what is finished."""
     # A rename may have been done and yet be told as failed, as on NFS.
     if placed or _is_at(staging, target):
-        _add_to(error, f"{printable(str(target))} is complete.")
+        add_to(error, f"{printable(str(target))} is complete.")
         if not isinstance(error, OutputError) and _is_moved(old, lock):
-            _add_to(error, f"What it replaced, {printable(str(old))}, the next run removes.")
+            add_to(error, f"What it replaced, {printable(str(old))}, the next run removes.")
         return
     left = _leave(staging, error)
     if _is_moved(old, lock) is not False:
-        _add_to(error, f"What was there, {printable(str(old))}, the next run puts back.")
+        add_to(error, f"What was there, {printable(str(old))}, the next run puts back.")
     elif left:
         with contextlib.suppress(WriteError):
             lock.settle()
@@ -307,7 +325,7 @@ def _leave(staging: Staging, error: BaseException) -> bool:
     passing = passing and not isinstance(error, (ChangedError, WrongDigestError))
     keeps = (passing or not isinstance(error, Exception)) and staging.finished
     if _is_at(staging, staging.folder) is False:
-        _add_to(error, f"What was written was not removed: it is where {where} was moved.")
+        add_to(error, f"What was written was not removed: it is where {where} was moved.")
         return False
     stays: list[str] = []
     done = False
@@ -326,11 +344,5 @@ def _leave(staging: Staging, error: BaseException) -> bool:
         text = f"{where} cannot be removed now; the next run does that."
     else:
         text = f"{where} stays: there is {listed(stays)}, which is not ours." if stays else ""
-    _add_to(error, text)
+    add_to(error, text)
     return done
-
-
-def _add_to(error: BaseException, text: str) -> None:
-    if not text:
-        return
-    error.args = (" ".join([*(str(part) for part in error.args[:1]), text]), *error.args[1:])
