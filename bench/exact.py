@@ -67,10 +67,15 @@ KINDS = [
 def main() -> int:
     """Compare; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--millions", type=float, default=50, help="elements in all [50]")
+    parser.add_argument(
+        "--millions",
+        type=float,
+        default=50,
+        help="elements in all, at least a block of each kind [50]",
+    )
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    blocks = math.ceil(asked.millions * 1e6 / (ROWS * COLUMNS))
+    blocks = max(math.ceil(asked.millions * 1e6 / (ROWS * COLUMNS)), len(KINDS))
     print(f"{blocks * ROWS * COLUMNS:,} elements, each by {', '.join(available())}", flush=True)
     wrong = count = 0
     for place, kind in enumerate(KINDS):

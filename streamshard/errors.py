@@ -12,6 +12,7 @@ from typing import Any, Self
 __all__ = [
     "AdapterError",
     "ChangedError",
+    "HubError",
     "InputError",
     "OutOfMemoryError",
     "OutputError",
@@ -114,6 +115,12 @@ class UnreadError(VerificationError, ReadError):
     """What could be read of a checkpoint is right, but not all of it could be; `report` lists what."""
 
     exit_code = 7
+
+
+class HubError(StreamshardError):
+    """The hub or the network did not give what is needed."""
+
+    exit_code = 9
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -48,8 +48,10 @@ class AdapterFolder:
     warnings: tuple[str, ...] = ()
 
     @property
-    def tensors(self) -> dict[str, Lazy]:
+    def tensors(self) -> Mapping[str, Lazy]:
         """All tensors of the adapter's own files."""
+        if len(self.files) == 1:
+            return next(iter(self.files.values()))
         return {name: tensor for file in self.files.values() for name, tensor in file.items()}
 
 

@@ -1,14 +1,13 @@
-"""The safetensors file format: reading and building headers, nothing else.
+"""Headers of the safetensors file format, read and judged.
 
 Rules: https://github.com/huggingface/safetensors (README, `Metadata::validate`). A header is
-accepted if our own strict reading and the official parser both accept it; what the official
-parser lets through against the written rules (duplicate names, a leading space, unknown
-fields) is refused.
+accepted if our own strict reading and the official parser both accept it (which is not asked about
+what the official writer writes); what the official parser lets through against the written rules
+(duplicate names, a leading space, unknown fields) is refused.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -18,20 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.json_files import parse_prefix, parse_small
+from streamshard.checkpoint.new_header import MAX_TENSORS, PREFIX_NBYTES, header_pieces
 from streamshard.checkpoint.other_kinds import check_beginning
+from streamshard.disk.far import far_at
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, printable
-from streamshard.tensors.dtypes import DTYPE_BITS
+from streamshard.tensors.dtypes import DTYPE_BITS, NUMPY
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = [
     "MAX_NAME_BYTES",
     "Header",
-    "build_header",
     "data_start",
-    "framed",
     "header_text",
     "parse_header",
     "read_header",
@@ -41,16 +40,12 @@ __all__ = [
 
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-# What the hub's parser reads; what is written shall be read by both.
-MAX_WRITTEN_HEADER_BYTES = 25_000_000
 # Limits of ours. They bound time and memory, and are far from real files: the largest InternVL has
 # 40,000 tensors in all its files, and names of 120 bytes.
 MAX_RANK = 64
 MAX_NAME_BYTES = 1024
-MAX_TENSORS = 100_000
 MAX_METADATA_BYTES = 1_000_000
 
-_PREFIX_NBYTES = 8  # the length of the JSON, before it
 _FIELDS = {"dtype", "shape", "data_offsets"}
 # Repetitions are bounded, so that a match that fails has not cost more than the limits above.
 _NAME = re.compile(
@@ -59,7 +54,7 @@ _NAME = re.compile(
 )
 _BODY = re.compile(rb"\{[^{}]{0,4096}\}")
 _NEXT = re.compile(rb"[ \t\n\r]*([,}])")
-_ORDER = {name: place for place, name in enumerate(DTYPE_BITS)}
+_OLDEST = {*NUMPY, "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,69 +73,46 @@ def read_header(path: Path) -> Header:
     """
     text, file_nbytes = header_text(path)
     header = parse_header(path, text, file_nbytes)
-    del text  # the official parser maps it once more
-    _ask_official_parser(path)
+    if not _is_as_written(header, text):
+        del text  # it is mapped once more
+        _ask_official_parser(path)
     return header
 
 
-def build_header(
-    tensors: Mapping[str, Lazy], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file with these tensors, and where each tensor's data begins.
+def _is_as_written(header: Header, text: bytes) -> bool:
+    """Whether a header is, byte for byte, what the official writer writes, and its parser reads.
 
-    Offsets are counted from the first byte of the file. Order, spacing and padding are those
-    of the official writer (`prepare` in safetensors/src/tensor.rs): widest dtype first, then by
-    name; JSON without spaces or escapes, padded with spaces to a multiple of 8.
+    To say so itself that takes 1 KB of memory a tensor, many times what is kept here. It is asked about
+    dtypes that came later: not every release knows them.
     """
-    names = sorted(tensors, key=lambda name: (-_ORDER[tensors[name].dtype], name))
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    begin = 0
-    begins = {}
-    for name in names:
-        tensor = tensors[name]
-        begins[name] = begin
-        end = begin + tensor.nbytes
-        entries[name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_WRITTEN_HEADER_BYTES or len(tensors) > MAX_TENSORS:
-        raise InputError(
-            f"a file of {len(tensors):,} tensors would have a header of {len(text):,} bytes; not every "
-            f"reader takes more than {MAX_WRITTEN_HEADER_BYTES:,} bytes, or {MAX_TENSORS:,} tensors. "
-            "Choose a smaller --max-shard-size."
-        )
-    header = framed(text)
-    return header, {name: len(header) + at for name, at in begins.items()}
-
-
-def framed(text: bytes) -> bytes:
-    """The JSON of a header as a file begins with it: its length, and then itself."""
-    return len(text).to_bytes(_PREFIX_NBYTES, "little") + text
+    if not {tensor.dtype for tensor in header.tensors.values()} <= _OLDEST:
+        return False
+    at = 0
+    for piece in header_pieces(header.tensors, header.metadata):
+        if not text.startswith(piece, at):
+            return False
+        at += len(piece)
+    return not text[at:].strip(b" ")
 
 
 def data_start(file: Source) -> int:
     """Where the tensors' bytes begin in a file, as its first bytes say, which nobody has checked."""
-    return _PREFIX_NBYTES + int.from_bytes(file.read(0, _PREFIX_NBYTES), "little")
+    return PREFIX_NBYTES + int.from_bytes(file.read(0, PREFIX_NBYTES), "little")
 
 
 def header_text(path: Path) -> tuple[bytes, int]:
     """The JSON of a file's header, not yet looked at, and the size of the file."""
     with open_source(path) as file:
         file_nbytes = file.nbytes
-        if file_nbytes < _PREFIX_NBYTES:
+        if file_nbytes < PREFIX_NBYTES:
             raise _broken(path, f"has only {file_nbytes} bytes; a header needs at least 8")
         check_beginning(path, file.read(0, 64), b"\x08\0\0\0\0\0\0\0{}")
-        length = data_start(file) - _PREFIX_NBYTES
+        length = data_start(file) - PREFIX_NBYTES
         if length > MAX_HEADER_BYTES:
             raise _broken(path, f"claims a header of {length:,} bytes; 100,000,000 is the limit")
-        if length > file_nbytes - _PREFIX_NBYTES:
+        if length > file_nbytes - PREFIX_NBYTES:
             raise _broken(path, f"claims a header of {length:,} bytes in {file_nbytes:,}")
-        text = file.read(_PREFIX_NBYTES, length)
+        text = file.read(PREFIX_NBYTES, length)
     if len(text) != length:
         raise _broken(path, "ends inside its header")
     return text, file_nbytes
@@ -152,36 +124,43 @@ def parse_header(path: Path, text: bytes, file_nbytes: int) -> Header:
     Entry by entry, so that neither time nor memory depends on what a hostile header nests or
     repeats; each entry is small, and what the first wrong one costs is all that is spent.
     """
-    start = _PREFIX_NBYTES + len(text)
+    start = PREFIX_NBYTES + len(text)
     metadata: dict[str, str] | None = None
-    parsed: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
+    tensors: dict[str, Stored] = {}
+    where = str(path)
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each, as few differ
+    reached, in_order = start, True
     for name, value in _entries(path, text):
-        if name in parsed or (name == "__metadata__" and metadata is not None):
+        if name in tensors or (name == "__metadata__" and metadata is not None):
             raise _broken(path, f"has a header in which {printable(name)!r} occurs twice")
         if name == "__metadata__":
             metadata = _checked_metadata(path, value)
             continue
-        if len(parsed) == MAX_TENSORS:
+        if len(tensors) == MAX_TENSORS:
             raise _broken(path, f"has more than {MAX_TENSORS:,} tensors, the limit here")
         dtype, shape, begin, end = _check_entry(path, name, value)
-        parsed[name] = (begin, end, dtype, shape)
-    reached = 0
-    tensors = {}
-    where = str(path)
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each, as few differ
-    for name, (begin, end, dtype, shape) in sorted(parsed.items(), key=lambda item: item[1][:2]):
-        if begin != reached:
-            problem = "overlaps the one before it" if begin < reached else "leaves a hole before it"
-            raise _broken(path, f"{problem}: begins at {begin:,}, not at {reached:,}", name)
-        reached = end
-        kept = shapes.setdefault(shape, shape)
+        in_order = in_order and start + begin == reached
+        reached = start + end
         # Most names are in source and reference alike: interned, they are in memory once.
-        place = sys.intern(name)
-        tensors[place] = Stored(where, start + begin, kept, dtype, file_nbytes)
-    if start + reached != file_nbytes:
+        tensors[sys.intern(name)] = Stored(
+            where, start + begin, shapes.setdefault(shape, shape), dtype, file_nbytes
+        )
+    if not in_order:
+        tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+        reached = start
+        for name, tensor in tensors.items():
+            begin = tensor.offset
+            if begin != reached:
+                problem = (
+                    "overlaps the one before it" if begin < reached else "leaves a hole before it"
+                )
+                at = f"begins at {begin - start:,}, not at {reached - start:,}"
+                raise _broken(path, f"{problem}: {at}", name)
+            reached += tensor.nbytes
+    if reached != file_nbytes:
         raise _broken(
             path,
-            f"has {file_nbytes:,} bytes but its header describes {start + reached:,}; "
+            f"has {file_nbytes:,} bytes but its header describes {reached:,}; "
             "it is truncated or has something appended",
         )
     return Header(tensors, metadata or {})
@@ -280,11 +259,13 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
 def _ask_official_parser(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
+    # It needs a file of this machine; what stands for one of another has at least its header.
+    elsewhere = far_at(path)
+    local = path if elsewhere is None else elsewhere.local() or path
     try:
-        # It needs a file of this machine.
         with (
             reading(path),
-            system.by_library(path, lambda file: safe_open(file, framework="np")),
+            system.by_library(local, lambda file: safe_open(file, framework="np")),
         ):
             pass
     except SafetensorError as error:
@@ -303,7 +284,7 @@ def _broken(path: Path, problem: str, name: str | None = None) -> InputError:
 def _not_json(path: Path, at: int, problem: str) -> InputError:
     return _broken(
         path,
-        f"has a header that is not JSON as the format has it, near byte {_PREFIX_NBYTES + at:,}: "
+        f"has a header that is not JSON as the format has it, near byte {PREFIX_NBYTES + at:,}: "
         f"{printable(problem)}",
     )
 

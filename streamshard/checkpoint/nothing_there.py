@@ -31,10 +31,7 @@ def instead(path: Path) -> str:
     if near:
         return f"In {where} there is {listed(lower[name] for name in near)}: is that meant?"
     if _HUB_ID.fullmatch(str(path)) and around == Path():
-        return (
-            "Check the path; if it is an id on the hub, these are not read yet: download it "
-            "(hf download) and give the folder."
-        )
+        return "Check the path; if a model on the hub is meant, give it as it is called there (org/name)."
     if around != path.parent:
         return f"There is no '{printable(missing)}' in {where}. Check the path."
     return "Check the path."

@@ -11,6 +11,7 @@ import click
 __all__ = [
     "CHECKS",
     "CONTEXT",
+    "HUB",
     "INPUTS",
     "MEANING",
     "OUTPUT",
@@ -32,8 +33,9 @@ CONTEXT = {
     "token_normalize_func": lambda token: token.replace("_", "-"),
 }
 
-INPUTS, OUTPUT, MEANING, CHECKS, RUNNING = GROUPS = (
+INPUTS, HUB, OUTPUT, MEANING, CHECKS, RUNNING = GROUPS = (
     "Inputs",
+    "Inputs on the hub",
     "Output",
     "Meaning of the adapter",
     "Checks",
@@ -50,6 +52,7 @@ EXIT_CODES = (
     ("6", "no space, no memory, or write error"),
     ("7", "read error, or an input changed meanwhile"),
     ("8", "verification failed"),
+    ("9", "the hub or the network did not give what is needed"),
     ("130", "interrupted; the same command, run again, continues"),
     ("143", "terminated; likewise"),
 )
@@ -120,8 +123,8 @@ class Command(click.Command):
         formatter.write_paragraph()
         formatter.write_text(
             "Exit codes: 0 done, 2 usage, 3 input invalid, 4 adapter does not fit, 5 output exists, "
-            "6 no space, no memory or write error, 7 read error, 8 verification failed, 130 and 143 "
-            "interrupted and terminated; streamshard --help says more."
+            "6 no space, no memory or write error, 7 read error, 8 verification failed, 9 hub or "
+            "network, 130 and 143 interrupted and terminated; streamshard --help says more."
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import click
 
 import streamshard
 from streamshard.cli.command import (
+    HUB,
     INPUTS,
     MEANING,
     OUTPUT,
@@ -21,8 +22,8 @@ from streamshard.cli.command import (
     with_options,
 )
 
-__all__ = ["ADAPTER_NAME", "ALPHA", "BASE", "CONVERSION", "READING", "REFERENCE", "TOKENIZER_FROM"]
-__all__ += ["SPLITTING", "WORKERS", "WRITING", "output"]
+__all__ = ["ADAPTER_NAME", "ALPHA", "BASE", "CACHE", "CARD", "CONVERSION", "DRAWING", "READING"]
+__all__ += ["REFERENCE", "REVISION", "SPLITTING", "TOKENIZER_FROM", "WORKERS", "WRITING", "output"]
 
 
 BASE = partial(option, INPUTS, "--base", metavar="CHECKPOINT")
@@ -48,6 +49,45 @@ TOKENIZER_FROM = partial(
     type=click.Choice(["source", "reference"]),
     metavar="source|reference",
     help="Whose tokenizer belongs to the weights, if the vocabularies differ.",
+)
+
+CARD = option(
+    OUTPUT,
+    "--card",
+    type=click.Choice(["new", "base", "none"]),
+    metavar="new|base|none",
+    default="new",
+    show_default=True,
+    help="README.md: a new model card that says what was done, a copy of the one beside the config, or "
+    "none.",
+)
+
+DRAWING = with_options(
+    option(
+        OUTPUT,
+        "--plot",
+        metavar="FILE",
+        help="Draw what has changed, by layers and modules, into a .png, .svg or .pdf.",
+    ),
+    option(OUTPUT, "--heatmap", is_flag=True, help="Print the like, coarsely."),
+)
+
+CACHE = with_options(
+    option(
+        HUB,
+        "--cache-dir",
+        metavar="FOLDER",
+        help="The hub's cache.  [default: as HF_HOME and HF_HUB_CACHE say]",
+    ),
+    option(HUB, "--offline", is_flag=True, help="Ask the hub nothing; use what is in the cache."),
+)
+"""How models on the hub are got."""
+REVISION = partial(
+    option,
+    HUB,
+    "--revision",
+    metavar="REVISION",
+    help="Branch, tag or commit of the base, if it is on the hub.",
 )
 
 WORKERS = option(
@@ -117,18 +157,27 @@ WRITING = with_options(
         help="Write through the page cache or around it; auto goes around with what is large against "
         "the memory that is free. Same bytes.",
     ),
+    REVISION(),
+    CACHE,
+    option(
+        HUB,
+        "--stream",
+        is_flag=True,
+        help="Read models on the hub as they are needed, and never store their weights.",
+    ),
     READING,
 )
 """Of all commands that write."""
 
 
-def output(help: str, name: str = "--output", **how: object) -> Decorator:  # noqa: A002
-    """Where the output goes."""
-    return option(OUTPUT, name, metavar="FOLDER", help=help, **how)
+def output(help: str, name: str = "output", **how: object) -> Decorator:  # noqa: A002
+    """Where the output goes; `name` is the keyword."""
+    options = ("-o", "--output", "--save-path")
+    return option(OUTPUT, name, *options, metavar="FOLDER", help=help, **how)
 
 
 CONVERSION = with_options(
-    output("New, or empty, folder to write.", "--save-path", required=True),
+    output("New, or empty, folder to write.", "save_path", required=True),
     TOKENIZER_FROM(),
     option(
         OUTPUT,
@@ -142,6 +191,8 @@ CONVERSION = with_options(
         is_flag=True,
         help="Write although the source has tensors with no place; report them.",
     ),
+    CARD,
+    DRAWING,
     SPLITTING(),
     WRITING,
 )

@@ -38,8 +38,12 @@ class Progress:
         """What stands in the line of the cursor."""
 
     def step(self, what: str, nbytes: int = 0, done: int = 0) -> None:
-        """Begin with something else."""
+        """Begin with something else; or go on, if it is the same with as many bytes."""
         with self._lock:
+            state = self._state
+            if state is not None and nbytes and (state.what, state.total) == (what, nbytes):
+                self.piece(done - state.done, "")
+                return
             self._finish()
             self._state = State(self._words.get(what, what), nbytes, done, done, 0)
             self._began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from streamshard.errors import escaped
@@ -48,6 +49,7 @@ def plan_text(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Would write {report['output']} ({_bytes(report['bytes'])}; {free}):",
+            *_download(plan),
             *files[:20],
             *([f"  and {len(files) - 20} more files"] if len(files) > 20 else []),
             f"{changed}; {plan['workers']} threads, about {_bytes(plan['memory_bytes'])} of memory.",
@@ -55,6 +57,16 @@ def plan_text(report: dict[str, Any]) -> str:
             "Nothing was written.",
         ]
     )
+
+
+def _download(plan: dict[str, Any]) -> list[str]:
+    if not plan["download_bytes"]:
+        return []
+    free = plan["download_free_bytes"]
+    room = "" if free is None else f" ({_bytes(free)} free on that disk)"
+    return [
+        f"  Before, {_bytes(plan['download_bytes'])} are downloaded into the hub's cache{room}."
+    ]
 
 
 def _continued(report: dict[str, Any]) -> list[str]:
@@ -86,7 +98,15 @@ def merge_text(report: dict[str, Any]) -> str:
         f"  L2 from the base: {_number(l2['global'])} (sum over tensors {_number(l2['sum'])}, "
         f"per parameter {_number(l2['per_parameter'])})"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_exactness_text(report.get("exactness"))])
+
+
+def _exactness_text(exact: Mapping[str, Any] | None) -> list[str]:
+    """That all elements are right, and how many of them a second look was needed for."""
+    if exact is None:
+        return []
+    again = f"{exact['rechecked']:,} of them computed again near a rounding boundary"
+    return [f"  exact: {exact['elements']:,} elements rounded once, {again} ({exact['kernel']})"]
 
 
 def conversion_text(report: dict[str, Any]) -> str:
@@ -261,6 +281,13 @@ def verify_text(report: dict[str, Any]) -> str:
     for one in report["not_checked"]:
         why.setdefault(one["why"], []).append(one["name"])
     lines += [f"  not compared: {_shortened(names)}: {reason}" for reason, names in why.items()]
+    against = report["against"]
+    if against is not None:
+        lines.append(
+            f"  compared with {against['repository']} at commit {against['commit'][:12]}: "
+            f"{len(against['equal'])} files are equal, {len(against['different'])} differ, "
+            f"{len(against['missing'])} only there, {len(against['extra'])} only here"
+        )
     if report["extra"]:
         lines.append(f"  extra, not in the record: {_shortened(report['extra'])}")
     problems = report["problems"]

@@ -23,8 +23,10 @@ from streamshard.commands.public import public
 from streamshard.commands.training_checkpoint import read_wrapped
 from streamshard.commands.whose_tokenizer import for_adapter
 from streamshard.commands.written_config import config_bytes
+from streamshard.disk.far import known_as
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.engine.budget import workers_or_default
+from streamshard.engine.fetching import fetch, stored
 from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
@@ -90,6 +92,9 @@ def extract_lora(
         theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
+        if not chosen.dry_run:
+            both = (*mine.values(), *given.values())
+            fetch({one.path for tensor in both for one in stored(tensor)}, chosen.on_step)
         trained |= _differing(mine, given, (where, own.where), chosen)
     modules = {
         flat_name(f"{m}.weight").removesuffix(".weight") if layout == "hf" else m: m for m in ranks
@@ -117,7 +122,7 @@ def extract_lora(
         {m: int(value) if value == int(value) else value for m, value in alphas.items()},
         targets=selection(live_ranks, weights),
         task_type=TASK_TYPES[layout],
-        base=None if base is None else str(base),
+        base=None if base is None else known_as(str(base)),
         dropout=UPSTREAM_DROPOUT,
         saved=entries,
     )

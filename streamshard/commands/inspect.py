@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder, is_adapter, open_adapter
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
@@ -15,6 +15,7 @@ from streamshard.commands.public import public
 from streamshard.disk.existence import is_folder
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading, system
+from streamshard.engine.job import BaseOptions
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.errors import InputError, printable
 from streamshard.internvl.detection import layout_of
@@ -26,10 +27,10 @@ __all__ = ["inspect"]
 
 
 @public
-def inspect(path: PathLike) -> Report:
+def inspect(path: PathLike, **_cache: Unpack[BaseOptions]) -> Report:
     """What a checkpoint or adapter is: layout, spelling, family, dimensions, dtypes, files, LoRA.
 
-    Reads headers and configs only. Raises `InputError` for what is malformed.
+    Reads headers and configs only, also of models on the hub. Raises `InputError` for what is malformed.
     """
     started = time.perf_counter()
     folder = input_path(path, "a checkpoint or adapter")

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, cast
 
+from streamshard.commands.hub_inputs import hub_inputs
 from streamshard.disk.inputs import watched
 from streamshard.engine.report import Report
 from streamshard.errors import (
@@ -63,14 +64,19 @@ def public(command: Callable[P, Report]) -> Callable[P, Report]:
     """A command of the Python API, which returns its report."""
     name = command.__name__
     run = told(noting(watched(command)))
+    code = command.__code__
+    places = code.co_varnames[: code.co_argcount]
 
     @functools.wraps(command)
     def call(*args: P.args, **kwargs: P.kwargs) -> Report:
         _check_keywords(name, kwargs)
         try:
             _check_values(kwargs)
-            with _progress(name, kwargs) as given:
-                report = run(*args, **cast("Any", given))
+            arguments = {**dict(zip(places, args, strict=False)), **kwargs}
+            if len(args) > len(places) or len(arguments) < len(args) + len(kwargs):
+                run(*args, **kwargs)  # which says what is wrong with that
+            with hub_inputs(name, arguments) as local, _progress(name, local) as given:
+                report = cast("Callable[..., Report]", run)(**given)
         except ImportError as error:
             missing = explained(error)
             if missing is None:
@@ -94,7 +100,9 @@ def _check_keywords(name: str, given: Mapping[str, object]) -> None:
         if keyword not in known:
             plain = keyword.replace("-", "_").lower()
             near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-            hint = f"Did you mean '{near[0]}'?" if near else f"It knows {', '.join(known)}."
+            hint = (
+                f"Did you mean '{near[0]}'?" if near else f"It knows {', '.join(known) or 'none'}."
+            )
             raise TypeError(f"{name}() got an unexpected keyword argument '{keyword}'. {hint}")
 
 

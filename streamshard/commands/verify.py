@@ -7,9 +7,10 @@ import random
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from streamshard.checkpoint.file_names import REPORT_NAME
+from streamshard.checkpoint.hub_client import Published
 from streamshard.checkpoint.open_anything import Opened, open_anything
 from streamshard.checkpoint.unlisted_files import Entry, contents, harm
 from streamshard.checkpoint.weight_files import is_weight_file
@@ -19,11 +20,16 @@ from streamshard.commands.verify_model import AsModel, as_model
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
+from streamshard.engine.fetching import fetch, stored
+from streamshard.engine.job import BaseOptions
 from streamshard.engine.report import Report, finished, new_report
-from streamshard.engine.workers import share
+from streamshard.engine.workers import OnStep, Progress, share
 from streamshard.errors import UnreadError, UsageError, VerificationError, printable
 from streamshard.internvl.detection import layout_of
 from streamshard.notes import note
+
+if TYPE_CHECKING:
+    from streamshard.commands.verify_against import AgainstHub
 
 __all__ = ["verify"]
 
@@ -34,9 +40,12 @@ def verify(
     *,
     sample: str | int | None = None,
     strict: bool = False,
+    against: str | Published | None = None,
     workers: int | None = None,
     progress: Callable[[int, str], None] | bool | None = None,
     on_total: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
+    **_cache: Unpack[BaseOptions],
 ) -> Report:
     """Read a checkpoint or adapter again, and say whether it is what was written.
 
@@ -45,7 +54,8 @@ def verify(
     there is a `streamshard.json`, also that record itself, every file and tensor against its digests,
     and that nothing was added which could be run or loaded. `sample` reads only so many tensors
     ("10%" or a number), chosen at random, and no SHA-256. With `strict` it is a problem if there is
-    nothing to compare with.
+    nothing to compare with. `against` is a model on the hub (`org/name@revision`), with which every
+    file is compared by the hub's own digests; nothing is downloaded for it.
 
     Every file of a folder is in one of three lists of the report: `checked_files`, `not_checked` (each
     with the reason) and `extra` (what the record does not list). Raises `VerificationError`, whose
@@ -59,20 +69,26 @@ def verify(
         found = open_anything(given)
     tensors = found.tensors
     names = _sampled(list(tensors), sample)
-    check = Comparison(found, progress if callable(progress) else None)
+    if sample is None:
+        fetch({t.path for name in names for t in stored(tensors[name])}, on_step)
+    watching = progress if callable(progress) else None
+    check = Comparison(found, watching)
+    hub = _against(found, against, watching)
     if on_total is not None:
-        hashed = check.hashed_nbytes(whole=sample is None)
+        hashed = check.hashed_nbytes(whole=sample is None) + (0 if hub is None else hub.nbytes)
         on_total(sum(tensors[name].nbytes for name in names) + hashed)
     check.names()
     tasks = check.tasks(names, whole=sample is None)
     share(tasks, lambda task, work: task(work), workers_or_default(workers), check.stop)
     check.shards(names)
+    if hub is not None:
+        hub.run(workers_or_default(workers))
     coverage = _coverage(found, check)
     model = as_model(found)
     if not found.listing.usable and found.listing.record == "missing":
         reason = _why_uncomparable(found)
         note(f"no digests are recorded: {reason}")
-        if strict:
+        if strict and hub is None:
             coverage["problems"].append(
                 f"{printable(str(given))}: nothing could be compared: {reason} (--strict)."
             )
@@ -94,12 +110,14 @@ def verify(
         "unexpected": check.unexpected,
         "different": sorted(check.different),
         "nonfinite": dict(sorted(check.nonfinite.items())),
+        "against": None if hub is None else hub.described(),
         "unreadable": sorted(found.unreadable | check.unreadable),
         "problems": [
             *found.problems,
             *sorted(check.problems),
             *model.problems,
             *coverage["problems"],
+            *([] if hub is None else hub.told()),
         ],
     }
     report = finished(report, started)
@@ -116,6 +134,17 @@ def verify(
             report,
         )
     return report
+
+
+def _against(
+    found: Opened, against: str | Published | None, progress: Progress | None
+) -> AgainstHub | None:
+    """The comparison with a model on the hub, if it was asked for."""
+    if not isinstance(against, Published):
+        return None
+    from streamshard.commands.verify_against import AgainstHub
+
+    return AgainstHub(found, against, progress)
 
 
 def _checks(found: Opened, model: AsModel) -> list[dict[str, str | None]]:

@@ -14,6 +14,7 @@ from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.public import public
 from streamshard.commands.whose_tokenizer import note_beyond
 from streamshard.commands.written_config import config_bytes
+from streamshard.disk.far import known_as
 from streamshard.disk.paths import PathLike
 from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
@@ -158,7 +159,7 @@ def wrap_lora(
         {live[module]: alphas[part] for module, part in part_of.items()},
         targets=[end for part in ranks for end in target_ends(dims.family, layout, part)],
         task_type=TASK_TYPES[layout],
-        base=str(source.path),
+        base=known_as(str(source.path)),
         dropout=UPSTREAM_DROPOUT if dropout is None else dropout,
     )
     job = Job(

@@ -7,7 +7,6 @@
  *
  * Optional, for Linux 5.14 and later: without it files are read by positioned reads.
  */
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #ifndef __linux__
@@ -34,6 +33,7 @@ PyMODINIT_FUNC PyInit__mapping(void)
 /* Where mappings are, for the handler, which may take no lock. A place is free while its start is 0. */
 #define PLACES 4096
 typedef struct {
+    atomic_flag taken;
     atomic_uintptr_t start, end;
     atomic_int lost;
 } place_t;
@@ -43,6 +43,7 @@ static atomic_int used; /* places from here on were never taken */
 static uintptr_t page_nbytes;
 static struct sigaction before, first; /* whom the handler asks next, and the one that was there first */
 static int installed;
+static atomic_flag installing = ATOMIC_FLAG_INIT;
 
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
@@ -80,27 +81,52 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
 static int install(void)
 {
     struct sigaction now;
-    if (sigaction(SIGBUS, NULL, &now))
-        return -1;
-    if (installed && (now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_bus_error)
-        return 0;
-    before = now;
-    if (!installed)
-        first = now;
-    struct sigaction ours = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_ONSTACK};
-    sigemptyset(&ours.sa_mask);
-    installed = 1;
-    return sigaction(SIGBUS, &ours, NULL);
+    int failed = 0;
+    while (atomic_flag_test_and_set(&installing)) /* a few system calls of another thread */
+        ;
+    if (sigaction(SIGBUS, NULL, &now)) {
+        failed = -1;
+    } else if (!installed || !(now.sa_flags & SA_SIGINFO) || now.sa_sigaction != on_bus_error) {
+        before = now;
+        if (!installed)
+            first = now;
+        struct sigaction ours = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+        sigemptyset(&ours.sa_mask);
+        installed = 1;
+        failed = sigaction(SIGBUS, &ours, NULL);
+    }
+    atomic_flag_clear(&installing);
+    return failed;
 }
 
 typedef struct {
     PyObject_HEAD
     char *start;
     Py_ssize_t nbytes;
-    Py_ssize_t exports;
-    int closed;
+    atomic_long users; /* the object itself until it is closed, and each view; 0: nothing is mapped */
+    atomic_int closed;
     place_t *place;
 } mapping_t;
+
+/* Take part in using a mapping, so that nobody unmaps it meanwhile; whether there is one. */
+static int enter(mapping_t *self)
+{
+    long users = atomic_load(&self->users);
+    while (users && !atomic_compare_exchange_weak(&self->users, &users, users + 1))
+        ;
+    return users != 0;
+}
+
+/* The last one unmaps. */
+static void leave(mapping_t *self)
+{
+    if (atomic_fetch_sub(&self->users, 1) != 1)
+        return;
+    /* First, as another thread may map something else there at once, which is not for the handler. */
+    atomic_store(&self->place->start, 0);
+    munmap(self->start, (size_t)self->nbytes);
+    atomic_flag_clear(&self->place->taken);
+}
 
 static int mapping_init(mapping_t *self, PyObject *args, PyObject *named)
 {
@@ -118,7 +144,7 @@ static int mapping_init(mapping_t *self, PyObject *args, PyObject *named)
         return -1;
     }
     int at = 0;
-    while (at < PLACES && atomic_load(&places[at].start))
+    while (at < PLACES && atomic_flag_test_and_set(&places[at].taken))
         at++;
     if (at == PLACES) {
         errno = EMFILE;
@@ -128,6 +154,7 @@ static int mapping_init(mapping_t *self, PyObject *args, PyObject *named)
     void *start = mmap(NULL, (size_t)nbytes, PROT_READ, MAP_SHARED, descriptor, 0);
     if (start == MAP_FAILED) {
         PyErr_SetFromErrno(PyExc_OSError);
+        atomic_flag_clear(&places[at].taken);
         return -1;
     }
     self->start = start;
@@ -136,53 +163,52 @@ static int mapping_init(mapping_t *self, PyObject *args, PyObject *named)
     atomic_store(&self->place->lost, 0);
     atomic_store(&self->place->end, ((uintptr_t)start + nbytes + page_nbytes - 1) & ~(page_nbytes - 1));
     atomic_store(&self->place->start, (uintptr_t)start);
-    if (at >= atomic_load(&used))
-        atomic_store(&used, at + 1);
+    int seen = atomic_load(&used);
+    while (seen <= at && !atomic_compare_exchange_weak(&used, &seen, at + 1))
+        ;
+    atomic_store(&self->users, 1);
     return 0;
 }
 
-static void unmap(mapping_t *self)
+static void close_once(mapping_t *self)
 {
-    if (!self->start)
-        return;
-    /* First, as another thread may map something else there at once, which is not for the handler. */
-    atomic_store(&self->place->start, 0);
-    munmap(self->start, (size_t)self->nbytes);
-    self->start = NULL;
+    if (self->start && !atomic_exchange(&self->closed, 1))
+        leave(self);
 }
 
 static void mapping_dealloc(mapping_t *self)
 {
-    unmap(self);
-    Py_TYPE(self)->tp_free((PyObject *)self);
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    close_once(self);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
 }
 
 static int get_buffer(mapping_t *self, Py_buffer *view, int flags)
 {
-    if (!self->start || self->closed) {
+    if (atomic_load(&self->closed) || !enter(self)) {
         PyErr_SetString(PyExc_ValueError, "the mapping is closed");
         return -1;
     }
-    if (PyBuffer_FillInfo(view, (PyObject *)self, self->start, self->nbytes, 1, flags))
-        return -1;
-    self->exports++;
-    return 0;
+    if (!PyBuffer_FillInfo(view, (PyObject *)self, self->start, self->nbytes, 1, flags))
+        return 0;
+    leave(self);
+    return -1;
 }
 
 static void release_buffer(mapping_t *self, Py_buffer *view)
 {
     (void)view;
-    if (!--self->exports && self->closed)
-        unmap(self);
+    leave(self);
 }
 
-/* The whole pages around a range; -1 with an error if it is not in the mapping. */
+/* The whole pages around a range, of a mapping that is entered; -1 with an error if it has no such. */
 static int pages_of(mapping_t *self, PyObject *args, char **start, size_t *nbytes)
 {
     Py_ssize_t offset, count;
     if (!PyArg_ParseTuple(args, "nn", &offset, &count))
         return -1;
-    if (!self->start || offset < 0 || count <= 0 || offset > self->nbytes - count) {
+    if (offset < 0 || count <= 0 || offset > self->nbytes - count || !enter(self)) {
         PyErr_SetString(PyExc_ValueError, "not in the mapping");
         return -1;
     }
@@ -199,14 +225,13 @@ static PyObject *advise(mapping_t *self, PyObject *args, int advice)
     int failed;
     if (pages_of(self, args, &start, &nbytes))
         return NULL;
-    self->exports++; /* so that another thread cannot unmap it meanwhile */
     Py_BEGIN_ALLOW_THREADS
     do
         failed = madvise(start, nbytes, advice);
     while (failed && errno == EAGAIN);
     Py_END_ALLOW_THREADS
     int error = errno;
-    release_buffer(self, NULL);
+    leave(self);
     if (failed) {
         errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
@@ -242,16 +267,17 @@ static PyObject *absent(mapping_t *self, PyObject *args)
     Py_ssize_t step, sample;
     if (!PyArg_ParseTuple(args, "nn", &step, &sample))
         return NULL;
-    if (!self->start || sample <= 0 || sample % (Py_ssize_t)page_nbytes || step <= 0 || step % sample) {
+    if (sample <= 0 || sample % (Py_ssize_t)page_nbytes || step <= 0 || step % sample || !enter(self)) {
         PyErr_SetString(PyExc_ValueError, "not multiples, or closed");
         return NULL;
     }
     PyObject *found = PyBytes_FromStringAndSize(NULL, (self->nbytes + step - 1) / step);
-    if (!found)
+    if (!found) {
+        leave(self);
         return NULL;
-    char *flags = PyBytes_AS_STRING(found);
+    }
+    char *flags = PyBytes_AsString(found);
     int failed = 0;
-    self->exports++;
     Py_BEGIN_ALLOW_THREADS
     memset(flags, 1, (size_t)((self->nbytes + step - 1) / step));
     for (Py_ssize_t at = 0; at < self->nbytes && !failed; at += sample) {
@@ -262,7 +288,7 @@ static PyObject *absent(mapping_t *self, PyObject *args)
     }
     Py_END_ALLOW_THREADS
     int error = errno;
-    release_buffer(self, NULL);
+    leave(self);
     if (failed) {
         Py_DECREF(found);
         errno = error;
@@ -278,9 +304,7 @@ PyDoc_STRVAR(close_doc,
 static PyObject *close_mapping(mapping_t *self, PyObject *args)
 {
     (void)args;
-    self->closed = 1;
-    if (!self->exports)
-        unmap(self);
+    close_once(self);
     Py_RETURN_NONE;
 }
 
@@ -303,20 +327,23 @@ static PyGetSetDef mapping_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-static PyBufferProcs mapping_buffer = {(getbufferproc)get_buffer, (releasebufferproc)release_buffer};
+static PyType_Slot mapping_slots[] = {
+    {Py_tp_doc, "Mapping(descriptor, nbytes): the first bytes of a file in memory, to be read."},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_init, mapping_init},
+    {Py_tp_dealloc, mapping_dealloc},
+    {Py_tp_methods, mapping_methods},
+    {Py_tp_getset, mapping_getset},
+    {Py_bf_getbuffer, get_buffer},
+    {Py_bf_releasebuffer, release_buffer},
+    {0, NULL},
+};
 
-static PyTypeObject mapping_type = {
-    PyVarObject_HEAD_INIT(NULL, 0)
-    .tp_name = "streamshard.disk._mapping.Mapping",
-    .tp_doc = "Mapping(descriptor, nbytes): the first bytes of a file in memory, to be read.",
-    .tp_basicsize = sizeof(mapping_t),
-    .tp_flags = Py_TPFLAGS_DEFAULT,
-    .tp_new = PyType_GenericNew,
-    .tp_init = (initproc)mapping_init,
-    .tp_dealloc = (destructor)mapping_dealloc,
-    .tp_methods = mapping_methods,
-    .tp_getset = mapping_getset,
-    .tp_as_buffer = &mapping_buffer,
+static PyType_Spec mapping_spec = {
+    .name = "streamshard.disk._mapping.Mapping",
+    .basicsize = sizeof(mapping_t),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = mapping_slots,
 };
 
 PyDoc_STRVAR(file_system_doc,
@@ -343,11 +370,7 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "streamshard.disk._mapping", NULL, -1, methods, NULL, NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__mapping(void)
+static int begin(PyObject *made)
 {
     page_nbytes = (uintptr_t)sysconf(_SC_PAGESIZE);
     /* Where the kernel cannot say that bytes are missing, files are not mapped. */
@@ -357,15 +380,28 @@ PyMODINIT_FUNC PyInit__mapping(void)
         munmap(page, page_nbytes);
     if (!able) {
         PyErr_SetString(PyExc_ImportError, "this kernel has no MADV_POPULATE_READ (Linux 5.14)");
-        return NULL;
+        return -1;
     }
-    if (PyType_Ready(&mapping_type))
-        return NULL;
-    PyObject *made = PyModule_Create(&module);
-    if (made && PyModule_AddObjectRef(made, "Mapping", (PyObject *)&mapping_type)) {
-        Py_DECREF(made);
-        return NULL;
-    }
-    return made;
+    PyObject *type = PyType_FromModuleAndSpec(made, &mapping_spec, NULL);
+    int failed = !type || PyModule_AddType(made, (PyTypeObject *)type);
+    Py_XDECREF(type);
+    return failed ? -1 : 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, begin},
+#ifdef Py_mod_gil /* what threads share is atomic */
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "streamshard.disk._mapping", NULL, 0, methods, slots, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__mapping(void)
+{
+    return PyModuleDef_Init(&module);
 }
 #endif

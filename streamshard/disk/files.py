@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamshard.disk.far import far_at
 from streamshard.disk.inputs import Inputs, Stamp, active, changed, named
 from streamshard.disk.mapped import Mapped, check_choice, mapped
 from streamshard.disk.sources import Abilities, Source
@@ -32,6 +33,7 @@ __all__ = [
     "ByteRange",
     "Files",
     "InputFile",
+    "as_stream",
     "file_nbytes",
     "open_source",
     "read_bytes",
@@ -61,7 +63,7 @@ class InputFile:
 
     def __init__(self, path: AnyPath, inputs: Inputs | None = None, *, spare: bool = False) -> None:
         check_choice()
-        self.path, self.spare = path, spare
+        self.path, self.spare, self.onward = path, spare, False
         self._inputs = active() if inputs is None else inputs
         with reading(path):
             self._descriptor = self._open()
@@ -169,7 +171,7 @@ class InputFile:
 
     def stream(self) -> io.BufferedReader:
         """The file as Python has files, for those who read no others; closing it closes nothing."""
-        return io.BufferedReader(_Raw(self))
+        return as_stream(self)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Up to `nbytes` bytes from `offset` on."""
@@ -188,9 +190,9 @@ def _check_regular(path: AnyPath, mode: int) -> None:
 
 
 class _Raw(io.RawIOBase):
-    """An input file that is read from one place after the other."""
+    """A source that is read from one place after the other."""
 
-    def __init__(self, file: InputFile) -> None:
+    def __init__(self, file: Source) -> None:
         super().__init__()
         self._file = file
         self._at = 0
@@ -215,8 +217,16 @@ class _Raw(io.RawIOBase):
         return count
 
 
+def as_stream(file: Source) -> io.BufferedReader:
+    """A source as Python has files, for those who read no others; closing it closes nothing."""
+    return io.BufferedReader(_Raw(file))
+
+
 def open_source(key: AnyPath, inputs: Inputs | None = None, *, spare: bool = False) -> Source:
     """What has this key, opened. Whoever reads anything of others comes by here."""
+    elsewhere = far_at(key)
+    if elsewhere is not None:
+        return elsewhere.open(inputs, spare=spare)
     return InputFile(key, inputs, spare=spare)
 
 
@@ -225,11 +235,18 @@ class Files:
 
     A file that is not what the plan saw raises `ChangedError`: by the inputs that were active where this
     was made, by its size, and by `stamps`, for those who have no more of a plan than these. With `spare`
-    the page cache is left as it was, as far as that is easily done.
+    the page cache is left as it was, as far as that is easily done; with `onward` files are read on to
+    their ends, as by those who write all of them.
     """
 
-    def __init__(self, stamps: Mapping[str, Stamp] | None = None, *, spare: bool = False) -> None:
-        self._spare = spare
+    def __init__(
+        self,
+        stamps: Mapping[str, Stamp] | None = None,
+        *,
+        spare: bool = False,
+        onward: bool = False,
+    ) -> None:
+        self._spare, self._onward = spare, onward
         self._stamps = stamps or {}
         self._inputs = active()
         self._files: dict[str, Source] = {}
@@ -254,6 +271,7 @@ class Files:
                 except BaseException:
                     file.close()
                     raise
+                file.onward = self._onward
                 self._files[path] = file
             return self._files[path]
 

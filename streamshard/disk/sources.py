@@ -24,11 +24,12 @@ class Abilities:
 
     With `ranges`, a part of it costs about what that part has of bytes. `local` is the path of a file
     on this machine that has the same bytes, for libraries that open files themselves; None if there
-    is none.
+    is none. `in_order` says that it is best read by one thread, from its beginning to its end.
     """
 
     ranges: bool
     local: AnyPath | None
+    in_order: bool = False
 
 
 class Source(Protocol):
@@ -39,6 +40,8 @@ class Source(Protocol):
     nbytes: int
     spare: bool
     """Whether the page cache is to be left as it was."""
+    onward: bool
+    """Whether who reads a part goes on to its end as a rule: then more may be asked for beforehand."""
     stamp: Stamp
     """Its identity: another one, as soon as anything of it has changed."""
 

@@ -21,6 +21,7 @@ import numpy as np
 from streamshard.checkpoint.digests import Hash, file_digest, hash_file, new_digest
 from streamshard.checkpoint.file_names import SUFFIX
 from streamshard.checkpoint.header import data_start
+from streamshard.disk.far import far_at
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.errors import printable
@@ -47,15 +48,13 @@ class Fingerprint:
     inputs: tuple[tuple[str, bool], ...]
     """The files that tensors are read from, and whether all that is in them counts."""
 
-    def identity(self, files: Mapping[str, Path | bytes]) -> Identity:
+    def identity(self, files: Mapping[str, Any]) -> Identity:
         """All that must be the same: for this every input is looked at.
 
-        `files` are what lies beside the weights, by name: a file to copy, or content.
+        `files` are what lies beside the weights, by name: a file to copy, content, or a dataclass
+        that makes it.
         """
-        inputs = [
-            [path, *((file_digest(Path(path)), None) if whole else _sampled(Path(path)))]
-            for path, whole in self.inputs
-        ]
+        inputs = [_input(path, whole=whole) for path, whole in self.inputs]
         return {
             "streamshard": __version__,
             "command": self.command,
@@ -146,6 +145,7 @@ class _Recipe:
         """Path to whether its whole content counts."""
         self._numbers: dict[str, int] = {}
         self._fields: dict[type, tuple[str, ...]] = {}
+        self._texts: list[str] = []
 
     def add(self, value: Any) -> None:
         """Add a tensor, or what stands beside tensors."""
@@ -155,41 +155,60 @@ class _Recipe:
                 self._numbers.setdefault(path, len(self._numbers))
                 self.inputs[path] = self.inputs.get(path, False) or found.whole
         self._put(value)
+        self._update()
 
     def _put(self, value: Any) -> None:
-        if isinstance(value, Stored):
+        kind = type(value)
+        if kind is Stored:
             number = self._numbers[value.path]
-            self._text(f"Stored {number} {value.offset} {value.shape} {value.dtype}")
-        elif dataclasses.is_dataclass(value):
-            kind = type(value)
+            self._texts.append(f"Stored {number} {value.offset} {value.shape} {value.dtype}")
+        elif kind in self._fields or dataclasses.is_dataclass(value):
             if kind not in self._fields:
                 self._fields[kind] = tuple(field.name for field in dataclasses.fields(value))
-            self._text(kind.__name__)
+            self._texts.append(kind.__name__)
             for name in self._fields[kind]:
                 self._put(getattr(value, name))
         elif isinstance(value, np.ndarray):
-            self._text(f"array {value.shape} {value.dtype}")
-            self.digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            self._texts.append(f"array {value.shape} {value.dtype}")
+            self._update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         elif isinstance(value, (tuple, list)):
-            self._text(f"{len(value)} of")
+            self._texts.append(f"{len(value)} of")
             for part in value:
                 self._put(part)
         elif isinstance(value, bytes):
-            self._text(f"{len(value)} bytes")
-            self.digest.update(value)
+            self._texts.append(f"{len(value)} bytes")
+            self._update(value)
         else:
-            self._text(repr(value))
+            self._texts.append(repr(value))
 
-    def _text(self, text: str) -> None:
-        self.digest.update(text.encode(errors="backslashreplace") + b"\n")
+    def _update(self, content: bytes | memoryview = b"") -> None:
+        """Add lines of text that were not added yet, and bytes behind them."""
+        lines = "".join(f"{text}\n" for text in self._texts)
+        self._texts.clear()
+        self.digest.update(lines.encode(errors="backslashreplace"))
+        self.digest.update(content)
 
 
-def _content_digest(content: Path | bytes) -> str:
+def _content_digest(content: Any) -> str:
     if isinstance(content, Path):
         return file_digest(content)
+    if not isinstance(content, bytes):
+        walk = _Recipe()
+        walk.add(content)
+        return walk.digest.hexdigest()
     digest = new_digest()
     digest.update(content)
     return digest.hexdigest()
+
+
+def _input(path: str, *, whole: bool) -> list[Any]:
+    """What an input is: its path, the digest that it is told by, and when it was changed."""
+    elsewhere = far_at(path)
+    if elsewhere is not None and not whole:
+        # The same whether it is read where it is, or was here before.
+        return [elsewhere.name, elsewhere.digest, None]
+    name = path if elsewhere is None else elsewhere.name
+    return [name, *((file_digest(Path(path)), None) if whole else _sampled(Path(path)))]
 
 
 def _sampled(path: Path) -> tuple[str, list[int] | None]:

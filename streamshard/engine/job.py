@@ -5,18 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 from streamshard.checkpoint.file_names import SINGLE_NAME
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
+from streamshard.disk.paths import PathLike
 from streamshard.engine.fingerprint import Fingerprint
 from streamshard.engine.option_values import dtype_option, size_option
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["Compared", "Job", "Options", "OutputOptions", "Plan"]
+__all__ = ["BaseOptions", "Beside", "CacheOptions", "Compared", "Job", "Made", "Options"]
+__all__ += ["OutputOptions", "Plan"]
+
+
+class Made(Protocol):
+    """A file beside the weights that is made at the end, when all that the report says is known.
+
+    A frozen dataclass of texts and numbers: with a plan it is sent, and what is in it counts when a
+    run is continued.
+    """
+
+    def content(self, report: Mapping[str, Any]) -> bytes:
+        """The file of this report, which has neither times nor memory yet."""
+
+
+Beside: TypeAlias = Path | bytes | Made
+"""What lies beside the weights: a file to copy, content, or what makes it of the report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +65,8 @@ class Plan:
     layout: str | None
     """What the report calls the layout of the tensors."""
     shards: tuple[Shard, ...]
-    files: Mapping[str, Path | bytes]
-    """What lies beside the weights, by name in the output: a file to copy, or content."""
+    files: Mapping[str, Beside]
+    """What lies beside the weights, by name in the output."""
     compared: Compared
     must_change: bool
     """Whether it is an error if everything written equals its source."""
@@ -66,6 +83,10 @@ class Plan:
     nbytes: int
     free_nbytes: int | None
     """None where the disk does not tell it."""
+    download_nbytes: int
+    """What is to be fetched before, of inputs that are not on this machine."""
+    download_free_nbytes: int | None
+    """What is free where that is kept; None without any."""
     workers: int
     memory_nbytes: int
 
@@ -79,6 +100,8 @@ class Plan:
         return {
             "files": [{"name": shard.name, "bytes": shard.nbytes} for shard in self.shards],
             "free_bytes": self.free_nbytes,
+            "download_bytes": self.download_nbytes,
+            "download_free_bytes": self.download_free_nbytes,
             "workers": self.workers,
             "memory_bytes": self.memory_nbytes,
         }
@@ -87,8 +110,27 @@ class Plan:
 _IO = ("auto", "buffered", "direct")
 
 
-class OutputOptions(TypedDict, total=False):
+class CacheOptions(TypedDict, total=False):
+    """Keywords of every function that reads models: how those on the hub are got."""
+
+    cache_dir: PathLike | None
+    """The hub's cache, as `HF_HUB_CACHE` is; by default what the environment says."""
+    offline: bool
+    """Ask the hub nothing, and use what is in the cache."""
+
+
+class BaseOptions(CacheOptions, total=False):
+    """The like, of those that read one model above all."""
+
+    revision: str | None
+    """Branch, tag or commit of the base, if that is on the hub."""
+
+
+class OutputOptions(BaseOptions, total=False):
     """Keywords of every function that writes: how to write."""
+
+    stream: bool
+    """Read models on the hub by ranges, as they are needed, and never store their weights."""
 
     max_shard_size: int | str | None
     """Bytes, or like "5GB", to split the output anew; by default files are those of the source."""
@@ -111,8 +153,9 @@ class OutputOptions(TypedDict, total=False):
     on_plan: Callable[[Plan], None] | None
     """Called once, before anything is written."""
     on_step: Callable[[str, int, int], None] | None
-    """Called whenever something else is begun ("checking" what an earlier run has finished, "comparing",
-    "writing", "hashing", "syncing"), with its bytes and how many of these are done."""
+    """Called whenever something else is begun ("downloading", "checking" what an earlier run has
+    finished, "comparing", "writing", "hashing", "syncing"), with its bytes and how many of these are
+    done; while downloading also whenever more are."""
     progress: Callable[[int, str], None] | bool | None
     """Called with the bytes and the tensor of each finished piece; True shows a bar."""
 
@@ -132,6 +175,8 @@ class Options:
     on_plan: Callable[[Plan], None] | None = None
     on_step: Callable[[str, int, int], None] | None = None
     progress: Callable[[int, str], None] | None = None
+    on_distances: Callable[[Mapping[str, float]], None] | None = None
+    """Called at the end with the squared L2 distance of each tensor that was compared."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
@@ -162,7 +207,7 @@ class Options:
 class Job:
     """What to write: tensors, their files, and what lies beside them.
 
-    `files` maps names in the output to files that are copied as bytes, or to their content. L2 is
+    `files` maps names in the output to what lies beside the weights. L2 is
     measured from the tensors of `reference`; if `compares_sources`, that of other tensors is from
     what they are made of. `facts` are further keys of the report.
     """
@@ -175,7 +220,7 @@ class Job:
     """What the report calls the layout of these tensors."""
     shard_of: Mapping[str, str]
     metadata: Mapping[str, Mapping[str, str]]
-    files: Mapping[str, Path | bytes]
+    files: Mapping[str, Beside]
     weights_name: str = SINGLE_NAME
     """What the file of the weights is called if there is only one."""
     l2_from: str | None

@@ -15,9 +15,10 @@ from streamshard.disk.files import file_nbytes
 from streamshard.disk.folders import disk_free
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import staged_nbytes
-from streamshard.engine.budget import goes_around_cache, memory_estimate, worker_count
+from streamshard.engine.budget import Needs, goes_around_cache, worker_count
+from streamshard.engine.fetching import fetching, read_by
 from streamshard.engine.fingerprint import fingerprint
-from streamshard.engine.job import Compared, Job, Options, Plan
+from streamshard.engine.job import Beside, Compared, Job, Options, Plan
 from streamshard.engine.output_path import check_inputs
 from streamshard.errors import InputError, WriteError, printable
 from streamshard.notes import noted
@@ -59,9 +60,12 @@ def plan(job: Job, options: Options) -> Plan:
     )
     _check_names(job.files, shards)
     nbytes = sum(shard.nbytes for shard in shards)
-    free = _room(job, shards)
-    direct = goes_around_cache(options.io, shards, options.max_memory_nbytes)
-    count = worker_count(shards, options.workers, options.max_memory_nbytes, direct=direct)
+    free, needs = _room(job, nbytes, len(shards)), Needs.of(shards)
+    reference = (job.reference or {}).values()
+    download = fetching(read_by(shards, reference, job.files.values()))
+    download.check_room(job.output, nbytes)
+    direct = goes_around_cache(options.io, nbytes, needs, options.max_memory_nbytes)
+    count = worker_count(needs, options.workers, options.max_memory_nbytes, direct=direct)
     compared = _compared(job, tensors)
     chosen = {"max_shard_size": options.max_shard_nbytes, "dtype": options.dtype, **job.choices}
     check_inputs(job.output)
@@ -82,17 +86,19 @@ def plan(job: Job, options: Options) -> Plan:
         direct=direct,
         nbytes=nbytes,
         free_nbytes=free,
+        download_nbytes=download.nbytes,
+        download_free_nbytes=download.free_nbytes,
         workers=count,
-        memory_nbytes=memory_estimate(shards, count, direct=direct),
+        memory_nbytes=needs.nbytes(count, direct=direct),
     )
 
 
-def _check_names(files: Mapping[str, Path | bytes], shards: Sequence[Shard]) -> None:
+def _check_names(files: Mapping[str, Beside], shards: Sequence[Shard]) -> None:
     """Refuse files beside the weights that the output cannot have, before anything is written."""
     taken = {shard.name for shard in shards} | {INDEX_NAME, REPORT_NAME, JOURNAL_NAME}
     for name, file in files.items():
-        if isinstance(file, bytes):
-            continue  # a config, under its own name
+        if not isinstance(file, Path):
+            continue  # made here, under its own name
         where, problem = printable(str(file)), name_problem(name)
         if problem is not None:
             raise InputError(
@@ -107,11 +113,11 @@ def _check_names(files: Mapping[str, Path | bytes], shards: Sequence[Shard]) -> 
             )
 
 
-def _room(job: Job, shards: Sequence[Shard]) -> int | None:
+def _room(job: Job, nbytes: int, files: int) -> int | None:
     """Bytes that are free, if the disk tells them; `WriteError` if they are not enough."""
     free = disk_free(job.output.absolute())
     side = sum(file_nbytes(file) for file in job.files.values() if isinstance(file, Path))
-    needed = sum(shard.nbytes for shard in shards) + side + 64 * 1024 * len(shards)
+    needed = nbytes + side + 64 * 1024 * files
     # What an interrupted run has left is continued, or makes room.
     if free is not None and needed > free + staged_nbytes(job.output):
         raise WriteError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from streamshard.checkpoint.header import total_nbytes, total_parameters
+from streamshard.disk.far import known_as, origins
 from streamshard.engine.budget import peak_rss_bytes
 from streamshard.engine.journal import FinishedShard
 from streamshard.errors import printable
@@ -56,6 +57,7 @@ def new_report(command: str, tensors: Mapping[str, Lazy], layout: str | None) ->
         "l2": None,
         "missing": [],
         "unexpected": [],
+        "sources": None,
         "warnings": noted(),
     }
 
@@ -80,16 +82,18 @@ class Streamed(dict[str, Any]):
 def finished(report: Mapping[str, Any], started: float) -> Report:
     """The report with the time since `started` (`time.perf_counter`) and the peak memory."""
     seconds = round(time.perf_counter() - started, 3)
-    done = {**report, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+    done = {**report, "sources": origins(), "seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
     return Report((key, _plain(value)) for key, value in done.items())
 
 
 def _plain(value: Any) -> Any:
     r"""`value` as JSON can have it: None for NaN and infinities, and `\udcff` spelled out.
 
-    The latter is how Python has a byte of a path that is not UTF-8. Containers are changed.
+    The latter is how Python has a byte of a path that is not UTF-8. Containers are changed. What is not
+    of this machine has its own name.
     """
     if isinstance(value, str):
+        value = known_as(value)
         return value if value.isascii() else value.encode(errors="backslashreplace").decode()
     if isinstance(value, float):
         return value if math.isfinite(value) else None

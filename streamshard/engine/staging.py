@@ -20,6 +20,7 @@ from streamshard.checkpoint.file_names import JOURNAL_NAME
 from streamshard.disk import folders
 from streamshard.disk.folders import exists, held, inode_of, remove_empty, sync_folder
 from streamshard.disk.held import Held, Inode
+from streamshard.disk.remote_digest import WrongDigestError
 from streamshard.disk.system import system, writing
 from streamshard.engine.beside_output import places_beside
 from streamshard.engine.claims import (
@@ -37,6 +38,7 @@ from streamshard.engine.ours import Ours
 from streamshard.engine.swap import discard, recover, swap
 from streamshard.errors import (
     ChangedError,
+    HubError,
     OutputError,
     ReadError,
     StreamshardError,
@@ -301,8 +303,8 @@ def _leave(staging: Staging, error: BaseException) -> bool:
     """
     where = printable(str(staging.folder))
     # Not if the same would happen again, nor what is of an input that is no longer there.
-    passing = isinstance(error, (OutputError, ReadError, WriteError, MemoryError))
-    passing = passing and not isinstance(error, ChangedError)
+    passing = isinstance(error, (OutputError, ReadError, WriteError, HubError, MemoryError))
+    passing = passing and not isinstance(error, (ChangedError, WrongDigestError))
     keeps = (passing or not isinstance(error, Exception)) and staging.finished
     if _is_at(staging, staging.folder) is False:
         _add_to(error, f"What was written was not removed: it is where {where} was moved.")

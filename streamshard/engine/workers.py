@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias, TypeVar
 
 from streamshard.disk.files import Files
+from streamshard.disk.waiting import wait_by
 from streamshard.limits import STACK_NBYTES
 from streamshard.tensors.kernel import keep_subnormals
 from streamshard.tensors.workspace import Held, Workspace
@@ -53,6 +54,11 @@ class Stop:
         if self._event.is_set():
             raise Stopped
 
+    def wait(self, seconds: float) -> None:
+        """Wait for so long; raise `Stopped` as soon as the run has ended."""
+        if self._event.wait(seconds):
+            raise Stopped
+
 
 def share(
     items: Iterable[T],
@@ -75,6 +81,7 @@ def share(
         workspace = Workspace(files, held)
         try:
             keep_subnormals()
+            wait_by(stop.wait)
             while stop.going():
                 with lock:
                     item = next(taken, _END)
@@ -86,7 +93,7 @@ def share(
         finally:
             workspace.reader.leave()
 
-    with contextlib.closing(Files(spare=spare)) as files:
+    with contextlib.closing(Files(spare=spare, onward=True)) as files:
         threads = [_thread(loop) for _ in range(workers)]
         try:
             for place, thread in enumerate(threads):

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
@@ -27,6 +26,7 @@ from streamshard.disk.new_files import OutputFile
 from streamshard.engine.do_task import WRITE_BYTES, do, measure
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import FinishedShard
+from streamshard.engine.lanes import Place, is_copied, lanes, ordered
 from streamshard.engine.long_names import part_name
 from streamshard.engine.shard_task import Member, Result, ShardTask, parts_of
 from streamshard.engine.staging import Staging
@@ -40,8 +40,6 @@ __all__ = ["write_shards"]
 
 # What the disk is asked to begin with, and the progress is told, at a time.
 NOTED_BYTES = 8 * 1024 * 1024
-# What is only copied is worth an order of its own from here on.
-STRETCH_BYTES = 32 * 1024 * 1024
 # A part of a tensor begins on a multiple.
 ALIGNED_BYTES = 4096
 
@@ -176,27 +174,22 @@ class _Run:
         self.lock = threading.Lock()
         self.background = Background(self.stop)
         self.senders = Senders(self.stop) if plan.direct else None
-        self.opened: set[_Open] = set()
+        self.opened: dict[str, _Open] = {}
         self.copying = 0
         self.inputs = active()
 
-    def items(self, shards: Sequence[Shard]) -> Iterator[_Item]:
-        """Every task; shards are begun on the way."""
-        left = sum(total_nbytes(shard.tensors) for shard in shards)
-        for shard in shards:
-            opened = _Open(shard, self.staging.folder, self.senders)
-            self.opened.add(opened)
-            opened.output.write(memoryview(opened.header), 0)
-            path, nbytes = opened.output.path, shard.nbytes  # a sum over all of its tensors
-            members = [
-                Member(name, begin, shard.tensors[name], self.plan.compared.reference.get(name))
-                for name, begin in opened.begins.items()
-            ]
-            for place, alone in ordered(members, lambda: not self.copying):
-                member = members[place]
-                whole = ShardTask(
-                    path, nbytes, member.begin, member.end, (member,), self.plan.inputs
-                )
+    def items(self, shards: Sequence[Shard]) -> Iterator[Iterable[_Item]]:
+        """Every task; together those that one thread is to do, one after the other."""
+        in_order, others = lanes(shards, self.plan.compared.reference)
+        for lane in in_order:
+            yield self.in_order(lane)
+        left = sum(shard.tensors[name].nbytes for shard, _, name in others)
+        for _, found in groupby(others, lambda place: place[0].name):
+            places = [*found]
+            tasks = [self.whole(*place) for place in places]
+            for at, alone in ordered([task.members[0] for task in tasks], lambda: not self.copying):
+                (shard, place, _), whole = places[at], tasks[at]
+                (member,) = whole.members
                 cuts = cuts_of(member, left, self.plan.workers, direct=self.senders is not None)
                 left -= member.tensor.nbytes
                 split = _Split(whole, len(cuts) - 1) if len(cuts) > 2 else None
@@ -204,7 +197,38 @@ class _Run:
                     with self.lock:
                         self.copying += alone
                     part = whole if split is None else replace(whole, begin=first, end=last)
-                    yield _Item(opened, place, part, alone, split)
+                    yield (_Item(self.begun(shard), place, part, alone, split),)
+
+    def in_order(self, lane: Iterable[Place]) -> Iterator[_Item]:
+        """The tasks of one thread; shards are begun on the way."""
+        for shard, place, name in lane:
+            whole = self.whole(shard, place, name)
+            yield _Item(self.begun(shard), place, whole, copied=False)
+
+    def whole(self, shard: Shard, _place: int, name: str) -> ShardTask:
+        """The task of a whole tensor."""
+        opened = self.begun(shard)
+        tensor, begin = shard.tensors[name], opened.begins[name]
+        member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
+        path, nbytes = opened.output.path, shard.nbytes  # a sum over all of its tensors
+        return ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
+
+    def begun(self, shard: Shard) -> _Open:
+        """A shard that is being written, from when it is first asked for."""
+        with self.lock:
+            found = self.opened.get(shard.name)
+            if found is None:
+                self.stop.check()
+                found = _Open(shard, self.staging.folder, self.senders)
+                self.opened[shard.name] = found
+                found.output.write(memoryview(found.header), 0)
+        return found
+
+    def write_all(self, items: Iterable[_Item], work: Workspace) -> None:
+        """Do tasks, one after the other."""
+        for item in items:
+            self.stop.check()
+            self.write(item, work)
 
     def write(self, item: _Item, work: Workspace) -> None:
         """Do a task, and note what is known when all of its tensor is written."""
@@ -246,7 +270,7 @@ class _Run:
             rename(path, path.with_name(shard.name))
             sync_folder(path.parent)
             self.staging.add(shard)
-            self.opened.remove(opened)
+            del self.opened[shard.name]
 
     def tell_hashed(self, name: str, nbytes: int) -> None:
         """Note bytes of which the SHA-256 was taken, and tell them once nothing else is done."""
@@ -269,7 +293,7 @@ class _Run:
         with self.lock:
             self.stop.fail(Stopped())
             self.background.abandon()
-            for opened in self.opened:
+            for opened in self.opened.values():
                 opened.output.abandon()
         if self.senders is not None:
             self.senders.finish()
@@ -295,32 +319,10 @@ def write_shards(
         on_step("writing", plan.tensor_nbytes, plan.tensor_nbytes - to_write)
     try:
         spare = run.senders is not None
-        share(run.items(left), run.write, plan.workers, run.stop, spare=spare)
+        share(run.items(left), run.write_all, plan.workers, run.stop, spare=spare)
         run.wait(left)
     finally:
         run.end()
-
-
-def is_copied(member: Member) -> bool:
-    """Whether all bytes of a tensor are those of files."""
-    return all(piece.ranges() is not None for piece in member.tensor.pieces)
-
-
-def ordered(members: Sequence[Member], idle: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
-    """The places of members in the order in which they are begun, and whether it is a long copy.
-
-    A stretch that is only copied keeps the disk busy and the processor idle, so one of it is begun
-    whenever `idle` says that nobody copies. What is copied between others stays there: ahead of these,
-    its ends would wait for the rest of their blocks in memory.
-    """
-    copied, others = deque[int](), deque[int]()
-    for kind, places in groupby(range(len(members)), lambda place: is_copied(members[place])):
-        stretch = [*places]
-        long = sum(members[place].tensor.nbytes for place in stretch) >= STRETCH_BYTES
-        (copied if kind and long else others).extend(stretch)
-    while copied or others:
-        alone = bool(copied) and (not others or idle())
-        yield (copied if alone else others).popleft(), alone
 
 
 def cuts_of(member: Member, left: int, workers: int, *, direct: bool = False) -> list[int]:

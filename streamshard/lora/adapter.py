@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from streamshard.errors import AdapterError, InputError, listed, printable
-from streamshard.lora.keys import Keys
+from streamshard.lora.keys import BASE_LAYER, Keys
 from streamshard.lora.name_matching import Place, Wanted
 from streamshard.lora.settings import LoraSettings
 from streamshard.tensors.dtypes import FLOATS
-from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
+from streamshard.tensors.lazy import READ_NBYTES, Lazy
+from streamshard.tensors.rounding import widen
 from streamshard.tensors.workspace import Workspace
 
 __all__ = [
@@ -72,8 +73,11 @@ class AdapterPlan:
 
     def weight(self, module: str) -> str:
         """The tensor that a module's pair updates, as the adapter names it."""
-        plain = re.sub(r"(?:\.base_layer)+$", "", module)
-        return f"{plain}.{self.parameters.get(module, 'weight')}"
+        plain = module
+        while plain.endswith(BASE_LAYER):
+            plain = plain.removesuffix(BASE_LAYER)
+        # Interned: most are names of the base, which are in memory once.
+        return sys.intern(f"{plain}.{self.parameters.get(module, 'weight')}")
 
 
 def wanted_tensors(plan: AdapterPlan, *, turned: bool) -> dict[str, Wanted]:
@@ -108,24 +112,25 @@ def factors_of(plan: AdapterPlan, name: str) -> tuple[Lazy, Lazy]:
     return tuple(t.reshape((t.rows, t.columns)) for t in (tensors[module.A], tensors[module.B]))  # type: ignore[return-value]
 
 
-def facts_of(plan: AdapterPlan, idle: Sequence[str]) -> dict[str, Any]:
-    """What the report says of an adapter; `idle` are further keys that change nothing."""
+def facts_of(plan: AdapterPlan, idle: Sequence[str], scalings: Mapping[str, int]) -> dict[str, Any]:
+    """What the report says of an adapter; `idle` are further keys that change nothing.
+
+    `scalings` is how many pairs have which, as it is to be shown.
+    """
     settings, adapter = plan.adapter.settings, plan.adapter
-    pairs = {name: module for name, module in plan.keys.modules.items() if module.A}
-    shapes = {name: len(adapter.tensors[module.A].shape) for name, module in pairs.items()}
+    pairs = [module for module in plan.keys.modules.values() if module.A]
     kinds = {
         "lora": bool(pairs),
         "rslora": settings.use_rslora,
         "dora": settings.use_dora,
-        "embedding": any(module.is_embedding for module in pairs.values()),
-        "convolution": any(rank > 2 for rank in shapes.values()),
+        "embedding": any(module.is_embedding for module in pairs),
+        "convolution": any(len(adapter.tensors[module.A].shape) > 2 for module in pairs),
         "experts": bool(plan.parameters),
         "lora_bias": settings.lora_bias,
         "bias": any(name.endswith(".bias") for name in plan.keys.whole),
         "modules_to_save": bool(settings.modules_to_save),
         "tokens": bool(settings.token_indices),
     }
-    scalings = Counter(f"{settings.scaling(pattern_key(plan, name)):g}" for name in pairs)
     return {
         "file": adapter.where,
         "weight": adapter.weight,
@@ -141,13 +146,17 @@ def facts_of(plan: AdapterPlan, idle: Sequence[str]) -> dict[str, Any]:
 def largest(adapter: Adapter, key: str, work: Workspace) -> float:
     """The largest magnitude in a factor; raises `AdapterError` for NaN and infinities."""
     tensor = adapter.tensors[key]
-    largest = 0.0
-    for start, stop, first, last in tensor.windows(READ_NBYTES):
-        room = work.float32("factor", stop - start, last - first)
-        block = read_float32(tensor, start, stop, work, (first, last), out=room)
+    kind, largest = np.dtype(FLOATS[tensor.dtype]), 0.0
+    total, step = math.prod(tensor.shape), READ_NBYTES // kind.itemsize
+    for start in range(0, total, step):
+        count = min(step, total - start)
+        raw = work.bytes("narrow", count * kind.itemsize)
+        tensor.elements(start, start + count, raw, work)
+        block = work.float32("factor", 1, count)
+        widen(raw.view(kind).reshape(1, count), tensor.dtype, block)
         peak = float(np.abs(block, out=block).max())
-        if not np.isfinite(peak):
-            row = start + int(np.argmin(np.isfinite(block).all(axis=1)))
+        if not math.isfinite(peak):
+            row = (start + int(np.argmin(np.isfinite(block[0])))) // tensor.columns
             raise AdapterError(
                 f"{adapter.where}: '{printable(key)}' has a NaN or infinite value in row {row:,}. "
                 "The training diverged or the file is damaged: use an earlier checkpoint."

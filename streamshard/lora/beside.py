@@ -28,6 +28,8 @@ def with_beside(adapter: Adapter, keys: Keys, work: Workspace) -> tuple[Adapter,
     Keys of those begin with the name of their file. Raises `AdapterError` for pairs that are not the
     adapter's own, and for values that differ from the adapter's own for the same tensor.
     """
+    if not adapter.beside:
+        return adapter, keys
     tensors, whole = dict(adapter.tensors), dict(keys.whole)
     for file, content in adapter.beside.items():
         own = {

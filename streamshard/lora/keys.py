@@ -26,6 +26,7 @@ _PART = re.compile(
     r"|(?:token_adapter\.)?(?P<tokens>trainable_tokens_delta)(?:\.(?P<name4>[^.]+))?"
     r")"
 )
+_NAMED = ("name1", "name2", "name3", "name4")
 # A whole tensor beside the factors, perhaps within what PEFT put around its module.
 _WHOLE = re.compile(
     r"(?P<module>.+?)(?:\.modules_to_save(?:\.(?P<name>[^.]+)(?P<inner>(?:\.[^.]+)*))?"
@@ -104,9 +105,10 @@ def read_keys(
     """
     found = Keys()
     beginnings: dict[str, str] = {}
-    parts: dict[str, re.Match[str]] = {}
     names: set[str] = set()
     saved_names: set[str] = set()
+    # Told when it is known that there are no keys of several adapters, which explains more.
+    problem: AdapterError | None = None
     for key in keys:
         beginning, plain = split_key(key, bare=bare)
         plain = "".join(split_module(plain))
@@ -114,25 +116,25 @@ def read_keys(
             found.inert.append(key)
             continue
         part = _PART.fullmatch(plain)
-        parts[key] = part or _whole(key, plain, where)
-        own = _adapter_name(parts[key])
+        match = part or _whole(key, plain, where)
+        own = _adapter_name(match)
         if part is not None:
             names.add(own or "")
         elif own is not None:
             saved_names.add(own)
         if adapter_name is not None and own not in (None, adapter_name):
-            del parts[key]
             continue
         beginnings.setdefault(beginning, key)
+        try:
+            (_add_whole if part is None else _add_part)(found, match, key, where)
+        except AdapterError as error:
+            problem = problem or error
     # PEFT leaves its name in the biases of a module that has modules itself.
     if adapter_name is not None or names != {""} or len(saved_names) > 1:
         names |= saved_names
     _check_names(names, adapter_name, where)
-    for key, match in parts.items():
-        if match.re is _PART:
-            _add_part(found, match, key, where)
-        else:
-            _add_whole(found, match, key, where)
+    if problem is not None:
+        raise problem
     if len(beginnings) > 1:
         raise AdapterError(
             f"{where}: keys begin in different ways, for example {listed(beginnings.values())}. One "
@@ -155,19 +157,21 @@ def _whole(key: str, plain: str, where: str) -> re.Match[str]:
 
 
 def _adapter_name(match: re.Match[str]) -> str | None:
-    groups = match.groupdict()
-    return next((v for k, v in groups.items() if k.startswith("name") and v is not None), None)
+    groups = _NAMED if match.re is _PART else ("name",)
+    return next((match[group] for group in groups if match[group] is not None), None)
 
 
 def _add_part(found: Keys, part: re.Match[str], key: str, where: str) -> None:
     name = part["module"]
-    if re.search(r"\.base_layer\.(?!base_layer(?:\.|$))", name):
+    if BASE_LAYER in name and re.search(r"\.base_layer\.(?!base_layer(?:\.|$))", name):
         raise AdapterError(
             f"{where}: tensor '{printable(key)}' is of a layer within an adapted layer, as PEFT has for "
             "the out_proj of MultiheadAttention, where PEFT itself adds the update twice. It cannot "
             "be merged: train without that module as a target."
         )
-    module = found.modules.setdefault(name, Module())
+    module = found.modules.get(name)
+    if module is None:
+        module = found.modules[name] = Module()
     if part["magnitude"]:
         role = "magnitude"
     elif part["tokens"]:

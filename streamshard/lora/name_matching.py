@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -156,7 +157,7 @@ class _Search:
         """Where one reading puts everything; None if none does. Raises if several do, differently."""
         found: dict[str, Homes] = {}
         for reading in readings:
-            homes = self._homes(reading)
+            homes = self._homes(reading, tells=not found)
             if homes is not None and homes not in found.values():
                 found[reading.how] = homes
         if len(found) > 1:
@@ -171,16 +172,24 @@ class _Search:
             )
         return next(iter(found.values()), None)
 
-    def _homes(self, reading: _Reading) -> Homes | None:
-        homes = {n: list(reading.places(n, w.rows)) for n, w in self._wanted.items()}
-        homeless = [name for name, places in homes.items() if not places]
+    def _homes(self, reading: _Reading, *, tells: bool) -> Homes | None:
+        """Where a reading puts everything, or None; how near it comes is only noted if it may be told."""
+        homes: Homes = {}
+        homeless: list[str] = []
+        for name, wanted in self._wanted.items():
+            places = list(reading.places(name, wanted.rows))
+            if places:
+                homes[name] = places
+            elif tells:
+                homeless.append(name)
+            else:
+                return None
         if not homeless and _overlap(homes) is None:
             return homes
         if not homeless and self._twice is None:
             self._twice = homes
-        if homeless and len(homes) - len(homeless) > self._matched:
-            self._matched, self._how = len(homes) - len(homeless), reading.how
-            self._homeless = homeless
+        if homeless and len(homes) > self._matched:
+            self._matched, self._how, self._homeless = len(homes), reading.how, homeless
         return None
 
     def error(self) -> AdapterError:
@@ -195,11 +204,12 @@ def _spelled_names(
     base: Mapping[str, Lazy], wanted: Mapping[str, Wanted], spelled: Callable[[str], str]
 ) -> dict[str, str]:
     """Names in one spelling to those of the base, of what may be wanted: a base may have 40,000."""
-    names = {spelled(name) for name in wanted}
+    # Interned: most are spelled so in the base, too, and are in memory once.
+    names = {sys.intern(spelled(name)) for name in wanted}
     experts = {name.partition(".experts.")[0] for name in names if ".experts." in name}
     found = {}
     for name in base:
-        flat = spelled(name)
+        flat = sys.intern(spelled(name))
         stem, mark, _ = flat.partition(".experts.")
         if flat in names or (mark and stem in experts):
             found[flat] = name
@@ -262,6 +272,9 @@ def _one_by_one(
 
 def _overlap(homes: Mapping[str, Sequence[Place]]) -> tuple[str, str, str] | None:
     """Two names that go to the same rows of one tensor, and that tensor."""
+    targets = [place.target for places in homes.values() for place in places]
+    if len({*targets}) == len(targets):
+        return None
     spans = sorted(
         (place.target, place.start, place.start + place.rows, name)
         for name, places in homes.items()

@@ -30,7 +30,6 @@
 #if defined(__FAST_MATH__) || (defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0)
 #error "the proofs need every operation rounded as it stands: without this module numpy does the same"
 #endif
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <math.h>
 #include <stddef.h>
@@ -618,10 +617,11 @@ static PyObject *merge(PyObject *Py_UNUSED(self), PyObject *args)
     if (job.out_of_memory)
         PyErr_NoMemory();
     else
-        result = Py_BuildValue("ddLLy#", effected, intended, (long long)job.unchanged,
+        result = Py_BuildValue("ddLLN", effected, intended, (long long)job.unchanged,
                                (long long)job.rechecked,
-                               job.hard != NULL ? (const char *)job.hard : "",
-                               (Py_ssize_t)(job.hard_count * sizeof *job.hard));
+                               /* no "y#": it is another function since Python 3.13 */
+                               PyBytes_FromStringAndSize((const char *)job.hard,
+                                   (Py_ssize_t)(job.hard_count * sizeof *job.hard)));
 done:
     free(job.hard);
     release(&held);
@@ -743,7 +743,8 @@ static PyObject *names(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(args))
         count++;
     PyObject *found = PyTuple_New(count);
     for (int i = 0; found != NULL && i < count; i++)
-        PyTuple_SET_ITEM(found, i, PyUnicode_FromString(kernels[i].name));
+        if (PyTuple_SetItem(found, i, PyUnicode_FromString(kernels[i].name)))
+            Py_CLEAR(found);
     return found;
 }
 
@@ -769,12 +770,26 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* The same is found each time, so it is no matter how many interpreters look. */
+static int begin(PyObject *Py_UNUSED(made))
+{
+    find_kernels();
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, begin},
+#ifdef Py_mod_gil /* nothing here is shared between threads */
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "streamshard.tensors._kernels", NULL, -1, methods, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "streamshard.tensors._kernels", NULL, 0, methods, slots, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__kernels(void)
 {
-    find_kernels();
-    return PyModule_Create(&module);
+    return PyModuleDef_Init(&module);
 }

@@ -14,7 +14,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -210,15 +210,17 @@ class Stored(Lazy):
 
     def take(self, start: int, stop: int) -> Stored:
         check_rows(self, start, stop)
-        return replace(
-            self,
-            offset=self.offset + start * self.row_nbytes,
-            shape=(stop - start, *self.shape[1:]),
-        )
+        offset = self.offset + start * self.row_nbytes
+        return self._at(offset, (stop - start, *self.shape[1:]))
 
     def reshape(self, shape: Shape) -> Stored:
         check_elements(self, shape)
-        return replace(self, shape=shape)
+        return self._at(self.offset, shape)
+
+    def _at(self, offset: int, shape: Shape) -> Stored:
+        if shape == self.shape and offset == self.offset:
+            return self  # a model has tens of thousands, and most are used as they are
+        return Stored(self.path, offset, shape, self.dtype, self.file_nbytes)
 
     def window(
         self, start: int, stop: int, first: int, last: int, out: Bytes, work: Workspace

@@ -137,6 +137,8 @@ class LowRank:
 
     def take(self, start: int, stop: int) -> LowRank:
         """The same update for rows `[start, stop)` of this window."""
+        if (start, stop) == (0, self.stop - self.start):
+            return self
         return replace(self, start=self.start + start, stop=self.start + stop)
 
     @property

@@ -1,0 +1,144 @@
+"""What goes wrong between here and the hub, as errors that say what it is and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from streamshard.disk.system import writing
+from streamshard.errors import HubError, InputError, StreamshardError, printable
+
+__all__ = ["asking", "endpoint", "not_cached", "refusal"]
+
+_LOG_IN = "log in (hf auth login, or set HF_TOKEN)"
+
+
+@contextlib.contextmanager
+def asking(where: str, what: str) -> Iterator[None]:
+    """Have what the hub's client raises be a `HubError`: it was asked for `what` of `where`.
+
+    Kinds are told by the names of their classes, so that nothing need be imported, and all versions
+    of the client are understood.
+    """
+    try:
+        yield
+    except (StreamshardError, MemoryError):
+        raise
+    except Exception as error:
+        raise refusal(where, what, error) from error
+
+
+def endpoint() -> str:
+    """Where the hub is."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def not_cached(where: str, what: str, cache: Path) -> HubError:
+    """The error of something that is not here, where the hub must not be asked."""
+    return HubError(
+        f"{where}: is a model on the hub, if no path here is meant; {what} is not in the cache "
+        f"({printable(str(cache))}), and the hub is not asked (--offline, or HF_HUB_OFFLINE). Leave that "
+        "out once, with a network, or give a folder."
+    )
+
+
+def refusal(where: str, what: str, error: Exception) -> StreamshardError:
+    """The error that an error of the client is, which was asked for `what` of `where`."""
+    for one in _causes(error):
+        found = _known(where, what, one)
+        if found is not None:
+            return found
+    text = printable(" ".join(str(error).split()), 300)
+    return HubError(
+        f"{where}: {what} could not be got from {endpoint()}: {type(error).__name__}: {text}. Run the "
+        "same command again."
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it: some say only that nothing is in the cache."""
+    for _ in range(8):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _known(where: str, what: str, error: BaseException) -> StreamshardError | None:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    page = "/".join([endpoint(), *where.partition("@")[0].split("/")[:2]])
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if "GatedRepoError" in kinds:
+        return HubError(
+            f"{where}: is gated: its files are only for those whom its owner has let in. Ask for access "
+            f"on {page}, {_LOG_IN} as who has it, and run the same command again."
+        )
+    if "DisabledRepoError" in kinds:
+        return HubError(f"{where}: was disabled on the hub ({page}), and cannot be read.")
+    if "RevisionNotFoundError" in kinds:
+        return HubError(
+            f"{where}: there is no such revision (branch, tag or commit). {page} shows which there are."
+        )
+    if "RepositoryNotFoundError" in kinds:
+        return HubError(
+            f"{where}: there is no such path here, and no such model on {endpoint()}, or it is private "
+            f"and you are not let in. Check the name; for a private one {_LOG_IN}."
+        )
+    if "RemoteEntryNotFoundError" in kinds:
+        return HubError(f"{where}: {what} is listed there but cannot be had. Look at {page}.")
+    if status is not None:
+        return _by_status(where, what, int(status), error)
+    if "OfflineModeIsEnabled" in kinds:
+        return HubError(f"{where}: the hub is not to be asked (HF_HUB_OFFLINE). Unset that.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return _of_disk(error)
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return _of_disk(error)
+    if kinds & {"TransportError", "ConnectionError", "Timeout", "RequestException"}:
+        text = printable(" ".join(str(error).split()), 200) or type(error).__name__
+        return HubError(
+            f"{where}: is no path here, and {what} could not be got from {endpoint()}: {text}. Check the "
+            "network, the proxy and HF_ENDPOINT, and run the same command again; with "
+            "--offline it uses what is in the cache."
+        )
+    return None
+
+
+def _by_status(where: str, what: str, status: int, error: BaseException) -> HubError:
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    wait = headers.get("Retry-After")
+    if status in (401, 403):
+        return HubError(
+            f"{where}: {what} was refused by {endpoint()} ({status}). Your token does not allow it, or "
+            f"is not valid any more: {_LOG_IN}, and run the same command again."
+        )
+    if status == 429:
+        after = f" in {printable(str(wait), 40)} seconds" if str(wait).isdigit() else " later"
+        return HubError(
+            f"{where}: {endpoint()} has had too many requests from here (429). Run the same command again"
+            f"{after}; who is logged in (hf auth login) may ask more."
+        )
+    if status >= 500 or status == 408:
+        return HubError(
+            f"{where}: {what} could not be got: {endpoint()} has a problem of its own ({status}). Run "
+            "the same command again later: it continues. With --offline it uses what is in the cache."
+        )
+    return HubError(
+        f"{where}: {what} could not be got: {endpoint()} answered {status}. Check the name and "
+        "HF_ENDPOINT, and run the same command again."
+    )
+
+
+def _of_disk(error: OSError) -> StreamshardError:
+    """What is wrong is the disk of the cache."""
+    path = error.filename or "the hub's cache (HF_HOME, --cache-dir)"
+    try:
+        with writing(path, 0):
+            raise error
+    except StreamshardError as told:
+        return told
+    return InputError(str(error))

@@ -1,0 +1,130 @@
+"""The digest of a file that comes in pieces: taken along, as long as they come in their order.
+
+What comes from a place further on cannot be in it before everything up to there is. So the digest of a
+file is known if at some time each of its bytes was the next one, and else it is said why not.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+from streamshard.errors import HubError, printable
+
+__all__ = ["Frontier", "WrongDigestError"]
+
+
+QUEUED = 8
+"""Blocks that wait for their turn, of up to 1 MB each."""
+ALONE_NBYTES = 1 << 20
+"""Up to that nobody needs another thread: that is a header."""
+
+
+class WrongDigestError(HubError):
+    """The bytes that came are others than those that were promised: nothing made of them may count."""
+
+
+class Frontier:
+    """Up to where the bytes of a file have come in their order, and the digest of these."""
+
+    def __init__(self, name: str, nbytes: int, digest: str) -> None:
+        self._name, self._nbytes = name, nbytes
+        kind, _, self._expected = digest.partition(":")
+        self._hash = _new(kind, nbytes)
+        self._at = self._farthest = 0
+        self._equal = False
+        self._lock = threading.Lock()
+
+    def note(self, start: int, data: bytes) -> None:
+        """Take bytes along that came from `start` on. Raises `WrongDigestError` with the last of them."""
+        end = start + len(data)
+        if not start <= self._at < end:
+            self._farthest = max(self._farthest, end)
+            return
+        with self._lock:
+            if start <= self._at < end and self._hash is not None:
+                self._hash.add(memoryview(data)[self._at - start :])
+                self._at = end
+                if end == self._nbytes:
+                    self._judge(self._hash.digest())
+
+    def rest(self) -> None:
+        """Nothing comes for now."""
+        with self._lock:
+            if self._hash is not None:
+                self._hash.rest()
+
+    def _judge(self, found: str) -> None:
+        if found != self._expected:
+            raise WrongDigestError(
+                f"{printable(self._name)}: what came is not what the hub has: the digest of its "
+                f"{self._nbytes:,} bytes is {found}, not {printable(self._expected)}. The way from there "
+                "to here is at fault (a proxy, a mirror), or the hub. There is no output; run the same "
+                "command again, without --stream if this comes again."
+            )
+        self._equal = True
+
+    def outcome(self) -> tuple[bool, str]:
+        """Whether everything came and has the right digest, and how that is known or why not."""
+        if self._equal:
+            return True, "streamed in order, and equal to the digest of the hub"
+        if self._hash is None:
+            return False, "the hub tells no digest of its content"
+        if self._farthest > self._at:
+            return False, "parts of it were read, or in another order"
+        return False, f"only its first {self._at:,} bytes were read"
+
+
+class _Hash:
+    """A digest that another thread takes, while who reads goes on: it takes as long as reading does."""
+
+    def __init__(self, taken: Any) -> None:
+        self._hash = taken
+        self._blocks: queue.Queue[memoryview | None] = queue.Queue(QUEUED)
+        self._thread: threading.Thread | None = None
+        self._done = 0
+
+    def add(self, block: memoryview) -> None:
+        """Take a block along, which must not change; waits while there are too many."""
+        self._done += len(block)
+        if self._thread is None and (self._done < ALONE_NBYTES or not self._start()):
+            self._hash.update(block)
+        else:
+            self._blocks.put(block)
+
+    def rest(self) -> None:
+        """Have no thread until more comes."""
+        if self._thread is not None:
+            self._blocks.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def digest(self) -> str:
+        """That of everything."""
+        self.rest()
+        return str(self._hash.hexdigest())
+
+    def _start(self) -> bool:
+        thread = threading.Thread(target=self._loop, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system allows no more of them
+            return False
+        self._thread = thread
+        return True
+
+    def _loop(self) -> None:
+        while (block := self._blocks.get()) is not None:
+            self._hash.update(block)
+
+
+def _new(kind: str, nbytes: int) -> _Hash | None:
+    """What takes a digest of that kind; None if nobody can."""
+    import hashlib
+
+    if kind == "sha256":
+        return _Hash(hashlib.sha256(usedforsecurity=False))
+    if kind == "git":
+        return _Hash(hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False))
+    return None

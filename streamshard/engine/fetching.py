@@ -1,0 +1,107 @@
+"""What is far is fetched before it is read: how much that is, whether there is room, and doing it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamshard.checkpoint.shards import Shard
+from streamshard.disk.existence import found
+from streamshard.disk.far import Far, far_at
+from streamshard.disk.folders import disk_free, exists
+from streamshard.engine.workers import Stop, share
+from streamshard.errors import WriteError, printable
+from streamshard.tensors.lazy import Lazy, Stored
+
+__all__ = ["Fetching", "fetch", "fetching", "read_by", "stored"]
+
+AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """Files that are far and are to be fetched; all of them into one store."""
+
+    files: Sequence[Far] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes that are."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def free_nbytes(self) -> int | None:
+        """How many may be written where they are put; None if nothing is, or the disk does not tell."""
+        return disk_free(self.files[0].store) if self.files else None
+
+    def check_room(self, output: Path | None = None, output_nbytes: int = 0) -> None:
+        """Raise `WriteError` if there is no room for them, and, on the same disk, for an output."""
+        free = self.free_nbytes
+        if free is None:
+            return
+        store = self.files[0].store
+        both = output is not None and _device(store) == _device(output)
+        needed = self.nbytes + (output_nbytes if both else 0)
+        if needed > free:
+            beside = f" and written to {printable(str(output))}, on the same disk," if both else ""
+            raise WriteError(
+                f"{printable(str(store))}: {needed:,} bytes are to be downloaded{beside} but {free:,} "
+                "are free. Free some space, choose another cache with --cache-dir, or read a base "
+                "without storing it (--stream)."
+            )
+
+    def run(self, on_step: Callable[[str, int, int], None] | None) -> None:
+        """Fetch them, several at once; `on_step` is told how many of all bytes are done."""
+        if not self.files:
+            return
+        total, done, lock, stop = self.nbytes, 0, threading.Lock(), Stop()
+
+        def told(nbytes: int) -> None:
+            nonlocal done
+            stop.check()  # whoever is interrupted does not wait for the rest of a file
+            with lock:
+                done += nbytes
+                if on_step is not None:
+                    on_step("downloading", total, done)
+
+        told(0)
+        share(self.files, lambda file, _: file.fetch(told), min(AT_ONCE, len(self.files)), stop)
+
+
+def stored(tensor: Lazy) -> Iterator[Stored]:
+    """What a tensor is made of."""
+    for one in tensor.inputs():
+        yield one.tensor
+
+
+def read_by(
+    shards: Iterable[Shard], reference: Iterable[Lazy], files: Iterable[object]
+) -> set[str]:
+    """The paths of everything that is read to write these shards and files."""
+    tensors = itertools.chain(reference, *(shard.tensors.values() for shard in shards))
+    paths = {one.path for tensor in tensors for one in stored(tensor)}
+    return paths | {str(file) for file in files if isinstance(file, Path)}
+
+
+def fetching(paths: Iterable[str | Path]) -> Fetching:
+    """Which of the files at these paths are to be fetched before much of them is read."""
+    files = {str(path): file for path in paths if (file := far_at(path)) is not None}
+    return Fetching([file for file in files.values() if file.kept])
+
+
+def fetch(paths: Iterable[str | Path], on_step: Callable[[str, int, int], None] | None) -> None:
+    """Fetch what is far of the files at these paths, if there is room for it."""
+    files = fetching(paths)
+    files.check_room()
+    files.run(on_step)
+
+
+def _device(path: Path) -> int | None:
+    path = path.absolute()
+    while not exists(path) and path != path.parent:
+        path = path.parent
+    there = found(path)
+    return None if there is None else there.st_dev
