@@ -15,6 +15,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from pairs import Outcome, Pair, new_pair
 
+# No test asks the hub; those that ask one of their own say so to the processes that they start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Examples take milliseconds, but the machine may be busy.
 settings.register_profile(
     "streamshard",

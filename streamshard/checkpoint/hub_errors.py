@@ -40,8 +40,9 @@ def endpoint() -> str:
 def not_cached(where: str, what: str, cache: Path) -> HubError:
     """The error of something that is not here, where the hub must not be asked."""
     return HubError(
-        f"{where}: {what} is not in the cache ({printable(str(cache))}), and the hub is not asked "
-        "(--offline, or HF_HUB_OFFLINE). Leave that out once, with a network, or give a folder."
+        f"{where}: is a model on the hub, if no path here is meant; {what} is not in the cache "
+        f"({printable(str(cache))}), and the hub is not asked (--offline, or HF_HUB_OFFLINE). Leave that "
+        "out once, with a network, or give a folder."
     )
 
 
@@ -99,8 +100,8 @@ def _known(where: str, what: str, error: BaseException) -> StreamshardError | No
     if kinds & {"TransportError", "ConnectionError", "Timeout", "RequestException"}:
         text = printable(" ".join(str(error).split()), 200) or type(error).__name__
         return HubError(
-            f"{where}: {what} could not be got from {endpoint()}: {text}. Check the network, the proxy "
-            "and HF_ENDPOINT, and run the same command again; with --offline it uses what is in the "
+            f"{where}: is no path here, and {what} could not be got from {endpoint()}: {text}. Check the "
+            "network, the proxy and HF_ENDPOINT, and run the same command again; with --offline it uses what is in the "
             "cache."
         )
     return None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote
 
-from streamshard.disk.existence import is_folder
-from streamshard.disk.system import reading
+from streamshard.disk.existence import has_name
 from streamshard.errors import UsageError, printable
 
 __all__ = ["HubId", "hub_id"]
@@ -43,7 +41,7 @@ def hub_id(text: str, *, only: bool = False) -> HubId | None:
     """What an argument means at which no path of this machine is; None if it is no id of the hub.
 
     `org/name`, `org/name@revision` and `hf://org/name@revision/file` are. Not what can only be a path:
-    one that begins with a dot or in a folder that is here, or that has more parts or a file's ending.
+    one that begins with a dot or with a name that is here, or that has more parts or a file's ending.
     With `only` no path can be meant.
     """
     if text.startswith(SCHEME):
@@ -61,6 +59,5 @@ def hub_id(text: str, *, only: bool = False) -> HubId | None:
         return None
     if only:
         return HubId(found["repo"], found["revision"])
-    first = Path(text.partition("/")[0])
-    with reading(first):
-        return None if is_folder(first) else HubId(found["repo"], found["revision"])
+    first = text.partition("/")[0]
+    return None if has_name(first) else HubId(found["repo"], found["revision"])

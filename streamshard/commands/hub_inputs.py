@@ -153,9 +153,10 @@ def _ids(value: Any) -> list[HubId | None]:
 
 
 def _id(value: object) -> HubId | None:
-    if not isinstance(value, str) or not value or "\0" in value or has_name(value):
+    if not isinstance(value, str):
         return None
-    return hub_id(value)
+    found = hub_id(value)
+    return None if found is None or has_name(value) else found
 
 
 def _published(text: object) -> HubId:

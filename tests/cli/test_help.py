@@ -31,7 +31,7 @@ def test_options_are_in_groups(command, cli):
     text = cli(command, "--help").out
     titles = re.findall(r"^(\w[\w ]+):$", text, re.MULTILINE)
     assert "Options" not in titles
-    wanted = {"Inputs", "Running"}
+    wanted = {"Inputs", "Inputs on the hub", "Running"}
     if command not in {"diff", "inspect", "verify"}:
         wanted |= {"Output"}
     if command in {"merge-lora", "wrap-lora", "extract-lora"}:

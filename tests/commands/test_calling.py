@@ -21,7 +21,7 @@ import pytest
 
 import streamshard
 from streamshard.commands.convert import ConversionOptions
-from streamshard.engine.job import Options, OutputOptions
+from streamshard.engine.job import BaseOptions, CacheOptions, Options, OutputOptions
 from streamshard.errors import (
     OutputError,
     StreamshardError,
@@ -111,14 +111,15 @@ def test_a_type_checker_accepts_what_is_right_and_refuses_what_is_not(tmp_path):
 def test_the_table_of_keywords_is_that_of_the_functions(name):
     parameters = inspect.signature(getattr(streamshard, name)).parameters
     own = {key for key, one in parameters.items() if one.kind is not one.VAR_KEYWORD}
-    for typed in (OutputOptions, ConversionOptions):
-        if any(typed.__name__ in str(one.annotation) for one in parameters.values()):
+    for typed in (BaseOptions, CacheOptions, OutputOptions, ConversionOptions):
+        if any(f"[{typed.__name__}]" in str(one.annotation) for one in parameters.values()):
             own |= typed.__annotations__.keys()
     assert set(KEYWORDS[name]) == own
 
 
 def test_options_are_those_that_are_typed():
-    assert {*Options.__dataclass_fields__} == {*OutputOptions.__annotations__}
+    of_inputs = {*BaseOptions.__annotations__, "stream"}
+    assert {*Options.__dataclass_fields__} == {*OutputOptions.__annotations__} - of_inputs
 
 
 @pytest.mark.parametrize(
