@@ -215,8 +215,13 @@ def test_by_hand(tmp_path):
     script = Path(__file__).parent.parent / "support" / "fake_hub.py"
     command = [sys.executable, script, "--repo", f"org/base={tmp_path / 'base'}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        environment = json.loads(process.stdout.readline())
-        url = environment["HF_ENDPOINT"] + "/org/base/resolve/main/config.json"
-        assert asked(url)[1] == b"{}"
-        process.send_signal(signal.SIGTERM)
+        try:
+            url = json.loads(process.stdout.readline())["HF_ENDPOINT"]
+            body = asked(f"{url}/org/base/resolve/main/config.json")[1]
+            log = json.loads(asked(f"{url}/api/local-hub/log")[1])
+        finally:
+            process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+    assert body == b"{}"
+    (request,) = log["requests"]
+    assert (request["path"], request["bytes"]) == ("/org/base/resolve/main/config.json", 2)

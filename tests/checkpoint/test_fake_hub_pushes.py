@@ -70,6 +70,7 @@ def test_shards_one_by_one_then_one_commit(hub, api, xet, tmp_path):
     made = push(api, hub, tmp_path)
     assert made.oid == hub.head("org/new")
     assert [commit.message for commit in hub.commits("org/new")] == ["all", "initial commit"]
+    assert [c.commit_id for c in api.list_repo_commits("org/new")] == [made.oid, first]
     found = contents(hub)
     assert {*found} == {*SHARDS, "README.md", ".gitattributes"}
     assert {name: found[name] for name in SHARDS} == SHARDS
@@ -185,6 +186,9 @@ def test_deletions_and_pull_requests(hub, lfs, tmp_path):
     made = lfs.create_commit("org/new", operations, commit_message="fewer", create_pr=True)
     assert made.pr_revision == "refs/pr/1"
     assert hub.head("org/new") == head
+    refs = lfs.list_repo_refs("org/new", include_pull_requests=True)
+    assert [(ref.name, ref.target_commit) for ref in refs.branches] == [("main", head)]
+    assert [(r.name, r.target_commit) for r in refs.pull_requests] == [("refs/pr/1", made.oid)]
     names = {*contents(hub, "refs/pr/1")}
     assert names == {".gitattributes", "model-1.safetensors", "model-2.safetensors"}
     assert lfs.resolve_revision("org/new", revision="refs/pr/1").resolved == made.oid

@@ -6,7 +6,8 @@
         subprocess.run([...], env=os.environ | hub.env())
         assert [r.status for r in hub.requests if r.port == "content"] == [206, 206]
 
-By hand, or for measurements: `python tests/support/fake_hub.py --root DIR --repo org/base=FOLDER`.
+By hand, or for measurements: `python tests/support/fake_hub.py --root DIR --repo org/base=FOLDER` prints
+the environment as JSON and serves until it is terminated; `/api/local-hub/log` tells what was asked.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -40,9 +40,12 @@ ROUTES: Routes = [
     (port, method, re.compile(pattern), endpoint)
     for port, method, pattern, endpoint in (
         ("hub", "GET", "/api/whoami-v2", hub_reading.whoami),
-        ("hub", "GET", "/api/models/([^/]+(?:/[^/]+)?)", hub_reading.model_info),
+        ("hub", "GET", "/api/models/([^/]+/(?!refs$)[^/]+|[^/]+)", hub_reading.model_info),
         ("hub", "GET", f"/api/models/{ID}/revision/([^/]+)", hub_reading.model_info),
         ("hub", "GET", f"/api/models/{ID}/tree/([^/]+)(?:/(.+))?", hub_reading.tree),
+        ("hub", "GET", f"/api/models/{ID}/commits/([^/]+)", hub_reading.commits),
+        ("hub", "GET", f"/api/models/{ID}/refs", hub_reading.refs),
+        ("hub", "GET", "/api/local-hub/log", hub_reading.log),
         ("hub", "POST", f"/api/models/{ID}/paths-info/([^/]+)", hub_reading.paths_info),
         ("hub", "GET", f"/api/models/{ID}/xet-(read|write)-token/([^/]+)", hub_writing.xet_token),
         ("hub", "POST", f"/api/models/{ID}/preupload/([^/]+)", hub_writing.preupload),
@@ -154,11 +157,7 @@ class Hub:
 
     def commits(self, repo_id: str, ref: str = "main") -> list[Commit]:
         """From the head back to the first one."""
-        repo = self.state.store.repo(repo_id)
-        out = [repo.at(ref)]
-        while out[-1].parent:
-            out.append(repo.commits[out[-1].parent])
-        return out
+        return self.state.store.repo(repo_id).history(ref)
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, Blob]:
         """What is there, by name: `.path`, `.size`, `.lfs`, `.sha256`, `.oid`, `.read_bytes()`."""
@@ -185,7 +184,9 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_XET": "0" if xet else "1",
+            "HF_XET_TELEMETRY_ENABLED": "0",
             "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
         }
 
     # Faults and the log
@@ -218,11 +219,7 @@ class Hub:
     @property
     def requests(self) -> list[Request]:
         """All so far, oldest first; those being answered get a second to end."""
-        seen = list(self.state.requests)
-        until = time.monotonic() + 1
-        for request in seen:
-            request.done.wait(max(0, until - time.monotonic()))
-        return seen
+        return self.state.settled()
 
     def forget(self) -> None:
         """The log starts anew."""

@@ -90,6 +90,46 @@ def tree(
     return reply
 
 
+def commits(state: State, request: Request, repo_id: str, revision: str) -> Reply:
+    """From this one back to the first."""
+    repo = state.readable(request, repo_id)
+    return as_json(
+        [
+            {
+                "id": commit.sha,
+                "title": commit.message,
+                "message": "",
+                "date": commit.date,
+                "authors": [{"user": state.name}],
+            }
+            for commit in repo.history(revision)
+        ]
+    )
+
+
+def refs(state: State, request: Request, repo_id: str) -> Reply:
+    repo = state.readable(request, repo_id)
+    kinds: dict[str, list[dict[str, str]]] = {"branches": [], "pullRequests": []}
+    for name, sha in repo.refs.items():
+        kind = "pullRequests" if name.startswith("refs/pr/") else "branches"
+        ref = name if name.startswith("refs/") else f"refs/heads/{name}"
+        kinds[kind].append({"name": name, "ref": ref, "targetCommit": sha})
+    return as_json(kinds | {"tags": [], "converts": []})
+
+
+def log(state: State, request: Request) -> Reply:
+    """Of this hub only, for who started it as a process: what was asked, and where the heads are."""
+    seen = [
+        {
+            name: getattr(r, name)
+            for name in ("method", "port", "path", "range", "status", "bytes", "received", "faults")
+        }
+        for r in state.settled(but=request)
+    ]
+    heads = {repo.id: repo.refs for repo in state.store.repos.values()}
+    return as_json({"requests": seen, "refs": heads, "errors": state.errors})
+
+
 def paths_info(state: State, request: Request, repo_id: str, revision: str) -> Reply:
     commit = state.readable(request, repo_id).at(revision)
     if "json" in request.headers.get("Content-Type", ""):

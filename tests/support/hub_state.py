@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -51,3 +52,11 @@ class State:
         if self.user(request) is None:
             raise Refusal(401, "Invalid username or password.")
         return repo
+
+    def settled(self, but: Request | None = None) -> list[Request]:
+        """All requests so far, oldest first; those being answered get a second to end."""
+        seen = [request for request in self.requests if request is not but]
+        until = time.monotonic() + 1
+        for request in seen:
+            request.done.wait(max(0, until - time.monotonic()))
+        return seen

@@ -85,6 +85,13 @@ class Repo:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits[sha]
 
+    def history(self, revision: str) -> list[Commit]:
+        """From this commit back to the first."""
+        out = [self.at(revision)]
+        while out[-1].parent:
+            out.append(self.commits[out[-1].parent])
+        return out
+
 
 class Store:
     """All repositories, uploaded objects, and the links that were signed."""
@@ -172,7 +179,7 @@ class Store:
             return self.objects[sha256]
 
     def close(self) -> None:
-        for folder in (self.blobs, self.uploads, self.cas):
+        for folder in (self.blobs, self.uploads, self.cas, self.root / "own"):
             shutil.rmtree(folder, ignore_errors=True)
 
 

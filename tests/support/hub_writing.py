@@ -204,6 +204,8 @@ def commit(state: State, request: Request, repo_id: str, ref: str) -> Reply:
         head = repo.at(ref)
         if header.get("parentCommit") not in {None, head.sha}:
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+        pointed = {line["value"]["oid"] for line in lines if line["key"] == "lfsFile"}
+        hub_xet.fetch(state.store, {oid for oid in pointed if not state.store.object(oid, repo)})
         changes: dict[str, Blob | None] = {}
         for line in lines[1:]:
             changes |= _change(state, repo, head.files, line["key"], line["value"])
@@ -232,7 +234,7 @@ def _change(
         return {name: state.store.blob(content, lfs=False)}
     if key == "lfsFile":
         oid = value["oid"]
-        blob = state.store.object(oid, repo) or hub_xet.find(state.store, oid)
+        blob = state.store.object(oid, repo)
         if blob is None:
             raise Refusal(400, f"LFS pointer pointed to a file that does not exist: {name}")
         if value.get("size", blob.size) != blob.size:

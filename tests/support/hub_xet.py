@@ -7,8 +7,12 @@ lists of files and where their chunks are) say which Xet hash has it.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import struct
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,34 +51,60 @@ def uploaded(store: Store) -> dict[str, tuple[str, int]]:
     return {sha256: (hash_, size) for shard in shards for sha256, hash_, size in listed(shard)}
 
 
-def find(store: Store, sha256: str) -> Blob | None:
-    """An object that a client uploaded by xet, made a file here, with its digest checked."""
-    if sha256 not in (found := uploaded(store)):
-        return None
+def fetch(store: Store, wanted: Iterable[str]) -> None:
+    """Objects that a client uploaded by xet become files here, if their digests are right."""
+    found = uploaded(store)
+    parts = {
+        sha256: store.uploads / f"{sha256}.xet.{next(store.numbers)}"
+        for sha256 in wanted
+        if sha256 in found
+    }
+    if parts:
+        _apart(store, {"fetch": [[*found[sha256], str(part)] for sha256, part in parts.items()]})
+    for sha256, part in parts.items():
+        with part.open("rb") as file:
+            right = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        if right:
+            store.xet_hashes[sha256] = found[sha256][0]
+            store.keep(part, sha256)
+
+
+def offer(store: Store, blobs: Iterable[Blob]) -> None:
+    """Files of the hub itself become readable by xet."""
+    store.xet_hashes |= _apart(store, {"offer": [[str(b.path), b.sha256] for b in blobs]})
+
+
+def _apart(store: Store, work: dict[str, Any]) -> dict[str, str]:
+    """hf_xet in a process of its own: its memory, its logs and its settings are not the test's."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    own |= {"HF_HOME": str(store.root / "own"), "HF_XET_TELEMETRY_ENABLED": "0"}
+    command = [sys.executable, __file__, f"local://{store.cas}"]
+    done = subprocess.run(
+        command, input=json.dumps(work), env=own, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
+
+
+def main() -> None:
     from hf_xet import XetFileInfo, XetSession
 
-    hash_, size = found[sha256]
-    part = store.uploads / f"{sha256}.xet.{next(store.numbers)}"
-    with XetSession().new_file_download_group(**_access(store)) as group:
-        group.start_download_file(XetFileInfo(hash_, size), str(part))
-    with part.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            part.unlink()
-            return None
-    store.xet_hashes[sha256] = hash_
-    return store.keep(part, sha256)
+    work, session = json.load(sys.stdin), XetSession()
+    access = {"endpoint": sys.argv[1], "token": "any", "token_expiry_unix_secs": LATER}
+    if files := work.get("fetch"):
+        with session.new_file_download_group(**access) as group:
+            for hash_, size, path in files:
+                group.start_download_file(XetFileInfo(hash_, size), path)
+    hashes = {}
+    if files := work.get("offer"):
+        with session.new_upload_commit(**access) as commit:
+            handles = {
+                sha256: commit.start_upload_file(path, sha256=sha256) for path, sha256 in files
+            }
+        hashes = {sha256: handle.result().xet_info.hash for sha256, handle in handles.items()}
+    print(json.dumps(hashes))  # noqa: T201
 
 
-def offer(store: Store, blobs: list[Blob]) -> None:
-    """Files of the hub itself become readable by xet."""
-    from hf_xet import XetSession
-
-    with XetSession().new_upload_commit(**_access(store)) as commit:
-        handles = [commit.start_upload_file(str(blob.path), sha256=blob.sha256) for blob in blobs]
-    for blob, handle in zip(blobs, handles, strict=True):
-        store.xet_hashes[blob.sha256] = handle.result().xet_info.hash
-
-
-def _access(store: Store) -> dict[str, Any]:
-    token = {"token": "xet_of_the_local_hub", "token_expiry_unix_secs": LATER}
-    return {"endpoint": f"local://{store.cas}", **token}
+if __name__ == "__main__":
+    main()
