@@ -13,6 +13,7 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.disk.paths import PathLike
 from streamshard.engine.fingerprint import Fingerprint
+from streamshard.engine.outlet import Outlet
 from streamshard.engine.option_values import dtype_option, size_option
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
@@ -62,6 +63,12 @@ class Plan:
     """Every file that was opened so far, as it was then; it must be the same when it is read."""
     overwrite: bool
     sha256: bool
+    outlet: Outlet | None
+    """Where the output goes other than to its folder."""
+    on_disk: int | None
+    """How many weight files are on disk at most at a time; None if they stay."""
+    disk_nbytes: int
+    """What is needed of the disk at most."""
     direct: bool
     """Whether the weights are written around the page cache."""
     nbytes: int
@@ -84,6 +91,8 @@ class Plan:
         return {
             "files": [{"name": shard.name, "bytes": shard.nbytes} for shard in self.shards],
             "free_bytes": self.free_nbytes,
+            "disk_bytes": self.disk_nbytes,
+            "on_disk": self.on_disk,
             "download_bytes": self.download_nbytes,
             "download_free_bytes": self.download_free_nbytes,
             "workers": self.workers,
@@ -134,6 +143,13 @@ class OutputOptions(BaseOptions, total=False):
     ("auto") around it if the output is large against the memory that is free. The bytes are the same."""
     dry_run: bool
     """Check everything and write nothing."""
+    push_to: str | None
+    """A repository on the hub, as "org/name": each finished weight file is uploaded while others are
+    written, and one commit at the end puts everything there. Without an output folder nothing stays here."""
+    private: bool
+    """Have the repository be private, if it is made."""
+    commit_message: str | None
+    """Of that commit."""
     on_plan: Callable[[Plan], None] | None
     """Called once, before anything is written."""
     on_step: Callable[[str, int, int], None] | None
@@ -156,6 +172,8 @@ class Options:
     sha256: bool = False
     io: str = "auto"
     dry_run: bool = False
+    outlet: Outlet | None = None
+    """Of the keywords `push_to`, `private` and `commit_message`."""
     on_plan: Callable[[Plan], None] | None = None
     on_step: Callable[[str, int, int], None] | None = None
     progress: Callable[[int, str], None] | None = None

@@ -30,13 +30,15 @@ from streamshard.engine.claims import (
     strangers,
 )
 from streamshard.engine.fingerprint import Identity
-from streamshard.engine.journal import FinishedShard, Journal
+from streamshard.engine.journal import Journal
 from streamshard.engine.leftovers import Left, changed, left_in, refuse_strangers
 from streamshard.engine.lock import Lock, locked
 from streamshard.engine.ours import Ours
+from streamshard.engine.staging_folder import Staging
 from streamshard.engine.swap import discard, recover, swap
 from streamshard.errors import (
     ChangedError,
+    HubError,
     OutputError,
     ReadError,
     StreamshardError,
@@ -48,100 +50,13 @@ from streamshard.errors import (
 __all__ = ["Staging", "output_folder"]
 
 
-class Staging:
-    """A folder in which an output is built, and what an earlier run has finished of it."""
-
-    def __init__(self, held: Held, journal: Journal) -> None:
-        self.folder = Path(held.path)
-        self._held = held
-        self._journal = journal
-        self._inner = contextlib.ExitStack()
-
-    @property
-    def finished(self) -> Mapping[str, FinishedShard]:
-        """The shards that are finished, by name; their content is for the reader to check."""
-        return self._journal.finished
-
-    def add(self, shard: FinishedShard) -> None:
-        """Note that a shard is finished and on disk."""
-        self.check_place()
-        self._journal.add(shard)
-
-    def forget(self, name: str) -> None:
-        """Remove a shard whose content is not what was noted."""
-        self._journal.finished.pop(name, None)
-        with writing(self.folder / name, 0), contextlib.suppress(FileNotFoundError):
-            system.unlink(self.folder / name)
-
-    def make_folders(self, folder: Path) -> list[Path]:
-        """Make a folder in this one and those around it; returns what was made, innermost first."""
-        made = []
-        for part in reversed([folder, *folder.parents]):
-            if self.folder in part.parents and not exists(part):
-                with writing(part, 0):
-                    made += folders.make_folders(part)
-                self._inner.enter_context(held(part))
-        return made[::-1]
-
-    def check_place(self) -> None:
-        """Raise `OutputError` if this folder has lost its name, or something else has it."""
-        if not self.is_at(self.folder):
-            raise OutputError(
-                f"{printable(str(self.folder))}: is no longer the folder in which this run was writing: "
-                "something has moved it or put something else there. Nothing of what is there now was "
-                "touched. Find out what it was, then run again."
-            )
-
-    def check_content(self) -> None:
-        """Raise `OutputError` if something has come into this folder that the run did not make."""
-        refuse_strangers(self.folder, strangers(self.folder, self._journal.names))
-
-    @property
-    def inode(self) -> Inode:
-        """What identifies this folder, whatever it is called."""
-        return self._held.inode
-
-    def is_at(self, path: Path) -> bool:
-        """Whether this folder has such a name."""
-        return inode_of(path) == self.inode
-
-    def clear(self) -> None:
-        """Remove everything but the journal and finished shards."""
-        if not exists(self._journal.path):
-            self._journal.restore()
-            sync_folder(self.folder)
-        keep = {JOURNAL_NAME, *self._journal.finished}
-        self._inner.close()
-        remove_listed(self.folder, self._journal.names, keep=keep)
-
-    def discard(self) -> list[str]:
-        """Remove everything of this run, and the folder; returns what else is in it and stays."""
-        self.close()
-        stays = remove_listed(self.folder, self._journal.names, last=JOURNAL_NAME)
-        if not stays:
-            system.rmdir(self.folder)
-        return stays
-
-    def remove_journal(self) -> None:
-        """Remove the journal, which a complete output does not have."""
-        self._journal.close()
-        sync_folder(self.folder)  # without it, the record must be there to tell what is ours
-        system.unlink(self._journal.path)
-        sync_folder(self.folder)
-
-    def close(self) -> None:
-        """Close the journal and inner folders."""
-        self._inner.close()
-        self._journal.close()
-
-
 @contextlib.contextmanager
 def output_folder(
-    target: Path, plan: Identity, *, names: Collection[str], overwrite: bool
+    target: Path, plan: Identity, *, names: Collection[str], overwrite: bool, keeps: bool = True
 ) -> Iterator[Staging]:
     """A staging folder that takes the place of `target` when the block succeeds.
 
-    `names` are all files that may be made in it, relative to it. If a run with the same `plan` was
+    Unless it `keeps` what was written: then it is removed. `names` are all files that may be made in it, relative to it. If a run with the same `plan` was
     interrupted, its staging folder is continued. Whatever happens, `target` is either as it was or
     complete. What is finished is kept if the block ends by a signal or because a disk failed;
     otherwise nothing is left. Raises `OutputError` if `target` is more than an empty
@@ -163,7 +78,10 @@ def output_folder(
                 staging = _begun(kept, left, target, plan, names, overwrite=overwrite)
                 lock.settle()
                 replaces = functools.partial(_replaced, target, there=there, overwrite=overwrite)
-                yield from _built(staging, target, beside["old"], lock, replaces)
+                if keeps:
+                    yield from _built(staging, target, beside["old"], lock, replaces)
+                else:
+                    yield from _sent(staging, lock)
     except BaseException:
         remove_empty(made)
         raise
@@ -248,6 +166,26 @@ def _built(
         staging.close()
 
 
+def _sent(staging: Staging, lock: Lock) -> Iterator[Staging]:
+    """Have everything removed once it is elsewhere."""
+    gone = False
+    try:
+        yield staging
+        with writing(staging.folder, 0):
+            staging.check_content()
+            staging.check_place()
+            staging.discard()
+        gone = True
+        lock.settle()
+    except BaseException as error:
+        if not gone and _leave(staging, error):
+            with contextlib.suppress(WriteError):
+                lock.settle()
+        raise
+    finally:
+        staging.close()
+
+
 def _replaced(
     target: Path, *, there: bool, overwrite: bool
 ) -> contextlib.AbstractContextManager[Replaceable | None]:
@@ -301,7 +239,7 @@ def _leave(staging: Staging, error: BaseException) -> bool:
     """
     where = printable(str(staging.folder))
     # Not if the same would happen again, nor what is of an input that is no longer there.
-    passing = isinstance(error, (OutputError, ReadError, WriteError, MemoryError))
+    passing = isinstance(error, (OutputError, ReadError, WriteError, HubError, MemoryError))
     passing = passing and not isinstance(error, ChangedError)
     keeps = (passing or not isinstance(error, Exception)) and staging.finished
     if _is_at(staging, staging.folder) is False:
