@@ -43,6 +43,7 @@ from streamshard.disk.existence import (
     names_in,
     walked,
 )
+from streamshard.disk.far import far_at
 from streamshard.disk.files import open_source
 from streamshard.disk.inputs import Inputs
 from streamshard.disk.paths import PathLike, input_path
@@ -177,6 +178,9 @@ def _is_stranger(name: str) -> bool:
 
 def _check_fetched(file: Path) -> None:
     """Refuse to carry what only stands for a file: the output would be without that."""
+    elsewhere = far_at(file)
+    if elsewhere is not None and elsewhere.local() is None:
+        return  # nobody has looked at it, nor will
     there = found(file)
     if there is not None and 0 < there.st_size <= MAX_POINTER_NBYTES:
         # No input by that: it may never be carried.

@@ -31,6 +31,7 @@ from streamshard.checkpoint.hub_client import Client, Listed
 from streamshard.checkpoint.hub_errors import not_cached
 from streamshard.checkpoint.hub_file import ViewFile
 from streamshard.checkpoint.hub_ids import HubId
+from streamshard.checkpoint.hub_ranges import MOST_NBYTES
 from streamshard.disk.far import forget, place
 from streamshard.disk.folders import make_folders
 from streamshard.disk.system import PRIVATE, system, writing
@@ -82,7 +83,9 @@ class View:
                 self.repository,
                 file,
                 self.root / file.name,
-                whole=_is_small(file) or (not heads_only and _is_of_adapter(file.name, adapters)),
+                whole=_is_small(file)
+                or (not heads_only and _is_of_adapter(file.name, adapters))
+                or (not heads_only and not stream and file.nbytes > MOST_NBYTES),
                 stream=stream,
             )
         self._names = {self.root: str(asked), self.repository.snapshot: str(asked)}

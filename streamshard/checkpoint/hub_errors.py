@@ -10,7 +10,7 @@ from pathlib import Path
 from streamshard.disk.system import writing
 from streamshard.errors import HubError, InputError, StreamshardError, printable
 
-__all__ = ["LOG_IN", "asking", "causes", "endpoint", "not_cached"]
+__all__ = ["LOG_IN", "asking", "causes", "endpoint", "not_cached", "refusal"]
 
 LOG_IN = "log in (hf auth login, or set HF_TOKEN)"
 
@@ -27,7 +27,7 @@ def asking(where: str, what: str) -> Iterator[None]:
     except (StreamshardError, MemoryError):
         raise
     except Exception as error:
-        raise _told(where, what, error) from error
+        raise refusal(where, what, error) from error
 
 
 def endpoint() -> str:
@@ -46,7 +46,8 @@ def not_cached(where: str, what: str, cache: Path) -> HubError:
     )
 
 
-def _told(where: str, what: str, error: Exception) -> StreamshardError:
+def refusal(where: str, what: str, error: Exception) -> StreamshardError:
+    """The error that an error of the client is, which was asked for `what` of `where`."""
     for one in causes(error):
         found = _known(where, what, one)
         if found is not None:
@@ -69,7 +70,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _known(where: str, what: str, error: BaseException) -> StreamshardError | None:
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    page = f"{endpoint()}/{where.partition('@')[0]}"
+    page = "/".join([endpoint(), *where.partition("@")[0].split("/")[:2]])
     status = getattr(getattr(error, "response", None), "status_code", None)
     if "GatedRepoError" in kinds:
         return HubError(
@@ -101,8 +102,8 @@ def _known(where: str, what: str, error: BaseException) -> StreamshardError | No
         text = printable(" ".join(str(error).split()), 200) or type(error).__name__
         return HubError(
             f"{where}: is no path here, and {what} could not be got from {endpoint()}: {text}. Check the "
-            "network, the proxy and HF_ENDPOINT, and run the same command again; with --offline it uses what is in the "
-            "cache."
+            "network, the proxy and HF_ENDPOINT, and run the same command again; with "
+            "--offline it uses what is in the cache."
         )
     return None
 

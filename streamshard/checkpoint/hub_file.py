@@ -12,7 +12,7 @@ from streamshard.checkpoint.file_names import SUFFIX
 from streamshard.checkpoint.hub_client import Listed, Repository
 from streamshard.checkpoint.hub_errors import not_cached
 from streamshard.checkpoint.hub_head import read_head
-from streamshard.checkpoint.hub_ranges import HubFile
+from streamshard.checkpoint.hub_ranges import HubFile, check_parts
 from streamshard.disk.files import BLOCK_NBYTES, InputFile
 from streamshard.disk.inputs import Inputs
 from streamshard.disk.remote import Remote
@@ -101,6 +101,8 @@ class ViewFile:
     def head(self) -> None:
         """Have the header here, if it is a file of safetensors that is read by ranges."""
         if not self._whole and self.local() is None:
+            if self._stream:
+                check_parts(f"{self._repository.asked}/{self.listed.name}", self.nbytes)
             self._far().close()
 
     def _far(self) -> Source:

@@ -75,4 +75,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-

@@ -24,7 +24,7 @@ from streamshard.checkpoint.hub_operations import (
     quiet,
     uploaded,
 )
-from streamshard.checkpoint.hub_sending import HubStatus, again, pause, sending
+from streamshard.checkpoint.hub_sending import HubStatusError, again, pause, sending
 from streamshard.checkpoint.sent_files import MovedError, SentFile
 from streamshard.errors import HubError, InputError, OutputError, listed, printable
 
@@ -83,9 +83,7 @@ class HubPush:
 
             private = True if self.private else None  # else as the owner's settings have it
             with sending(self.repo, "making the repository"):
-                again(
-                    lambda: HfApi().create_repo(self.repo, private=private, exist_ok=True), _always
-                )
+                again(lambda: HfApi().create_repo(self.repo, private=private, exist_ok=True))
             target = self._judged(self._head(), names, overwrite=overwrite)
         if target.version is None:
             raise HubError(f"{self.repo}: was made, but is not there. Run the same command again.")
@@ -98,8 +96,8 @@ class HubPush:
             target,
             warnings=[
                 *target.warnings,
-                f"{self.repo}: has other commits since the interrupted run ({listed(changed)} changed); the "
-                "output is committed on top of these",
+                f"{self.repo}: has other commits since the interrupted run ({listed(changed)} changed); "
+                "the output is committed on top of these",
             ],
         )
 
@@ -113,7 +111,7 @@ class HubPush:
             HfApi().preupload_lfs_files(self.repo, [operation], free_memory=False)
 
         with sending(self.repo, f"uploading {printable(file.name)}"), quiet():
-            again(upload, going, tries=3)  # the client tries every request several times
+            again(upload, going=going, tries=3)  # the client tries every request several times
         self._check_taken(operation)
         return is_uploaded(operation)
 
@@ -127,7 +125,7 @@ class HubPush:
         if not differing(files, self._tree(head[0])):
             return head[0]
         with sending(self.repo, "reading its commits"):
-            commits = again(lambda: list(HfApi().list_repo_commits(self.repo)), _always)
+            commits = again(lambda: list(HfApi().list_repo_commits(self.repo)))
         for commit in commits[:MAX_COMMITS]:
             if commit.commit_id == since:
                 break
@@ -141,7 +139,6 @@ class HubPush:
         files: Sequence[SentFile],
         target: HubTarget,
         sent: Collection[str],
-        going: Callable[[], bool],
     ) -> str:
         """One commit of everything, on the head that was seen; returns it once it is as it should be.
 
@@ -171,8 +168,8 @@ class HubPush:
 
         try:
             with sending(self.repo, "the commit"), quiet():
-                made = again(once, going)
-        except HubStatus as error:
+                made = again(once)
+        except HubStatusError as error:
             found = self._after(error, files, target)
             if found is None:
                 raise
@@ -182,11 +179,11 @@ class HubPush:
                 if (found := self.find(files, target.version)) is not None:
                     return found
             raise
-        self._check(made, files, target, going)
+        self._check(made, files, target)
         return made
 
     def described(
-        self, version: str | None, files: Sequence[str], target: HubTarget
+        self, version: str | None, files: Sequence[str], target: HubTarget | None
     ) -> dict[str, Any]:
         """Repository, commit, where it can be seen, what it has of ours, and what else it changed."""
         url = self.key if version is None else f"{self.key}/tree/{version}"
@@ -196,12 +193,12 @@ class HubPush:
             "url": url,
             "private": self.private,
             "files": sorted(files),
-            "replaced": list(target.replaced),
-            "deleted": list(target.deleted),
+            "replaced": [] if target is None else list(target.replaced),
+            "deleted": [] if target is None else list(target.deleted),
         }
 
     def _after(
-        self, error: HubStatus, files: Sequence[SentFile], target: HubTarget
+        self, error: HubStatusError, files: Sequence[SentFile], target: HubTarget
     ) -> str | None:
         """The commit in spite of what the hub answered; raises what is to be done if the head moved."""
         with contextlib.suppress(HubError):
@@ -218,9 +215,9 @@ class HubPush:
     def _moved(self, old: str, new: str, changed: Sequence[str]) -> MovedError:
         what = f" ({listed(changed)} changed)" if changed else ""
         error = MovedError(
-            f"{self.repo}: somebody else has committed to it: its head was {old[:12]} when this began, and "
-            f"is {new[:12]} now{what}. Nothing was committed, and what was uploaded is kept there. Look at "
-            f"{self.key}/commits/main, and run the same command again: it commits on top of that."
+            f"{self.repo}: somebody else has committed to it: its head was {old[:12]} when this began, "
+            f"and is {new[:12]} now{what}. Nothing was committed, and what was uploaded is kept there. "
+            f"Look at {self.key}/commits/main, and run the same command again: it commits on top of that."
         )
         error.version = new
         return error
@@ -230,33 +227,29 @@ class HubPush:
         with contextlib.suppress(HubError):
             before = {} if old is None else self._tree(old)
             after = self._tree(new)
-            return sorted(
-                name for name in {*before, *after} if before.get(name) != after.get(name)
-            )
+            return sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
         return []
 
-    def _check(
-        self, made: str, files: Sequence[SentFile], target: HubTarget, going: Callable[[], bool]
-    ) -> None:
+    def _check(self, made: str, files: Sequence[SentFile], target: HubTarget) -> None:
         """Compare what the hub has with what it should have."""
         wrong: list[str] = []
         for tried in range(SETTLES):
             tree = self._tree(made)
             wrong = [*differing(files, tree), *(name for name in target.deleted if name in tree)]
-            if not wrong or not pause(2.0**tried, going):
+            if not wrong or not pause(2.0**tried):
                 break
         if wrong:
             raise HubError(
                 f"{self.repo}: the commit {made[:12]} was made, but of what the hub lists there "
-                f"{listed(wrong)} is not as it was given. Look at {self.key}/tree/{made}: a .gitignore may "
-                "leave files out. Then run the same command again."
+                f"{listed(wrong)} is not as it was given. Look at {self.key}/tree/{made}: a .gitignore "
+                "may leave files out. Then run the same command again."
             )
 
     def _check_taken(self, operation: Any) -> None:
         if is_left_out(operation):
             raise HubError(
-                f"{self.repo}: its .gitignore leaves out '{printable(operation.path_in_repo)}', so that the "
-                "model there would not be whole. Remove that line from the .gitignore, or push to "
+                f"{self.repo}: its .gitignore leaves out '{printable(operation.path_in_repo)}', so that "
+                "the model there would not be whole. Remove that line from the .gitignore, or push to "
                 "another repository."
             )
 
@@ -283,7 +276,7 @@ class HubPush:
                 raise
 
         with sending(self.repo, "looking at it"):
-            found = again(ask, _always)
+            found = again(ask)
         return None if found is None else (str(found.sha), bool(found.private))
 
     def _tree(self, commit: str) -> dict[str, Listed]:
@@ -293,9 +286,9 @@ class HubPush:
         repository = Repository(client, asked, client.cache, commit)
         with sending(self.repo, "the list of its files"):
             try:
-                return {file.name: file for file in again(repository.files, _always)}
+                return {file.name: file for file in again(repository.files)}
             except HubError as error:  # in the words of who reads a model
-                raise error.__cause__ or error
+                raise error.__cause__ or error from None
 
     def _judged(
         self, head: tuple[str, bool] | None, names: Collection[str], *, overwrite: bool
@@ -320,10 +313,6 @@ class HubPush:
             )
         text = f"{self.repo}: {listed(others)} there is removed: weights of another model"
         return HubTarget(version, ours, others, [text] if others else [])
-
-
-def _always() -> bool:
-    return True
 
 
 def differing(files: Sequence[SentFile], tree: Mapping[str, Listed]) -> list[str]:

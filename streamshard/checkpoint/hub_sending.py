@@ -11,7 +11,7 @@ from typing import TypeVar
 from streamshard.checkpoint.hub_errors import LOG_IN, causes, endpoint
 from streamshard.errors import HubError, StreamshardError, printable
 
-__all__ = ["HubStatus", "again", "sending", "status_of"]
+__all__ = ["HubStatusError", "again", "sending", "status_of"]
 
 TRIES = 6
 LONGEST = 600.0
@@ -21,13 +21,15 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class HubStatus(HubError):
+class HubStatusError(HubError):
     """An answer of the hub that is no answer to what was asked, with its number."""
 
     status = 0
 
 
-def again(do: Callable[[], T], going: Callable[[], bool], *, tries: int = TRIES) -> T:
+def again(
+    do: Callable[[], T], *, going: Callable[[], bool] = lambda: True, tries: int = TRIES
+) -> T:
     """What `do` returns, done again if what it raises may pass, after as long as the hub says.
 
     Ends early if `going` says no.
@@ -46,7 +48,7 @@ def again(do: Callable[[], T], going: Callable[[], bool], *, tries: int = TRIES)
     raise AssertionError
 
 
-def pause(seconds: float, going: Callable[[], bool]) -> bool:
+def pause(seconds: float, going: Callable[[], bool] = lambda: True) -> bool:
     """Wait; returns whether whoever waits is still to go on."""
     until = time.monotonic() + seconds
     while going() and (left := until - time.monotonic()) > 0:
@@ -91,7 +93,7 @@ def _told(where: str, what: str, error: Exception) -> HubError:
         kinds = {kind.__name__ for kind in type(one).__mro__}
         status = status_of(one)
         if status is not None:
-            found = HubStatus(_by_status(where, what, status, one))
+            found = HubStatusError(_by_status(where, what, status, one))
             found.status = status
             return found
         if "OfflineModeIsEnabled" in kinds:
@@ -100,8 +102,8 @@ def _told(where: str, what: str, error: Exception) -> HubError:
             )
         if _NETWORK & kinds:
             return HubError(
-                f"{where}: {what} failed: {_text(one)}. Check the network, the proxy and HF_ENDPOINT, and "
-                "run the same command again: it continues."
+                f"{where}: {what} failed: {_text(one)}. Check the network, the proxy and HF_ENDPOINT, "
+                "and run the same command again: it continues."
             )
     return HubError(
         f"{where}: {what} failed: {type(error).__name__}: {_text(error)}. Run the same command again: it "
@@ -118,7 +120,7 @@ def _by_status(where: str, what: str, status: int, error: BaseException) -> str:
         )
     if status == 403:
         return (
-            f"{where}: {what} was refused (403): your token may not write there: {said}. Use a token that "
+            f"{where}: {what} was refused (403): your token may not write there: {said}. Use one that "
             f"may ({LOG_IN}), or another name, and run the same command again."
         )
     if status == 404:

@@ -144,6 +144,20 @@ WRITING = with_options(
         is_flag=True,
         help="Read models on the hub as they are needed, and never store their weights.",
     ),
+    option(
+        HUB,
+        "--push-to",
+        metavar="ORG/NAME",
+        help="Upload each finished file, and commit all at the end; the output stays here only with "
+        "a folder for it.",
+    ),
+    option(HUB, "--private", is_flag=True, help="With --push-to: make a new repository private."),
+    option(
+        HUB,
+        "--commit-message",
+        metavar="TEXT",
+        help="Of what --push-to commits.",
+    ),
     READING,
 )
 """Of all commands that write."""
@@ -155,7 +169,7 @@ def output(help: str, name: str = "--output", **how: object) -> Decorator:  # no
 
 
 CONVERSION = with_options(
-    output("New, or empty, folder to write.", "--save-path", required=True),
+    output("New, or empty, folder to write.", "--save-path"),
     TOKENIZER_FROM(),
     option(
         OUTPUT,

@@ -56,7 +56,7 @@ def write(
         report = getattr(streamshard, function)(
             on_step=progress.step, progress=progress.piece, **options
         )
-    output = escaped(str(report["output"]))
+    output = escaped(str(report["output"] or (report["pushed"] or {}).get("url")))
     with _said_if_ended("" if report["dry_run"] else f"{output} is complete."):
         screen.result(report, texts.plan_text if report["dry_run"] else text)
 
@@ -87,8 +87,8 @@ class Screen:
         error: StreamshardError | None = None,
     ) -> None:
         """Print the report, as JSON or as `text` puts it; with the `error` that it led to, if any."""
-        written = report["output"] and not report.get("dry_run")
-        done = f"; {report['output']} is complete" if written else ""
+        place = report["output"] or (report.get("pushed") or {}).get("url")
+        done = f"; {place} is complete" if place and not report.get("dry_run") else ""
         if self._as_json:
             if error is not None:
                 name = type(error).__name__

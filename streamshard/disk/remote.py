@@ -1,97 +1,284 @@
-"""TEMPORARY: replaced by the one of branch `ranges`."""
+"""A file that is read over a network, by ranges, and never stored: a `Source`, whatever it lies on.
+
+Who keeps it is behind an `Opener`, which opens streams of bytes from some place on; that is all that
+another kind of store has to do. Here is what they all need: a thread has a few open streams and
+reads each of them forwards, a stream that breaks is opened again at the byte that it has reached, and
+the digest of all bytes is taken along if they come in their order.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
-from typing import Any
+import threading
+from typing import Protocol
 
 from streamshard.disk.files import as_stream
 from streamshard.disk.inputs import Stamp
 from streamshard.disk.mapped import Mapped
+from streamshard.disk.remote_digest import Frontier
 from streamshard.disk.sources import Abilities
 from streamshard.disk.system import AnyPath
-from streamshard.errors import ReadError
+from streamshard.disk.waiting import wait
+from streamshard.errors import HubError, printable
 
-__all__ = ["Remote", "RemoteFile"]
+__all__ = ["AgainError", "Opener", "Remote", "RemoteFile", "Stream"]
+
+MOST_STREAMS = 4
+"""Of a thread and file: a fused weight is made of three that lie apart."""
+GAP_NBYTES = 1 << 20
+"""What lies between two places is read and dropped up to that size: a new stream takes longer."""
+BLOCK_NBYTES = 128 * 1024
+"""Less than that is asked of a stream in blocks of this size, which are kept."""
+WAITS = (0.5, 2.0, 8.0, 20.0)
+"""Seconds after the first, second … failure in a row; one more is the end."""
+LONGEST_WAIT = 330.0
+"""Seconds that a server may ask for: those of the hub count requests by five minutes."""
 
 
-class _Frontier:
-    def outcome(self) -> tuple[bool, str]:
-        """Not known."""
-        return False, "it was read in parts"
+class AgainError(Exception):
+    """A stream could not be opened or has broken, and another try may do: whose reason is no matter.
+
+    `seconds` is how long the server asks to wait.
+    """
+
+    def __init__(self, reason: str, seconds: float | None = None) -> None:
+        super().__init__(reason, seconds)
+        self.reason, self.seconds = reason, seconds
+
+
+class Stream(Protocol):
+    """Bytes of a file, one after the other."""
+
+    def readinto(self, out: memoryview) -> int:
+        """Put the next bytes into `out`, at least one; 0 if no more come. Raises `AgainError`."""
+
+    def close(self) -> None:
+        """Close it, wherever it is; raises nothing."""
+
+
+class Opener(Protocol):
+    """Who keeps a file."""
+
+    def open(self, start: int, stop: int) -> Stream:
+        """A stream of the bytes `[start, stop)`.
+
+        Raises `AgainError`, or what is the end of the run.
+        """
 
 
 class Remote:
-    """A file elsewhere."""
+    """A file elsewhere: what is known of it, and what of it has come.
+
+    It has `nbytes` bytes, and `head` are the first of these. `digest` is that of its content, as
+    `sha256:…` or `git:…`, or anything else that nobody can compute. `name` is what people are told.
+    One is there for all who open it, so that the digest is taken of what any of them reads.
+    """
 
     def __init__(
-        self, name: str, nbytes: int, digest: str, opener: Any, *, head: bytes = b""
+        self, name: str, nbytes: int, digest: str, opener: Opener, *, head: bytes = b""
     ) -> None:
-        self.name, self.nbytes, self.digest, self.opener = name, nbytes, digest, opener
-        self.head, self.frontier = head, _Frontier()
+        self.name, self.nbytes, self.digest = name, nbytes, digest
+        self.head, self._opener = head, opener
+        self.stamp = _stamp(digest, nbytes)
+        self.frontier = Frontier(name, nbytes, digest)
+        self.opened = 0
+        """How often a stream was asked for."""
+        self.received = 0
+        """Bytes that came."""
+        self._lock = threading.Lock()
+        self.frontier.note(0, memoryview(head))
 
     def open(self, key: AnyPath) -> RemoteFile:
-        """It."""
+        """It, as a source with this key."""
         return RemoteFile(key, self)
+
+    def open_stream(self, start: int, stop: int) -> Stream:
+        """A stream of some of its bytes."""
+        with self._lock:
+            self.opened += 1
+        return self._opener.open(start, stop)
+
+    def note(self, start: int, data: memoryview) -> None:
+        """Take note of bytes that came. Raises `WrongDigestError` with the last of them."""
+        self.frontier.note(start, data)
+        with self._lock:
+            self.received += len(data)
 
 
 class RemoteFile:
-    """A file that is read by ranges."""
+    """A `Remote` that is open to be read, at any place, by several threads."""
+
+    spare = False
 
     def __init__(self, key: AnyPath, remote: Remote) -> None:
-        self.path: AnyPath = key
-        self.nbytes, self.spare = remote.nbytes, False
-        self.stamp = Stamp(0, 0, self.nbytes, 0, 0)
-        self._opener, self._head = remote.opener, remote.head
+        self.path, self.nbytes, self.stamp = key, remote.nbytes, remote.stamp
+        self._remote = remote
+        self._lines: dict[int, list[_Line]] = {}
+        """The streams of each thread; the last one was used last."""
 
     @property
     def abilities(self) -> Abilities:
         """What it can do."""
-        return Abilities(ranges=True, local=None)
+        return Abilities(ranges=True, local=None, in_order=True)
 
-    def read_into(self, out: memoryview, offset: int) -> int:
-        """Fill `out`."""
-        stop = min(offset + len(out), self.nbytes)
-        if stop <= offset:
-            return 0
-        known = self._head[offset : offset + len(out)]
-        out[: len(known)] = known
-        done = len(known)
-        if done == stop - offset:
-            return done
-        stream = self._opener.open(offset + done, stop)
-        try:
-            while done < stop - offset:
-                count = stream.readinto(out[done : stop - offset])
-                if not count:
-                    raise ReadError.at(self.path, "short")
-                done += count
-        finally:
-            stream.close()
-        return done
+    def __enter__(self) -> RemoteFile:  # noqa: PYI034 - Self needs Python 3.11
+        return self
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """Bytes."""
-        out = bytearray(max(min(nbytes, self.nbytes - offset), 0))
-        self.read_into(memoryview(out), offset)
-        return bytes(out)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all streams."""
+        for lines in [*self._lines.values()]:
+            for line in lines:
+                line.close()
+        self._lines.clear()
+
+    def check(self) -> None:
+        """It does not change: its content has this digest, or it is another one."""
 
     def mapping(self) -> Mapped | None:
-        """None."""
+        """None: it must be read."""
         return None
 
     def stream(self) -> io.BufferedReader:
-        """A file."""
+        """It as Python has files."""
         return as_stream(self)
 
-    def check(self) -> None:
-        """Nothing can change."""
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Up to `nbytes` bytes from `offset` on; of the file hardly more is asked for."""
+        out = io.BytesIO(bytes(max(min(nbytes, self.nbytes - offset), 0)))
+        with out.getbuffer() as buffer:
+            self._fill(buffer, offset, offset + max(len(buffer), BLOCK_NBYTES))
+        return out.getvalue()
+
+    def read_into(self, out: memoryview, offset: int) -> int:
+        """Fill `out` from `offset` on; fewer bytes than asked for only at the end.
+
+        Who reads so goes on to the end of the file as a rule: a stream that is opened goes there. Raises
+        `HubError` if no more bytes come, however often they are asked for.
+        """
+        wanted = out[: max(min(len(out), self.nbytes - offset), 0)]
+        self._fill(wanted, offset, self.nbytes)
+        return len(wanted)
+
+    def _fill(self, out: memoryview, offset: int, stop: int) -> None:
+        known = self._remote.head[offset : offset + len(out)]
+        out[: len(known)] = known
+        if len(known) < len(out):
+            offset += len(known)
+            self._line(offset).fill(out[len(known) :], offset, min(stop, self.nbytes))
+
+    def _line(self, offset: int) -> _Line:
+        """The stream of this thread that is best to read from there."""
+        lines = self._lines.setdefault(threading.get_ident(), [])
+        near = [line for line in lines if line.kept_from <= offset <= line.at + GAP_NBYTES]
+        if near:
+            line = min(near, key=lambda one: abs(offset - one.at))
+            lines.remove(line)
+        else:
+            if len(lines) >= MOST_STREAMS:
+                lines.pop(0).close()
+            line = _Line(self._remote, offset)
+        lines.append(line)
+        return line
+
+
+class _Line:
+    """A place in a file that moves forwards, and the stream of what comes next."""
+
+    def __init__(self, remote: Remote, at: int) -> None:
+        self.at = at
+        """Where the next byte that comes is."""
+        self._remote = remote
+        self._stream: Stream | None = None
+        self._end = at
+        self._failures = 0
+        self._block = bytearray()
+        self._nkept = 0
+
+    @property
+    def kept_from(self) -> int:
+        """The bytes from there to `at` are kept."""
+        return self.at - self._nkept
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Close the stream; another one is opened when it is needed."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
 
-    def __enter__(self) -> RemoteFile:  # noqa: PYI034
-        return self
+    def fill(self, out: memoryview, offset: int, stop: int) -> None:
+        """Fill `out` from `offset` on, which is not far; a stream that is opened goes to `stop`."""
+        while len(out):
+            if self.kept_from <= offset < self.at:
+                first = offset - self.kept_from
+                count = min(self._nkept - first, len(out))
+                out[:count] = memoryview(self._block)[first : first + count]
+            elif offset == self.at and len(out) >= BLOCK_NBYTES:
+                self._nkept = 0
+                count = self._more(out, stop)
+            else:
+                count = 0
+                self._keep(stop)
+            out, offset = out[count:], offset + count
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _keep(self, stop: int) -> None:
+        """Have the next block here."""
+        if not self._block:
+            self._block = bytearray(BLOCK_NBYTES)
+        self._nkept = 0
+        self._nkept = self._more(memoryview(self._block), stop)
+
+    def _more(self, out: memoryview, stop: int) -> int:
+        """Put the next bytes into `out`, at least one, however often the stream breaks."""
+        while True:
+            try:
+                count = self._next(out, stop)
+            except AgainError as error:
+                self.close()
+                self._failed(error)
+            except BaseException:
+                self.close()
+                raise
+            else:
+                self._failures = 0
+                self._remote.note(self.at, out[:count])
+                self.at += count
+                return count
+
+    def _next(self, out: memoryview, stop: int) -> int:
+        if self._stream is None or self.at == self._end:
+            self.close()
+            self._end = stop
+            self._stream = self._remote.open_stream(self.at, stop)
+        count = self._stream.readinto(out[: self._end - self.at])
+        if not count:
+            raise AgainError("the connection ended too early")
+        return count
+
+    def _failed(self, error: AgainError) -> None:
+        """Wait for the next try, if there is one."""
+        self._failures += 1
+        name, reason = printable(self._remote.name), printable(error.reason)
+        if self._failures > len(WAITS):
+            raise HubError(
+                f"{name}: nothing comes from byte {self.at:,} on, in {self._failures} tries: {reason}. "
+                "Run the same command again: it continues. Without --stream it downloads files first."
+            )
+        asked = error.seconds or 0
+        if asked > LONGEST_WAIT:
+            raise HubError(
+                f"{name}: {reason}, and asks to wait {asked:,.0f} seconds. Run the same command again "
+                "then: it continues."
+            )
+        wait(max(WAITS[self._failures - 1], asked))
+
+
+def _stamp(digest: str, nbytes: int) -> Stamp:
+    """The identity of content: that of its digest, for ever."""
+    number = 0
+    with contextlib.suppress(ValueError):
+        number = int(digest.rpartition(":")[2][:15], 16)
+    return Stamp(-1, number, nbytes, 0, 0)

@@ -24,11 +24,12 @@ class Abilities:
 
     With `ranges`, a part of it costs about what that part has of bytes. `local` is the path of a file
     on this machine that has the same bytes, for libraries that open files themselves; None if there
-    is none.
+    is none. `in_order` says that it is best read by one thread, from its beginning to its end.
     """
 
     ranges: bool
     local: AnyPath | None
+    in_order: bool = False
 
 
 class Source(Protocol):

@@ -13,8 +13,8 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.disk.paths import PathLike
 from streamshard.engine.fingerprint import Fingerprint
-from streamshard.engine.outlet import Outlet
 from streamshard.engine.option_values import dtype_option, size_option
+from streamshard.engine.outlet import Outlet
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
@@ -145,7 +145,7 @@ class OutputOptions(BaseOptions, total=False):
     """Check everything and write nothing."""
     push_to: str | None
     """A repository on the hub, as "org/name": each finished weight file is uploaded while others are
-    written, and one commit at the end puts everything there. Without an output folder nothing stays here."""
+    written, and one commit at the end puts all in place. Without an output folder nothing stays here."""
     private: bool
     """Have the repository be private, if it is made."""
     commit_message: str | None

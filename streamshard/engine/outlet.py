@@ -76,12 +76,13 @@ class Outlet(Protocol):
         files: Sequence[SentFile],
         target: Target,
         sent: Collection[str],
-        going: Callable[[], bool],
     ) -> str:
         """Put all of them there at once, and compare; those `sent` need not be in the folder.
 
         Returns the version.
         """
 
-    def described(self, version: str | None, files: Sequence[str], target: Target) -> dict[str, Any]:
+    def described(
+        self, version: str | None, files: Sequence[str], target: Target | None
+    ) -> dict[str, Any]:
         """What the report says of it."""

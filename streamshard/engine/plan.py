@@ -118,7 +118,7 @@ def _check_names(files: Mapping[str, Path | bytes], shards: Sequence[Shard]) -> 
 
 
 class _Room(NamedTuple):
-    """What the disk has free, if it tells; what is needed of it; how many weight files that is at once."""
+    """What the disk has free, if it tells; what is needed of it; how many files of weights that is."""
 
     free: int | None
     needed: int

@@ -26,6 +26,7 @@ from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, exactness, new_report, update
 from streamshard.engine.report import finished as in_the_end
 from streamshard.engine.resume import check_finished
+from streamshard.engine.sending import Publishing
 from streamshard.engine.staging import Staging, output_folder
 from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
@@ -49,7 +50,13 @@ def run(job: Job, options: Options) -> Report:
             overwrite=made.overwrite,
         )
         check_writable(made.output)
-        return in_the_end(_report(made, kept=kept), started)
+        report = _report(made, kept=kept)
+        if made.outlet is not None:
+            target = made.outlet.look(_published(made), overwrite=made.overwrite)
+            report["warnings"] += target.warnings
+            names = sorted(_published(made))
+            report["pushed"] = made.outlet.described(target.version, names, target)
+        return in_the_end(report, started)
     return execute(made, progress=options.progress, on_step=options.on_step, started=started)
 
 
@@ -78,6 +85,7 @@ def execute(
                 made.fingerprint.identity(made.files),
                 names=_names(made.shards, made.files),
                 overwrite=made.overwrite,
+                keeps=made.outlet is None or made.outlet.keeps,
             )
         )
         _fill(made, staging, report, progress, on_step or (lambda *_: None), started)
@@ -95,12 +103,13 @@ def _report(made: Plan, *, kept: Collection[str] | None = None) -> dict[str, Any
         **new_report(made.command, {}, made.layout),
         "tensors": sum(len(shard.tensors) for shard in made.shards),
         "parameters": sum(total_parameters(shard.tensors) for shard in made.shards),
-        "output": str(made.output),
+        "output": None if made.outlet is not None and not made.outlet.keeps else str(made.output),
         "bytes": made.nbytes,
         "shards": len(made.shards),
         **made.facts,
         "update": None,
         "exactness": None,
+        "pushed": None,
         "resumed": len(kept or ()),
         "dry_run": kept is not None,
         "plan": None if kept is None else made.as_dict(),
@@ -116,13 +125,18 @@ def _fill(
     started: float,
 ) -> None:
     """Write everything into the folder where an output is built, and what is measured into the report."""
-    resumed = check_finished(
-        made.shards,
+    publishing = None
+    if made.outlet is not None:
+        publishing = Publishing(made.outlet, staging, _published(made), overwrite=made.overwrite)
+        report["warnings"] += publishing.warnings
+    gone = set() if publishing is None else publishing.gone()
+    resumed = len(gone) + check_finished(
+        [shard for shard in made.shards if shard.name not in gone],
         staging,
         workers=made.workers,
         progress=progress,
         on_step=on_step,
-        sha256=made.sha256,
+        sha256=made.sha256 or publishing is not None,
     )
     left = [shard for shard in made.shards if shard.name not in staging.finished]
     own = {name for shard in left for name in shard.tensors}
@@ -138,6 +152,23 @@ def _fill(
     distances = _distances(made.compared, made.shards, finished)
     report |= {"resumed": resumed, "l2": distances.report(), "update": update(finished)}
     report["exactness"] = exactness(finished)
+    if publishing is None or not publishing.is_ready:
+        _write_rest(made, staging, report, distances, started)
+        if publishing is not None:
+            publishing.note_ready()
+    if publishing is not None:
+        report["pushed"] = publishing.finish(on_step)
+
+
+def _write_rest(
+    made: Plan,
+    staging: Staging,
+    report: dict[str, Any],
+    distances: Distances,
+    started: float,
+) -> None:
+    """Write what lies beside the weights: files, index, and the record of all."""
+    finished = [staging.finished[shard.name] for shard in made.shards]
     _write_beside(made.files, staging)
     names = list(made.files)
     if len(made.shards) > 1:
@@ -167,6 +198,12 @@ def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
     """Every file that is made on the way to an output."""
     weights = [name for shard in shards for name in (shard.name, part_name(shard.name))]
     return {*weights, *beside, INDEX_NAME, REPORT_NAME}
+
+
+def _published(made: Plan) -> set[str]:
+    """Every file of an output."""
+    index = {INDEX_NAME} if len(made.shards) > 1 else set()
+    return {*(shard.name for shard in made.shards), *made.files, *index, REPORT_NAME}
 
 
 def _write_beside(files: Mapping[str, Path | bytes], staging: Staging) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from streamshard.checkpoint.sent_files import MovedError, SentFile, described
 from streamshard.disk.folders import exists
-from streamshard.engine.job import Plan
 from streamshard.engine.journal import Elsewhere, FinishedShard
 from streamshard.engine.outlet import Outlet, Target
 from streamshard.engine.staging import Staging
@@ -25,11 +24,11 @@ __all__ = ["Publishing", "Sender"]
 class Sender:
     """One thread that sends shards, in the order in which they are finished. An error stops the run."""
 
-    def __init__(self, plan: Plan, staging: Staging, stop: Stop, lock: threading.Lock) -> None:
-        assert plan.outlet is not None
-        self._outlet: Outlet = plan.outlet
+    def __init__(
+        self, outlet: Outlet, most: int | None, staging: Staging, stop: Stop, lock: threading.Lock
+    ) -> None:
+        self._outlet, self._most = outlet, most
         self._staging, self._stop, self._lock = staging, stop, lock
-        self._most = plan.on_disk
         self._held = 0
         self._room = threading.Condition()
         self._tasks: queue.SimpleQueue[FinishedShard | None] = queue.SimpleQueue()
@@ -109,11 +108,12 @@ def is_sent(shard: FinishedShard, noted: Elsewhere) -> bool:
 class Publishing:
     """An output that goes to a store: what is there at the beginning, and how all is put there."""
 
-    def __init__(self, plan: Plan, staging: Staging, names: Sequence[str]) -> None:
-        assert plan.outlet is not None
-        self._outlet: Outlet = plan.outlet
+    def __init__(
+        self, outlet: Outlet, staging: Staging, names: Collection[str], *, overwrite: bool
+    ) -> None:
+        self._outlet = outlet
         self._staging, self._names = staging, sorted(names)
-        noted = staging.elsewhere(self._outlet.key)
+        noted = staging.elsewhere(outlet.key)
         self.version: str | None = None
         """What was put there, once it was: by this run, or by one that did not hear of it."""
         if noted.ready:
@@ -121,13 +121,16 @@ class Publishing:
         self.target: Target | None = None
         if self.version is None:
             try:
-                self.target = self._outlet.begin(
-                    self._names, overwrite=plan.overwrite, seen=noted.seen
-                )
+                self.target = self._outlet.begin(self._names, overwrite=overwrite, seen=noted.seen)
             except MovedError as error:
                 self._note_moved(error)
                 raise
             staging.add_elsewhere(self._outlet.key, Elsewhere(seen=self.target.version))
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the report says of what is there."""
+        return () if self.target is None else self.target.warnings
 
     def gone(self) -> set[str]:
         """The finished shards that are there already and not to be kept here."""
@@ -167,24 +170,21 @@ class Publishing:
                 files.append(described(folder / name, name))
         self._staging.add_elsewhere(self._outlet.key, Elsewhere(ready=files))
 
-    def finish(self, on_step: OnStep, going: Callable[[], bool]) -> dict[str, Any]:
+    def finish(self, on_step: OnStep) -> dict[str, Any]:
         """Put all of it there at once, unless that was done; returns what the report says."""
         key = self._outlet.key
         noted = self._staging.elsewhere(key)
-        if self.version is None:
-            assert self.target is not None
+        if self.target is not None:
             on_step("committing", 0, 0)
             sent = [one.name for one in noted.ready if noted.sent.get(one.name) == one]
             try:
                 self.version = self._outlet.commit(
-                    self._staging.folder, noted.ready, self.target, sent, going
+                    self._staging.folder, noted.ready, self.target, sent
                 )
             except MovedError as error:
                 self._note_moved(error)
                 raise
-        return self._outlet.described(
-            self.version, [one.name for one in noted.ready], self.target
-        )
+        return self._outlet.described(self.version, [one.name for one in noted.ready], self.target)
 
     def _note_moved(self, error: MovedError) -> None:
         """Those who have been told what is there now need not be told again."""

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from streamshard.checkpoint.file_names import JOURNAL_NAME
 from streamshard.disk import folders
 from streamshard.disk.folders import exists, held, inode_of, remove_empty, sync_folder
-from streamshard.disk.held import Held, Inode
+from streamshard.disk.held import Held
+from streamshard.disk.remote_digest import WrongDigestError
 from streamshard.disk.system import system, writing
 from streamshard.engine.beside_output import places_beside
 from streamshard.engine.claims import (
@@ -27,7 +28,6 @@ from streamshard.engine.claims import (
     check_replaceable,
     remove_listed,
     replaceable,
-    strangers,
 )
 from streamshard.engine.fingerprint import Identity
 from streamshard.engine.journal import Journal
@@ -56,12 +56,12 @@ def output_folder(
 ) -> Iterator[Staging]:
     """A staging folder that takes the place of `target` when the block succeeds.
 
-    Unless it `keeps` what was written: then it is removed. `names` are all files that may be made in it, relative to it. If a run with the same `plan` was
-    interrupted, its staging folder is continued. Whatever happens, `target` is either as it was or
-    complete. What is finished is kept if the block ends by a signal or because a disk failed;
-    otherwise nothing is left. Raises `OutputError` if `target` is more than an empty
-    folder and not to be overwritten, or is not ours, if another run writes it, if it was begun with
-    another plan, or if something that no run of ours has made is in the way.
+    Unless it `keeps` what was written: then it is removed. `names` are all files that may be made in it,
+    relative to it. If a run with the same `plan` was interrupted, its staging folder is continued.
+    Whatever happens, `target` is either as it was or complete. What is finished is kept if the block ends
+    by a signal or because a disk failed; otherwise nothing is left. Raises `OutputError` if `target` is
+    more than an empty folder and not to be overwritten, or is not ours, if another run writes it, if it
+    was begun with another plan, or if something that no run of ours has made is in the way.
     """
     target = folders.resolved(target)
     beside = places_beside(target)
@@ -240,7 +240,7 @@ def _leave(staging: Staging, error: BaseException) -> bool:
     where = printable(str(staging.folder))
     # Not if the same would happen again, nor what is of an input that is no longer there.
     passing = isinstance(error, (OutputError, ReadError, WriteError, HubError, MemoryError))
-    passing = passing and not isinstance(error, ChangedError)
+    passing = passing and not isinstance(error, (ChangedError, WrongDigestError))
     keeps = (passing or not isinstance(error, Exception)) and staging.finished
     if _is_at(staging, staging.folder) is False:
         _add_to(error, f"What was written was not removed: it is where {where} was moved.")

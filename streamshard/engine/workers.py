@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias, TypeVar
 
 from streamshard.disk.files import Files
+from streamshard.disk.waiting import wait_by
 from streamshard.limits import STACK_NBYTES
 from streamshard.tensors.kernel import keep_subnormals
 from streamshard.tensors.workspace import Held, Workspace
@@ -54,6 +55,11 @@ class Stop:
         if self._event.is_set():
             raise Stopped
 
+    def wait(self, seconds: float) -> None:
+        """Wait for so long; raise `Stopped` as soon as the run has ended."""
+        if self._event.wait(seconds):
+            raise Stopped
+
 
 def share(
     items: Iterable[T],
@@ -76,6 +82,7 @@ def share(
         workspace = Workspace(files, held)
         try:
             keep_subnormals()
+            wait_by(stop.wait)
             while stop.going():
                 with lock:
                     item = next(taken, _END)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
@@ -27,9 +26,12 @@ from streamshard.disk.new_files import OutputFile
 from streamshard.engine.do_task import WRITE_BYTES, do, measure
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import FinishedShard
+from streamshard.engine.lanes import Place, lanes
 from streamshard.engine.long_names import part_name
-from streamshard.engine.shard_task import Member, Result, ShardTask, parts_of
+from streamshard.engine.sending import Sender
+from streamshard.engine.shard_task import Member, Result, ShardTask
 from streamshard.engine.staging import Staging
+from streamshard.engine.task_order import cuts_of, ordered
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
 from streamshard.errors import WriteError, printable
 from streamshard.tensors.rounding import Change, Changes
@@ -40,10 +42,6 @@ __all__ = ["write_shards"]
 
 # What the disk is asked to begin with, and the progress is told, at a time.
 NOTED_BYTES = 8 * 1024 * 1024
-# What is only copied is worth an order of its own from here on.
-STRETCH_BYTES = 32 * 1024 * 1024
-# A part of a tensor begins on a multiple.
-ALIGNED_BYTES = 4096
 
 
 class _Open:
@@ -176,35 +174,72 @@ class _Run:
         self.lock = threading.Lock()
         self.background = Background(self.stop)
         self.senders = Senders(self.stop) if plan.direct else None
-        self.opened: set[_Open] = set()
+        self.sender: Sender | None = None
+        if plan.outlet is not None:
+            self.sender = Sender(plan.outlet, plan.on_disk, staging, self.stop, self.lock)
+        self.opened: dict[str, _Open] = {}
         self.copying = 0
         self.inputs = active()
 
-    def items(self, shards: Sequence[Shard]) -> Iterator[_Item]:
-        """Every task; shards are begun on the way."""
-        left = sum(total_nbytes(shard.tensors) for shard in shards)
-        for shard in shards:
-            opened = _Open(shard, self.staging.folder, self.senders)
-            self.opened.add(opened)
-            opened.output.write(memoryview(opened.header), 0)
-            path, nbytes = opened.output.path, shard.nbytes  # a sum over all of its tensors
-            members = [
-                Member(name, begin, shard.tensors[name], self.plan.compared.reference.get(name))
-                for name, begin in opened.begins.items()
-            ]
-            for place, alone in ordered(members, lambda: not self.copying):
-                member = members[place]
-                whole = ShardTask(
-                    path, nbytes, member.begin, member.end, (member,), self.plan.inputs
-                )
-                cuts = cuts_of(member, left, self.plan.workers, direct=self.senders is not None)
-                left -= member.tensor.nbytes
-                split = _Split(whole, len(cuts) - 1) if len(cuts) > 2 else None
-                for first, last in pairwise(cuts):
-                    with self.lock:
-                        self.copying += alone
-                    part = whole if split is None else replace(whole, begin=first, end=last)
-                    yield _Item(opened, place, part, alone, split)
+    def items(self, shards: Sequence[Shard]) -> Iterator[Iterable[_Item]]:
+        """Every task; together those that one thread is to do, one after the other."""
+        if self.sender is None or self.plan.on_disk is None:
+            yield from self.tasks(shards)
+            return
+        for shard in shards:  # whatever is begun is ended, with no other shard being begun
+            self.sender.take_room()
+            yield from self.tasks([shard])
+
+    def tasks(self, shards: Sequence[Shard]) -> Iterator[Iterable[_Item]]:
+        """The tasks of some shards, which are begun on the way."""
+        in_order, others = lanes(shards, self.plan.compared.reference)
+        for lane in in_order:
+            yield (item for place in lane for item in self.parts(place))
+        left = sum(shard.tensors[name].nbytes for shard, _, name in others)
+        for _, places in groupby(others, lambda place: place[0].name):
+            some = [*places]
+            members = [self.member(place) for place in some]
+            for number, alone in ordered(members, lambda: not self.copying):
+                for item in self.parts(some[number], left, copied=alone):
+                    yield (item,)
+                left -= members[number].tensor.nbytes
+
+    def member(self, place: Place) -> Member:
+        """A tensor of a shard, where it lies there, and what it is compared with."""
+        shard, _, name = place
+        reference = self.plan.compared.reference.get(name)
+        return Member(name, self.begun(shard).begins[name], shard.tensors[name], reference)
+
+    def parts(self, place: Place, left: int = 0, *, copied: bool = False) -> Iterator[_Item]:
+        """The tasks of a tensor; `left` are all bytes not begun yet, 0 if it is not to be cut."""
+        opened, member = self.begun(place[0]), self.member(place)
+        path, nbytes = opened.output.path, place[0].nbytes
+        whole = ShardTask(path, nbytes, member.begin, member.end, (member,), self.plan.inputs)
+        workers = self.plan.workers if left else 1
+        cuts = cuts_of(member, left, workers, direct=self.senders is not None)
+        split = _Split(whole, len(cuts) - 1) if len(cuts) > 2 else None
+        for first, last in pairwise(cuts):
+            with self.lock:
+                self.copying += copied
+            part = whole if split is None else replace(whole, begin=first, end=last)
+            yield _Item(opened, place[1], part, copied, split)
+
+    def begun(self, shard: Shard) -> _Open:
+        """A shard that is being written, from when it is first asked for."""
+        with self.lock:
+            found = self.opened.get(shard.name)
+            if found is None:
+                self.stop.check()
+                found = _Open(shard, self.staging.folder, self.senders)
+                self.opened[shard.name] = found
+                found.output.write(memoryview(found.header), 0)
+        return found
+
+    def write_all(self, items: Iterable[_Item], work: Workspace) -> None:
+        """Do tasks, one after the other."""
+        for item in items:
+            self.stop.check()
+            self.write(item, work)
 
     def write(self, item: _Item, work: Workspace) -> None:
         """Do a task, and note what is known when all of its tensor is written."""
@@ -234,7 +269,7 @@ class _Run:
         path = opened.output.path
         opened.output.sync()
         opened.output.close()
-        sha256 = new_sha256() if self.plan.sha256 else None
+        sha256 = new_sha256() if self.plan.sha256 or self.sender is not None else None
         if sha256 is not None:
             told = partial(self.tell_hashed, opened.shard.name)
             hash_file(path, sha256, going=self.stop.going, told=told)
@@ -246,7 +281,9 @@ class _Run:
             rename(path, path.with_name(shard.name))
             sync_folder(path.parent)
             self.staging.add(shard)
-            self.opened.remove(opened)
+            del self.opened[shard.name]
+        if self.sender is not None:
+            self.sender.add(shard)
 
     def tell_hashed(self, name: str, nbytes: int) -> None:
         """Note bytes of which the SHA-256 was taken, and tell them once nothing else is done."""
@@ -263,13 +300,19 @@ class _Run:
                 left = sum(shard.nbytes for shard in shards) if self.plan.sha256 else 0
                 self.on_step("hashing" if left else "syncing", left, self.hashed)
         self.background.finish()
+        if self.sender is not None:
+            if self.on_step is not None:
+                self.sender.told = partial(self.on_step, "uploading")
+            self.sender.finish()
 
     def end(self) -> None:
         """Close what an error left open; from now on nothing is finished any more."""
         with self.lock:
             self.stop.fail(Stopped())
             self.background.abandon()
-            for opened in self.opened:
+            if self.sender is not None:
+                self.sender.abandon()
+            for opened in self.opened.values():
                 opened.output.abandon()
         if self.senders is not None:
             self.senders.finish()
@@ -290,51 +333,16 @@ def write_shards(
     """
     run = _Run(plan, staging, progress, on_step)
     left = [shard for shard in plan.shards if shard.name not in staging.finished]
+    if run.sender is not None:
+        for shard in plan.shards:
+            if shard.name in staging.finished:
+                run.sender.add(staging.finished[shard.name], before=True)
     if on_step is not None:
         to_write = sum(total_nbytes(shard.tensors) for shard in left)
         on_step("writing", plan.tensor_nbytes, plan.tensor_nbytes - to_write)
     try:
         spare = run.senders is not None
-        share(run.items(left), run.write, plan.workers, run.stop, spare=spare)
+        share(run.items(left), run.write_all, plan.workers, run.stop, spare=spare)
         run.wait(left)
     finally:
         run.end()
-
-
-def is_copied(member: Member) -> bool:
-    """Whether all bytes of a tensor are those of files."""
-    return all(piece.ranges() is not None for piece in member.tensor.pieces)
-
-
-def ordered(members: Sequence[Member], idle: Callable[[], bool]) -> Iterator[tuple[int, bool]]:
-    """The places of members in the order in which they are begun, and whether it is a long copy.
-
-    A stretch that is only copied keeps the disk busy and the processor idle, so one of it is begun
-    whenever `idle` says that nobody copies. What is copied between others stays there: ahead of these,
-    its ends would wait for the rest of their blocks in memory.
-    """
-    copied, others = deque[int](), deque[int]()
-    for kind, places in groupby(range(len(members)), lambda place: is_copied(members[place])):
-        stretch = [*places]
-        long = sum(members[place].tensor.nbytes for place in stretch) >= STRETCH_BYTES
-        (copied if kind and long else others).extend(stretch)
-    while copied or others:
-        alone = bool(copied) and (not others or idle())
-        yield (copied if alone else others).popleft(), alone
-
-
-def cuts_of(member: Member, left: int, workers: int, *, direct: bool = False) -> list[int]:
-    """Where a tensor is cut into parts, its two ends among that; `left` are all bytes not begun yet.
-
-    Only one that is more than a worker's share of what is left: the others would have to wait for
-    it. Parts are measured in a second pass, which costs less than that, but not nothing. What goes
-    around the page cache (`direct`) would have to be read from the disk for it, and of what is only
-    copied one worker has more to write than the disk can: that is not cut.
-    """
-    most = 1 if direct and is_copied(member) else parts_of(member.tensor)
-    if member.tensor.nbytes * workers <= left or workers < 2 or most < 2:
-        return [member.begin, member.end]
-    step = max(left // (2 * workers), member.tensor.nbytes // most)
-    step = -(-step // ALIGNED_BYTES) * ALIGNED_BYTES
-    first = (member.begin // ALIGNED_BYTES + 1) * ALIGNED_BYTES + step
-    return [member.begin, *range(first, member.end - step // 2, step), member.end]

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 from fake_hub import Hub
 from folders import make
 from hub_commands import contents, of_content, report, same, streamshard
-from hub_faults import Status
+from hub_faults import OtherBytes
 from make_checkpoint import write_adapter
 from pairs import wrap_as_the_trainer
 
@@ -28,6 +29,8 @@ def shop(tmp_path_factory):
     }
     write_adapter(root / "lora", "tiny", layout="custom")
     wrap_as_the_trainer(root / "wrapped")
+    for folder in found.values():
+        (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text")
     return found
 
 
@@ -125,7 +128,7 @@ def test_every_command(command, shop, hub, home, tmp_path):
                 assert mine[name] == theirs[name], (way, name)
             for name in theirs.keys() & {"adapter_config.json"}:
                 assert json.loads(mine[name]) == as_local(theirs[name].decode(), shop)
-        if way == "cached" and command not in ("inspect", "inspect adapter"):
+        if way == "cached" and command not in ("inspect", "inspect adapter", "across"):
             assert [*of_content(hub)] == []
         if way == "streamed":
             kept = {path.stat().st_size for path in home.rglob("blobs/*")}
@@ -204,7 +207,7 @@ def test_a_folder_and_a_file_in_a_repository(shop, hub, home):
     plain = streamshard(hub, home, "inspect", shop["custom"], "--json")
     assert same({**report(inside), "path": None}, {**report(plain), "path": None})
     assert report(inside)["path"] == "org/nested/sub/er"
-    one = sorted(shop["custom"].glob("*.safetensors"))[0].name
+    one = min(shop["custom"].glob("*.safetensors")).name
     got = report(streamshard(hub, home, "inspect", f"hf://org/nested@main/sub/er/{one}", "--json"))
     assert (
         got["tensors"]
@@ -242,10 +245,7 @@ def test_inspect_reads_headers_only(hub, home, tmp_path):
         assert "README" not in paths
 
 
-def test_a_merge_goes_on_whichever_way_it_is_read(shop, hub, home, tmp_path):
-    """The fingerprint is of what the hub says: begun by ranges, it goes on from the cache."""
-    from streamshard.engine import writer  # noqa: F401 - the tests below start processes
-
+def test_the_plan_says_what_is_downloaded(shop, hub, home, tmp_path):
     out = tmp_path / "out"
     begun = streamshard(hub, home, *line("merge", None, out, "--stream", "--dry-run"))
     assert report(begun)["plan"]["download_bytes"] == 0
@@ -256,19 +256,57 @@ def test_a_merge_goes_on_whichever_way_it_is_read(shop, hub, home, tmp_path):
     assert not out.exists()
 
 
-def test_resumed_in_another_way(shop, hub, home, tmp_path):
-    """Begun by ranges and broken off when the hub fails; finished from the cache."""
-    out = tmp_path / "out"
-    last = sorted(shop["custom"].glob("*.safetensors"))[-1].name
-    rule = hub.fail(Status(410), path=f"*/{last}", port="content", nth=2, times=None)
-    broken = streamshard(hub, home, *line("merge", None, out, "--stream", "--workers", "1"))
-    assert broken.code != 0
+@pytest.fixture
+def large(hub, tmp_path):
+    """A base of three shards of a megabyte, of which headers are small parts, and an adapter."""
+    layers = [f"language_model.model.layers.{n}.self_attn.q_proj" for n in range(3)]
+    base = reference.save_checkpoint(
+        tmp_path / "large",
+        *(
+            {f"{layer}.weight": reference.normal((1024, 512), 0.02, seed=n, dtype="BF16")}
+            for n, layer in enumerate(layers)
+        ),
+    )
+    factors = {
+        f"base_model.model.{layer}.lora_{factor}.weight": reference.normal(shape, 0.02, seed=9)
+        for layer in layers
+        for factor, shape in (("A", (4, 512)), ("B", (1024, 4)))
+    }
+    adapter = reference.save_adapter(tmp_path / "its-lora", factors, r=4, lora_alpha=8)
+    hub.add_repo("org/large", base)
+    hub.forget()
+    return tuple(["--base", str(one), "--adapter", str(adapter)] for one in ("org/large", base))
+
+
+def test_resumed_in_another_way(large, hub, home, tmp_path):
+    """Begun by ranges and broken off when the hub fails; finished with files of the cache."""
+    far, near = large
+    out = ["--output", str(tmp_path / "out")]
+    rule = hub.fail(OtherBytes(), path="*-00003-of-*", port="content", nth=2, times=None)
+    broken = streamshard(hub, home, "merge-lora", *far, *out, "--stream", "--workers", "1")
+    assert broken.code == 9, broken.err
+    assert not [*home.rglob("*.safetensors")]
     hub.faults.rules.remove(rule)
-    done = report(streamshard(hub, home, *line("merge", None, out)))
-    assert done["resumed"] > 0
-    whole = streamshard(hub, home, *line("merge", shop, tmp_path / "local"))
+    hub.forget()
+    done = report(streamshard(hub, home, "merge-lora", *far, *out, "--json"))
+    assert done["resumed"] == 2
+    assert not [r for r in of_content(hub) if r.status == 200 and "-00003-" not in r.path]
+    whole = streamshard(hub, home, "merge-lora", *near, "--output", tmp_path / "local")
     assert whole.code == 0
-    assert contents(out) == contents(tmp_path / "local")
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
+def test_what_was_streamed_in_order_is_checked(large, hub, home, tmp_path):
+    far, near = large
+    more = ["--output", tmp_path / "o", "--stream", "--json"]
+    got = report(streamshard(hub, home, "merge-lora", *far, *more))
+    files = got["sources"]["base"]["files"].values()
+    assert [one["checked"] for one in files] == [True] * 3, files
+    assert {one["how"] for one in files} == {
+        "streamed in order, and equal to the digest of the hub"
+    }
+    assert streamshard(hub, home, "merge-lora", *near, "--output", tmp_path / "l").code == 0
+    assert contents(tmp_path / "o") == contents(tmp_path / "l")
 
 
 def test_the_cache_is_that_of_every_tool(shop, hub, home, tmp_path):
@@ -332,14 +370,16 @@ def test_a_path_that_is_here_wins(shop, hub, home, tmp_path, monkeypatch):
 
 def test_the_output_is_called_as_the_model(hub, home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    got = report(streamshard(hub, home, "merge-lora", "--adapter", "org/lora", "--base", "org/custom", "--json"))  # fmt: skip
+    both = ["--adapter", "org/lora", "--base", "org/custom"]
+    got = report(streamshard(hub, home, "merge-lora", *both, "--json"))
     assert got["output"] == "custom-merged"
     assert (tmp_path / "custom-merged" / "config.json").exists()
 
 
 def test_several_adapters(shop, hub, home, tmp_path):
-    both = ["--adapter", "org/lora", "--adapter", str(shop["lora"])]
-    got = report(streamshard(hub, home, "merge-lora", *both, "--base", "org/custom", "--output", tmp_path / "o", "--json"))  # fmt: skip
+    write_adapter(tmp_path / "other", "tiny", layout="custom", seed=7)
+    both = ["--adapter", "org/lora", "--adapter", str(tmp_path / "other"), "--base", "org/custom"]
+    got = report(streamshard(hub, home, "merge-lora", *both, "--output", tmp_path / "o", "--json"))
     assert got["sources"].keys() == {"adapter_1", "base"}
     assert len(got["adapters"]) == 2
 
@@ -355,7 +395,8 @@ import json, streamshard
 steps = []
 report = streamshard.merge_lora(
     base="org/custom", adapter=["org/lora"], output={str(tmp_path / "out")!r}, revision="main",
-    cache_dir={str(tmp_path / "cache")!r}, offline=False, stream=False, on_step=lambda *s: steps.append(s),
+    cache_dir={str(tmp_path / "cache")!r}, offline=False, stream=False,
+    on_step=lambda *s: steps.append(s),
 )
 there = streamshard.inspect("org/custom", cache_dir={str(tmp_path / "cache")!r}, offline=True)
 print(json.dumps([report["sources"], steps, repr(there)]))

@@ -18,7 +18,8 @@ from reference import INDEX, load_file
 
 from streamshard import StreamshardError, merge_lora
 from streamshard.engine.shard_task import Member
-from streamshard.engine.writer import NOTED_BYTES, STRETCH_BYTES, ordered
+from streamshard.engine.task_order import STRETCH_BYTES, ordered
+from streamshard.engine.writer import NOTED_BYTES
 from streamshard.tensors.computed import Computed
 from streamshard.tensors.lazy import Stored
 from streamshard.tensors.low_rank import LowRank

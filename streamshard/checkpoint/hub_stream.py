@@ -1,0 +1,77 @@
+"""The body of an answer, read from the client's own connection in large pieces.
+
+The client reads 64 KB at a time and copies it three times, which is half of what reading costs. Once it
+has handed over what it has received, the rest of the body is what comes next on its connection, and is
+read from there, where the client lets us see that nothing is left in it. Else it reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from streamshard.disk.remote import AgainError
+
+__all__ = ["Body"]
+
+_TO_PROTOCOL = ("_stream", "_httpcore_stream", "_stream", "_connection", "_h11_state")
+
+
+class Body:
+    """The `nbytes` bytes of an answer; `stack` is what is left when it is closed."""
+
+    def __init__(self, response: Any, nbytes: int, stack: contextlib.ExitStack) -> None:
+        self._response, self._stack, self._left = response, stack, nbytes
+        self._pieces = response.iter_raw()
+        self._kept = memoryview(b"")
+        self._connection: Any = None
+
+    def readinto(self, out: memoryview) -> int:
+        """Put the next bytes into `out`; 0 if no more come. Raises `AgainError`."""
+        if not self._kept:
+            self._kept = memoryview(self._next(min(len(out), self._left)))
+        count = min(len(out), len(self._kept), self._left)
+        out[:count] = self._kept[:count]
+        self._kept = self._kept[count:]
+        self._left -= count
+        return count
+
+    def close(self) -> None:
+        """Give the connection back, or close it if not everything was read."""
+        with contextlib.suppress(Exception):
+            if not self._left and self._connection is None:
+                next(self._pieces, b"")  # the end, which leaves the connection for the next one
+        with contextlib.suppress(Exception):
+            self._stack.close()
+
+    def _next(self, nbytes: int) -> bytes:
+        from huggingface_hub import constants
+
+        try:
+            if self._connection is not None:
+                return bytes(
+                    self._connection.read(nbytes, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+                )
+            piece = bytes(next(self._pieces, b""))
+        except Exception as error:  # the connection has its own kinds, and none is a fault of ours
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise AgainError(f"the connection broke: {reason}") from error
+        self._connection = bare_connection(self._response)
+        return piece
+
+
+def bare_connection(response: Any) -> Any:
+    """The connection of an answer whose other bytes come there as they are; None if that is not sure.
+
+    What the protocol's implementation has received and not handed over would be missed: it is looked
+    at. Private names are on the way there; where they are others, the client reads on.
+    """
+    headers = response.headers
+    if response.http_version != "HTTP/1.1" or "Transfer-Encoding" in headers:
+        return None
+    protocol = response.stream
+    for name in _TO_PROTOCOL:
+        protocol = getattr(protocol, name, None)
+    if getattr(protocol, "trailing_data", None) != (b"", False):
+        return None
+    return response.extensions.get("network_stream")
