@@ -7,6 +7,7 @@ told by the files that are there then, by their digests; and so is whether all w
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,21 +117,18 @@ class HubPush:
         return is_uploaded(operation)
 
     def find(self, files: Sequence[SentFile], since: str | None) -> str | None:
-        """The newest commit after `since` that has these files as they are; None if there is none."""
+        """The first commit after `since` that has these files as they are; None if there is none."""
         from huggingface_hub import HfApi
 
         head = self._head()
         if head is None or head[0] == since:
             return None
-        if not differing(files, self._tree(head[0])):
-            return head[0]
         with sending(self.repo, "reading its commits"):
             commits = again(lambda: list(HfApi().list_repo_commits(self.repo)))
-        for commit in commits[:MAX_COMMITS]:
-            if commit.commit_id == since:
-                break
-            if not differing(files, self._tree(commit.commit_id)):
-                return str(commit.commit_id)
+        newer = itertools.takewhile(lambda commit: commit != since, (c.commit_id for c in commits))
+        for commit in [*itertools.islice(newer, MAX_COMMITS)][::-1]:
+            if not differing(files, self._tree(commit)):
+                return str(commit)
         return None
 
     def commit(
@@ -239,11 +237,13 @@ class HubPush:
             if not wrong or not pause(2.0**tried):
                 break
         if wrong:
-            raise HubError(
+            error = MovedError(
                 f"{self.repo}: the commit {made[:12]} was made, but of what the hub lists there "
                 f"{listed(wrong)} is not as it was given. Look at {self.key}/tree/{made}: a .gitignore "
-                "may leave files out. Then run the same command again."
+                "may leave files out. Then run the same command again, with --overwrite."
             )
+            error.version = made
+            raise error
 
     def _check_taken(self, operation: Any) -> None:
         if is_left_out(operation):
@@ -305,9 +305,10 @@ class HubPush:
         there = self._tree(version)
         others = sorted(name for name in there if _is_weight(name) and name not in names)
         ours = sorted(name for name in there if name in names)
-        if (others or any(map(_is_model, ours))) and not overwrite:
+        model = [*others, *filter(_is_model, ours)]
+        if model and not overwrite:
             raise OutputError(
-                f"{self.repo}: holds a model already ({listed([*others, *ours], 3)}). Choose another "
+                f"{self.repo}: holds a model already ({listed(model, 3)}). Choose another "
                 "name, or pass --overwrite: then one commit replaces those files, and removes weights "
                 "that are no part of the output; the old ones stay in its history."
             )

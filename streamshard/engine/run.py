@@ -153,6 +153,7 @@ def _fill(
     report |= {"resumed": resumed, "l2": distances.report(), "update": update(finished)}
     report["exactness"] = exactness(finished)
     if publishing is None or not publishing.is_ready:
+        staging.drop_ready()
         _write_rest(made, staging, report, distances, started)
         if publishing is not None:
             publishing.note_ready()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -48,6 +49,8 @@ from streamshard.errors import (
 )
 
 __all__ = ["Staging", "output_folder"]
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -172,9 +175,11 @@ def _sent(staging: Staging, lock: Lock) -> Iterator[Staging]:
     try:
         yield staging
         with writing(staging.folder, 0):
-            staging.check_content()
             staging.check_place()
-            staging.discard()
+            stays = staging.discard()
+        if stays:
+            where = printable(str(staging.folder))
+            _log.warning("%s stays: there is %s, which is not ours", where, listed(stays))
         gone = True
         lock.settle()
     except BaseException as error:

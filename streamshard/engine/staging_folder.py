@@ -57,6 +57,14 @@ class Staging:
         self._journal.finished.pop(name, None)
         self.drop(name)
 
+    def drop_ready(self) -> None:
+        """Remove what an earlier run had ready beside the weights: it is written anew."""
+        for noted in self._journal.elsewhere.values():
+            for file in noted.ready:
+                if file.name not in self.finished:
+                    self.drop(file.name)
+            noted.ready = ()
+
     def make_folders(self, folder: Path) -> list[Path]:
         """Make a folder in this one and those around it; returns what was made, innermost first."""
         made = []
