@@ -155,7 +155,7 @@ WRITING = with_options(
     option(
         HUB,
         "--commit-message",
-        metavar="TEXT",
+        metavar="WORDS",
         help="Of what --push-to commits.",
     ),
     READING,

@@ -16,7 +16,7 @@ def place_text(report: dict[str, Any]) -> str:
 
 def pushed_text(report: dict[str, Any]) -> list[str]:
     """What goes to the hub, or went there."""
-    pushed, plan = report["pushed"], report.get("plan")
+    pushed, plan = report.get("pushed"), report.get("plan")
     if pushed is None:
         return []
     files = files_text(len(pushed["files"]))

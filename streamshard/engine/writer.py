@@ -171,7 +171,7 @@ class _Run:
         self.staging = staging
         self.progress = progress
         self.stop = Stop()
-        self.lock = threading.Lock()
+        self.lock, self.beginning = threading.Lock(), threading.Lock()
         self.background = Background(self.stop)
         self.senders = Senders(self.stop) if plan.direct else None
         self.sender: Sender | None = None
@@ -226,7 +226,7 @@ class _Run:
 
     def begun(self, shard: Shard) -> _Open:
         """A shard that is being written, from when it is first asked for."""
-        with self.lock:
+        with self.beginning:  # of its own: the disk may take its time
             found = self.opened.get(shard.name)
             if found is None:
                 self.stop.check()
