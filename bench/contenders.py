@@ -16,7 +16,7 @@ __all__ = ["CASES", "Contender", "contenders"]
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAMSHARD = [sys.executable, "-m", "streamshard"]
-CASES = ("copies", "ranks", "dora", "wrapped", "two", "convert", "l2", "shards", "peft")
+CASES = ("copies", "ranks", "dora", "wrapped", "two", "convert", "l2", "shards", "many", "peft")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,22 @@ config = json.loads((source / "adapter_config.json").read_text()) | {"use_dora":
 (target / "adapter_config.json").write_text(json.dumps(config))
 """
 
+# All names of the largest model, with tensors of a few bytes: what each tensor costs by itself.
+MANY = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+tools, target = map(Path, sys.argv[1:])
+sys.path.insert(0, str(tools))
+from make_checkpoint import PRESETS, write_adapter, write_checkpoint
+large = PRESETS["InternVL3_5-241B-A28B"]
+vision = replace(large.vision, hidden=16, heads=2, intermediate=16, image_size=28)
+small = replace(large, vision=vision, hidden=16, heads=4, kv_heads=2, head_dim=8, intermediate=16,
+                expert_intermediate=8, vocab=64, image_token=60)
+write_checkpoint(target, small, layout="custom", max_shard_size="500KB")
+write_adapter(target / "adapter", small, layout="custom", r=2)
+"""
+
 
 def contenders(
     preset: str, folder: Path, output: Path, cases: Sequence[str], ranks: Sequence[int]
@@ -149,6 +165,11 @@ def contenders(
     if "dora" in cases:
         command = [*merge, "--base", str(base), "--adapter", str(inputs.dora(16))]
         found.append(Contender("merge-lora DoRA r=16", command, base))
+    if "many" in cases:
+        many = inputs.many()
+        command = [*merge, "--base", str(many), "--adapter", str(many / "adapter")]
+        found.append(Contender("merge-lora, 36,472 small pairs", command, many))
+        found.append(Contender("the like, before the first byte", [*command, "--dry-run"], many))
     if "two" in cases:
         both = [f"--adapter={inputs.adapter(rank)}" for rank in (16, 8)]
         found.append(
@@ -212,6 +233,12 @@ class _Inputs:
         path = str(self.folder / f"r{rank}")
         command = [*self._tool("hf"), "--adapter", path, "--adapter-r", str(rank)]
         return self._made(f"r{rank}", command)
+
+    def many(self) -> Path:
+        """A model of very many small tensors, with a pair for nearly each, whatever the preset is."""
+        path = self.folder / "many"
+        tools = str(ROOT / "tools")
+        return self._made(path.name, [sys.executable, "-c", MANY, tools, str(path)])
 
     def dora(self, rank: int) -> Path:
         """The like with magnitudes."""

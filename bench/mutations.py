@@ -204,8 +204,8 @@ MUTANTS = (
     ),
     Mutant(
         "nothing-kept-on-write-errors",
-        "(OutputError, ReadError, WriteError, MemoryError)",
-        "(OutputError, ReadError, MemoryError)",
+        "(OutputError, ReadError, WriteError, HubError, MemoryError)",
+        "(OutputError, ReadError, HubError, MemoryError)",
         "a full disk costs all that was finished",
         ("test_what_is_finished_is_kept_when_a_disk_fails",),
     ),
@@ -294,8 +294,8 @@ MUTANTS = (
     ),
     Mutant(
         "changed-inputs-are-continued",
-        "    passing = passing and not isinstance(error, ChangedError)\n",
-        "",
+        "    passing = passing and not isinstance(error, (ChangedError, WrongDigestError))\n",
+        "    passing = passing and not isinstance(error, WrongDigestError)\n",
         "what is finished of inputs that have changed is kept",
         ("test_what_an_earlier_run_has_finished_goes_too",),
     ),
@@ -365,8 +365,8 @@ MUTANTS = (
     ),
     Mutant(
         "recipe-without-places",
-        'self._text(f"Stored {number} {value.offset} {value.shape} {value.dtype}")',
-        'self._text(f"Stored {number} {value.shape} {value.dtype}")',
+        'self._texts.append(f"Stored {number} {value.offset} {value.shape} {value.dtype}")',
+        'self._texts.append(f"Stored {number} {value.shape} {value.dtype}")',
         "a run continues though tensors come from other places of the same file",
         ("test_the_place_of_a_tensor_is_part_of_the_plan",),
     ),
@@ -423,8 +423,8 @@ MUTANTS = (
     ),
     Mutant(
         "verify-ignores-what-was-added",
-        "            problem = harm(entry)\n",
-        "            problem = None\n",
+        "            extra.append(name)\n            problem = harm(entry)\n",
+        "            extra.append(name)\n            problem = None\n",
         "a module or weight file that somebody added is right",
         ("test_code_and_weights_that_were_added",),
     ),
@@ -612,7 +612,7 @@ MUTANTS = (
     ),
     Mutant(
         "budget-not-kept",
-        "        if needed(1) > max_memory:",
+        "        if one > max_memory:",
         "        if False:",
         "--max-memory is not kept",
         ("test_a_budget_too_small_for_one_worker",),

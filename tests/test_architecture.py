@@ -325,7 +325,7 @@ assert report["merged"] == 2
 """
     loaded = loaded_after(code)
     assert not loaded & {"torch", "transformers", "peft"}
-    assert {"numpy", "safetensors"} <= loaded
+    assert "numpy" in loaded
     assert (pair.output / "streamshard.json").exists()
 
 

@@ -15,6 +15,8 @@ import pytest
 from make_checkpoint import PRESETS, main, tensor_shapes, write_adapter, write_checkpoint
 from presets import SPELLINGS, model_config
 
+import streamshard
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -412,3 +414,16 @@ def test_importing_needs_only_numpy() -> None:
     )
     heavy = {"torch", "transformers", "safetensors", "streamshard", "click"}
     assert not heavy & set(run.stdout.split())
+
+
+def test_a_demo_is_one_model_in_both_layouts_an_adapter_and_a_training_checkpoint(tmp_path):
+    assert make_checkpoint.main(["--demo", str(tmp_path)]) == 0
+    found = streamshard.diff(tmp_path / "base", tmp_path / "base-hf")
+    assert (found["different"], found["missing"], found["unexpected"]) == ([], [], [])
+    merged = streamshard.merge_lora(
+        base=tmp_path / "base", adapter=tmp_path / "lora", output=tmp_path / "merged"
+    )
+    trained = streamshard.merge_lora(checkpoint=tmp_path / "trained", output=tmp_path / "folded")
+    assert merged["merged"] > 0
+    assert trained["merged"] > 0
+    assert trained["update"]["effected"] > 0

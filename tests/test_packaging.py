@@ -23,6 +23,7 @@ pytestmark = slow
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "streamshard"
 SOURCES = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+TOOLS = {f"streamshard_tools/{path.name}" for path in (ROOT / "tools").glob("*.py")}
 COMPILED = ("streamshard/disk/_mapping", "streamshard/tensors/_kernels")
 TYPES = {"streamshard/py.typed", *(f"{name}.pyi" for name in COMPILED)}
 C_SOURCES = {*(f"{name}.c" for name in COMPILED), "streamshard/tensors/_tiles.h"}
@@ -49,9 +50,11 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sdist")
     tree = root / "tree"
     unwanted = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "*.egg-info")
-    shutil.copytree(PACKAGE, tree / "streamshard", ignore=unwanted)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
+    for name in ("streamshard", "tools", "tests", "bench", "docs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=unwanted)
+    for file in ROOT.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            shutil.copy(file, tree)
     code = "import setuptools.build_meta as b; print(b.build_sdist('../dist'))"
     name = run(sys.executable, "-c", code, cwd=tree).splitlines()[-1]
     return root / "dist" / name
@@ -98,13 +101,29 @@ def test_the_sdist_has_all_that_a_build_needs(sdist):
     } <= names
 
 
+def test_the_sdist_passes_tests_of_its_own(sdist, site, tmp_path):
+    """Unpacked, with the compiled parts of its wheel: some files of tests as examples."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    for compiled in site.glob("streamshard/*/*.abi3.so"):
+        shutil.copy(compiled, tree / compiled.relative_to(site).parent)
+    chosen = (
+        "tests/checkpoint/test_header.py",
+        "tests/cli/test_help.py",
+        "tests/test_architecture.py",
+    )
+    options = ("-p", "no:cacheprovider", "-p", "no:randomly")
+    run(sys.executable, "-m", "pytest", *options, *chosen, cwd=tree, PYTHONPATH=str(tree))
+
+
 def test_the_wheel_has_all_that_runs_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         compiled = {name for name in names if name.endswith((".so", ".pyd"))}
         entries = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
         script = archive.read(entries).decode()
-    assert names - compiled - C_SOURCES == SOURCES | TYPES
+    assert names - compiled - C_SOURCES == SOURCES | TYPES | TOOLS
     assert len(compiled) == len(COMPILED) * has_compiler()
     # One for all versions of Python from 3.11 on.
     assert "-cp311-abi3-" in wheel.name
@@ -139,3 +158,23 @@ def test_the_command_merges(site, tmp_path):
     assert weights_of(pair.output) == weights_of(tmp_path / "here")
     assert "is right" in run(script, "verify", pair.output, cwd=tmp_path, **elsewhere)
     assert run(script, "--version", cwd=tmp_path, **elsewhere)
+
+
+def test_the_tools_are_commands(site, tmp_path):
+    """A checkpoint and an adapter by the installed command, merged by the installed drop-in's engine."""
+    elsewhere = {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+
+    def tool(name: str, *line: object) -> str:
+        return run(site / "bin" / f"streamshard-{name}", *line, cwd=tmp_path, **elsewhere)
+
+    tool("make-checkpoint", "--preset", "tiny", "--layout", "custom", "--output", "custom")
+    tool("make-checkpoint", "--preset", "tiny", "--layout", "hf", "--output", "hf")
+    said = tool(
+        "internvl_hf2custom", "--hf_path", "hf", "--custom_path", "custom", "--save_path", "out"
+    )
+    assert "Missing keys: []" in said
+    assert "Missing keys: []" in tool(
+        "internvl_custom2hf", "--custom_path", "out", "--hf_path", "hf", "--save_path", "back"
+    )
+    assert weights_of(tmp_path / "back") == weights_of(tmp_path / "hf")
+    assert "INPUT_PATH" in tool("merge_lora", "--help")

@@ -9,6 +9,7 @@ sharding. Examples:
   python tools/make_checkpoint.py --preset InternVL3-8B --layout hf --adapter adapter
   python tools/make_checkpoint.py --preset tiny --layout hf --output tied --tied \
       --max-shard-size 100KB --adapter tied-lora --adapter-r 4 --adapter-targets all
+  python tools/make_checkpoint.py --demo demo
   python tools/make_checkpoint.py --list
 """
 
@@ -626,6 +627,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--list", action="store_true", help="list all presets with their sizes and stop")
+    add("--demo", type=Path, metavar="DIR",
+        help="write base, base-hf, lora and trained into this folder: one model in both layouts, an "
+        "adapter, a training checkpoint (of the preset tiny, or of --preset)")  # fmt: skip
     add("--preset", metavar="NAME", help="tiny, InternVL3-8B, ...; --list shows all")
     add("--layout", choices=LAYOUTS, help="custom: InternVLChatModel; hf: transformers' own class")
     add("--seed", type=int, default=0, help="other values of the same model (default 0)")
@@ -672,8 +676,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         sys.stdout.write(_list_presets())
         return 0
+    if args.demo is not None:
+        from demo import write_demo
+
+        try:
+            made = write_demo(args.demo, args.preset or "tiny", args.seed)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        sys.stdout.writelines(f"{args.demo / name}: {what}\n" for name, what in made.items())
+        return 0
     if not (args.preset and args.layout and (args.output or args.adapter)):
-        parser.error("needs --preset, --layout, and --output or --adapter (or both)")
+        parser.error("needs --demo; or --preset, --layout, and --output or --adapter (or both)")
     alpha = int(args.adapter_alpha) if args.adapter_alpha.is_integer() else args.adapter_alpha
     try:
         if args.output:

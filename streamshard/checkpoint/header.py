@@ -1,4 +1,4 @@
-"""The safetensors file format: reading and building headers, nothing else.
+"""Headers of the safetensors file format, read and judged.
 
 Rules: https://github.com/huggingface/safetensors (README, `Metadata::validate`). A header is
 accepted if our own strict reading and the official parser both accept it (which is not asked about
@@ -8,7 +8,6 @@ what the official writer writes); what the official parser lets through against 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.json_files import parse_prefix, parse_small
+from streamshard.checkpoint.new_header import MAX_TENSORS, PREFIX_NBYTES, header_pieces
 from streamshard.checkpoint.other_kinds import check_beginning
 from streamshard.disk.far import far_at
 from streamshard.disk.files import open_source
@@ -30,9 +30,7 @@ from streamshard.tensors.lazy import Lazy, Stored
 __all__ = [
     "MAX_NAME_BYTES",
     "Header",
-    "build_header",
     "data_start",
-    "framed",
     "header_text",
     "parse_header",
     "read_header",
@@ -42,16 +40,12 @@ __all__ = [
 
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-# What the hub's parser reads; what is written shall be read by both.
-MAX_WRITTEN_HEADER_BYTES = 25_000_000
 # Limits of ours. They bound time and memory, and are far from real files: the largest InternVL has
 # 40,000 tensors in all its files, and names of 120 bytes.
 MAX_RANK = 64
 MAX_NAME_BYTES = 1024
-MAX_TENSORS = 100_000
 MAX_METADATA_BYTES = 1_000_000
 
-_PREFIX_NBYTES = 8  # the length of the JSON, before it
 _FIELDS = {"dtype", "shape", "data_offsets"}
 # Repetitions are bounded, so that a match that fails has not cost more than the limits above.
 _NAME = re.compile(
@@ -60,9 +54,7 @@ _NAME = re.compile(
 )
 _BODY = re.compile(rb"\{[^{}]{0,4096}\}")
 _NEXT = re.compile(rb"[ \t\n\r]*([,}])")
-_COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 _OLDEST = {*NUMPY, "BF16"}
-_ORDER = {name: place for place, name in enumerate(DTYPE_BITS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,51 +79,6 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def build_header(
-    tensors: Mapping[str, Lazy], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file with these tensors, and where each tensor's data begins.
-
-    Offsets are counted from the first byte of the file. Order, spacing and padding are those
-    of the official writer (`prepare` in safetensors/src/tensor.rs): widest dtype first, then by
-    name; JSON without spaces or escapes, padded with spaces to a multiple of 8.
-    """
-    names = sorted(tensors, key=lambda name: (-_ORDER[tensors[name].dtype], name))
-    ordered = {name: tensors[name] for name in names}
-    # Entry by entry: all of them as objects would take many times the bytes of the text.
-    header = bytearray(_PREFIX_NBYTES)
-    for piece in _pieces(ordered, metadata):
-        header += piece
-    header += b" " * (-len(header) % 8)
-    nbytes = len(header) - _PREFIX_NBYTES
-    if nbytes > MAX_WRITTEN_HEADER_BYTES or len(tensors) > MAX_TENSORS:
-        raise InputError(
-            f"a file of {len(tensors):,} tensors would have a header of {nbytes:,} bytes; not every "
-            f"reader takes more than {MAX_WRITTEN_HEADER_BYTES:,} bytes, or {MAX_TENSORS:,} tensors. "
-            "Choose a smaller --max-shard-size."
-        )
-    header[:_PREFIX_NBYTES] = nbytes.to_bytes(_PREFIX_NBYTES, "little")
-    begins, begin = {}, len(header)
-    for name, tensor in ordered.items():
-        begins[name] = begin
-        begin += tensor.nbytes
-    return bytes(header), begins
-
-
-def _pieces(tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> Iterator[bytes]:
-    """The JSON of a header as the official writer has it, for tensors that follow each other."""
-    mark, begin = b"{", 0
-    if metadata:
-        yield b'{"__metadata__":%s' % _COMPACT.encode(dict(metadata)).encode()
-        mark = b","
-    for name, tensor in tensors.items():
-        shape, end = ",".join(map(str, tensor.shape)), begin + tensor.nbytes
-        entry = f'"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]'
-        yield b"%s%s:{%s}" % (mark, _COMPACT.encode(name).encode(), entry.encode())
-        mark, begin = b",", end
-    yield b"}" if mark == b"," else b"{}"
-
-
 def _is_as_written(header: Header, text: bytes) -> bool:
     """Whether a header is, byte for byte, what the official writer writes, and its parser reads.
 
@@ -141,36 +88,31 @@ def _is_as_written(header: Header, text: bytes) -> bool:
     if not {tensor.dtype for tensor in header.tensors.values()} <= _OLDEST:
         return False
     at = 0
-    for piece in _pieces(header.tensors, header.metadata):
+    for piece in header_pieces(header.tensors, header.metadata):
         if not text.startswith(piece, at):
             return False
         at += len(piece)
     return not text[at:].strip(b" ")
 
 
-def framed(text: bytes) -> bytes:
-    """The JSON of a header as a file begins with it: its length, and then itself."""
-    return len(text).to_bytes(_PREFIX_NBYTES, "little") + text
-
-
 def data_start(file: Source) -> int:
     """Where the tensors' bytes begin in a file, as its first bytes say, which nobody has checked."""
-    return _PREFIX_NBYTES + int.from_bytes(file.read(0, _PREFIX_NBYTES), "little")
+    return PREFIX_NBYTES + int.from_bytes(file.read(0, PREFIX_NBYTES), "little")
 
 
 def header_text(path: Path) -> tuple[bytes, int]:
     """The JSON of a file's header, not yet looked at, and the size of the file."""
     with open_source(path) as file:
         file_nbytes = file.nbytes
-        if file_nbytes < _PREFIX_NBYTES:
+        if file_nbytes < PREFIX_NBYTES:
             raise _broken(path, f"has only {file_nbytes} bytes; a header needs at least 8")
         check_beginning(path, file.read(0, 64), b"\x08\0\0\0\0\0\0\0{}")
-        length = data_start(file) - _PREFIX_NBYTES
+        length = data_start(file) - PREFIX_NBYTES
         if length > MAX_HEADER_BYTES:
             raise _broken(path, f"claims a header of {length:,} bytes; 100,000,000 is the limit")
-        if length > file_nbytes - _PREFIX_NBYTES:
+        if length > file_nbytes - PREFIX_NBYTES:
             raise _broken(path, f"claims a header of {length:,} bytes in {file_nbytes:,}")
-        text = file.read(_PREFIX_NBYTES, length)
+        text = file.read(PREFIX_NBYTES, length)
     if len(text) != length:
         raise _broken(path, "ends inside its header")
     return text, file_nbytes
@@ -182,7 +124,7 @@ def parse_header(path: Path, text: bytes, file_nbytes: int) -> Header:
     Entry by entry, so that neither time nor memory depends on what a hostile header nests or
     repeats; each entry is small, and what the first wrong one costs is all that is spent.
     """
-    start = _PREFIX_NBYTES + len(text)
+    start = PREFIX_NBYTES + len(text)
     metadata: dict[str, str] | None = None
     tensors: dict[str, Stored] = {}
     where = str(path)
@@ -342,7 +284,7 @@ def _broken(path: Path, problem: str, name: str | None = None) -> InputError:
 def _not_json(path: Path, at: int, problem: str) -> InputError:
     return _broken(
         path,
-        f"has a header that is not JSON as the format has it, near byte {_PREFIX_NBYTES + at:,}: "
+        f"has a header that is not JSON as the format has it, near byte {PREFIX_NBYTES + at:,}: "
         f"{printable(problem)}",
     )
 

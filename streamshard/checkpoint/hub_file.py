@@ -39,6 +39,7 @@ class ViewFile:
         self._lock = threading.Lock()
         self._local: Path | None = None
         self._remote: Remote | None = None
+        self._opener: HubFile | None = None
 
     @property
     def kept(self) -> bool:
@@ -83,6 +84,7 @@ class ViewFile:
             found = self._repository.download(self.listed, count)
             count(self.nbytes)
             self._check(found)
+            self._check_head(found)
             self._local = found
 
     def _check(self, found: Path) -> None:
@@ -96,6 +98,17 @@ class ViewFile:
             f"{self._repository.asked}: {printable(self.listed.name)} was downloaded, but is not what "
             f"the hub says that it is ({self.digest}). It was taken out of the cache: run the "
             "same command again."
+        )
+
+    def _check_head(self, found: Path) -> None:
+        """What was planned by a header that came before is only right if it is that of the file."""
+        head = b"" if self._remote is None else self._remote.head
+        with InputFile(found) as file:
+            if file.read(0, len(head)) == head:
+                return
+        raise HubError(
+            f"{self._repository.asked}: of {printable(self.listed.name)} its header came before, by "
+            "itself, and had other bytes. Nothing was made of it: run the same command again."
         )
 
     def head(self) -> None:
@@ -114,7 +127,7 @@ class ViewFile:
             if self._remote is None:
                 name = f"{asked}/{self.listed.name}"
                 kind, _, digest = self.digest.partition(":")
-                opener = HubFile(
+                self._opener = opener = HubFile(
                     asked.repo,
                     self._repository.commit,
                     self.listed.name,
@@ -136,7 +149,14 @@ class ViewFile:
             checked, how = self._remote.frontier.outcome()
         elif self.local() is not None and not checked:
             how = "it was in the cache before"
-        return {"bytes": self.nbytes, "digest": self.digest, "checked": checked, "how": how}
+        sent = self._opener.requests if self._opener is not None else 0
+        return {
+            "bytes": self.nbytes,
+            "digest": self.digest,
+            "checked": checked,
+            "how": how,
+            "requests": sent,
+        }
 
 
 def content_digest(path: Path, kind: str, told: Callable[[int], None] = lambda _: None) -> str:

@@ -14,7 +14,7 @@ from streamshard.disk.system import system, writing
 
 __all__ = ["read_head"]
 
-FIRST_NBYTES = 100_000  # headers of weights have 10 to 60 KB
+FIRST_NBYTES = 128 * 1024  # headers of weights have 10 to 60 KB
 
 
 def read_head(file: Source, here: Path) -> bytes:

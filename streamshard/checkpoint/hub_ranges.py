@@ -125,7 +125,7 @@ class HubFile:
                     self._link = url
                 return body
             response.close()
-            url = urljoin(url, target)
+            url = _sent_on(url, target)
         raise AgainError(f"it was sent on more than {_MOST_REDIRECTS} times")
 
     def _ask(
@@ -212,6 +212,17 @@ def check_parts(where: str, nbytes: int) -> None:
 def _origin(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     return parts.scheme, parts.netloc
+
+
+def _sent_on(url: str, target: str) -> str:
+    """Where an answer of `url` sends us."""
+    try:
+        found = urljoin(url, target)
+        if urlsplit(found).scheme in ("http", "https") and target.isprintable():
+            return found
+    except ValueError:
+        pass
+    raise AgainError(f"it was sent on to '{target}', which is no address")
 
 
 def _asked_to_wait(headers: Mapping[str, str]) -> float | None:

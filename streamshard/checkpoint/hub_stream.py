@@ -23,18 +23,18 @@ class Body:
     def __init__(self, response: Any, nbytes: int, stack: contextlib.ExitStack) -> None:
         self._response, self._stack, self._left = response, stack, nbytes
         self._pieces = response.iter_raw()
-        self._kept = memoryview(b"")
+        self._kept = b""
         self._connection: Any = None
 
-    def readinto(self, out: memoryview) -> int:
-        """Put the next bytes into `out`; 0 if no more come. Raises `AgainError`."""
-        if not self._kept:
-            self._kept = memoryview(self._next(min(len(out), self._left)))
-        count = min(len(out), len(self._kept), self._left)
-        out[:count] = self._kept[:count]
-        self._kept = self._kept[count:]
-        self._left -= count
-        return count
+    def read(self, nbytes: int) -> bytes:
+        """The next bytes, not more than that; none if no more come. Raises `AgainError`."""
+        piece = self._kept or self._next(nbytes)
+        if len(piece) > nbytes:
+            piece, self._kept = piece[:nbytes], piece[nbytes:]
+        else:
+            self._kept = b""
+        self._left -= len(piece)
+        return piece
 
     def close(self) -> None:
         """Give the connection back, or close it if not everything was read."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from streamshard.checkpoint.file_names import SINGLE_NAME, SUFFIX, numbered, written_name
 from streamshard.checkpoint.folder import Checkpoint
-from streamshard.checkpoint.header import build_header, total_nbytes, total_parameters
+from streamshard.checkpoint.header import total_nbytes, total_parameters
 from streamshard.checkpoint.json_files import json_pieces
+from streamshard.checkpoint.new_header import build_header
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = ["Shard", "index_pieces", "numbered_anew", "plan_shards", "shard_names"]

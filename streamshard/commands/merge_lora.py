@@ -117,6 +117,12 @@ def merge_lora(
         allow_merged_base=allow_merged_base,
     )
     kernel.chosen()  # one that this machine does not have is told before anything is done
+    # 6. Run; what was opened is no longer in memory by then, but for what is written.
+    return run(_job(asked, chosen, started), chosen)
+
+
+def _job(asked: Asked, chosen: Options, started: float) -> Job:
+    """What is to be written, found out step by step."""
     # 1. Open the base and the adapters.
     inputs = open_inputs(asked)
     # 2. Identify: is the base to be converted, too, and where does the result go?
@@ -125,7 +131,7 @@ def merge_lora(
     # 3. Match every tensor of the adapters with a weight, and 4. check that it is not in there yet.
     folded = _fold(asked, inputs)
     adapters = _described(folded, inputs.folders)
-    if not allow_merged_base:
+    if not asked.allow_merged_base:
         check_record(inputs.base, adapters)
     for described in adapters:
         note(*other_base(described.get(NAMED), inputs.base))
@@ -154,17 +160,16 @@ def merge_lora(
             "adapters": adapters,
         },
         choices={
-            "weight": weights,
-            "layout": layout,
-            "tokenizer_from": tokenizer_from,
-            "alpha": alpha,
-            "adapter_name": adapter_name,
-            "expert_order": expert_order,
+            "weight": asked.weight,
+            "layout": asked.layout,
+            "tokenizer_from": asked.tokenizer_from,
+            "alpha": asked.alpha,
+            "adapter_name": asked.adapter_name,
+            "expert_order": asked.expert_order,
         },
     )
     note_left_behind(written.files, [inputs.base.path, *written.donors])
-    # 6. Run.
-    return run(job, chosen)
+    return job
 
 
 def _goal(asked: Asked, base: Model) -> tuple[Layout, PathLike] | None:

@@ -14,7 +14,8 @@ from streamshard.checkpoint.digests import (
     shard_digest,
 )
 from streamshard.checkpoint.file_names import REPORT_NAME
-from streamshard.checkpoint.header import framed, header_text
+from streamshard.checkpoint.header import header_text
+from streamshard.checkpoint.new_header import framed
 from streamshard.checkpoint.open_anything import Opened, is_shard
 from streamshard.checkpoint.recorded_files import FileRecord, link_problem
 from streamshard.disk.files import open_source

@@ -29,7 +29,9 @@ MOST_STREAMS = 4
 GAP_NBYTES = 1 << 20
 """What lies between two places is read and dropped up to that size: a new stream takes longer."""
 BLOCK_NBYTES = 128 * 1024
-"""Less than that is asked of a stream in blocks of this size, which are kept."""
+"""Less than that is not asked of a stream; the last bytes are kept."""
+MOST_NBYTES = 1 << 20
+"""Nor more than that at a time."""
 WAITS = (0.5, 2.0, 8.0, 20.0)
 """Seconds after the first, second … failure in a row; one more is the end."""
 LONGEST_WAIT = 330.0
@@ -50,8 +52,11 @@ class AgainError(Exception):
 class Stream(Protocol):
     """Bytes of a file, one after the other."""
 
-    def readinto(self, out: memoryview) -> int:
-        """Put the next bytes into `out`, at least one; 0 if no more come. Raises `AgainError`."""
+    def read(self, nbytes: int) -> bytes:
+        """The next bytes, at least one and not more than that; none if no more come.
+
+        Raises `AgainError`.
+        """
 
     def close(self) -> None:
         """Close it, wherever it is; raises nothing."""
@@ -87,7 +92,7 @@ class Remote:
         self.received = 0
         """Bytes that came."""
         self._lock = threading.Lock()
-        self.frontier.note(0, memoryview(head))
+        self.frontier.note(0, head)
 
     def open(self, key: AnyPath) -> RemoteFile:
         """It, as a source with this key."""
@@ -99,7 +104,7 @@ class Remote:
             self.opened += 1
         return self._opener.open(start, stop)
 
-    def note(self, start: int, data: memoryview) -> None:
+    def note(self, start: int, data: bytes) -> None:
         """Take note of bytes that came. Raises `WrongDigestError` with the last of them."""
         self.frontier.note(start, data)
         with self._lock:
@@ -134,6 +139,7 @@ class RemoteFile:
             for line in lines:
                 line.close()
         self._lines.clear()
+        self._remote.frontier.rest()
 
     def check(self) -> None:
         """It does not change: its content has this digest, or it is another one."""
@@ -195,13 +201,12 @@ class _Line:
         self._stream: Stream | None = None
         self._end = at
         self._failures = 0
-        self._block = bytearray()
-        self._nkept = 0
+        self._kept = b""
 
     @property
     def kept_from(self) -> int:
         """The bytes from there to `at` are kept."""
-        return self.at - self._nkept
+        return self.at - len(self._kept)
 
     def close(self) -> None:
         """Close the stream; another one is opened when it is needed."""
@@ -212,30 +217,22 @@ class _Line:
     def fill(self, out: memoryview, offset: int, stop: int) -> None:
         """Fill `out` from `offset` on, which is not far; a stream that is opened goes to `stop`."""
         while len(out):
-            if self.kept_from <= offset < self.at:
-                first = offset - self.kept_from
-                count = min(self._nkept - first, len(out))
-                out[:count] = memoryview(self._block)[first : first + count]
-            elif offset == self.at and len(out) >= BLOCK_NBYTES:
-                self._nkept = 0
-                count = self._more(out, stop)
-            else:
-                count = 0
-                self._keep(stop)
+            if not self.kept_from <= offset < self.at:
+                wanted = len(out) + offset - self.at
+                self._kept = b""  # before the next ones come
+                self._kept = self._more(max(wanted, BLOCK_NBYTES), stop)
+                continue
+            first = offset - self.kept_from
+            count = min(len(self._kept) - first, len(out))
+            out[:count] = memoryview(self._kept)[first : first + count]
             out, offset = out[count:], offset + count
 
-    def _keep(self, stop: int) -> None:
-        """Have the next block here."""
-        if not self._block:
-            self._block = bytearray(BLOCK_NBYTES)
-        self._nkept = 0
-        self._nkept = self._more(memoryview(self._block), stop)
-
-    def _more(self, out: memoryview, stop: int) -> int:
-        """Put the next bytes into `out`, at least one, however often the stream breaks."""
+    def _more(self, nbytes: int, stop: int) -> bytes:
+        """The next bytes, at least one, however often the stream breaks."""
+        nbytes = min(nbytes, MOST_NBYTES)
         while True:
             try:
-                count = self._next(out, stop)
+                found = self._next(nbytes, stop)
             except AgainError as error:
                 self.close()
                 self._failed(error)
@@ -244,19 +241,19 @@ class _Line:
                 raise
             else:
                 self._failures = 0
-                self._remote.note(self.at, out[:count])
-                self.at += count
-                return count
+                self._remote.note(self.at, found)
+                self.at += len(found)
+                return found
 
-    def _next(self, out: memoryview, stop: int) -> int:
+    def _next(self, nbytes: int, stop: int) -> bytes:
         if self._stream is None or self.at == self._end:
             self.close()
             self._end = stop
             self._stream = self._remote.open_stream(self.at, stop)
-        count = self._stream.readinto(out[: self._end - self.at])
-        if not count:
+        found = self._stream.read(min(nbytes, self._end - self.at))
+        if not found:
             raise AgainError("the connection ended too early")
-        return count
+        return found
 
     def _failed(self, error: AgainError) -> None:
         """Wait for the next try, if there is one."""

@@ -6,13 +6,19 @@ file is known if at some time each of its bytes was the next one, and else it is
 
 from __future__ import annotations
 
-import hashlib
+import queue
 import threading
 from typing import Any
 
 from streamshard.errors import HubError, printable
 
 __all__ = ["Frontier", "WrongDigestError"]
+
+
+QUEUED = 8
+"""Blocks that wait for their turn, of up to 1 MB each."""
+ALONE_NBYTES = 1 << 20
+"""Up to that nobody needs another thread: that is a header."""
 
 
 class WrongDigestError(HubError):
@@ -30,7 +36,7 @@ class Frontier:
         self._equal = False
         self._lock = threading.Lock()
 
-    def note(self, start: int, data: memoryview) -> None:
+    def note(self, start: int, data: bytes) -> None:
         """Take bytes along that came from `start` on. Raises `WrongDigestError` with the last of them."""
         end = start + len(data)
         if not start <= self._at < end:
@@ -38,13 +44,18 @@ class Frontier:
             return
         with self._lock:
             if start <= self._at < end and self._hash is not None:
-                self._hash.update(data[self._at - start :])
+                self._hash.add(memoryview(data)[self._at - start :])
                 self._at = end
                 if end == self._nbytes:
-                    self._judge()
+                    self._judge(self._hash.digest())
 
-    def _judge(self) -> None:
-        found = self._hash.hexdigest()
+    def rest(self) -> None:
+        """Nothing comes for now."""
+        with self._lock:
+            if self._hash is not None:
+                self._hash.rest()
+
+    def _judge(self, found: str) -> None:
         if found != self._expected:
             raise WrongDigestError(
                 f"{printable(self._name)}: what came is not what the hub has: the digest of its "
@@ -65,10 +76,55 @@ class Frontier:
         return False, f"only its first {self._at:,} bytes were read"
 
 
-def _new(kind: str, nbytes: int) -> Any:
+class _Hash:
+    """A digest that another thread takes, while who reads goes on: it takes as long as reading does."""
+
+    def __init__(self, taken: Any) -> None:
+        self._hash = taken
+        self._blocks: queue.Queue[memoryview | None] = queue.Queue(QUEUED)
+        self._thread: threading.Thread | None = None
+        self._done = 0
+
+    def add(self, block: memoryview) -> None:
+        """Take a block along, which must not change; waits while there are too many."""
+        self._done += len(block)
+        if self._thread is None and (self._done < ALONE_NBYTES or not self._start()):
+            self._hash.update(block)
+        else:
+            self._blocks.put(block)
+
+    def rest(self) -> None:
+        """Have no thread until more comes."""
+        if self._thread is not None:
+            self._blocks.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def digest(self) -> str:
+        """That of everything."""
+        self.rest()
+        return str(self._hash.hexdigest())
+
+    def _start(self) -> bool:
+        thread = threading.Thread(target=self._loop, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system allows no more of them
+            return False
+        self._thread = thread
+        return True
+
+    def _loop(self) -> None:
+        while (block := self._blocks.get()) is not None:
+            self._hash.update(block)
+
+
+def _new(kind: str, nbytes: int) -> _Hash | None:
     """What takes a digest of that kind; None if nobody can."""
+    import hashlib
+
     if kind == "sha256":
-        return hashlib.sha256(usedforsecurity=False)
+        return _Hash(hashlib.sha256(usedforsecurity=False))
     if kind == "git":
-        return hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
+        return _Hash(hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False))
     return None

@@ -7,7 +7,8 @@ import heapq
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamshard.disk.direct import CHUNK_NBYTES
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from streamshard.checkpoint.shards import Shard
 
 __all__ = [
+    "Needs",
     "goes_around_cache",
-    "memory_estimate",
     "peak_rss_bytes",
     "worker_count",
     "workers_or_default",
@@ -46,24 +47,61 @@ _DIRECT_WORKER_NBYTES = 3 * CHUNK_NBYTES
 _SMALL_NBYTES = 16_000_000  # so little is written that nothing has to make way for it
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the tensors of a run need of memory, found in one walk over them."""
+
+    process: int
+    shared: tuple[int, ...]
+    """What is kept as a whole for all workers, the largest first."""
+    own: tuple[int, ...]
+    """What single workers need for a tensor or a part of one, the largest first."""
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> Needs:
+        """Those of all tensors of these files."""
+        held: dict[int, int] = {}
+        tensors = 0
+        # There may be fewer parts of large ones than workers.
+        own = [0] * MAX_WORKERS
+        for shard in shards:
+            tensors += len(shard.tensors)
+            for tensor in shard.tensors.values():
+                nbytes = tensor.buffer_nbytes()
+                if nbytes > own[0]:
+                    for _ in range(min(parts_of(tensor), MAX_WORKERS)):
+                        heapq.heappushpop(own, nbytes)
+                for node in tensor.held():
+                    held[id(node)] = node.nbytes
+        shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
+        process = _PROCESS_NBYTES + tensors * _TENSOR_NBYTES
+        return cls(process, tuple(shared), tuple(sorted(own, reverse=True)))
+
+    def nbytes(self, workers: int, *, direct: bool = False) -> int:
+        """About how many bytes of resident memory so many workers take at most."""
+        each = _WORKER_NBYTES + direct * _DIRECT_WORKER_NBYTES
+        held = sum(self.shared[: Held.count_for(workers)]) + sum(self.own[:workers])
+        return self.process + direct * _DIRECT_NBYTES + held + workers * each
+
+
 def worker_count(
-    shards: Sequence[Shard], workers: int | None, max_memory: int | None, *, direct: bool = False
+    needs: Needs, workers: int | None, max_memory: int | None, *, direct: bool = False
 ) -> int:
     """How many threads to use: as asked, else one a processor, fewer for a memory budget.
 
     Fewer also where a limit of this process leaves room for fewer. Raises `UsageError` if the budget
     does not allow a single one, `OutOfMemoryError` if such a limit does not.
     """
-    count, needed = _asked(workers), _needed(shards, direct=direct)
+    count, one = _asked(workers), needs.nbytes(1, direct=direct)
     if max_memory is not None:
-        if needed(1) > max_memory:
+        if one > max_memory:
             raise UsageError(
-                f"--max-memory is {max_memory:,} bytes, but one worker needs about {needed(1):,} for "
+                f"--max-memory is {max_memory:,} bytes, but one worker needs about {one:,} for "
                 "this model and adapter. Allow more, or leave the option out."
             )
-        while needed(count) > max_memory:
+        while needs.nbytes(count, direct=direct) > max_memory:
             count -= 1
-    return fitting(count, needed(1) - needed(0), blas=chosen() == "numpy")
+    return fitting(count, one - needs.nbytes(0, direct=direct), blas=chosen() == "numpy")
 
 
 def workers_or_default(workers: int | None) -> int:
@@ -80,37 +118,6 @@ def _asked(workers: int | None) -> int:
     return workers or min(_processors(), DEFAULT_WORKERS)
 
 
-def memory_estimate(shards: Sequence[Shard], workers: int, *, direct: bool = False) -> int:
-    """About how many bytes of resident memory a run takes at most."""
-    return _needed(shards, direct=direct)(workers)
-
-
-def _needed(shards: Sequence[Shard], *, direct: bool) -> Callable[[int], int]:
-    """The like for any number of workers."""
-    held: dict[int, int] = {}
-    tensors = 0
-    buffers: list[int] = []
-    for shard in shards:
-        tensors += len(shard.tensors)
-        for tensor in shard.tensors.values():
-            nbytes = tensor.buffer_nbytes()
-            if nbytes:
-                buffers += [nbytes] * min(parts_of(tensor), MAX_WORKERS)
-            for node in tensor.held():
-                held[id(node)] = node.nbytes
-    process = _PROCESS_NBYTES + tensors * _TENSOR_NBYTES + direct * _DIRECT_NBYTES
-    each = _WORKER_NBYTES + direct * _DIRECT_WORKER_NBYTES
-    shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
-    own = heapq.nlargest(MAX_WORKERS, buffers)
-
-    def needed(workers: int) -> int:
-        # There may be fewer parts of large ones than workers.
-        nbytes = sum(shared[: Held.count_for(workers)]) + sum(own[:workers])
-        return process + nbytes + workers * each
-
-    return needed
-
-
 def _processors() -> int:
     try:
         return len(os.sched_getaffinity(0))
@@ -118,17 +125,16 @@ def _processors() -> int:
         return os.cpu_count() or 1
 
 
-def goes_around_cache(io: str, shards: Sequence[Shard], max_memory: int | None = None) -> bool:
-    """Whether shards are written around the page cache, with that `--io`.
+def goes_around_cache(io: str, nbytes: int, needs: Needs, max_memory: int | None = None) -> bool:
+    """Whether files of `nbytes` are written around the page cache, with that `--io`.
 
     By default if they are more than a sixteenth of the memory that is free. The cache is good for those
     who read the output next, but takes twice the processor time to write, and what others have in it
     would have to go; before a tenth of it is to be written, Linux begins to write in any case.
     """
-    nbytes = sum(shard.nbytes for shard in shards)
     if io != "auto" or nbytes < _SMALL_NBYTES:
         return io == "direct"
-    if max_memory is not None and memory_estimate(shards, 1, direct=True) > max_memory:
+    if max_memory is not None and needs.nbytes(1, direct=True) > max_memory:
         return False
     import psutil
 

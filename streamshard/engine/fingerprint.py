@@ -144,6 +144,7 @@ class _Recipe:
         """Path to whether its whole content counts."""
         self._numbers: dict[str, int] = {}
         self._fields: dict[type, tuple[str, ...]] = {}
+        self._texts: list[str] = []
 
     def add(self, value: Any) -> None:
         """Add a tensor, or what stands beside tensors."""
@@ -153,33 +154,38 @@ class _Recipe:
                 self._numbers.setdefault(path, len(self._numbers))
                 self.inputs[path] = self.inputs.get(path, False) or found.whole
         self._put(value)
+        self._update()
 
     def _put(self, value: Any) -> None:
-        if isinstance(value, Stored):
+        kind = type(value)
+        if kind is Stored:
             number = self._numbers[value.path]
-            self._text(f"Stored {number} {value.offset} {value.shape} {value.dtype}")
-        elif dataclasses.is_dataclass(value):
-            kind = type(value)
+            self._texts.append(f"Stored {number} {value.offset} {value.shape} {value.dtype}")
+        elif kind in self._fields or dataclasses.is_dataclass(value):
             if kind not in self._fields:
                 self._fields[kind] = tuple(field.name for field in dataclasses.fields(value))
-            self._text(kind.__name__)
+            self._texts.append(kind.__name__)
             for name in self._fields[kind]:
                 self._put(getattr(value, name))
         elif isinstance(value, np.ndarray):
-            self._text(f"array {value.shape} {value.dtype}")
-            self.digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            self._texts.append(f"array {value.shape} {value.dtype}")
+            self._update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         elif isinstance(value, (tuple, list)):
-            self._text(f"{len(value)} of")
+            self._texts.append(f"{len(value)} of")
             for part in value:
                 self._put(part)
         elif isinstance(value, bytes):
-            self._text(f"{len(value)} bytes")
-            self.digest.update(value)
+            self._texts.append(f"{len(value)} bytes")
+            self._update(value)
         else:
-            self._text(repr(value))
+            self._texts.append(repr(value))
 
-    def _text(self, text: str) -> None:
-        self.digest.update(text.encode(errors="backslashreplace") + b"\n")
+    def _update(self, content: bytes | memoryview = b"") -> None:
+        """Add lines of text that were not added yet, and bytes behind them."""
+        lines = "".join(f"{text}\n" for text in self._texts)
+        self._texts.clear()
+        self.digest.update(lines.encode(errors="backslashreplace"))
+        self.digest.update(content)
 
 
 def _content_digest(content: Path | bytes) -> str:

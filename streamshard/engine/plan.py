@@ -15,7 +15,7 @@ from streamshard.disk.files import file_nbytes
 from streamshard.disk.folders import disk_free
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import staged_nbytes
-from streamshard.engine.budget import goes_around_cache, memory_estimate, worker_count
+from streamshard.engine.budget import Needs, goes_around_cache, worker_count
 from streamshard.engine.fetching import fetching, read_by
 from streamshard.engine.fingerprint import fingerprint
 from streamshard.engine.job import Compared, Job, Options, Plan
@@ -62,11 +62,12 @@ def plan(job: Job, options: Options) -> Plan:
     _check_names(job.files, shards)
     nbytes = sum(shard.nbytes for shard in shards)
     room = _room(job, shards, keeps=options.outlet is None or options.outlet.keeps)
+    needs = Needs.of(shards)
     reference = (job.reference or {}).values()
     download = fetching(read_by(shards, reference, job.files.values()))
     download.check_room(job.output, room.needed)
-    direct = goes_around_cache(options.io, shards, options.max_memory_nbytes)
-    count = worker_count(shards, options.workers, options.max_memory_nbytes, direct=direct)
+    direct = goes_around_cache(options.io, nbytes, needs, options.max_memory_nbytes)
+    count = worker_count(needs, options.workers, options.max_memory_nbytes, direct=direct)
     compared = _compared(job, tensors)
     chosen = {"max_shard_size": options.max_shard_nbytes, "dtype": options.dtype, **job.choices}
     check_inputs(job.output)
@@ -93,7 +94,7 @@ def plan(job: Job, options: Options) -> Plan:
         download_nbytes=download.nbytes,
         download_free_nbytes=download.free_nbytes,
         workers=count,
-        memory_nbytes=memory_estimate(shards, count, direct=direct),
+        memory_nbytes=needs.nbytes(count, direct=direct),
     )
 
 

@@ -26,12 +26,11 @@ from streamshard.disk.new_files import OutputFile
 from streamshard.engine.do_task import WRITE_BYTES, do, measure
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import FinishedShard
-from streamshard.engine.lanes import Place, lanes
+from streamshard.engine.lanes import Place, cuts_of, lanes, ordered
 from streamshard.engine.long_names import part_name
 from streamshard.engine.sending import Sender
 from streamshard.engine.shard_task import Member, Result, ShardTask
 from streamshard.engine.staging import Staging
-from streamshard.engine.task_order import cuts_of, ordered
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
 from streamshard.errors import WriteError, printable
 from streamshard.tensors.rounding import Change, Changes
@@ -186,7 +185,7 @@ class _Run:
         if self.sender is None or self.plan.on_disk is None:
             yield from self.tasks(shards)
             return
-        for shard in shards:  # whatever is begun is ended, with no other shard being begun
+        for shard in shards:  # whatever is begun is ended without another one
             self.sender.take_room()
             yield from self.tasks([shard])
 
@@ -194,35 +193,36 @@ class _Run:
         """The tasks of some shards, which are begun on the way."""
         in_order, others = lanes(shards, self.plan.compared.reference)
         for lane in in_order:
-            yield (item for place in lane for item in self.parts(place))
+            yield self.in_order(lane)
         left = sum(shard.tensors[name].nbytes for shard, _, name in others)
-        for _, places in groupby(others, lambda place: place[0].name):
-            some = [*places]
-            members = [self.member(place) for place in some]
-            for number, alone in ordered(members, lambda: not self.copying):
-                for item in self.parts(some[number], left, copied=alone):
-                    yield (item,)
-                left -= members[number].tensor.nbytes
+        for _, found in groupby(others, lambda place: place[0].name):
+            places = [*found]
+            tasks = [self.whole(*place) for place in places]
+            for at, alone in ordered([task.members[0] for task in tasks], lambda: not self.copying):
+                (shard, place, _), whole = places[at], tasks[at]
+                (member,) = whole.members
+                cuts = cuts_of(member, left, self.plan.workers, direct=self.senders is not None)
+                left -= member.tensor.nbytes
+                split = _Split(whole, len(cuts) - 1) if len(cuts) > 2 else None
+                for first, last in pairwise(cuts):
+                    with self.lock:
+                        self.copying += alone
+                    part = whole if split is None else replace(whole, begin=first, end=last)
+                    yield (_Item(self.begun(shard), place, part, alone, split),)
 
-    def member(self, place: Place) -> Member:
-        """A tensor of a shard, where it lies there, and what it is compared with."""
-        shard, _, name = place
-        reference = self.plan.compared.reference.get(name)
-        return Member(name, self.begun(shard).begins[name], shard.tensors[name], reference)
+    def in_order(self, lane: Iterable[Place]) -> Iterator[_Item]:
+        """The tasks of one thread; shards are begun on the way."""
+        for shard, place, name in lane:
+            whole = self.whole(shard, place, name)
+            yield _Item(self.begun(shard), place, whole, copied=False)
 
-    def parts(self, place: Place, left: int = 0, *, copied: bool = False) -> Iterator[_Item]:
-        """The tasks of a tensor; `left` are all bytes not begun yet, 0 if it is not to be cut."""
-        opened, member = self.begun(place[0]), self.member(place)
-        path, nbytes = opened.output.path, place[0].nbytes
-        whole = ShardTask(path, nbytes, member.begin, member.end, (member,), self.plan.inputs)
-        workers = self.plan.workers if left else 1
-        cuts = cuts_of(member, left, workers, direct=self.senders is not None)
-        split = _Split(whole, len(cuts) - 1) if len(cuts) > 2 else None
-        for first, last in pairwise(cuts):
-            with self.lock:
-                self.copying += copied
-            part = whole if split is None else replace(whole, begin=first, end=last)
-            yield _Item(opened, place[1], part, copied, split)
+    def whole(self, shard: Shard, _place: int, name: str) -> ShardTask:
+        """The task of a whole tensor."""
+        opened = self.begun(shard)
+        tensor, begin = shard.tensors[name], opened.begins[name]
+        member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
+        path, nbytes = opened.output.path, shard.nbytes  # a sum over all of its tensors
+        return ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
 
     def begun(self, shard: Shard) -> _Open:
         """A shard that is being written, from when it is first asked for."""

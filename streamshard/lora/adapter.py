@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,24 +112,25 @@ def factors_of(plan: AdapterPlan, name: str) -> tuple[Lazy, Lazy]:
     return tuple(t.reshape((t.rows, t.columns)) for t in (tensors[module.A], tensors[module.B]))  # type: ignore[return-value]
 
 
-def facts_of(plan: AdapterPlan, idle: Sequence[str]) -> dict[str, Any]:
-    """What the report says of an adapter; `idle` are further keys that change nothing."""
+def facts_of(plan: AdapterPlan, idle: Sequence[str], scalings: Mapping[str, int]) -> dict[str, Any]:
+    """What the report says of an adapter; `idle` are further keys that change nothing.
+
+    `scalings` is how many pairs have which, as it is to be shown.
+    """
     settings, adapter = plan.adapter.settings, plan.adapter
-    pairs = {name: module for name, module in plan.keys.modules.items() if module.A}
-    shapes = {name: len(adapter.tensors[module.A].shape) for name, module in pairs.items()}
+    pairs = [module for module in plan.keys.modules.values() if module.A]
     kinds = {
         "lora": bool(pairs),
         "rslora": settings.use_rslora,
         "dora": settings.use_dora,
-        "embedding": any(module.is_embedding for module in pairs.values()),
-        "convolution": any(rank > 2 for rank in shapes.values()),
+        "embedding": any(module.is_embedding for module in pairs),
+        "convolution": any(len(adapter.tensors[module.A].shape) > 2 for module in pairs),
         "experts": bool(plan.parameters),
         "lora_bias": settings.lora_bias,
         "bias": any(name.endswith(".bias") for name in plan.keys.whole),
         "modules_to_save": bool(settings.modules_to_save),
         "tokens": bool(settings.token_indices),
     }
-    scalings = Counter(f"{settings.scaling(pattern_key(plan, name)):g}" for name in pairs)
     return {
         "file": adapter.where,
         "weight": adapter.weight,

@@ -45,8 +45,11 @@ def check_flags(
     the parameters that it has, if any are targets.
     """
     settings, keys = plan.adapter.settings, plan.keys
-    pairs = {name: module for name, module in keys.modules.items() if module.A}
-    plain = {name: module for name, module in pairs.items() if name not in plan.parameters}
+    plain = {
+        name: module
+        for name, module in keys.modules.items()
+        if module.A and name not in plan.parameters
+    }
     tokens = [name for name, module in keys.modules.items() if module.tokens]
     saved = {
         entry: [name for name in keys.whole if _is_within(name, entry)]
@@ -100,12 +103,12 @@ def check_flags(
         and not plan.parameters
         and not any(
             plan.weight(name).endswith(target)
-            for name in pairs
+            for name in plain
             for target in settings.target_parameters
         )
     ):
         there = [t for t in settings.target_parameters if fused is None or fused.has_any(t)]
-        if there or not pairs:
+        if there or not plain:
             raise _disagreement(
                 plan, f"target_parameters has {listed(there)}", "pairs for them", [], lacks=True
             )

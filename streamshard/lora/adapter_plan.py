@@ -71,7 +71,7 @@ def plan_adapter(
         for name, module in keys.modules.items()
         if module.bias
     }
-    return replace(found, homes={**biases, **found.homes})
+    return replace(found, homes={**biases, **found.homes}) if biases else found
 
 
 def _homes(plan: AdapterPlan, base: Mapping[str, Lazy], others: OtherNames) -> Homes:
@@ -115,6 +115,8 @@ def _of_its_release(adapter: Adapter, keys: Keys, parameters: Collection[str]) -
     settings = adapter.settings
     if parameters and settings.version is None:  # nobody had these before
         settings = replace(settings, version=ERAS[0])
+    if not (settings.rank_pattern or settings.alpha_pattern):
+        return replace(adapter, settings=settings)
     ranks = {
         name: adapter.tensors[module.A].shape[0]
         for name, module in keys.modules.items()

@@ -43,8 +43,7 @@ def check_depth(plan: AdapterPlan, base: Mapping[str, Lazy]) -> list[str]:
                 "one as --base."
             )
     if not lacking:
-        matrices = (n for n, t in base.items() if len(t.shape) == 2 and n.endswith(".weight"))
-        return _first_layers(plan, here, absent, _layers(matrices))
+        return _first_layers(plan, here, absent, base)
     names = [name.replace("{}", str(missing[0])) for name, missing in lacking.items()]
     return [
         f"{plan.adapter.where}: other layers have updates for the like of {listed(names, 3)}, "
@@ -56,7 +55,7 @@ def _first_layers(
     plan: AdapterPlan,
     here: dict[str, dict[int, str]],
     absent: dict[str, list[int]],
-    matrices: Iterable[str],
+    base: Mapping[str, Lazy],
 ) -> list[str]:
     """Warnings of an adapter whose config lists all matrices of just the first layers, each in full.
 
@@ -69,7 +68,10 @@ def _first_layers(
         listed_all = not isinstance(targets, str) and {*used.values()} <= {*(targets or ())}
         if listed_all and {*used} == {*range(missing[0])}:
             stacks[name.partition(".{}.")[0]] = len(used), len(used) + len(missing)
-    chosen = {name.partition(".{}.")[0] for name in {*matrices} - absent.keys()}
+    if not stacks:
+        return []
+    matrices = _layers(n for n, t in base.items() if len(t.shape) == 2 and n.endswith(".weight"))
+    chosen = {name.partition(".{}.")[0] for name in matrices.keys() - absent.keys()}
     return [
         f"{plan.adapter.where}: has updates for the first {few} of the {all_} layers of "
         f"'{printable(stack)}', whose modules target_modules lists one by one: if these are not chosen, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -203,11 +204,12 @@ def _spelled_names(
     base: Mapping[str, Lazy], wanted: Mapping[str, Wanted], spelled: Callable[[str], str]
 ) -> dict[str, str]:
     """Names in one spelling to those of the base, of what may be wanted: a base may have 40,000."""
-    names = {spelled(name) for name in wanted}
+    # Interned: most are spelled so in the base, too, and are in memory once.
+    names = {sys.intern(spelled(name)) for name in wanted}
     experts = {name.partition(".experts.")[0] for name in names if ".experts." in name}
     found = {}
     for name in base:
-        flat = spelled(name)
+        flat = sys.intern(spelled(name))
         stem, mark, _ = flat.partition(".experts.")
         if flat in names or (mark and stem in experts):
             found[flat] = name

@@ -118,7 +118,7 @@ class LoraSettings:
         told = self.told_ranks.get(module)
         if told is not None:
             return told
-        key = pattern_keys(self.rank_pattern, self.alpha_pattern, self.version, module)[0]
+        key = self._keys(module)[0]
         return self.rank_pattern.get(key, self.r)
 
     def alpha(self, module: str) -> float:
@@ -126,7 +126,7 @@ class LoraSettings:
 
         Raises `AdapterError` where several patterns fit it with different values.
         """
-        key = pattern_keys(self.rank_pattern, self.alpha_pattern, self.version, module)[1]
+        key = self._keys(module)[1]
         self._check_order(module)
         return self.alpha_pattern.get(key, self.lora_alpha)
 
@@ -135,7 +135,15 @@ class LoraSettings:
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def _keys(self, module: str) -> tuple[str, str]:
+        """The entries of both patterns for `module`; most configs have none."""
+        if not (self.rank_pattern or self.alpha_pattern):
+            return module, module
+        return pattern_keys(self.rank_pattern, self.alpha_pattern, self.version, module)
+
     def _check_order(self, module: str) -> None:
+        if not self.alpha_pattern:
+            return
         # PEFT trains by the first pattern that fits, and then saves them in alphabetical order.
         fitting = {p: self.alpha_pattern[p] for p in matches(self.alpha_pattern, module)}
         if len(set(fitting.values())) > 1 and list(self.alpha_pattern) == sorted(

@@ -66,6 +66,8 @@ class Updates:
     idle: Mapping[str, str]
     pairs: int
     warnings: Sequence[str]
+    scalings: Mapping[str, int]
+    """How many pairs have which scale, as it is shown."""
 
     @property
     def causes(self) -> str:
@@ -77,13 +79,15 @@ class Updates:
 def updates_of(plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace) -> Updates:
     """What the pairs of an adapter add to which target; exact zeros are left out."""
     adapter = plan.adapter
-    pairs = {name: module for name, module in plan.keys.modules.items() if module.A}
-    turned = _turned(plan, tensors)
+    turned, scalings = _turned(plan, tensors), Counter[str]()
     found: list[tuple[str, Update]] = []
     idle, scaled = {}, []
     weight = adapter.weight
-    for name, module in pairs.items():
+    for name, module in plan.keys.modules.items():
+        if not module.A:
+            continue
         scale = adapter.settings.scaling(pattern_key(plan, name))
+        scalings[f"{scale:g}"] += 1
         # All factors are read in any case: a zero must not hide a NaN.
         peaks = {key: largest(adapter, key, work) for key in filter(None, _of_pair(module))}
         if name in plan.parameters:
@@ -100,17 +104,20 @@ def updates_of(plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace) 
         if cause and not new:
             idle[name] = cause
         # The product of weight and scale is exact: they stay apart.
-        found += [(n, replace(u, term=replace(u.term, weight=weight))) for n, u in new]
+        if weight != 1:
+            new = [(n, replace(u, term=replace(u.term, weight=weight))) for n, u in new]
+        found += new
     warnings = []
     if scaled:
         warnings.append(
             f"{adapter.where}: of {listed(scaled, 3)} only the DoRA magnitudes have an effect: the "
             "update itself is exactly zero"
         )
-    made = Updates(found, idle, len(pairs), warnings)
+    pairs = scalings.total()
+    made = Updates(found, idle, pairs, warnings, scalings)
     if idle and found:
         warnings.append(
-            f"{adapter.where}: {len(idle)} of {len(pairs)} updates are exactly zero and leave "
+            f"{adapter.where}: {len(idle)} of {pairs} updates are exactly zero and leave "
             f"their weights as they are, since {made.causes}: {listed(idle, 3)}"
         )
     return made

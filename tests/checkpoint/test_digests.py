@@ -17,7 +17,7 @@ from streamshard.checkpoint.digests import (
     shard_digest,
     tensor_digest,
 )
-from streamshard.checkpoint.header import build_header
+from streamshard.checkpoint.new_header import build_header
 from streamshard.disk.files import BLOCK_NBYTES
 from streamshard.tensors.joined import concat
 from streamshard.tensors.lazy import Array, Stored

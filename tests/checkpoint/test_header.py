@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from headers import entry, file, ours_alone
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from streamshard.checkpoint import header
 from streamshard.checkpoint.header import read_header
 from streamshard.errors import InputError
 from streamshard.tensors.dtypes import DTYPE_BITS
@@ -335,3 +338,16 @@ def test_metadata_is_returned(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(file({"__metadata__": {"ä": "\n", "format": "pt"}, "a": entry()}))
     assert read_header(path).metadata == {"ä": "\n", "format": "pt"}
+
+
+def test_the_official_parser_is_asked_unless_the_official_writer_wrote_it(tmp_path, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(header, "_ask_official_parser", lambda path: asked.append(path.name))
+    content = {'b"\u00fc': np.zeros((2, 3), np.float32), "a": np.zeros(0, np.float16)}
+    save_file(content, tmp_path / "plain", {"format": "pt"})
+    save_file({**content, "c": np.zeros(2, bool)}, tmp_path / "bool")
+    text = PLAIN.replace(":", ": ")
+    (tmp_path / "spaced").write_bytes(file(text))
+    for name in ("plain", "bool", "spaced"):
+        read_header(tmp_path / name)
+    assert asked == ["bool", "spaced"]

@@ -18,7 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from streamshard.checkpoint.header import build_header, header_text, read_header
+from streamshard.checkpoint.header import header_text, read_header
+from streamshard.checkpoint.new_header import build_header
 from streamshard.errors import InputError, ReadError
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Stored

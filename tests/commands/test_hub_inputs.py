@@ -12,7 +12,7 @@ import reference
 from fake_hub import Hub
 from folders import make
 from hub_commands import contents, of_content, report, same, streamshard
-from hub_faults import OtherBytes
+from hub_faults import Status
 from make_checkpoint import write_adapter
 from pairs import wrap_as_the_trainer
 
@@ -216,7 +216,7 @@ def test_a_folder_and_a_file_in_a_repository(shop, hub, home):
 
 
 def test_inspect_reads_headers_only(hub, home, tmp_path):
-    """Of files of 8 MB each not more than the first 100 KB, and no file that does not tell what it is."""
+    """Of files of 8 MB each not more than the first 128 KB, and no file that does not tell what it is."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -239,7 +239,7 @@ def test_inspect_reads_headers_only(hub, home, tmp_path):
         large = [r for r in hub.requests if r.port == "content" and "large" in r.path]
         if line_[0] == "inspect":
             assert len(large) == 3
-            assert sum(request.bytes for request in large) <= 3 * 100_000
+            assert sum(request.bytes for request in large) <= 3 * 128 * 1024
         paths = " ".join(request.path for request in hub.requests)
         assert "tokenizer.json" not in paths
         assert "README" not in paths
@@ -282,11 +282,16 @@ def test_resumed_in_another_way(large, hub, home, tmp_path):
     """Begun by ranges and broken off when the hub fails; finished with files of the cache."""
     far, near = large
     out = ["--output", str(tmp_path / "out")]
-    rule = hub.fail(OtherBytes(), path="*-00003-of-*", port="content", nth=2, times=None)
+    rules = [
+        hub.fail(Status(403), path="*-00003-of-*", port="content", nth=3, times=None),
+        hub.fail(Status(403, code="GatedRepo"), path="*/resolve/*-00003-of-*", nth=2, times=None),
+    ]
     broken = streamshard(hub, home, "merge-lora", *far, *out, "--stream", "--workers", "1")
     assert broken.code == 9, broken.err
+    assert "is gated" in broken.err
     assert not [*home.rglob("*.safetensors")]
-    hub.faults.rules.remove(rule)
+    for rule in rules:
+        hub.faults.rules.remove(rule)
     hub.forget()
     done = report(streamshard(hub, home, "merge-lora", *far, *out, "--json"))
     assert done["resumed"] == 2

@@ -40,14 +40,14 @@ class Pieces:
         self.store, self.at, self.stop, self.fault = store, at, stop, fault
         self.closed = False
 
-    def readinto(self, out):
+    def read(self, nbytes):
         assert not self.closed
-        count = min(len(out), self.stop - self.at, self.store.piece)
+        assert nbytes > 0
+        count = min(nbytes, self.stop - self.at, self.store.piece)
         if not count and self.fault is not None and self.fault % 2:
             raise AgainError("reset")
-        out[:count] = self.store.data[self.at : self.at + count]
         self.at += count
-        return count
+        return self.store.data[self.at - count : self.at]
 
     def close(self):
         if not self.closed:

@@ -17,8 +17,8 @@ from make_checkpoint import write_adapter, write_checkpoint
 from reference import INDEX, load_file
 
 from streamshard import StreamshardError, merge_lora
+from streamshard.engine.lanes import STRETCH_BYTES, ordered
 from streamshard.engine.shard_task import Member
-from streamshard.engine.task_order import STRETCH_BYTES, ordered
 from streamshard.engine.writer import NOTED_BYTES
 from streamshard.tensors.computed import Computed
 from streamshard.tensors.lazy import Stored

@@ -1,7 +1,7 @@
 """What memory grows with: bytes a tensor while planning and comparing, and what is kept in queues.
 
 Counted by tracemalloc in models of true names and counts, whose data is holes: no measured times,
-no resident memory, which depends on the machine.
+and resident memory only of the largest model, in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from folders import sparse
-from make_checkpoint import write_checkpoint
+from make_checkpoint import write_adapter, write_checkpoint
 from marks import slow
-from presets import PRESETS, tensor_shapes
+from presets import PRESETS, Preset, tensor_shapes
 
 from streamshard.checkpoint.json_files import json_pieces
 from streamshard.commands import diff
@@ -28,19 +28,26 @@ from streamshard.tensors.comparing import PART_ELEMENTS, squared_distance
 pytestmark = slow
 
 MOE = PRESETS["InternVL3_5-30B-A3B"]
-# All 19,213 names, each of a few bytes.
-SMALL = replace(
-    MOE,
-    vision=replace(MOE.vision, hidden=16, heads=2, intermediate=16, image_size=28),
-    hidden=16,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    intermediate=16,
-    expert_intermediate=8,
-    vocab=64,
-    image_token=60,
-)
+
+
+def small(model: Preset) -> Preset:
+    """All names of a model, each of a few bytes."""
+    return replace(
+        model,
+        vision=replace(model.vision, hidden=16, heads=2, intermediate=16, image_size=28),
+        hidden=16,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        intermediate=16,
+        expert_intermediate=8,
+        vocab=64,
+        image_token=60,
+    )
+
+
+SMALL = small(MOE)  # 19,213 names
+LARGEST = small(PRESETS["InternVL3_5-241B-A28B"])
 
 
 def traced(call: str) -> tuple[dict[str, Any], int]:
@@ -165,3 +172,38 @@ def test_a_reference_without_weights_costs_nothing_a_tensor(moe, tmp_path):
     report, peak = traced(conversion("custom", {**moe, "custom": bare}, tmp_path / "out"))
     assert report["tensors"] == 19213
     assert peak < 600 * report["tensors"]
+
+
+def resident(*arguments: str | Path) -> tuple[dict[str, Any], int]:
+    """The report of a command, and its largest resident memory."""
+    command = [sys.executable, "-m", "streamshard", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    return report, report["peak_rss_bytes"]
+
+
+@pytest.fixture(scope="module")
+def largest(tmp_path_factory):
+    root = tmp_path_factory.mktemp("largest")
+    for layout in ("custom", "hf"):
+        write_checkpoint(root / layout, LARGEST, layout=layout, max_shard_size="500KB")
+    write_adapter(root / "adapter", LARGEST, layout="custom", r=2)
+    return root
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured there")
+def test_a_merge_of_a_pair_for_each_of_37000_tensors(largest, tmp_path):
+    how = "--base", largest / "custom", "--adapter", largest / "adapter", "--output", tmp_path / "o"
+    report, peak = resident("merge-lora", *how)
+    assert report["merged"] == 36472
+    assert peak < 110e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured there")
+@pytest.mark.parametrize("command", ["hf2custom", "custom2hf"])
+def test_a_conversion_of_37000_tensors(command, largest, tmp_path):
+    how = "--hf-path", largest / "hf", "--custom-path", largest / "custom"
+    report, peak = resident(command, *how, "--save-path", tmp_path / "o")
+    assert report["tensors"] > 37000
+    assert peak < 64e6

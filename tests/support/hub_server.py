@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -64,6 +65,8 @@ class Server(ThreadingHTTPServer):
             self.threads.discard(threading.current_thread())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        if isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # the client went away
+            return
         self.state.errors.append(traceback.format_exc())
 
     def close(self) -> None:

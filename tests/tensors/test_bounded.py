@@ -25,7 +25,7 @@ from marks import linux, slow
 from streamshard import merge_lora
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.files import Files
-from streamshard.engine.budget import memory_estimate, worker_count
+from streamshard.engine.budget import Needs, worker_count
 from streamshard.tensors import computed, kernel, numpy_kernel
 from streamshard.tensors.comparing import equal_bytes, tensor_distance
 from streamshard.tensors.computed import Computed
@@ -247,9 +247,9 @@ def test_a_bound_of_200_mb_is_never_refused(r, dora):
         made = with_magnitude(w, term, vector, by_row=True) if dora else add_low_rank(w, [term])
         tensors[f"{rows}"] = made
         tensors[f"{rows} cast"] = cast(made, "F32")
-    shards = [Shard("x", tensors, {}, 0)]
-    assert worker_count(shards, 8, 200_000_000) >= 2
-    assert memory_estimate(shards, 2) < MOST
+    needs = Needs.of([Shard("x", tensors, {}, 0)])
+    assert worker_count(needs, 8, 200_000_000) >= 2
+    assert needs.nbytes(2) < MOST
 
 
 # --- the same bytes and sums ----------------------------------------------------------------------

@@ -1,0 +1,274 @@
+"""What a hub does not give, and what is no model on one: what it is, what to do, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+from fake_hub import Hub
+from hub_commands import of_content, report, streamshard
+from hub_faults import Drop, Flip, Status
+from pairs import new_pair
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return new_pair(tmp_path)
+
+
+@pytest.fixture
+def hub(pair, tmp_path):
+    with Hub(tmp_path / "hub") as found:
+        found.add_repo("org/base", pair.base)
+        found.add_repo("org/lora", pair.adapter)
+        found.forget()
+        yield found
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "home"
+
+
+def merge(hub, home, output: Path, *more: str, base: str = "org/base", **env: str):
+    line = ["merge-lora", "--adapter", "org/lora", "--base", base, "--output", output, "--json"]
+    return streamshard(hub, home, *line, *more, **env)
+
+
+def refused(outcome, code: int, *words: str) -> str:
+    """The message of a refusal, which says these."""
+    assert outcome.code == code, (outcome.out, outcome.err)
+    error = json.loads(outcome.out)["error"]
+    assert error["exit_code"] == code
+    assert error["type"] == {2: "UsageError", 3: "InputError", 6: "WriteError", 9: "HubError"}[code]
+    for word in words:
+        assert word in error["message"], error["message"]
+    assert "/streamshard-" not in error["message"]
+    return str(error["message"])
+
+
+CASES = {
+    "gated": (
+        {"gated": True},
+        "org/it",
+        ("is gated", "Ask for access", "/org/it", "hf auth login"),
+    ),
+    "private": ({"private": True}, "org/it", ("no such model", "private", "hf auth login")),
+    "missing": (None, "org/it", ("no such path here", "no such model", "Check the name")),
+    "revision": ({}, "org/it@v9", ("org/it@v9", "no such revision")),
+    "commit": ({}, f"org/it@{'0' * 40}", ("no such revision",)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_hub_does_not_give(case, pair, hub, home, tmp_path):
+    how, base, words = CASES[case]
+    if how is not None:
+        hub.add_repo("org/it", pair.base, **how)
+    token = {"HF_TOKEN": "", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"} if case == "private" else {}
+    got = merge(hub, home, tmp_path / "out" / "o", base=base, **token)
+    message = refused(got, 9, *words)
+    assert hub.url in message
+    assert [*(tmp_path / "out").iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "words"),
+    [
+        (429, {"Retry-After": "77"}, ("too many requests", "in 77 seconds")),
+        (429, {}, ("too many requests", "later")),
+        (503, {}, ("a problem of its own (503)", "again later", "--offline")),
+        (500, {}, ("a problem of its own (500)",)),
+        (401, {}, ("401", "hf auth login")),
+        (403, {}, ("403", "Your token")),
+        (418, {}, ("answered 418", "HF_ENDPOINT")),
+    ],
+)
+def test_what_the_hub_answers(status, headers, words, hub, home, tmp_path):
+    hub.fail(Status(status, headers), path="/api/models/org/base", times=None)
+    refused(merge(hub, home, tmp_path / "o"), 9, "org/base", *words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_no_answer(hub, home, tmp_path):
+    got = merge(hub, home, tmp_path / "o", HF_ENDPOINT="http://127.0.0.1:9")
+    refused(got, 9, "org/lora", "http://127.0.0.1:9", "Check the network", "--offline")
+
+
+def test_a_cached_branch_is_no_answer(hub, home, tmp_path):
+    """The client itself would take what the branch was when the cache last saw it, and say nothing."""
+    report(merge(hub, home, tmp_path / "1"))
+    got = merge(hub, home, tmp_path / "2", HF_ENDPOINT="http://127.0.0.1:9")
+    refused(got, 9, "Check the network", "--offline")
+    assert report(merge(hub, home, tmp_path / "3", "--offline"))["merged"] == 2
+
+
+@pytest.mark.parametrize("how", ["--offline", "HF_HUB_OFFLINE"])
+@pytest.mark.parametrize("cached", ["nothing", "without weights"])
+def test_offline_without_what_is_needed(cached, how, hub, home, tmp_path):
+    if cached != "nothing":
+        assert streamshard(hub, home, "inspect", "org/base").code == 0
+        report(streamshard(hub, home, "verify", "org/lora", "--json"))
+    hub.forget()
+    more, env = (["--offline"], {}) if how == "--offline" else ([], {"HF_HUB_OFFLINE": "1"})
+    got = merge(hub, home, tmp_path / "o", *more, **env)
+    what = "revision 'main'" if cached == "nothing" else "model-00001-of-00002.safetensors"
+    refused(got, 9, what, "not in the cache", "HF_HUB_OFFLINE", "with a network")
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "models/InternVL3-8B",
+            "./org/base",
+            "../org/base",
+            "~/org/base",
+            "org/base/sub",
+            "base-x",
+        ),
+        *("/org/base", "org/model.safetensors", "org/b ase", "-org/base", "org/", "/", "org\\base"),
+    ],
+)
+def test_what_can_only_be_a_path(path, hub, home, pair, tmp_path, monkeypatch):
+    """No request is made for it, and the message is of paths."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "InternVL3-8B-hf").mkdir(parents=True)
+    for line in (["inspect", "--json", "--", path], ["diff", "--json", "--", str(pair.base), path]):
+        got = streamshard(hub, home, *line, HOME=str(tmp_path))
+        if path == "/":
+            assert got.code == 3
+            continue
+        message = refused(got, 3)
+        if path.startswith("models"):
+            assert "'InternVL3-8B-hf'" in message
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--base", "org/base@main", "--revision", "v1"], ("--revision", "names another")),
+        (["--base", "BASE", "--revision", "main"], ("--revision", "BASE")),
+        (["--base", "hf://org", "--dry-run"], ("hf://org", "no address")),
+        (["--base", "hf://org/base@main/../x"], ("no address",)),
+        (["--base", "org/base", "--revision", "a b"], ("--revision",)),
+    ],
+)
+def test_usage(more, words, hub, home, pair, tmp_path):
+    line = [str(pair.base) if part == "BASE" else part for part in more]
+    words = tuple(str(pair.base) if word == "BASE" else word for word in words)
+    out = ["--output", str(tmp_path / "o"), "--json"]
+    got = streamshard(hub, home, "merge-lora", "--adapter", pair.adapter, *line, *out)
+    refused(got, 2, *words)
+
+
+# --- before anything large is downloaded ------------------------------------------------------------
+
+
+@pytest.fixture
+def large(hub, tmp_path):
+    """A base of two megabytes, and an adapter that does not fit it."""
+    layer = "language_model.model.layers.0.self_attn.q_proj"
+    base = reference.save_checkpoint(
+        tmp_path / "large", {f"{layer}.weight": reference.normal((1024, 1024), 0.02, seed=1)}
+    )
+    factors = {
+        f"base_model.model.{layer}.lora_A.weight": reference.normal((4, 100), 0.02, seed=2),
+        f"base_model.model.{layer}.lora_B.weight": reference.normal((1024, 4), 0.02, seed=3),
+    }
+    adapter = reference.save_adapter(tmp_path / "misfit", factors, r=4, lora_alpha=8)
+    hub.add_repo("org/large", base)
+    hub.add_repo("org/misfit", adapter)
+    hub.forget()
+    return base
+
+
+def most(hub) -> int:
+    """The most bytes that came of one file of the large base."""
+    return max((r.bytes for r in of_content(hub) if "org/large" in r.path), default=0)
+
+
+def test_an_adapter_that_does_not_fit(large, hub, home, tmp_path):
+    line = ["--adapter", "org/misfit", "--base", "org/large", "--output", tmp_path / "o"]
+    got = streamshard(hub, home, "merge-lora", *line)
+    assert got.code == 4, got.err
+    assert "org/misfit" in got.err
+    assert "/streamshard-" not in got.err
+    assert 0 < most(hub) <= 128 * 1024
+
+
+def test_an_output_that_exists(large, hub, home, pair, tmp_path):
+    got = merge(hub, home, pair.base, base="org/large")
+    assert got.code == 5, got.err
+    assert most(hub) <= 128 * 1024
+
+
+def test_a_disk_without_room(large, hub, home, tmp_path):
+    """For what is downloaded; with `--stream` nothing is."""
+    code = """
+import sys
+from streamshard.disk.system import System
+free = System.disk_free
+home = sys.argv.pop(1)
+System.disk_free = lambda self, path: 100_000 if str(path).startswith(home) else free(self, path)
+from streamshard.cli import main
+main()
+"""
+    home.mkdir()
+    line = ["diff", "org/large", str(large), "--json"]
+    call = [sys.executable, "-c", code, str(home)]
+    done = subprocess.run(
+        [*call, *line], capture_output=True, text=True, env=os.environ | hub.env(home), check=False
+    )
+    assert done.returncode == 6, done.stderr
+    message = json.loads(done.stdout)["error"]["message"]
+    needed = (large / "model.safetensors").stat().st_size
+    for word in (f"{needed:,} bytes", "100,000 are free", "--cache-dir", str(home)):
+        assert word in message
+    assert most(hub) <= 128 * 1024
+    assert not [*home.rglob("*.safetensors")]
+
+
+# --- what comes is not what it should be -------------------------------------------------------------
+
+
+def test_a_download_that_breaks_off_goes_on(hub, home, tmp_path):
+    hub.fail(Drop(after=1000), path="*-00001-of-*", port="content", nth=2)
+    assert report(merge(hub, home, tmp_path / "o"))["merged"] == 2
+    assert hub.unused == []
+
+
+def test_a_download_of_other_bytes(hub, home, tmp_path):
+    """It is refused, and does not stay in the cache, where every tool would take it."""
+    hub.fail(Flip(5000), path="*-00001-of-*", port="content", nth=2)
+    message = refused(merge(hub, home, tmp_path / "o"), 9, "org/base", "-00001-of-", "is not what")
+    assert "sha256:" in message
+    assert not (tmp_path / "o").exists()
+    assert not [path for path in home.rglob("*-00001-of-*") if path.suffix == ".safetensors"]
+    assert report(merge(hub, home, tmp_path / "o"))["merged"] == 2
+
+
+def test_a_header_of_other_bytes(hub, home, tmp_path):
+    """Read by a range, with a letter of a name changed: the whole file tells it."""
+    names = [f"language_model.{name}.weight" for name in ("norm", "head")]
+    weights = {name: reference.normal((4096, 64), 1, seed=1) for name in names}
+    hub.add_repo("org/one", reference.save_checkpoint(tmp_path / "one", weights))
+    place = (tmp_path / "one" / "model.safetensors").read_bytes().index(b"norm")
+    hub.fail(Flip(place), port="content", nth=1)
+    got = streamshard(hub, home, "diff", "org/one", tmp_path / "one", "--json")
+    refused(got, 9, "org/one", "its header", "same command again")
+
+
+def test_a_cache_that_is_damaged(hub, home, tmp_path):
+    report(merge(hub, home, tmp_path / "1"))
+    (blob,) = [path for path in home.rglob("blobs/*") if path.stat().st_size == 7968]
+    blob.write_bytes(b"x")
+    got = merge(hub, home, tmp_path / "2")
+    refused(got, 9, "has 1 bytes", "7,968", "cache is damaged", "remove that file")

@@ -1,0 +1,37 @@
+"""The scripts beside this file as commands that are installed, in the package `streamshard_tools`."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+__all__ = ["custom2hf", "hf2custom", "make_checkpoint", "merge_lora"]
+
+_HERE = Path(__file__).parent
+
+
+def make_checkpoint() -> None:
+    """Run `make_checkpoint.py`."""
+    _run("make_checkpoint")
+
+
+def merge_lora() -> None:
+    """Run `merge_lora.py`."""
+    _run("merge_lora")
+
+
+def hf2custom() -> None:
+    """Run `internvl_hf2custom.py`."""
+    _run("internvl_hf2custom")
+
+
+def custom2hf() -> None:
+    """Run `internvl_custom2hf.py`."""
+    _run("internvl_custom2hf")
+
+
+def _run(name: str) -> None:
+    """Run a script as if by its path: it finds those beside it by their plain names."""
+    sys.path.insert(0, str(_HERE))
+    runpy.run_path(str(_HERE / f"{name}.py"), run_name="__main__")
