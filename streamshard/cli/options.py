@@ -172,6 +172,20 @@ WRITING = with_options(
         is_flag=True,
         help="Read models on the hub as they are needed, and never store their weights.",
     ),
+    option(
+        HUB,
+        "--push-to",
+        metavar="ORG/NAME",
+        help="Upload each finished file, and commit all at the end; the output stays here only with "
+        "a folder for it.",
+    ),
+    option(HUB, "--private", is_flag=True, help="With --push-to: make a new repository private."),
+    option(
+        HUB,
+        "--commit-message",
+        metavar="WORDS",
+        help="Of what --push-to commits.",
+    ),
     READING,
 )
 """Of all commands that write."""
@@ -184,7 +198,7 @@ def output(help: str, name: str = "output", **how: object) -> Decorator:  # noqa
 
 
 CONVERSION = with_options(
-    output("New, or empty, folder to write.", "save_path", required=True),
+    output("New, or empty, folder to write.", "save_path"),
     TOKENIZER_FROM(),
     option(
         OUTPUT,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamshard.cli.texts import bytes_text
+from streamshard.cli.amounts import bytes_text
+from streamshard.cli.push_text import place_text, pushed_text
 
 __all__ = ["is_complete", "part_text", "plan_text"]
 
@@ -34,8 +35,9 @@ def plan_text(report: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"Would write {report['output']} ({bytes_text(report['bytes'])}; {free}):",
-            *_download(report["plan"]),
+            f"Would write {place_text(report)} ({bytes_text(report['bytes'])}; {free}):",
+            *_download(plan),
+            *pushed_text(report),
             *files[:MOST_LINES],
             *([f"  and {len(files) - MOST_LINES} more files"] if len(files) > MOST_LINES else []),
             *_divided(report),

@@ -61,7 +61,8 @@ def write(
     if options.get("heatmap") and report.get("heat_map") is not None:
         screen.heat = heat_text(report["heat_map"])
     done = is_complete(report)
-    with _said_if_ended(f"{escaped(str(report['output']))} is complete." if done else ""):
+    place = escaped(str(report["output"] or (report["pushed"] or {}).get("url")))
+    with _said_if_ended(f"{place} is complete." if done else ""):
         screen.result(report, text if done else plan_text if report["dry_run"] else part_text)
 
 
@@ -93,8 +94,8 @@ class Screen:
         error: StreamshardError | None = None,
     ) -> None:
         """Print the report, as JSON or as `text` puts it; with the `error` that it led to, if any."""
-        written = report["output"] and is_complete(report)
-        done = f"; {report['output']} is complete" if written else ""
+        place = report["output"] or (report.get("pushed") or {}).get("url")
+        done = f"; {place} is complete" if place and is_complete(report) else ""
         if self._as_json:
             if error is not None:
                 name = type(error).__name__

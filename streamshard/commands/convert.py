@@ -51,7 +51,7 @@ def hf_to_custom(
     *,
     hf_path: PathLike,
     custom_path: PathLike,
-    save_path: PathLike,
+    save_path: PathLike | None = None,
     **options: Unpack[ConversionOptions],
 ) -> Report:
     """Convert HF weights (`InternVLForConditionalGeneration`) to the custom layout.
@@ -70,7 +70,7 @@ def custom_to_hf(
     *,
     custom_path: PathLike,
     hf_path: PathLike,
-    save_path: PathLike,
+    save_path: PathLike | None = None,
     **options: Unpack[ConversionOptions],
 ) -> Report:
     """Convert custom weights (`InternVLChatModel`) to the HF layout, in the *flat* spelling.
@@ -88,7 +88,7 @@ class _Asked:
     command: str
     source: PathLike
     reference: PathLike
-    output: PathLike
+    output: PathLike | None
     layout: Layout
 
 

@@ -53,7 +53,7 @@ __all__ = ["extract_lora"]
 def extract_lora(
     *,
     checkpoint: PathLike,
-    output: PathLike,
+    output: PathLike | None = None,
     base: PathLike | None = None,
     alpha: float | None = None,
     adapter_name: str | None = None,

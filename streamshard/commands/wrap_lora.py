@@ -54,7 +54,7 @@ MAX_RANK = 65_536  # more than any weight has rows or columns to adapt; each ran
 def wrap_lora(
     *,
     base: PathLike,
-    output: PathLike,
+    output: PathLike | None = None,
     llm_r: int | None = None,
     llm_alpha: float | None = None,
     backbone_r: int | None = None,

@@ -14,6 +14,7 @@ from streamshard.disk.inputs import Stamp
 from streamshard.disk.paths import PathLike
 from streamshard.engine.fingerprint import Fingerprint
 from streamshard.engine.option_values import Part, dtype_option, part_option, size_option
+from streamshard.engine.outlet import Outlet
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
@@ -86,6 +87,12 @@ class Plan:
     """Every file that was opened so far, as it was then; it must be the same when it is read."""
     overwrite: bool
     sha256: bool
+    outlet: Outlet | None
+    """Where the output goes other than to its folder."""
+    on_disk: int | None
+    """How many weight files are on disk at most at a time; None if they stay."""
+    disk_nbytes: int
+    """What is needed of the disk at most."""
     direct: bool
     """Whether the weights are written around the page cache."""
     nbytes: int
@@ -108,6 +115,8 @@ class Plan:
         return {
             "files": [{"name": shard.name, "bytes": shard.nbytes} for shard in self.shards],
             "free_bytes": self.free_nbytes,
+            "disk_bytes": self.disk_nbytes,
+            "on_disk": self.on_disk,
             "download_bytes": self.download_nbytes,
             "download_free_bytes": self.download_free_nbytes,
             "workers": self.workers,
@@ -161,6 +170,13 @@ class OutputOptions(BaseOptions, total=False):
     that share its disk; the last one completes it, or "finish" does."""
     dry_run: bool
     """Check everything and write nothing."""
+    push_to: str | None
+    """A repository on the hub, as "org/name": each finished weight file is uploaded while others are
+    written, and one commit at the end puts all in place. Without an output folder nothing stays here."""
+    private: bool
+    """Have the repository be private, if it is made."""
+    commit_message: str | None
+    """Of that commit."""
     on_plan: Callable[[Plan], None] | None
     """Called once, before anything is written."""
     on_step: Callable[[str, int, int], None] | None
@@ -184,6 +200,8 @@ class Options:
     io: str = "auto"
     part: str | None = None
     dry_run: bool = False
+    outlet: Outlet | None = None
+    """Of the keywords `push_to`, `private` and `commit_message`."""
     on_plan: Callable[[Plan], None] | None = None
     on_step: Callable[[str, int, int], None] | None = None
     progress: Callable[[int, str], None] | None = None
@@ -201,7 +219,11 @@ class Options:
         if self.io not in _IO:
             raise UsageError(f"--io is {printable(repr(self.io))}; choose one of {', '.join(_IO)}.")
         object.__setattr__(self, "dtype", dtype_option(self.dtype))
-        part_option(self.part)
+        if part_option(self.part) is not None and self.outlet is not None:
+            raise UsageError(
+                "--part and --push-to cannot be given together: write the parts to an output that they "
+                "share, and upload that when it is complete (`hf upload ORG/NAME OUTPUT`)."
+            )
         size_option(self.max_memory, "--max-memory")
         size_option(self.max_shard_size, "--max-shard-size")
 

@@ -33,6 +33,7 @@ from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, exactness, new_report, update
 from streamshard.engine.report import finished as in_the_end
 from streamshard.engine.resume import check_finished
+from streamshard.engine.sending import Publishing
 from streamshard.engine.staging import Staging, output_folder
 from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
@@ -73,15 +74,21 @@ def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
             if not part.number:
                 output.refuse_unfinished()
         check_writable(made.output)
-        report = output.told(_report(made, kept=()), complete=there is not None)
-        report["plan"]["parts"] = who_does_what(made.shards, part)
-        return report
+        told = output.told(_report(made, kept=()), complete=there is not None)
+        told["plan"]["parts"] = who_does_what(made.shards, part)
+        return told
     if not made.overwrite:
         refuse_parts(resolved(made.output), overwrite=False)
     identity = partial(made.fingerprint.identity, made.files)
     kept = check_beside(made.output, identity, overwrite=made.overwrite)
     check_writable(made.output)
-    return _report(made, kept=kept)
+    report = _report(made, kept=kept)
+    if made.outlet is not None:
+        names = _published(made)
+        target = made.outlet.look(names, overwrite=made.overwrite)
+        report["warnings"] += target.warnings
+        report["pushed"] = made.outlet.described(target.version, sorted(names), target)
+    return report
 
 
 def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
@@ -132,6 +139,7 @@ def execute(
                 names=_names(made.shards, made.files),
                 overwrite=made.overwrite,
                 adopt=adopt,
+                keeps=made.outlet is None or made.outlet.keeps,
             )
         )
         told = on_step or (lambda *_: None)
@@ -163,7 +171,7 @@ def _report(made: Plan, *, kept: Collection[str] | None = None) -> dict[str, Any
         **new_report(made.command, {}, made.layout),
         "tensors": sum(len(shard.tensors) for shard in made.shards),
         "parameters": sum(total_parameters(shard.tensors) for shard in made.shards),
-        "output": str(made.output),
+        "output": None if made.outlet is not None and not made.outlet.keeps else str(made.output),
         "bytes": made.nbytes,
         "shards": len(made.shards),
         **made.facts,
@@ -171,6 +179,7 @@ def _report(made: Plan, *, kept: Collection[str] | None = None) -> dict[str, Any
         "exactness": None,
         "fingerprint": None,
         "part": None,
+        "pushed": None,
         "resumed": len(kept or ()),
         "dry_run": kept is not None,
         "plan": None if kept is None else made.as_dict(),
@@ -187,13 +196,18 @@ def _fill(
     started: float,
 ) -> Distances:
     """Write everything into the folder where an output is built, and what is measured into the report."""
-    resumed = check_finished(
-        made.shards,
+    publishing = None
+    if made.outlet is not None:
+        publishing = Publishing(made.outlet, staging, _published(made), overwrite=made.overwrite)
+        report["warnings"] += publishing.warnings
+    gone = set() if publishing is None else publishing.gone()
+    resumed = len(gone) + check_finished(
+        [shard for shard in made.shards if shard.name not in gone],
         staging,
         workers=made.workers,
         progress=progress,
         on_step=on_step,
-        sha256=made.sha256,
+        sha256=made.sha256 or publishing is not None,
     )
     left = [shard for shard in made.shards if shard.name not in staging.finished]
     fetch(read_by(left, made.compared.references(left), made.files.values()), on_step)
@@ -207,6 +221,26 @@ def _fill(
     distances = _distances(made.compared, made.shards, finished)
     report |= {"resumed": resumed, "l2": distances.report(), "update": update(finished)}
     report["exactness"] = exactness(finished)
+    if publishing is None or not publishing.is_ready:
+        staging.drop_ready()
+        _write_rest(made, staging, report, identity, distances, started)
+        if publishing is not None:
+            publishing.note_ready()
+    if publishing is not None:
+        report["pushed"] = publishing.finish(on_step)
+    return distances
+
+
+def _write_rest(
+    made: Plan,
+    staging: Staging,
+    report: dict[str, Any],
+    identity: Identity,
+    distances: Distances,
+    started: float,
+) -> None:
+    """Write what lies beside the weights: files, index, and the record of all."""
+    finished = [staging.finished[shard.name] for shard in made.shards]
     _write_beside(made.files, staging, report)
     names = list(made.files)
     if len(made.shards) > 1:
@@ -218,7 +252,6 @@ def _fill(
         "digests": _digests(made, finished, staging.folder, names),
     }
     write_new(staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, started))))
-    return distances
 
 
 def _distances(
@@ -237,6 +270,12 @@ def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
     """Every file that is made on the way to an output."""
     weights = [name for shard in shards for name in (shard.name, part_name(shard.name))]
     return {*weights, *beside, INDEX_NAME, REPORT_NAME}
+
+
+def _published(made: Plan) -> set[str]:
+    """Every file of an output."""
+    index = {INDEX_NAME} if len(made.shards) > 1 else set()
+    return {*(shard.name for shard in made.shards), *made.files, *index, REPORT_NAME}
 
 
 def _write_beside(files: Mapping[str, Beside], staging: Staging, report: Mapping[str, Any]) -> None:
