@@ -17,8 +17,11 @@ __all__ = ["EXTRAS", "explained", "needed_for"]
 EXTRAS = {
     "torch": "converting files of torch before 1.6",
     "peft": "wrapping live models",
+    "distributed": "--scheduler",
 }
-"""The extras, each named like its package, and what it is for."""
+"""Packages of extras, and what each is for."""
+_NAMED = {"distributed": "dask"}
+"""Extras that are not called like their package."""
 _ALWAYS = (
     *("click", "huggingface_hub", "numpy", "psutil", "safetensors"),
     *("tqdm", "xxhash"),
@@ -51,7 +54,7 @@ def explained(error: ImportError, purpose: str = "") -> UsageError | None:
     if package not in EXTRAS and package not in _ALWAYS:
         return None
     what = purpose or EXTRAS.get(package, "streamshard")
-    wanted = f"'streamshard[{package}]'" if package in EXTRAS else package
+    wanted = f"'streamshard[{_NAMED.get(package, package)}]'" if package in EXTRAS else package
     problem = "which is not installed"
     if not isinstance(error, ModuleNotFoundError):
         problem = f"which cannot be imported ({error})"

@@ -21,8 +21,8 @@ _CACHE = ("cache_dir", "offline")
 _READING = ("workers", "progress", "on_total", "on_step", *_CACHE)
 _WRITING = (
     *("revision", *_CACHE, "stream"),
-    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io", "part"),
-    "dry_run",
+    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io"),
+    *("part", "scheduler", "dry_run"),
     *("progress", "on_plan", "on_step"),
 )
 _MERGE = ("adapter", "base", "checkpoint", "output", "weight", "layout", "reference", "alpha")
