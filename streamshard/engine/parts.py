@@ -26,6 +26,7 @@ from streamshard.engine.division import shards_of
 from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity
 from streamshard.engine.job import Plan
+from streamshard.engine.kept import as_reported
 from streamshard.engine.option_values import Part
 from streamshard.engine.parts_files import Shared, shared_by
 from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts, shared_parts
@@ -79,7 +80,7 @@ class Output:
                 return None
         except (InputError, ReadError, WriteError, OSError, KeyError, TypeError):
             return None
-        return {key: value for key, value in record.items() if key not in _OF_RECORDS}
+        return as_reported(record)
 
     def check_place(self) -> None:
         """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
@@ -179,10 +180,6 @@ class Output:
             "complete": complete,
         }
         return Report({**report, "fingerprint": self.shared.digest, "part": part})
-
-
-_OF_RECORDS = ("l2_per_tensor", "digests", "record_digest")
-"""What records have and reports do not."""
 
 
 def run_part(

@@ -22,9 +22,10 @@ from streamshard.engine.beside_output import check_beside, check_writable, place
 from streamshard.engine.cluster import Cluster
 from streamshard.engine.division import who_does_what
 from streamshard.engine.fetching import fetch, read_by
-from streamshard.engine.fingerprint import identity_digest
-from streamshard.engine.job import Compared, Job, Options, Plan
+from streamshard.engine.fingerprint import Identity, identity_digest
+from streamshard.engine.job import Beside, Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
+from streamshard.engine.kept import as_kept
 from streamshard.engine.long_names import part_name
 from streamshard.engine.option_values import Part
 from streamshard.engine.parts import Output, adopting, run_part
@@ -56,7 +57,13 @@ def run(job: Job, options: Options) -> Report:
     if options.scheduler is not None:
         report = _part(made, Part(1, 1), options, started)
         return Report({**report, "part": None, "scheduler": options.scheduler})
-    return execute(made, progress=options.progress, on_step=options.on_step, started=started)
+    return execute(
+        made,
+        progress=options.progress,
+        on_step=options.on_step,
+        on_distances=options.on_distances,
+        started=started,
+    )
 
 
 def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
@@ -92,6 +99,7 @@ def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
                 made,
                 progress=options.progress,
                 on_step=options.on_step,
+                on_distances=options.on_distances,
                 started=started,
                 adopt=adopting(output),
             ),
@@ -107,6 +115,7 @@ def execute(
     *,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
+    on_distances: Callable[[Mapping[str, float]], None] | None = None,
     started: float | None = None,
     adopt: Callable[[Staging], None] | None = None,
 ) -> Report:
@@ -130,8 +139,11 @@ def execute(
                 adopt=adopt,
             )
         )
-        _fill(made, staging, report, progress, on_step or (lambda *_: None), started)
+        told = on_step or (lambda *_: None)
+        distances = _fill(made, staging, report, identity, progress, told, started)
         inputs.end()
+    if on_distances is not None:
+        on_distances(distances.squared)
     return in_the_end(report, started)
 
 
@@ -175,10 +187,11 @@ def _fill(
     made: Plan,
     staging: Staging,
     report: dict[str, Any],
+    identity: Identity,
     progress: Progress | None,
     on_step: OnStep,
     started: float,
-) -> None:
+) -> Distances:
     """Write everything into the folder where an output is built, and what is measured into the report."""
     resumed = check_finished(
         made.shards,
@@ -200,17 +213,18 @@ def _fill(
     distances = _distances(made.compared, made.shards, finished)
     report |= {"resumed": resumed, "l2": distances.report(), "update": update(finished)}
     report["exactness"] = exactness(finished)
-    _write_beside(made.files, staging)
+    _write_beside(made.files, staging, report)
     names = list(made.files)
     if len(made.shards) > 1:
         names.append(INDEX_NAME)
         write_new(staging.folder / names[-1], index_pieces(made.shards))
     kept = {
-        **report,
+        **as_kept(report, identity),
         "l2_per_tensor": Streamed(distances.norms),
         "digests": _digests(made, finished, staging.folder, names),
     }
     write_new(staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, started))))
+    return distances
 
 
 def _distances(
@@ -231,7 +245,7 @@ def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
     return {*weights, *beside, INDEX_NAME, REPORT_NAME}
 
 
-def _write_beside(files: Mapping[str, Path | bytes], staging: Staging) -> None:
+def _write_beside(files: Mapping[str, Beside], staging: Staging, report: Mapping[str, Any]) -> None:
     """Write what lies beside the weights."""
     made: set[Path] = set()
     for name, content in files.items():
@@ -240,7 +254,7 @@ def _write_beside(files: Mapping[str, Path | bytes], staging: Staging) -> None:
         if isinstance(content, Path):
             copy_file(content, path)
         else:
-            write_new(path, [content])
+            write_new(path, [content if isinstance(content, bytes) else content.content(report)])
     for path in sorted(made, reverse=True):
         sync_folder(path)
 
