@@ -54,6 +54,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     ),
     "adapter_name": ((str, type(None)), "a name"),
     "part": ((str, type(None)), "I/N or finish"),
+    "scheduler": ((str, type(None)), "an address, or the name of a file,"),
     **dict.fromkeys(
         ("progress", "on_plan", "on_step", "on_total"),
         ((Callable, bool, type(None)), "a function"),  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from streamshard.disk.folders import resolved, sync_folder
 from streamshard.disk.inputs import Inputs, active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, check_writable, places_beside
+from streamshard.engine.cluster import Cluster
 from streamshard.engine.division import who_does_what
 from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity, identity_digest
@@ -54,6 +55,9 @@ def run(job: Job, options: Options) -> Report:
         return in_the_end(_dry(made, options.wanted), started)
     if options.wanted is not None:
         return _part(made, options.wanted, options, started)
+    if options.scheduler is not None:
+        report = _part(made, Part(1, 1), options, started)
+        return Report({**report, "part": None, "scheduler": options.scheduler})
     return execute(
         made,
         progress=options.progress,
@@ -108,6 +112,7 @@ def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
             ),
             progress=options.progress,
             on_step=options.on_step or (lambda *_: None),
+            cluster=None if options.scheduler is None else Cluster(options.scheduler),
         )
     return in_the_end(report, started)
 
@@ -180,6 +185,7 @@ def _report(made: Plan, *, kept: Collection[str] | None = None) -> dict[str, Any
         "fingerprint": None,
         "part": None,
         "pushed": None,
+        "scheduler": None,
         "resumed": len(kept or ()),
         "dry_run": kept is not None,
         "plan": None if kept is None else made.as_dict(),

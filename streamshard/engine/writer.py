@@ -30,6 +30,7 @@ from streamshard.engine.journal import FinishedShard
 from streamshard.engine.lanes import Place, cuts_of, lanes, ordered
 from streamshard.engine.sending import Sender
 from streamshard.engine.shard_task import Member, Result, ShardTask
+from streamshard.engine.staging_folder import Staging
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
 from streamshard.errors import WriteError, printable
 from streamshard.tensors.rounding import Change, Changes
