@@ -119,7 +119,12 @@ def _watched(
 @contextlib.contextmanager
 def _hub(place: Path, base: Path, adapter: Path, *, xet: bool) -> Iterator[dict[str, str]]:
     """A hub that serves both; gives the environment in which it is found."""
-    command = [sys.executable, str(ROOT / "tests/support/fake_hub.py"), "--root", place / "hub"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/support/fake_hub.py"),
+        "--root",
+        str(place / "hub"),
+    ]
     command += ["--repo", f"org/base={base}", "--repo", f"org/lora={adapter}", *["--xet"] * xet]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as hub:
         try:
