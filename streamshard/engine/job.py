@@ -231,7 +231,7 @@ class Options:
         if self.outlet is not None and (self.part, self.scheduler) != (None, None):
             raise UsageError(
                 "--push-to goes with neither --part nor --scheduler: have the parts written to an output "
-                "that all machines share, and upload it when it is complete (`hf upload ORG/NAME OUTPUT`)."
+                "that all machines share, and upload it when it is complete (`hf upload ORG/NAME OUT`)."
             )
         size_option(self.max_memory, "--max-memory")
         size_option(self.max_shard_size, "--max-shard-size")

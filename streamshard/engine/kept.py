@@ -25,7 +25,7 @@ __all__ = ["SCHEMA", "as_kept", "as_reported"]
 SCHEMA = "urn:streamshard:record:1"
 """What the schema is called, in itself and in every record. It grows; a key that is there stays."""
 
-_OF_A_RUN = ("dry_run", "part", "plan", "scheduler")
+_OF_A_RUN = ("dry_run", "part", "plan", "pushed", "scheduler")
 _FAR = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})/(.+)", re.ASCII)
 
 

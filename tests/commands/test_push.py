@@ -347,3 +347,11 @@ def test_then_without_the_hub(shop, hub, place, push):
     report = push(output="kept", push_to=None, commit_message=None)
     assert report["resumed"] == report["shards"]
     assert contents(place / "kept") == shop.right
+
+
+def test_the_record_there_is_one(hub, push):
+    """As the schema has it, and with nothing of the commit that it is in."""
+    push()
+    record = json.loads(hub.files(REPO)[RECORD].read_bytes())
+    assert record["output"] is None
+    assert "pushed" not in record
