@@ -34,7 +34,7 @@ from streamshard.engine.journal import Journal  # noqa: E402
 __all__ = ["CALLS", "ROOT", "Scenario", "content", "digests", "replaced", "run", "scenarios"]
 
 CALLS = [name for name in vars(System) if not name.startswith("_")]
-VARYING = ("seconds", "peak_rss_bytes", "resumed", "record_digest")
+VARYING = ("seconds", "peak_rss_bytes", "resumed", "date", "record_digest")
 LAYER = "language_model.model.layers.0.self_attn"
 
 Content = dict[str, str]
