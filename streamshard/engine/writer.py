@@ -336,10 +336,9 @@ def write_shards(
     """
     run = _Run(plan, staging, progress, on_step)
     left = [shard for shard in plan.shards if shard.name not in staging.finished]
-    if run.sender is not None:
-        for shard in plan.shards:
-            if shard.name in staging.finished:
-                run.sender.add(staging.finished[shard.name], before=True)
+    for shard in plan.shards:
+        if run.sender is not None and shard.name in staging.finished:
+            run.sender.add(staging.finished[shard.name], before=True)
     if on_step is not None:
         to_write = sum(total_nbytes(shard.tensors) for shard in left)
         on_step("writing", plan.tensor_nbytes, plan.tensor_nbytes - to_write)
