@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import filecmp
+import hashlib
 import http.client
 import json
 import os
@@ -105,6 +106,9 @@ def _reading(connections: Sequence[int], runs: int) -> list[dict[str, Any]]:
     total = sum(size for _, size, _ in listed)
     ways: dict[str, Callable[..., int]] = {
         "http.client": _plain,
+        "http.client, and SHA-256": lambda name, size, sha256: _plain(
+            name, size, sha256, check=True
+        ),
         "--stream, nothing checked": lambda name, size, _: _streamed(commit, name, size, ""),
         "--stream": lambda *file: _streamed(commit, *file),
     }
@@ -159,8 +163,9 @@ def _cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _plain(name: str, size: int, _: str) -> int:
+def _plain(name: str, size: int, sha256: str, *, check: bool = False) -> int:
     """Read a file as `http.client` does; returns how many requests that took."""
+    digest = hashlib.sha256()
     url = f"{os.environ['HF_ENDPOINT']}/{REPO}/resolve/main/{name}"
     headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"}
     for sent in (1, 2):
@@ -174,7 +179,10 @@ def _plain(name: str, size: int, _: str) -> int:
             buffer, done = memoryview(bytearray(BLOCK_NBYTES)), 0
             while count := answer.readinto(buffer):
                 done += count
+                if check:
+                    digest.update(buffer[:count])
             assert done == size, (name, done)
+            assert not check or digest.hexdigest() == sha256, name
             return sent
     raise AssertionError(name)
 
@@ -188,6 +196,7 @@ def _streamed(commit: str, name: str, size: int, sha256: str) -> int:
     remote = Remote(name, size, f"sha256:{sha256}" if sha256 else "", opener)
     buffer, done = memoryview(bytearray(BLOCK_NBYTES)), 0
     with remote.open(name) as file:
+        file.onward = True
         while count := file.read_into(buffer, done):
             done += count
     assert done == size, (name, done)

@@ -287,8 +287,8 @@ MUTANTS = (
     ),
     Mutant(
         "inputs-checked-too-late",
-        "(lambda *_: None), started)\n        inputs.end()\n",
-        "(lambda *_: None), started)\n",
+        "progress, told, started)\n        inputs.end()\n",
+        "progress, told, started)\n",
         "an output of changed inputs has its name before that is found",
         ("test_whenever_it_happens", "test_a_side_file_that_grows_while_it_is_copied"),
     ),

@@ -22,10 +22,12 @@ __all__ = [
     "convert_keys_to_hf",
     "custom_to_hf",
     "diff",
+    "environment",
     "extract_lora",
     "hf_to_custom",
     "inspect",
     "merge_lora",
+    "plot",
     "verify",
     "wrap_backbone_lora",
     "wrap_llm_lora",
@@ -35,10 +37,12 @@ __all__ = [
 if TYPE_CHECKING:
     from streamshard.commands.convert import ConversionOptions, custom_to_hf, hf_to_custom
     from streamshard.commands.diff import diff
+    from streamshard.commands.environment import environment
     from streamshard.commands.extract_lora import extract_lora
     from streamshard.commands.inspect import inspect
     from streamshard.commands.live_models import wrap_backbone_lora, wrap_llm_lora
     from streamshard.commands.merge_lora import merge_lora
+    from streamshard.commands.plot import plot
     from streamshard.commands.state_dicts import (
         compute_l2_distance,
         convert_keys_back,
@@ -65,10 +69,12 @@ _HOMES = {
     "convert_keys_to_hf": "commands.state_dicts",
     "custom_to_hf": "commands.convert",
     "diff": "commands.diff",
+    "environment": "commands.environment",
     "extract_lora": "commands.extract_lora",
     "hf_to_custom": "commands.convert",
     "inspect": "commands.inspect",
     "merge_lora": "commands.merge_lora",
+    "plot": "commands.plot",
     "verify": "commands.verify",
     "wrap_backbone_lora": "commands.live_models",
     "wrap_llm_lora": "commands.live_models",

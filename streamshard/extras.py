@@ -11,18 +11,25 @@ from collections.abc import Iterator
 
 from streamshard.errors import UsageError
 
-__all__ = ["EXTRAS", "explained", "needed_for"]
+__all__ = ["EXTRAS", "NAMED", "NEEDED", "explained", "needed_for"]
 
 
 EXTRAS = {
     "torch": "converting files of torch before 1.6",
     "peft": "wrapping live models",
+    "matplotlib": "drawing pictures",
 }
-"""The extras, each named like its package, and what it is for."""
-_ALWAYS = (
-    *("click", "huggingface_hub", "numpy", "psutil", "safetensors"),
-    *("tqdm", "xxhash"),
-)
+"""The packages of extras, and what each is for."""
+NAMED = {"matplotlib": "plot"}
+"""Extras that are not named like their package."""
+_ALWAYS = {
+    **dict.fromkeys(("click", "huggingface_hub", "numpy", "psutil", "safetensors"), ""),
+    **dict.fromkeys(("tqdm", "xxhash"), ""),
+    "yaml": "pyyaml",
+}
+"""What everybody needs, by the names of modules, and packages that are called otherwise."""
+NEEDED = tuple(package or module for module, package in _ALWAYS.items())
+"""The packages that everybody needs."""
 _CPU = (
     " On a machine without a GPU install torch's CPU build first, as its install page shows: the usual "
     "build brings gigabytes of CUDA."
@@ -51,7 +58,8 @@ def explained(error: ImportError, purpose: str = "") -> UsageError | None:
     if package not in EXTRAS and package not in _ALWAYS:
         return None
     what = purpose or EXTRAS.get(package, "streamshard")
-    wanted = f"'streamshard[{package}]'" if package in EXTRAS else package
+    package = _ALWAYS.get(package) or package
+    wanted = f"'streamshard[{NAMED.get(package, package)}]'" if package in EXTRAS else package
     problem = "which is not installed"
     if not isinstance(error, ModuleNotFoundError):
         problem = f"which cannot be imported ({error})"

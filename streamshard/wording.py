@@ -29,16 +29,18 @@ _MERGE_RARELY = ("adapter_name", "base_is_residual", "expert_order", "allow_merg
 _WRAP = ("base", "output", "llm_r", "llm_alpha", "backbone_r", "backbone_alpha", "dropout")
 _PATHS = ("hf_path", "custom_path", "save_path")
 _DIFFERENCES = ("tokenizer_from", "allow_missing", "allow_unexpected")
+_SHOWING = ("card", "plot", "heatmap")
 
 KEYWORDS: dict[str, tuple[str, ...]] = {
-    "merge_lora": (*_MERGE, "tokenizer_from", *_MERGE_RARELY, *_WRITING),
-    "hf_to_custom": (*_PATHS, *_DIFFERENCES, *_WRITING),
-    "custom_to_hf": (*_PATHS, *_DIFFERENCES, *_WRITING),
+    "merge_lora": (*_MERGE, "tokenizer_from", *_MERGE_RARELY, *_SHOWING, *_WRITING),
+    "hf_to_custom": (*_PATHS, *_DIFFERENCES, *_SHOWING, *_WRITING),
+    "custom_to_hf": (*_PATHS, *_DIFFERENCES, *_SHOWING, *_WRITING),
     "wrap_lora": (*_WRAP, "seed", "format", *_WRITING),
     "extract_lora": ("checkpoint", "output", "base", "alpha", "adapter_name", *_WRITING),
-    "diff": ("a", "b", *_READING),
+    "diff": ("a", "b", "plot", *_READING),
     "verify": ("path", "sample", "strict", "against", "revision", *_READING),
     "inspect": ("path", "revision", *_CACHE),
+    "environment": (),
 }
 """The keywords of each public function; its options are the same, with hyphens."""
 
@@ -51,13 +53,14 @@ COMMANDS = {
     "diff": "diff",
     "verify": "verify",
     "inspect": "inspect",
+    "environment": "env",
 }
 """What each is called on the command line."""
 
 _FUNCTIONS = {command: function for function, command in COMMANDS.items()}
 FLAGS = {
     *("overwrite", "sha256", "dry_run", "allow_missing", "allow_unexpected"),
-    *("allow_merged_base", "base_is_residual", "strict", "offline", "stream"),
+    *("allow_merged_base", "base_is_residual", "strict", "offline", "stream", "heatmap"),
 }
 """The options that are there or not."""
 _CHOICES = {
@@ -66,6 +69,7 @@ _CHOICES = {
     "format": "wrapped|peft",
     "expert_order": "peft|unsloth",
     "dtype": "keep|bf16|fp16|fp32",
+    "card": "new|base|none",
 }
 
 _VALUES = "|".join(sorted({one for values in _CHOICES.values() for one in values.split("|")}))

@@ -26,6 +26,7 @@ SOURCES = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
 TOOLS = {f"streamshard_tools/{path.name}" for path in (ROOT / "tools").glob("*.py")}
 COMPILED = ("streamshard/disk/_mapping", "streamshard/tensors/_kernels")
 TYPES = {"streamshard/py.typed", *(f"{name}.pyi" for name in COMPILED)}
+TYPES |= {"streamshard/engine/record.schema.json"}
 C_SOURCES = {*(f"{name}.c" for name in COMPILED), "streamshard/tensors/_tiles.h"}
 # Nothing of this repository, and of what is installed here only the dependencies.
 ELSEWHERE = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME"}}

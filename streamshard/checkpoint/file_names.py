@@ -13,6 +13,7 @@ __all__ = [
     "ADAPTER_CONFIG_NAME",
     "ADAPTER_NAME",
     "ADAPTER_NAMES",
+    "CARD_NAME",
     "CHECKPOINT_NAMES",
     "CODE",
     "CONFIGS",
@@ -53,6 +54,7 @@ class Names(NamedTuple):
 
 # A checkpoint.
 MODEL_CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"  # the model card, as hubs show it
 SINGLE_NAME = f"model{SUFFIX}"
 INDEX_NAME = f"{SINGLE_NAME}.index.json"
 

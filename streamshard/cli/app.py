@@ -15,7 +15,9 @@ from streamshard.cli.options import (
     ADAPTER_NAME,
     ALPHA,
     BASE,
+    CARD,
     CONVERSION,
+    DRAWING,
     REFERENCE,
     SPLITTING,
     TOKENIZER_FROM,
@@ -29,7 +31,7 @@ __all__ = ["cli"]
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
-@click.version_option(__version__, prog_name="streamshard")
+@click.version_option(__version__, "-V", "--version", prog_name="streamshard")
 def cli() -> None:
     """Merge LoRA adapters into InternVL checkpoints and convert them, tensor by tensor.
 
@@ -112,6 +114,8 @@ def cli() -> None:
     is_flag=True,
     help="Merge although the base seems to hold the adapter already.",
 )
+@CARD
+@DRAWING
 @SPLITTING()
 @WRITING
 def merge_lora(adapters: tuple[str, ...], weights: tuple[float, ...], **options: Any) -> None:

@@ -56,12 +56,12 @@ def say(text: str, *, fits: bool = True) -> None:
         sys.stderr.flush()
 
 
-def show(text: str, done: str = "") -> None:
-    """Print the result to standard output, broken between words.
+def show(text: str, done: str = "", more: str = "") -> None:
+    """Print the result to standard output, broken between words, and what follows it as it is.
 
     Raises `WriteError`, which ends with `done`, if it cannot be written to.
     """
-    _print([fitted(text, columns_of(sys.stdout))], done)
+    _print([fitted(text, columns_of(sys.stdout)), *(["\n\n", more] if more else [])], done)
 
 
 def show_json(document: Mapping[str, Any], done: str = "") -> None:

@@ -1,15 +1,19 @@
-"""The commands that only read: `diff`, `inspect` and `verify`."""
+"""The commands that only read: `diff`, `inspect` and `verify`; and `env`."""
 
 from __future__ import annotations
 
 import contextlib
 from typing import Any
 
+import click
+
 import streamshard
 from streamshard.cli import texts
 from streamshard.cli.app import cli
 from streamshard.cli.command import CHECKS, argument, option
-from streamshard.cli.options import CACHE, READING, REVISION, WORKERS
+from streamshard.cli.environment_text import environment_text
+from streamshard.cli.heat_text import heat_text
+from streamshard.cli.options import CACHE, DRAWING, READING, REVISION, WORKERS
 from streamshard.cli.screen import begin
 from streamshard.errors import VerificationError
 from streamshard.wording import KEYWORDS, command_line
@@ -21,25 +25,43 @@ _REVISION = "Branch, tag or commit, if it is on the hub."
 @cli.command("diff", short_help="Compare two checkpoints.")
 @argument("a", metavar="A", help="Checkpoint folder or weight file (.safetensors, .bin).")
 @argument("b", metavar="B", help="Another one; names are as in its layout.")
+@option(
+    CHECKS,
+    "--exit-code",
+    is_flag=True,
+    help="Exit with 8 if they differ, or if a tensor could not be compared.",
+)
+@DRAWING
 @CACHE
 @WORKERS
 @READING
 def diff(
-    a: str, b: str, workers: int | None, cache_dir: str | None, *, offline: bool, **output: Any
+    a: str,
+    b: str,
+    plot: str | None,
+    workers: int | None,
+    cache_dir: str | None,
+    *,
+    exit_code: bool,
+    heatmap: bool,
+    offline: bool,
+    **output: Any,
 ) -> None:
     """Compare two checkpoints: names, shapes, dtypes and L2 distances, layouts reconciled.
 
     The first line says whether they differ.
 
     \b
-    Example:
+    Examples:
       streamshard diff ./merged ./InternVL3-8B
+      streamshard diff ./merged ./InternVL3-8B --heatmap
     """
     screen = begin(**output)
     with contextlib.closing(screen.progress) as progress, command_line(KEYWORDS["diff"]):
         report = streamshard.diff(
             a,
             b,
+            plot=plot,
             workers=workers,
             cache_dir=cache_dir,
             offline=offline,
@@ -47,7 +69,11 @@ def diff(
             on_total=lambda nbytes: progress.step("comparing", nbytes),
             progress=progress.piece,
         )
+    if heatmap:
+        screen.heat = heat_text(report["heat_map"])
     screen.result(report, texts.diff_text)
+    if exit_code and report["differ"]:
+        raise click.exceptions.Exit(VerificationError.exit_code)
 
 
 @cli.command("inspect", short_help="Say what a checkpoint or adapter is.")
@@ -144,3 +170,18 @@ def verify(
         screen.result(error.report, texts.verify_text, error)
         raise
     screen.result(report, texts.verify_text)
+
+
+@cli.command("env", short_help="Say what runs here, for a bug report.")
+@READING
+def env(**output: Any) -> None:
+    """Say what runs here, for a bug report: versions, kernel, processor, and what is not installed.
+
+    \b
+    Example:
+      streamshard env
+    """
+    screen = begin(**output)
+    with command_line(KEYWORDS["environment"]):
+        report = streamshard.environment()
+    screen.result(report, environment_text)

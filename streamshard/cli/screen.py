@@ -12,6 +12,7 @@ from typing import Any
 import streamshard
 from streamshard.cli import texts
 from streamshard.cli.console import error_document, say, show, show_json
+from streamshard.cli.heat_text import heat_text
 from streamshard.cli.progress import Progress
 from streamshard.errors import StreamshardError, escaped
 from streamshard.wording import command_line
@@ -56,6 +57,8 @@ def write(
         report = getattr(streamshard, function)(
             on_step=progress.step, progress=progress.piece, **options
         )
+    if options.get("heatmap") and report["heat_map"] is not None:
+        screen.heat = heat_text(report["heat_map"])
     output = escaped(str(report["output"]))
     with _said_if_ended("" if report["dry_run"] else f"{output} is complete."):
         screen.result(report, texts.plan_text if report["dry_run"] else text)
@@ -78,6 +81,8 @@ class Screen:
     def __init__(self, writing: str, *, as_json: bool, quiet: bool) -> None:
         self._as_json = as_json
         self._quiet = quiet
+        self.heat = ""
+        """What follows the result, in lines that are not to be broken."""
         self.progress = Progress({"writing": writing}, quiet=quiet)
 
     def result(
@@ -99,7 +104,7 @@ class Screen:
             report = texts.printable_report(report)
             for warning in report["warnings"]:
                 say(f"warning: {warning}")
-            show(text(report), done)
+            show(text(report), done, self.heat)
 
 
 class _Handler(logging.Handler):

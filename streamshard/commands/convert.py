@@ -12,14 +12,15 @@ from typing import Literal, Unpack
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.shards import shard_names
 from streamshard.commands.carry_over import Differences, carry_over
+from streamshard.commands.drawing import Drawing
 from streamshard.commands.identify import Model
 from streamshard.commands.left_behind import note_left_behind
+from streamshard.commands.model_card import check_card, conversion_card, with_card
 from streamshard.commands.public import public
 from streamshard.disk.paths import PathLike
 from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
-from streamshard.engine.run import run
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.lora.base_checks import check_base
@@ -37,6 +38,12 @@ class ConversionOptions(OutputOptions, total=False):
     """Write although tensors are missing; the report lists them."""
     allow_unexpected: bool
     """Write although the source has tensors with no place; the report lists them."""
+    card: Literal["new", "base", "none"]
+    """The model card: a new one that says what was done (default), the reference's, or none."""
+    plot: PathLike | None
+    """A file (.png, .svg, .pdf) for a picture of the distance from the reference's weights."""
+    heatmap: bool
+    """Have the relative change of each module in each layer in the report, as `heat_map`."""
 
 
 @public
@@ -92,11 +99,14 @@ def _convert(asked: _Asked, options: ConversionOptions) -> Report:
         allow_missing=options.get("allow_missing", False),
         allow_unexpected=options.get("allow_unexpected", False),
     )
+    card = options.get("card", "new")
+    check_card(card)
+    drawing = Drawing(options.get("plot"), heatmap=options.get("heatmap", False))
     # Planned in a function of its own: of 40,000 tensors each mapping that is left behind counts.
-    return run(_conversion(asked, allowed, chosen), chosen)
+    return drawing.run(lambda: _conversion(asked, allowed, card, chosen), chosen)
 
 
-def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
+def _conversion(asked: _Asked, allowed: Differences, card: str, chosen: Options) -> Job:
     started = time.perf_counter()
     source = Model(open_checkpoint(asked.source))
     note(*source.checkpoint.warnings)
@@ -107,15 +117,22 @@ def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
     converted = carry_over(source.tensors, source, reference, asked.layout, allowed)
     files = converted.files(chosen.dtype)
     note_left_behind(files, inputs)
+    layout = layout_of(converted.tensors)
+    dtype = chosen.dtype
+    carded = with_card(
+        card,
+        files,
+        lambda: conversion_card(source, reference.path, files, layout=layout, dtype=dtype),
+    )
     return Job(
         command=asked.command,
         output=output,
         started=started,
         tensors=converted.tensors,
-        layout=layout_of(converted.tensors),
+        layout=layout,
         shard_of=shard_names(converted.tensors, source.checkpoint),
         metadata={},
-        files=files,
+        files=carded,
         l2_from=None if converted.reference is None else str(reference.path),
         reference=converted.reference,
         facts={
@@ -123,5 +140,5 @@ def _conversion(asked: _Asked, allowed: Differences, chosen: Options) -> Job:
             "missing": converted.missing,
             "unexpected": converted.unexpected,
         },
-        choices=asdict(allowed),
+        choices={**asdict(allowed), "card": card},
     )

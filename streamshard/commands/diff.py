@@ -12,6 +12,8 @@ from typing import Any, Unpack
 
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.header import total_parameters
+from streamshard.commands.drawing import Drawing, name_of
+from streamshard.commands.heat_map import heat_map
 from streamshard.commands.identify import Model, dims_of, model_dims
 from streamshard.commands.public import public
 from streamshard.disk.paths import PathLike
@@ -38,6 +40,7 @@ def diff(
     a: PathLike,
     b: PathLike,
     *,
+    plot: PathLike | None = None,
     workers: int | None = None,
     progress: Callable[[int, str], None] | bool | None = None,
     on_total: Callable[[int], None] | None = None,
@@ -47,10 +50,12 @@ def diff(
     """L2 distances of two checkpoints and what differs in names, shapes and dtypes.
 
     Layouts are reconciled: names are those of `b`. `missing` are names that only `b` has,
-    `unexpected` ones that only `a` has. `on_total` is told how many bytes will be read, `progress`
+    `unexpected` ones that only `a` has; `differ` says whether there is any difference, or what could not
+    be compared. `plot` is a file (.png, .svg, .pdf) for a picture of `heat_map`, which has the relative
+    change of each module in each layer. `on_total` is told how many bytes will be read, `progress`
     the bytes and the name of each finished tensor, `on_step` what is downloaded before.
     """
-    started = time.perf_counter()
+    started, drawing = time.perf_counter(), Drawing(plot, heatmap=True)
     one, other = Model(open_checkpoint(a)), Model(open_checkpoint(b))
     note(*one.checkpoint.warnings, *other.checkpoint.warnings)
     wrapped = [bool(factors_among(model.tensors)) for model in (one, other)]
@@ -84,6 +89,10 @@ def diff(
         if value
     ]
     different.sort(key=lambda row: (not math.isnan(row["l2"]), -row["l2"]))
+    shapes, dtypes = _unequal(ours, theirs, "shape"), _unequal(ours, theirs, "dtype")
+    title = f"{name_of(one.path)} against {name_of(other.path)}"
+    heat = heat_map(title, squared, norms)
+    drawing.draw(heat)
     report = {
         **new_report("diff", ours, other.layout),
         "l2": distances.report(),
@@ -91,10 +100,12 @@ def diff(
         "unexpected": sorted(ours.keys() - theirs.keys()),
         "a": str(one.path),
         "b": str(other.path),
-        "shapes": _unequal(ours, theirs, "shape"),
-        "dtypes": _unequal(ours, theirs, "dtype"),
+        "shapes": shapes,
+        "dtypes": dtypes,
         "different": different,
         "equal": len(squared) - len(different),
+        "differ": bool(different or shapes or dtypes or distances.skipped),
+        "heat_map": heat,
     }
     return finished(report, started)
 
@@ -146,7 +157,7 @@ def _measure(
     workers: int,
     progress: Callable[[int, str], None] | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Squared distances of pairs of tensors, and the squared norms of the second ones that differ."""
+    """Squared distances of pairs of tensors, and the squared norms of the second ones."""
     lock = threading.Lock()
 
     def measured(pair: tuple[str, Lazy, Lazy], work: Workspace) -> tuple[str, float, float]:
@@ -159,4 +170,4 @@ def _measure(
 
     found = collect(pairs, measured, workers)
     squared = {name: distance for name, distance, _ in found}
-    return squared, {name: size for name, distance, size in found if distance}
+    return squared, {name: size for name, _, size in found}

@@ -32,6 +32,7 @@ _INPUTS = {
     "diff": ("a", "b"),
     "verify": ("path",),
     "inspect": ("path",),
+    "environment": (),
 }
 """What names an input, of each command; in the order in which they are opened."""
 _REVISION_OF = {

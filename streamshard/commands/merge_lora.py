@@ -16,6 +16,7 @@ from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.tokenizer import Content
 from streamshard.commands.carry_over import Differences, carry_over
 from streamshard.commands.cross_layout import other_names
+from streamshard.commands.drawing import Drawing
 from streamshard.commands.identify import Model
 from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.merge_inputs import Asked, Inputs, open_inputs
@@ -27,6 +28,7 @@ from streamshard.commands.merged_folder import (
     shard_of,
     with_code,
 )
+from streamshard.commands.model_card import NAMED, Card, check_card, merge_card, with_card
 from streamshard.commands.provenance import check_record, other_base
 from streamshard.commands.public import public
 from streamshard.commands.whose_tokenizer import note_beyond
@@ -36,7 +38,6 @@ from streamshard.disk.paths import PathLike, input_path
 from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
-from streamshard.engine.run import run
 from streamshard.errors import InputError, UsageError, printable
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
@@ -51,8 +52,6 @@ from streamshard.tensors.lazy import Lazy, Stored
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["merge_lora"]
-
-NAMED = "base_model_name_or_path"
 
 
 @public
@@ -71,6 +70,9 @@ def merge_lora(
     base_is_residual: bool = False,
     expert_order: Literal["peft", "unsloth"] = "peft",
     allow_merged_base: bool = False,
+    card: Literal["new", "base", "none"] = "new",
+    plot: PathLike | None = None,
+    heatmap: bool = False,
     **options: Unpack[OutputOptions],
 ) -> Report:
     """Fold LoRA pairs into the weights that they adapt, and write the result to a new folder.
@@ -88,8 +90,11 @@ def merge_lora(
     checkpoint the remote code that it lacks). `adapter_name` chooses among
     adapters in one file. `base_is_residual` states that the base is what PiSSA or the like left
     behind, `expert_order` ("peft" or "unsloth") how the factors of fused experts are ordered,
-    `allow_merged_base` that a base which seems to hold the adapter already is meant. Further keywords
-    are those of `streamshard.OutputOptions`.
+    `allow_merged_base` that a base which seems to hold the adapter already is meant. `card` is "new"
+    for a model card that says what was done, "base" for a copy of the base's, or "none". `plot` is a
+    file (.png, .svg, .pdf) for a picture of what has changed, and with `heatmap` the report has the
+    relative change of each module in each layer as `heat_map`. Further keywords are those of
+    `streamshard.OutputOptions`.
 
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
@@ -116,12 +121,14 @@ def merge_lora(
         expert_order=expert_order,
         allow_merged_base=allow_merged_base,
     )
+    check_card(card)
+    drawing = Drawing(plot, heatmap=heatmap)
     kernel.chosen()  # one that this machine does not have is told before anything is done
     # 6. Run; what was opened is no longer in memory by then, but for what is written.
-    return run(_job(asked, chosen, started), chosen)
+    return drawing.run(lambda: _job(asked, card, chosen, started), chosen)
 
 
-def _job(asked: Asked, chosen: Options, started: float) -> Job:
+def _job(asked: Asked, card: str, chosen: Options, started: float) -> Job:
     """What is to be written, found out step by step."""
     # 1. Open the base and the adapters.
     inputs = open_inputs(asked)
@@ -141,7 +148,9 @@ def _job(asked: Asked, chosen: Options, started: float) -> Job:
         written = _kept(asked, inputs.base, folded, beside, chosen.dtype)
     else:
         written = _converted(asked, inputs.base, folded, beside, goal, chosen.dtype)
-    job = Job(
+    note_left_behind(written.files, [inputs.base.path, *written.donors])
+    files = with_card(card, written.files, lambda: _card(asked, inputs, written, chosen.dtype))
+    return Job(
         command="merge-lora",
         output=output_path,
         started=started,
@@ -149,7 +158,7 @@ def _job(asked: Asked, chosen: Options, started: float) -> Job:
         layout=written.layout,
         shard_of=written.shard_of,
         metadata=written.metadata,
-        files=written.files,
+        files=files,
         l2_from=str(inputs.base.path),
         reference=written.reference,
         compares_sources=True,
@@ -166,10 +175,9 @@ def _job(asked: Asked, chosen: Options, started: float) -> Job:
             "alpha": asked.alpha,
             "adapter_name": asked.adapter_name,
             "expert_order": asked.expert_order,
+            "card": card,
         },
     )
-    note_left_behind(written.files, [inputs.base.path, *written.donors])
-    return job
 
 
 def _goal(asked: Asked, base: Model) -> tuple[Layout, PathLike] | None:
@@ -281,6 +289,19 @@ class _Written:
     """What the base had where values were replaced."""
     donors: Sequence[Path] = ()
     """Other folders that files are from."""
+
+
+def _card(asked: Asked, inputs: Inputs, written: _Written, dtype: str) -> Card:
+    """The model card of what is written."""
+    return merge_card(
+        inputs.base,
+        next(iter(written.donors), None),
+        [(folder.path, folder.config) for folder in inputs.folders],
+        written.files,
+        layout=written.layout,
+        dtype=dtype,
+        is_training_checkpoint=asked.checkpoint is not None,
+    )
 
 
 def _converted(

@@ -100,7 +100,9 @@ def _check_keywords(name: str, given: Mapping[str, object]) -> None:
         if keyword not in known:
             plain = keyword.replace("-", "_").lower()
             near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-            hint = f"Did you mean '{near[0]}'?" if near else f"It knows {', '.join(known)}."
+            hint = (
+                f"Did you mean '{near[0]}'?" if near else f"It knows {', '.join(known) or 'none'}."
+            )
             raise TypeError(f"{name}() got an unexpected keyword argument '{keyword}'. {hint}")
 
 

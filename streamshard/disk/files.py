@@ -63,7 +63,7 @@ class InputFile:
 
     def __init__(self, path: AnyPath, inputs: Inputs | None = None, *, spare: bool = False) -> None:
         check_choice()
-        self.path, self.spare = path, spare
+        self.path, self.spare, self.onward = path, spare, False
         self._inputs = active() if inputs is None else inputs
         with reading(path):
             self._descriptor = self._open()
@@ -235,11 +235,18 @@ class Files:
 
     A file that is not what the plan saw raises `ChangedError`: by the inputs that were active where this
     was made, by its size, and by `stamps`, for those who have no more of a plan than these. With `spare`
-    the page cache is left as it was, as far as that is easily done.
+    the page cache is left as it was, as far as that is easily done; with `onward` files are read on to
+    their ends, as by those who write all of them.
     """
 
-    def __init__(self, stamps: Mapping[str, Stamp] | None = None, *, spare: bool = False) -> None:
-        self._spare = spare
+    def __init__(
+        self,
+        stamps: Mapping[str, Stamp] | None = None,
+        *,
+        spare: bool = False,
+        onward: bool = False,
+    ) -> None:
+        self._spare, self._onward = spare, onward
         self._stamps = stamps or {}
         self._inputs = active()
         self._files: dict[str, Source] = {}
@@ -264,6 +271,7 @@ class Files:
                 except BaseException:
                     file.close()
                     raise
+                file.onward = self._onward
                 self._files[path] = file
             return self._files[path]
 

@@ -30,6 +30,8 @@ GAP_NBYTES = 1 << 20
 """What lies between two places is read and dropped up to that size: a new stream takes longer."""
 BLOCK_NBYTES = 128 * 1024
 """Less than that is not asked of a stream; the last bytes are kept."""
+LOOK_NBYTES = 1 << 20
+"""What is asked for where somebody looks at some place of a file, and then at another."""
 MOST_NBYTES = 1 << 20
 """Nor more than that at a time."""
 WAITS = (0.5, 2.0, 8.0, 20.0)
@@ -118,6 +120,7 @@ class RemoteFile:
 
     def __init__(self, key: AnyPath, remote: Remote) -> None:
         self.path, self.nbytes, self.stamp = key, remote.nbytes, remote.stamp
+        self.onward = False
         self._remote = remote
         self._lines: dict[int, list[_Line]] = {}
         """The streams of each thread; the last one was used last."""
@@ -162,11 +165,12 @@ class RemoteFile:
     def read_into(self, out: memoryview, offset: int) -> int:
         """Fill `out` from `offset` on; fewer bytes than asked for only at the end.
 
-        Who reads so goes on to the end of the file as a rule: a stream that is opened goes there. Raises
-        `HubError` if no more bytes come, however often they are asked for.
+        With `onward` a stream that is opened for it goes to the end of the file. Raises `HubError` if no
+        more bytes come, however often they are asked for.
         """
         wanted = out[: max(min(len(out), self.nbytes - offset), 0)]
-        self._fill(wanted, offset, self.nbytes)
+        most = self.nbytes if self.onward else offset + max(len(wanted), LOOK_NBYTES)
+        self._fill(wanted, offset, most)
         return len(wanted)
 
     def _fill(self, out: memoryview, offset: int, stop: int) -> None:

@@ -40,6 +40,8 @@ class Source(Protocol):
     nbytes: int
     spare: bool
     """Whether the page cache is to be left as it was."""
+    onward: bool
+    """Whether who reads a part goes on to its end as a rule: then more may be asked for beforehand."""
     stamp: Stamp
     """Its identity: another one, as soon as anything of it has changed."""
 

@@ -82,7 +82,9 @@ def _opened(
     """What a task needs, opened if the caller has not done it."""
     with contextlib.ExitStack() as stack:
         if work is None:
-            work = Workspace(stack.enter_context(contextlib.closing(Files(task.stamps))))
+            work = Workspace(
+                stack.enter_context(contextlib.closing(Files(task.stamps, onward=True)))
+            )
         if output is None:
             output = stack.enter_context(OutputFile(task.path, task.file_nbytes, again=True))
         yield work, output

@@ -78,7 +78,7 @@ def stored(tensor: Lazy) -> Iterator[Stored]:
 
 
 def read_by(
-    shards: Iterable[Shard], reference: Iterable[Lazy], files: Iterable[Path | bytes]
+    shards: Iterable[Shard], reference: Iterable[Lazy], files: Iterable[object]
 ) -> set[str]:
     """The paths of everything that is read to write these shards and files."""
     tensors = itertools.chain(reference, *(shard.tensors.values() for shard in shards))

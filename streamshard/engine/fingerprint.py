@@ -48,10 +48,11 @@ class Fingerprint:
     inputs: tuple[tuple[str, bool], ...]
     """The files that tensors are read from, and whether all that is in them counts."""
 
-    def identity(self, files: Mapping[str, Path | bytes]) -> Identity:
+    def identity(self, files: Mapping[str, Any]) -> Identity:
         """All that must be the same: for this every input is looked at.
 
-        `files` are what lies beside the weights, by name: a file to copy, or content.
+        `files` are what lies beside the weights, by name: a file to copy, content, or a dataclass
+        that makes it.
         """
         inputs = [_input(path, whole=whole) for path, whole in self.inputs]
         return {
@@ -188,9 +189,13 @@ class _Recipe:
         self.digest.update(content)
 
 
-def _content_digest(content: Path | bytes) -> str:
+def _content_digest(content: Any) -> str:
     if isinstance(content, Path):
         return file_digest(content)
+    if not isinstance(content, bytes):
+        walk = _Recipe()
+        walk.add(content)
+        return walk.digest.hexdigest()
     digest = new_digest()
     digest.update(content)
     return digest.hexdigest()

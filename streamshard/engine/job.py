@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 from streamshard.checkpoint.file_names import SINGLE_NAME
 from streamshard.checkpoint.header import total_nbytes
@@ -17,7 +17,23 @@ from streamshard.engine.option_values import dtype_option, size_option
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["BaseOptions", "CacheOptions", "Compared", "Job", "Options", "OutputOptions", "Plan"]
+__all__ = ["BaseOptions", "Beside", "CacheOptions", "Compared", "Job", "Made", "Options"]
+__all__ += ["OutputOptions", "Plan"]
+
+
+class Made(Protocol):
+    """A file beside the weights that is made at the end, when all that the report says is known.
+
+    A frozen dataclass of texts and numbers: with a plan it is sent, and what is in it counts when a
+    run is continued.
+    """
+
+    def content(self, report: Mapping[str, Any]) -> bytes:
+        """The file of this report, which has neither times nor memory yet."""
+
+
+Beside: TypeAlias = Path | bytes | Made
+"""What lies beside the weights: a file to copy, content, or what makes it of the report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +65,8 @@ class Plan:
     layout: str | None
     """What the report calls the layout of the tensors."""
     shards: tuple[Shard, ...]
-    files: Mapping[str, Path | bytes]
-    """What lies beside the weights, by name in the output: a file to copy, or content."""
+    files: Mapping[str, Beside]
+    """What lies beside the weights, by name in the output."""
     compared: Compared
     must_change: bool
     """Whether it is an error if everything written equals its source."""
@@ -159,6 +175,8 @@ class Options:
     on_plan: Callable[[Plan], None] | None = None
     on_step: Callable[[str, int, int], None] | None = None
     progress: Callable[[int, str], None] | None = None
+    on_distances: Callable[[Mapping[str, float]], None] | None = None
+    """Called at the end with the squared L2 distance of each tensor that was compared."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
@@ -189,7 +207,7 @@ class Options:
 class Job:
     """What to write: tensors, their files, and what lies beside them.
 
-    `files` maps names in the output to files that are copied as bytes, or to their content. L2 is
+    `files` maps names in the output to what lies beside the weights. L2 is
     measured from the tensors of `reference`; if `compares_sources`, that of other tensors is from
     what they are made of. `facts` are further keys of the report.
     """
@@ -202,7 +220,7 @@ class Job:
     """What the report calls the layout of these tensors."""
     shard_of: Mapping[str, str]
     metadata: Mapping[str, Mapping[str, str]]
-    files: Mapping[str, Path | bytes]
+    files: Mapping[str, Beside]
     weights_name: str = SINGLE_NAME
     """What the file of the weights is called if there is only one."""
     l2_from: str | None

@@ -18,7 +18,7 @@ from streamshard.engine.beside_output import staged_nbytes
 from streamshard.engine.budget import Needs, goes_around_cache, worker_count
 from streamshard.engine.fetching import fetching, read_by
 from streamshard.engine.fingerprint import fingerprint
-from streamshard.engine.job import Compared, Job, Options, Plan
+from streamshard.engine.job import Beside, Compared, Job, Options, Plan
 from streamshard.engine.output_path import check_inputs
 from streamshard.errors import InputError, WriteError, printable
 from streamshard.notes import noted
@@ -93,12 +93,12 @@ def plan(job: Job, options: Options) -> Plan:
     )
 
 
-def _check_names(files: Mapping[str, Path | bytes], shards: Sequence[Shard]) -> None:
+def _check_names(files: Mapping[str, Beside], shards: Sequence[Shard]) -> None:
     """Refuse files beside the weights that the output cannot have, before anything is written."""
     taken = {shard.name for shard in shards} | {INDEX_NAME, REPORT_NAME, JOURNAL_NAME}
     for name, file in files.items():
-        if isinstance(file, bytes):
-            continue  # a config, under its own name
+        if not isinstance(file, Path):
+            continue  # made here, under its own name
         where, problem = printable(str(file)), name_problem(name)
         if problem is not None:
             raise InputError(

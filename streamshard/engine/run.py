@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from streamshard.disk.inputs import active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, check_writable, places_beside
 from streamshard.engine.fetching import fetch, read_by
-from streamshard.engine.job import Compared, Job, Options, Plan
+from streamshard.engine.fingerprint import Identity
+from streamshard.engine.job import Beside, Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
+from streamshard.engine.kept import as_kept
 from streamshard.engine.long_names import part_name
 from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, exactness, new_report, update
@@ -50,7 +52,13 @@ def run(job: Job, options: Options) -> Report:
         )
         check_writable(made.output)
         return in_the_end(_report(made, kept=kept), started)
-    return execute(made, progress=options.progress, on_step=options.on_step, started=started)
+    return execute(
+        made,
+        progress=options.progress,
+        on_step=options.on_step,
+        on_distances=options.on_distances,
+        started=started,
+    )
 
 
 def execute(
@@ -58,6 +66,7 @@ def execute(
     *,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
+    on_distances: Callable[[Mapping[str, float]], None] | None = None,
     started: float | None = None,
 ) -> Report:
     """Do what a plan says, in this process or another one, and return the report.
@@ -72,16 +81,20 @@ def execute(
         inputs.expect(made.inputs)
         target = resolved(made.output)
         inputs.leave_out(target, *places_beside(target).values())
+        identity = made.fingerprint.identity(made.files)
         staging = stack.enter_context(
             output_folder(
                 made.output,
-                made.fingerprint.identity(made.files),
+                identity,
                 names=_names(made.shards, made.files),
                 overwrite=made.overwrite,
             )
         )
-        _fill(made, staging, report, progress, on_step or (lambda *_: None), started)
+        told = on_step or (lambda *_: None)
+        distances = _fill(made, staging, report, identity, progress, told, started)
         inputs.end()
+    if on_distances is not None:
+        on_distances(distances.squared)
     return in_the_end(report, started)
 
 
@@ -111,10 +124,11 @@ def _fill(
     made: Plan,
     staging: Staging,
     report: dict[str, Any],
+    identity: Identity,
     progress: Progress | None,
     on_step: OnStep,
     started: float,
-) -> None:
+) -> Distances:
     """Write everything into the folder where an output is built, and what is measured into the report."""
     resumed = check_finished(
         made.shards,
@@ -138,17 +152,18 @@ def _fill(
     distances = _distances(made.compared, made.shards, finished)
     report |= {"resumed": resumed, "l2": distances.report(), "update": update(finished)}
     report["exactness"] = exactness(finished)
-    _write_beside(made.files, staging)
+    _write_beside(made.files, staging, report)
     names = list(made.files)
     if len(made.shards) > 1:
         names.append(INDEX_NAME)
         write_new(staging.folder / names[-1], index_pieces(made.shards))
     kept = {
-        **report,
+        **as_kept(report, identity),
         "l2_per_tensor": Streamed(distances.norms),
         "digests": _digests(made, finished, staging.folder, names),
     }
     write_new(staging.folder / REPORT_NAME, sealed(json_pieces(in_the_end(kept, started))))
+    return distances
 
 
 def _distances(
@@ -169,7 +184,7 @@ def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
     return {*weights, *beside, INDEX_NAME, REPORT_NAME}
 
 
-def _write_beside(files: Mapping[str, Path | bytes], staging: Staging) -> None:
+def _write_beside(files: Mapping[str, Beside], staging: Staging, report: Mapping[str, Any]) -> None:
     """Write what lies beside the weights."""
     made: set[Path] = set()
     for name, content in files.items():
@@ -178,7 +193,7 @@ def _write_beside(files: Mapping[str, Path | bytes], staging: Staging) -> None:
         if isinstance(content, Path):
             copy_file(content, path)
         else:
-            write_new(path, [content])
+            write_new(path, [content if isinstance(content, bytes) else content.content(report)])
     for path in sorted(made, reverse=True):
         sync_folder(path)
 

@@ -93,7 +93,7 @@ def share(
         finally:
             workspace.reader.leave()
 
-    with contextlib.closing(Files(spare=spare)) as files:
+    with contextlib.closing(Files(spare=spare, onward=True)) as files:
         threads = [_thread(loop) for _ in range(workers)]
         try:
             for place, thread in enumerate(threads):

@@ -403,6 +403,69 @@ static void distance(const uint16_t *one, const uint16_t *other, Py_ssize_t coun
     memcpy(totals, sums, sizeof sums);
 }
 
+/* A row of B: its products with `scale` into `out` (fp64 if `wide`, else fp32), and what its norm is made
+ * of: the sum of squares, and whether something is not zero, and so small that fp32 loses it. */
+typedef struct {
+    double squares;
+    int any, tiny;
+} row_t;
+
+#if IS_X86 && defined(__GLIBC__) && !defined(__clang__)
+__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+static row_t scale_row(const float *row, ptrdiff_t count, double scale, void *out, int wide)
+{
+    double sums[LANES] = {0}, *doubles = out;
+    float *floats = out;
+    int any[LANES] = {0}, tiny[LANES] = {0};
+    row_t found = {0, 0, 0};
+    for (ptrdiff_t i = 0; i < count; i += LANES) {
+        int lanes = count - i < LANES ? (int)(count - i) : LANES;
+        double values[LANES] = {0}, scaled[LANES];
+        if (lanes == LANES)
+            for (int lane = 0; lane < LANES; lane++)
+                values[lane] = row[i + lane];
+        else
+            for (int lane = 0; lane < lanes; lane++)
+                values[lane] = row[i + lane];
+        for (int lane = 0; lane < LANES; lane++) {
+            scaled[lane] = values[lane] * scale;
+            sums[lane] += values[lane] * values[lane];
+            any[lane] |= values[lane] != 0;
+            tiny[lane] |= (values[lane] != 0) & (fabs(scaled[lane]) < 0x1p-126);
+        }
+        for (int lane = 0; lane < lanes; lane++) {
+            if (wide)
+                doubles[i + lane] = scaled[lane];
+            else
+                floats[i + lane] = (float)scaled[lane];
+        }
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+        found.squares += sums[lane];
+        found.any |= any[lane];
+        found.tiny |= tiny[lane];
+    }
+    return found;
+}
+
+/* A run of a row of A into its panels, which lie `step` items apart; `column` is that of the first. */
+#if IS_X86 && defined(__GLIBC__) && !defined(__clang__)
+__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+static void pack_row(const float *row, ptrdiff_t count, ptrdiff_t column, float *panels, ptrdiff_t step,
+                     double *squares)
+{
+    for (ptrdiff_t i = 0; i < count;) {
+        ptrdiff_t inner = (column + i) % PANEL, end = i + PANEL - inner;
+        float *out = panels + (column + i) / PANEL * step + inner - i;
+        for (end = end < count ? end : count; i < end; i++) {
+            out[i] = row[i];
+            squares[i] += (double)row[i] * (double)row[i];
+        }
+    }
+}
+
 /* --- for Python ---------------------------------------------------------------------------------- */
 
 static const char *const TYPES[] = {"BF16", "F16", "F32"};
@@ -452,6 +515,27 @@ static void *data_of(held_t *held, PyObject *array, Py_ssize_t size, Py_ssize_t 
         return NULL;
     }
     return view->buf;
+}
+
+/* Other code of the process may have set it to flush subnormal numbers to zero. */
+static inline unsigned begin_exact(void)
+{
+#if IS_X86
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+    return before;
+#else
+    return 0;
+#endif
+}
+
+static inline void end_exact(unsigned before)
+{
+#if IS_X86
+    _mm_setcsr(before);
+#else
+    (void)before;
+#endif
 }
 
 PyDoc_STRVAR(merge_doc,
@@ -521,15 +605,9 @@ static PyObject *merge(PyObject *Py_UNUSED(self), PyObject *args)
     if (PyErr_Occurred())
         goto done;
     Py_BEGIN_ALLOW_THREADS
-#if IS_X86
-    /* Other code of the process may have set it to flush subnormal numbers to zero. */
-    unsigned before = _mm_getcsr();
-    _mm_setcsr(0x1f80);
+    unsigned before = begin_exact();
     kernel->run(&job);
-    _mm_setcsr(before);
-#else
-    kernel->run(&job);
-#endif
+    end_exact(before);
     Py_END_ALLOW_THREADS
     double effected = 0, intended = 0;
     for (int lane = 0; lane < LANES; lane++) {
@@ -548,6 +626,85 @@ done:
     free(job.hard);
     release(&held);
     return result;
+}
+
+PyDoc_STRVAR(scale_rows_doc,
+    "scale_rows(rows, count, rank, scale, scaled, wide, norms, least, tiny)\n\n"
+    "Put `rows * scale` into `scaled`, which is of fp64 if `wide`, and add the norm of each row to that\n"
+    "in `norms`: at least `least` if something is not zero, and `tiny` more if fp32 loses some of it.");
+
+static PyObject *scale_rows(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *rows, *scaled, *norms;
+    Py_ssize_t count, rank;
+    ptrdiff_t step, out_step;
+    double scale, least, tiny;
+    int wide;
+    held_t held = {.count = 0};
+    if (!PyArg_ParseTuple(args, "OnndOpOdd", &rows, &count, &rank, &scale, &scaled, &wide, &norms,
+                          &least, &tiny))
+        return NULL;
+    const char *from = data_of(&held, rows, 4, count * rank, 0, count, &step);
+    char *to = data_of(&held, scaled, wide ? 8 : 4, count * rank, 1, count, &out_step);
+    double *all = data_of(&held, norms, 8, count, 1, 0, NULL);
+    if (PyErr_Occurred()) {
+        release(&held);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    unsigned before = begin_exact();
+    for (Py_ssize_t i = 0; i < count; i++) {
+        row_t found = scale_row((const float *)(from + i * step), rank, scale, to + i * out_step, wide);
+        double norm = sqrt(found.squares) * fabs(scale);
+        if (!found.any)
+            norm = 0;
+        else if (norm < least)
+            norm = least;
+        if (found.tiny)
+            norm += tiny;
+        all[i] = hypot(all[i], norm);
+    }
+    end_exact(before);
+    Py_END_ALLOW_THREADS
+    release(&held);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(pack_rows_doc,
+    "pack_rows(rows, count, columns, first, panels, rank, at, squares)\n\n"
+    "Put `rows`, of columns from `first` on, into panels as ranks from `at` on, and add their squares\n"
+    "to those of the columns.");
+
+static PyObject *pack_rows(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *rows, *panels, *squares;
+    Py_ssize_t count, columns, first, rank, at;
+    ptrdiff_t step;
+    held_t held = {.count = 0};
+    if (!PyArg_ParseTuple(args, "OnnnOnnO", &rows, &count, &columns, &first, &panels, &rank, &at,
+                          &squares))
+        return NULL;
+    if (first < 0 || at < 0 || columns < 0 || count < 0 || count > rank - at) {
+        PyErr_SetString(PyExc_ValueError, "there are no such panels");
+        return NULL;
+    }
+    Py_ssize_t width = (first + columns + PANEL - 1) / PANEL * PANEL;
+    const char *from = data_of(&held, rows, 4, count * columns, 0, count, &step);
+    float *to = data_of(&held, panels, 4, width * rank, 1, 0, NULL);
+    double *sums = data_of(&held, squares, 8, width, 1, 0, NULL);
+    if (PyErr_Occurred()) {
+        release(&held);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    unsigned before = begin_exact();
+    for (Py_ssize_t i = 0; i < count; i++)
+        pack_row((const float *)(from + i * step), columns, first, to + (at + i) * PANEL,
+                 rank * PANEL, sums + first);
+    end_exact(before);
+    Py_END_ALLOW_THREADS
+    release(&held);
+    Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(distance_bf16_doc,
@@ -606,6 +763,8 @@ static PyObject *keep_subnormals(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(
 static PyMethodDef methods[] = {
     {"merge", merge, METH_VARARGS, merge_doc},
     {"distance_bf16", distance_bf16, METH_VARARGS, distance_bf16_doc},
+    {"scale_rows", scale_rows, METH_VARARGS, scale_rows_doc},
+    {"pack_rows", pack_rows, METH_VARARGS, pack_rows_doc},
     {"names", names, METH_NOARGS, names_doc},
     {"keep_subnormals", keep_subnormals, METH_NOARGS, keep_subnormals_doc},
     {NULL, NULL, 0, NULL},

@@ -33,4 +33,27 @@ def merge(
     /,
 ) -> tuple[float, float, int, int, bytes]: ...
 def distance_bf16(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float: ...
+def scale_rows(
+    rows: npt.NDArray[np.float32],
+    count: int,
+    rank: int,
+    scale: float,
+    scaled: npt.NDArray[Any],
+    wide: bool,
+    norms: npt.NDArray[np.float64],
+    least: float,
+    tiny: float,
+    /,
+) -> None: ...
+def pack_rows(
+    rows: npt.NDArray[np.float32],
+    count: int,
+    columns: int,
+    first: int,
+    panels: npt.NDArray[np.float32],
+    rank: int,
+    at: int,
+    squares: npt.NDArray[np.float64],
+    /,
+) -> None: ...
 def keep_subnormals() -> None: ...

@@ -13,13 +13,21 @@ from typing import Any
 import numpy as np
 
 from streamshard.tensors.arrays import Bytes, Float64
+from streamshard.tensors.computed import Computed
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS, NUMPY
 from streamshard.tensors.kernel import distance_bf16
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, blocks
 from streamshard.tensors.rounding import widen
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["Distances", "equal_bytes", "is_comparable", "squared_distance", "tensor_distance"]
+__all__ = [
+    "Distances",
+    "equal_bytes",
+    "is_comparable",
+    "squared_distance",
+    "squared_norm",
+    "tensor_distance",
+]
 
 
 # What is widened to fp64 at a time: stays in the processor's cache, and costs little memory.
@@ -115,3 +123,17 @@ def equal_bytes(one: Lazy, other: Lazy, work: Workspace) -> bool:
         return False
     pairs = blocks(work, one, other, nbytes=READ_NBYTES)
     return all(np.array_equal(left, right) for left, right in pairs)
+
+
+def squared_norm(tensor: Lazy, work: Workspace) -> float:
+    """The squared L2 norm of a tensor of numbers, read block by block.
+
+    Of what is computed by `cast` or an update, it is that of what this is made from.
+    """
+    total = 0.0
+    for piece in tensor.pieces:
+        before = piece.source if isinstance(piece, Computed) else piece
+        for (block,) in blocks(work, before):
+            zeros = np.zeros_like(block)
+            total += squared_distance(block, before.dtype, zeros, before.dtype)
+    return total

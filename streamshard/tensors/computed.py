@@ -244,7 +244,7 @@ class Computed(Lazy):
         if magnitude.whole is not None:
             whole, vector = magnitude.whole, magnitude.vector
 
-            def make() -> Scale:
+            def make(_: object) -> Scale:
                 sums = np.zeros((strip[1] - strip[0], 3))
                 whole._add_squares(strip, work, sums, by_row=False)  # noqa: SLF001
                 values = read_float32(vector, *strip, work).reshape(-1)
@@ -266,9 +266,9 @@ class Computed(Lazy):
             wide = Addition(self.terms, self.dtype, wide=True)
             wide.square(self.source.dtype, old, (start, 0), strip, work, sums)
         else:
-            sums = work.kept(self.terms, "squares", magnitude.start, lambda: self._all_sums(work))[
-                start:stop
-            ]
+            sums = work.kept(
+                self.terms, "squares", magnitude.start, lambda _: self._all_sums(work)
+            )[start:stop]
         first = magnitude.start + start
         values = read_float32(magnitude.vector, first, first + stop - start, work).reshape(-1)
 

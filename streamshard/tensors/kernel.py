@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from streamshard.errors import UsageError, printable
 from streamshard.tensors import numpy_kernel
-from streamshard.tensors.arrays import Elements
+from streamshard.tensors.arrays import Elements, Float32, Float64
 from streamshard.tensors.numpy_kernel import Found, Job
 
 try:
@@ -31,6 +33,8 @@ __all__ = [
     "keep_subnormals",
     "merge",
     "needs_fp64",
+    "pack_rows",
+    "scale_rows",
 ]
 
 
@@ -94,6 +98,35 @@ def merge(job: Job) -> Found:
     if name == "numpy":
         return numpy_kernel.merge(job)
     return Found(*_kernels.merge(name, *job))
+
+
+def scale_rows(
+    rows: Float32,
+    scale: float,
+    scaled: npt.NDArray[Any],
+    norms: Float64,
+    least: float,
+    tiny: float,
+) -> None:
+    """Put `rows * scale` into `scaled` (fp32 or fp64), and their norms together with those in `norms`.
+
+    That of a row is at least `least` if the row is not zero, and `tiny` more if fp32 loses some of it.
+    """
+    if chosen() == "numpy":
+        numpy_kernel.scale_rows(rows, scale, scaled, norms, least, tiny)
+    else:
+        count, rank = rows.shape
+        wide = scaled.dtype == np.float64
+        _kernels.scale_rows(rows, count, rank, scale, scaled, wide, norms, least, tiny)
+
+
+def pack_rows(rows: Float32, first: int, panels: Float32, at: int, squares: Float64) -> None:
+    """Put `rows`, of columns from `first` on, into `panels` as ranks from `at` on; add their squares."""
+    if chosen() == "numpy":
+        numpy_kernel.pack_rows(rows, first, panels, at, squares)
+    else:
+        count, columns = rows.shape
+        _kernels.pack_rows(rows, count, columns, first, panels, panels.shape[1], at, squares)
 
 
 def distance_bf16(one: Elements, other: Elements) -> float:

@@ -300,6 +300,9 @@ def read_float32(
     for part in tensor.cut((start, stop, first, last), READ_NBYTES):
         row, end, left, right = part
         place = out[row - start : end - start, left - first : right - first]
+        if tensor.dtype == "F32" and place.flags.c_contiguous:
+            tensor.window(*part, place.reshape(-1).view(np.uint8), work)
+            continue
         raw = work.bytes("narrow", place.size * np.dtype(kind).itemsize)
         tensor.window(*part, raw, work)
         widen(raw.view(kind).reshape(place.shape), tensor.dtype, place)

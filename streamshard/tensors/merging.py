@@ -17,7 +17,7 @@ from streamshard.tensors.kernel import Found, Job
 from streamshard.tensors.low_rank import LowRank
 from streamshard.tensors.magnitudes import Scale
 from streamshard.tensors.open_elements import element
-from streamshard.tensors.panels import PANEL, Panels, Rows, bounds_of, panels_of, rows_of
+from streamshard.tensors.panels import PANEL, Panels, Rows, panels_of, rows_of
 from streamshard.tensors.rounding import Change, narrowed, widen
 from streamshard.tensors.workspace import Workspace
 
@@ -107,7 +107,7 @@ class Addition:
         by_row: bool = True,
     ) -> Found:
         """Hand a part over to the kernel, to be rounded or (with `sums`) squared."""
-        bounds, rows, low = bounds_of(self.terms), part.rows, part.row - part.rows.first
+        bounds, rows, low = part.panels.bounds, part.rows, part.row - part.rows.first
         panel, first = divmod(part.column, PANEL)
         factor, slack = None, 0.0
         if scale is not None:
@@ -155,7 +155,7 @@ class Addition:
         places = places[np.lexsort((places[:, 1], places[:, 0]))]
         bases = np.empty((1, len(places)), np.float32)
         widen(old[places[:, 0], places[:, 1]].reshape(1, -1), old_dtype, bases)
-        scales = bounds_of(self.terms).exact
+        scales = part.panels.bounds.exact
         found = np.empty_like(bases)
         for number, (row, column) in enumerate(places.tolist()):
             terms = part.factors(self.terms, scales, row, column)

@@ -15,7 +15,7 @@ from streamshard.tensors.arrays import Elements, Float32, Float64
 from streamshard.tensors.exact import FORMATS
 from streamshard.tensors.rounding import narrow, widen
 
-__all__ = ["Found", "Job", "distance_bf16", "merge"]
+__all__ = ["Found", "Job", "distance_bf16", "merge", "pack_rows", "scale_rows"]
 
 
 HEIGHT, WIDTH = 64, 1024
@@ -162,6 +162,35 @@ def _add_exactly(sums: Float64, more: Float64) -> None:
     back = after - before
     sums[:, 0] = after
     sums[:, 1] += (before - (after - back)) + (more - back)
+
+
+def scale_rows(
+    rows: Float32,
+    scale: float,
+    scaled: npt.NDArray[Any],
+    norms: Float64,
+    least: float,
+    tiny: float,
+) -> None:
+    """As `_kernels.scale_rows`."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        exact = np.multiply(rows, scale, dtype=np.float64)
+        scaled[:] = exact
+        size = np.sqrt(np.square(rows, dtype=np.float64).sum(1)) * abs(scale)
+        size = np.where(rows.any(1), np.maximum(size, least), 0)
+        size += np.where(((np.abs(exact) < 2.0**-126) & (rows != 0)).any(1), tiny, 0)
+        norms[:] = np.hypot(norms, size)
+
+
+def pack_rows(rows: Float32, first: int, panels: Float32, at: int, squares: Float64) -> None:
+    """As `_kernels.pack_rows`."""
+    end, width = first + rows.shape[1], panels.shape[2]
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        squares[first:end] += np.square(rows, dtype=np.float64).sum(0)
+    for panel in range(first // width, -(-end // width)):
+        low, high = max(first, panel * width), min(end, (panel + 1) * width)
+        place = panels[panel, at : at + len(rows), low - panel * width : high - panel * width]
+        place[:] = rows[:, low - first : high - first]
 
 
 # The compiled loop keeps so many sums: element i is added to sum i modulo this, those that are left

@@ -6,12 +6,13 @@ Norms are rounded up, and are 0 only where all is: bounds of errors are made of 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from streamshard.tensors import kernel
 from streamshard.tensors.arrays import Float32, Float64
 from streamshard.tensors.exact import Scaled, dyadic
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
@@ -35,11 +36,27 @@ _SMALLEST = 2.0**-149
 _MOST_NARROW = 4096
 
 
+class Bounds(NamedTuple):
+    """What the kernel is told of the terms: where their ranks end, scales, bounds of errors."""
+
+    ends: npt.NDArray[np.int64]
+    scales: Float64
+    exact: tuple[Scaled, ...]
+    safe: bool
+    narrow: float
+    tiny: float
+    wide: float
+
+
 class Panels(NamedTuple):
-    """A strip of the A of all terms, (panels, ranks, `PANEL`) with zeros at its end; column norms."""
+    """A strip of the A of all terms, (panels, ranks, `PANEL`) with zeros at its end; column norms.
+
+    Beside it what is known of the terms, whatever the strip.
+    """
 
     values: Float32
     norms: Float32
+    bounds: Bounds
 
 
 class Rows(NamedTuple):
@@ -52,18 +69,6 @@ class Rows(NamedTuple):
     left: Float32
     scaled: npt.NDArray[Any]
     norms: Float32
-
-
-class Bounds(NamedTuple):
-    """What the kernel is told of the terms: where their ranks end, scales, bounds of errors."""
-
-    ends: npt.NDArray[np.int64]
-    scales: Float64
-    exact: tuple[Scaled, ...]
-    safe: bool
-    narrow: float
-    tiny: float
-    wide: float
 
 
 def bounds_of(terms: Sequence[LowRank]) -> Bounds:
@@ -95,44 +100,23 @@ def bounds_of(terms: Sequence[LowRank]) -> Bounds:
 def panels_of(terms: Sequence[LowRank], strip: tuple[int, int], work: Workspace) -> Panels:
     """Columns of A, kept until others are asked for."""
 
-    def make() -> Panels:
+    def make(spent: Panels | None) -> Panels:
         first, last = strip
-        count = -(-(last - first) // PANEL)
-        values = np.zeros((count, sum(term.A.rows for term in terms), PANEL), np.float32)
+        count, rank = -(-(last - first) // PANEL), sum(term.A.rows for term in terms)
+        values = _room((count, rank, PANEL), np.float32, spent and spent.values)
+        values[(last - first) // PANEL :] = 0  # the last one may have columns of zeros
         squares = np.zeros(count * PANEL)
         at = 0
         for term in terms:
             for row, end, left, right in term.A.cut((0, term.A.rows, first, last), READ_NBYTES):
-                part = read_float32(term.A, row, end, work, (left, right))
-                squares[left - first : right - first] += np.square(part, dtype=np.float64).sum(0)
-                for panel, inner, outer in _in_panels(left - first, right - first):
-                    whole = part[:, outer].reshape(end - row, -1, inner.stop - inner.start)
-                    values[panel, at + row : at + end, inner] = whole.swapaxes(0, 1)
+                room = work.float32("factor", end - row, right - left)
+                part = read_float32(term.A, row, end, work, (left, right), out=room)
+                kernel.pack_rows(part, left - first, values, at + row, squares)
             at += term.A.rows
-        return Panels(values, _up(np.sqrt(squares)))
+        return Panels(values, _up(np.sqrt(squares)), bounds_of(terms))
 
     kept: Panels = work.kept(terms, "panels", strip, make)
     return kept
-
-
-def _in_panels(first: int, last: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Columns by panels: which these are, columns within each of them, columns from `first` on."""
-    at = first
-    while at < last:
-        panel, inner = divmod(at, PANEL)
-        if inner or last - at < PANEL:
-            end = min(last, (panel + 1) * PANEL)
-            count = 1
-        else:
-            end = last - last % PANEL
-            count = (end - at) // PANEL
-        width = (end - at) // count
-        yield (
-            slice(panel, panel + count),
-            slice(inner, inner + width),
-            slice(at - first, end - first),
-        )
-        at = end
 
 
 def rows_of(terms: Sequence[LowRank], row: int, work: Workspace, *, wide: bool) -> Rows:
@@ -140,34 +124,36 @@ def rows_of(terms: Sequence[LowRank], row: int, work: Workspace, *, wide: bool) 
     height = _chunk_rows(terms)
     first = row - row % height
 
-    def make() -> Rows:
+    def make(spent: Rows | None) -> Rows:
         count = min(height, terms[0].stop - terms[0].start - first)
-        rank = sum(term.A.rows for term in terms)
-        left = np.empty((count, rank), np.float32)
-        scaled = np.zeros((count + _PADDED, rank), np.float64 if wide else np.float32)
+        rank, kind = sum(term.A.rows for term in terms), np.float64 if wide else np.float32
+        left = _room((count, rank), np.float32, spent and spent.left)
+        scaled = _room((count + _PADDED, rank), kind, spent and spent.scaled)
+        scaled[count:] = 0
         norms = np.zeros(count)
         at = 0
-        scales = bounds_of(terms).scales[:, 0]
-        # What does not fit becomes infinite, and is computed again.
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            for term, scale in zip(terms, scales, strict=True):
-                own = np.s_[:, at : at + term.A.rows]
-                begin = term.start + first
-                part = read_float32(term.B, begin, begin + count, work, out=left[own])
-                exact = np.multiply(part, scale, dtype=np.float64)
-                scaled[:count][own] = exact
-                size = np.sqrt(np.square(part, dtype=np.float64).sum(1)) * abs(scale)
-                if term.exact_scale.number:
-                    size = np.where(part.any(1), np.maximum(size, _SMALLEST), 0)
-                if not wide:
-                    tiny = (np.abs(exact) < 2.0**-126) & (part != 0)
-                    size += np.where(tiny.any(1), 2.0**-126 * math.sqrt(2 * rank), 0)
-                norms = np.hypot(norms, size)
-                at += term.A.rows
-            return Rows(first, left, scaled, _up(norms))
+        for term, scale in zip(terms, bounds_of(terms).scales[:, 0].tolist(), strict=True):
+            own = np.s_[:, at : at + term.A.rows]
+            begin = term.start + first
+            part = read_float32(term.B, begin, begin + count, work, out=left[own])
+            # What does not fit becomes infinite, and is computed again.
+            least = _SMALLEST if term.exact_scale.number else 0.0
+            tiny = 0.0 if wide else 2.0**-126 * math.sqrt(2 * rank)
+            kernel.scale_rows(part, scale, scaled[:count][own], norms, least, tiny)
+            at += term.A.rows
+        return Rows(first, left, scaled, _up(norms))
 
     kept: Rows = work.kept(terms, ("rows", wide), first, make)
     return kept
+
+
+def _room(shape: tuple[int, ...], kind: type, spent: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    """An array with some content, in the memory of one that is not needed any more if it fits."""
+    count = math.prod(shape)
+    flat = None if spent is None else spent.base
+    if flat is None or flat.size < count:
+        flat = np.empty(count, kind)
+    return flat[:count].reshape(shape)
 
 
 def _up(norms: Float64) -> Float32:

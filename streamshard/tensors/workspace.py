@@ -75,7 +75,8 @@ class Workspace:
         self.held = held or Held()
         self.changes = Changes()
         self._buffers: dict[str, Bytes] = {}
-        self._kept: dict[Hashable, tuple[object, Hashable, Any]] = {}
+        self._kept: dict[tuple[Hashable, int], tuple[object, Hashable, Any]] = {}
+        self._spent: dict[Hashable, Any] = {}
 
     def bytes(self, name: str, nbytes: int) -> Bytes:
         """A buffer that is used again under the same name; its content is left over."""
@@ -105,16 +106,21 @@ class Workspace:
         """The like as an fp32 matrix."""
         return self.bytes(name, rows * columns * 4).view(np.float32).reshape(rows, columns)
 
-    def kept(self, node: object, what: Hashable, part: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gave for a part of a node, kept until another part or tensor is begun."""
+    def kept(self, node: object, what: Hashable, part: Hashable, make: Callable[[Any], Any]) -> Any:
+        """What `make` gave for a part of a node, kept until another part or tensor is begun.
+
+        It is given one of the same kind (`what`) that nobody needs any more, whose memory it may take,
+        or None: fresh memory costs more than what is put there.
+        """
         key = (what, id(node))  # it is kept with the node, so that no other one can have it
         found = self._kept.get(key)
         if found is None or found[1] != part:
-            del found  # before the next one is made: they are large
             self._kept.pop(key, None)
-            self._kept[key] = found = (node, part, make())
+            spent = self._spent.pop(what, None) if found is None else found[2]
+            self._kept[key] = found = (node, part, make(spent))
         return found[2]
 
     def forget(self) -> None:
         """Drop what was kept, but not what is held; called when another tensor begins."""
+        self._spent |= {what: found for (what, _), (_, _, found) in self._kept.items()}
         self._kept.clear()

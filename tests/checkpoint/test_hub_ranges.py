@@ -183,6 +183,7 @@ def read(remote):
     out = bytearray(len(DATA))
     with remote.open("key") as file:
         out[:HEAD] = file.read(0, HEAD)
+        file.onward = True
         for at in range(HEAD, len(DATA), 262_144):
             part = memoryview(out)[at : at + 262_144]
             assert file.read_into(part, at) == len(part)

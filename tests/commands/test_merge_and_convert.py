@@ -135,7 +135,7 @@ def test_converting_takes_files_of_the_reference(tmp_path, cli):
     assert report["merged"] > 0
     names = {path.name for path in ref.iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *names, "model.safetensors", "streamshard.json",
+        *names, "README.md", "model.safetensors", "streamshard.json",
     }  # fmt: skip
 
 

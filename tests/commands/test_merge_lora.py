@@ -308,7 +308,7 @@ def test_every_family_in_the_custom_layout(preset, tmp_path):
     assert_distances(tmp_path / "out", base, report)
     assert report["merged"] == len(updates)
     assert (report["layout"], report["tensors"]) == ("custom", len(content))
-    kept = {p.name for p in base.iterdir()} | {"streamshard.json"}
+    kept = {p.name for p in base.iterdir()} | {"README.md", "streamshard.json"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == kept
 
 

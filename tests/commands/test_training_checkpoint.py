@@ -272,8 +272,8 @@ def test_config_and_files(trainer, tmp_path):
     expected = config_of(source) | {"use_llm_lora": 0, "use_backbone_lora": 0}
     assert config_of(tmp_path / "out") == expected
     ours, theirs = reference.digests(tmp_path / "out"), reference.digests(source)
-    rewritten = {"config.json", "model.safetensors", "streamshard.json"}
-    assert ours.keys() == theirs.keys() | {"streamshard.json"}
+    rewritten = {"README.md", "config.json", "model.safetensors", "streamshard.json"}
+    assert ours.keys() == theirs.keys() | {"README.md", "streamshard.json"}
     assert {n: d for n, d in ours.items() if n not in rewritten} == {
         n: d for n, d in theirs.items() if n not in rewritten
     }

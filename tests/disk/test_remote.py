@@ -69,6 +69,7 @@ def remote_of(store, digest=SHA256, **known):
 def read_all(remote, step=256 * 1024, start=0):
     out = bytearray(remote.nbytes)
     with remote.open("key") as file:
+        file.onward = True
         for at in range(start, remote.nbytes, step):
             part = memoryview(out)[at : at + step]
             assert file.read_into(part, at) == len(part)
@@ -163,6 +164,7 @@ def test_three_places_are_read_forwards_by_three_streams():
     data = DATA * 4
     store = Store(data)
     with remote_of(store).open("key") as file:
+        file.onward = True
         for row in range(0, 300_000, 10_000):
             for begin in (9_000_000, 0, 5_000_000):
                 out = bytearray(10_000)
@@ -251,6 +253,7 @@ def test_threads_have_their_own_streams():
                 wrong.append(at)
 
     with remote.open("key") as file:
+        file.onward = True
         threads = [threading.Thread(target=read, args=(part,)) for part in range(3)]
         for thread in threads:
             thread.start()

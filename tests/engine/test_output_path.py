@@ -86,7 +86,9 @@ def test_absurd_numbers_of_workers_are_a_usage_error(count, pair: Pair, cli):
 
 def test_a_hub_id_is_told_from_a_missing_folder(pair: Pair, cli):
     command = ["merge-lora", "--adapter", pair.adapter, "--output", pair.output]
-    assert "hf download" in cli(*command, "--base", "OpenGVLab/InternVL3-8B").err
+    outcome = cli(*command, "--base", "OpenGVLab/InternVL3-8B")
+    assert outcome.code == 9
+    assert "a model on the hub" in outcome.err
     assert "Check the path" in cli(*command, "--base", "/no/such/folder").err
     assert cli(*command, "--base", "").code == 2
 

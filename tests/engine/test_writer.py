@@ -240,13 +240,13 @@ def test_a_single_file_of_any_name_becomes_the_usual_one(pair, tmp_path):
     merge_lora(base=base / "weights.safetensors", adapter=pair.adapter, output=tmp_path / "bare")
     # What lies beside it goes with it, if a config does.
     assert files(tmp_path / "bare") == files(pair.output)
-    names = ["config.json", "model.safetensors", "streamshard.json"]
+    names = ["README.md", "config.json", "model.safetensors", "streamshard.json"]
     assert sorted(p.name for p in (tmp_path / "bare").iterdir()) == names
     alone = tmp_path / "alone" / "weights.safetensors"
     alone.parent.mkdir()
     (base / "weights.safetensors").rename(alone)
     merge_lora(base=alone, adapter=pair.adapter, output=tmp_path / "x")
-    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == names[1:]
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["README.md", *names[2:]]
 
 
 def test_metadata_is_kept_and_completed(pair, tmp_path):
@@ -337,7 +337,7 @@ def test_what_lies_beside_the_weights(pair):
     for name, data in (keep | dict.fromkeys(drop, b"x")).items():
         (pair.base / name).parent.mkdir(parents=True, exist_ok=True)
         (pair.base / name).write_bytes(data)
-    merge_lora(base=pair.base, adapter=pair.adapter, output=pair.output)
+    merge_lora(base=pair.base, adapter=pair.adapter, output=pair.output, card="base")
     found = {
         p.relative_to(pair.output).as_posix(): p.read_bytes()
         for p in pair.output.rglob("*")

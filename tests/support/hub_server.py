@@ -67,7 +67,9 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         if isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # the client went away
             return
-        self.state.errors.append(traceback.format_exc())
+        # Who has read enough of a body goes away.
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            self.state.errors.append(traceback.format_exc())
 
     def close(self) -> None:
         self.shutdown()

@@ -1,0 +1,84 @@
+"""A heat map as text: a line a module, a letter for one layer or several, at most 80 columns."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamshard.errors import escaped
+
+__all__ = ["heat_text"]
+
+COLUMNS, LABEL = 80, 26
+SHADES = ".:-=+*#%@"
+# Of the 256 colours of terminals, those nearest to viridis.
+COLOURS = (54, 60, 24, 31, 37, 36, 71, 113, 226)
+
+
+def heat_text(heat: Mapping[str, Any]) -> str:
+    """The `heat_map` of a report as lines, in colours where standard output is a terminal for that."""
+    coloured = _takes_colours()
+    values = [
+        cell
+        for panel in heat["panels"]
+        for row in panel["cells"]
+        for cell in row
+        if isinstance(cell, float) and cell > 0
+    ]
+    low, high = (math.log(min(values)), math.log(max(values))) if values else (0.0, 0.0)
+    lines = [f"{escaped(heat['title'])}: relative change of modules (down) by layers (across)"]
+    for panel in heat["panels"]:
+        lines += _panel(panel, low, high, coloured=coloured)
+    lines.append("")
+    if values:
+        scale = "".join(_mark(number, coloured=coloured) for number in range(len(SHADES)))
+        lines.append(f"{min(values):.1e} {scale} {max(values):.1e} (logarithmic scale)")
+    lines.append("blank: unchanged, or no such module; !: not finite; 0: changed from all zeros")
+    return "\n".join(lines)
+
+
+def _panel(panel: Mapping[str, Any], low: float, high: float, *, coloured: bool) -> list[str]:
+    layers = panel["layers"] or 1
+    each = -(-layers // (COLUMNS - LABEL - 2))
+    title = panel["part"] if panel["layers"] else f"{panel['part']}, outside of layers"
+    if panel["layers"]:
+        title += f", layers 0 to {layers - 1}" + (f", {each} a column" if each > 1 else "")
+    if not any(cell for row in panel["cells"] for cell in row):
+        return ["", f"{title}: unchanged"]
+    lines = ["", title]
+    for module, cells in zip(panel["modules"], panel["cells"], strict=True):
+        text = "".join(
+            _cell(cells[start : start + each], low, high, coloured=coloured)
+            for start in range(0, len(cells), each)
+        )
+        name = escaped(module)
+        name = name if len(name) <= LABEL else f"…{name[1 - LABEL :]}"
+        lines.append(f"{name:>{LABEL}} {text}".rstrip())
+    return lines
+
+
+def _cell(cells: Sequence[Any], low: float, high: float, *, coloured: bool) -> str:
+    """The largest change of some layers."""
+    for text, mark in (("not finite", "!"), ("from zero", "0")):
+        if text in cells:
+            return mark
+    largest = max((cell for cell in cells if cell), default=0.0)
+    if not largest:
+        return " "
+    part = (math.log(largest) - low) / (high - low) if high > low else 1.0
+    return _mark(min(int(part * len(SHADES)), len(SHADES) - 1), coloured=coloured)
+
+
+def _mark(number: int, *, coloured: bool) -> str:
+    return f"\x1b[48;5;{COLOURS[number]}m \x1b[0m" if coloured else SHADES[number]
+
+
+def _takes_colours() -> bool:
+    try:
+        is_terminal = sys.stdout.isatty()
+    except ValueError:  # closed
+        return False
+    return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,56 @@
+"""`streamshard env`: what a bug report needs, and nothing private."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import numpy as np
+
+import streamshard
+from streamshard.extras import EXTRAS
+
+
+def test_it_says_what_is_here(monkeypatch):
+    for name in ("STREAMSHARD_READ", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("STREAMSHARD_KERNEL", "numpy")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    report = streamshard.environment()
+    assert report["version"] == streamshard.__version__
+    assert report["packages"]["numpy"]["version"] == np.__version__
+    assert report["packages"]["pyyaml"]["version"] == importlib.metadata.version("pyyaml")
+    assert report["packages"].keys() >= EXTRAS.keys()
+    assert report["packages"]["matplotlib"]["install"] == "streamshard[plot]"
+    assert (report["kernel"], report["kernels"][-1]) == ("numpy", "numpy")
+    assert report["variables"] == {"STREAMSHARD_KERNEL": "numpy"}
+    assert "hf_secret" not in json.dumps(report)
+
+
+def test_what_is_missing_is_told_with_its_command(monkeypatch, cli):
+    known = importlib.metadata.version
+
+    def version(name):
+        if name in {"matplotlib", "peft"}:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    outcome = cli("env")
+    assert outcome.code == 0, outcome.err
+    assert "matplotlib: missing; drawing pictures: pip install 'streamshard[plot]'" in outcome.out
+    assert f"numpy {np.__version__}" in outcome.out
+    assert f"streamshard {streamshard.__version__}" in outcome.out
+    document = json.loads(cli("env", "--json").out)
+    assert document["packages"]["peft"]["version"] is None
+
+
+def test_it_imports_none_of_the_packages():
+    code = (
+        "import sys, streamshard; streamshard.environment(); "
+        "print({'torch', 'peft', 'matplotlib', 'huggingface_hub', 'yaml'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

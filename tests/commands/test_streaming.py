@@ -1,0 +1,229 @@
+"""`--stream`: the same bytes as from the folder, whatever happens on the way, or no output."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import cycle
+
+import pytest
+from fake_hub import Hub
+from folders import make
+from hub_client import client
+from hub_commands import contents
+from hub_faults import (
+    Drop,
+    Expire,
+    Flip,
+    LoseAnswer,
+    NoAnswer,
+    OtherBytes,
+    Short,
+    Slow,
+    Status,
+    Whole,
+    WrongRange,
+)
+from make_checkpoint import write_adapter
+
+import streamshard
+from streamshard.checkpoint import hub_head
+from streamshard.disk import remote
+from streamshard.disk.remote_digest import WrongDigestError
+from streamshard.engine import lanes
+from streamshard.errors import HubError
+
+FILES = "*.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """Models by name: folders here, repositories on a hub, and what is made of the folders."""
+    root = tmp_path_factory.mktemp("shop")
+    folders = {
+        "custom": make(root / "custom", "tiny-internlm2", "custom", max_shard_size="60KB"),
+        "hf": make(root / "hf", "tiny-internlm2", "hf", max_shard_size="50KB"),
+        "base": make(root / "base", "tiny", "hf", max_shard_size="60KB"),
+        "lora": root / "lora",
+    }
+    write_adapter(folders["lora"], "tiny", layout="hf")
+    for folder in folders.values():
+        (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text")
+    made = {
+        name: contents(
+            run(name, root / f"made-{name}", folders.__getitem__) and root / f"made-{name}"
+        )
+        for name in COMMANDS
+    }
+    with Hub(root / "hub") as hub, client(hub, root / "home"):
+        for name, folder in folders.items():
+            hub.add_repo(f"org/{name}", folder)
+        yield hub, made
+
+
+COMMANDS = {
+    "merge": (streamshard.merge_lora, {"base": "base", "adapter": "lora"}, {}),
+    "cut anew": (
+        streamshard.merge_lora,
+        {"base": "base", "adapter": "lora"},
+        {"max_shard_size": "30KB", "workers": 3},
+    ),
+    "fused": (streamshard.hf_to_custom, {"hf_path": "hf", "custom_path": "custom"}, {"workers": 2}),
+    "split": (streamshard.custom_to_hf, {"hf_path": "hf", "custom_path": "custom"}, {"workers": 2}),
+}
+
+
+def run(command, output, named, **options):
+    """A command with its models, each as `named` gives it."""
+    function, models, others = COMMANDS[command]
+    where = "output" if function is streamshard.merge_lora else "save_path"
+    given = {key: named(name) for key, name in models.items()}
+    return function(**given, **{where: output}, **others, **options)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Everything is so small that these files are large; nobody waits."""
+    monkeypatch.setattr(hub_head, "FIRST_NBYTES", 64)
+    for name, value in (("GAP_NBYTES", 700), ("BLOCK_NBYTES", 500), ("LOOK_NBYTES", 900)):
+        monkeypatch.setattr(remote, name, value)
+    monkeypatch.setattr(remote, "MOST_NBYTES", 2000)
+    slept = []
+
+    def wait(seconds):
+        slept.append(seconds)
+        time.sleep(seconds / 100)
+
+    monkeypatch.setattr(remote, "wait", wait)
+    return slept
+
+
+def is_data(size):
+    """Whether a request is for the data of a file of this size, up to its end."""
+
+    def found(request):
+        first, _, last = request.range.removeprefix("bytes=").partition("-")
+        return int(first) < size / 2 and int(last) == size - 1
+
+    return found
+
+
+@pytest.fixture
+def hub(shop):
+    hub, _ = shop
+    hub.faults.rules.clear()
+    hub.forget()
+    yield hub
+    hub.faults.rules.clear()
+    hub.state.errors.clear()
+
+
+@pytest.fixture
+def made(shop):
+    return shop[1]
+
+
+def streamed(command, output, **options):
+    return run(command, output, "org/{}".format, stream=True, **options)
+
+
+MENDED = [
+    *(Drop(after, reset) for after in (0, 1, 3000, 20_000) for reset in (False, True)),
+    *(Status(status) for status in (401, 403, 404, 408, 429, 500, 503)),
+    *(Whole(), WrongRange(1), Short(10), Expire(), NoAnswer(), LoseAnswer(), Slow(2_000_000)),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [*((one, None) for one in COMMANDS), *zip(cycle(COMMANDS), MENDED)],
+    ids=str,
+)
+def test_every_fault_at_every_fifth_request(command, fault, hub, made, small, tmp_path):
+    # Eight files are begun at a time: all their links together may expire now and then only.
+    for nth in range(2, 300, 50 if isinstance(fault, Expire) else 5) if fault else ():
+        hub.fail(fault, FILES, port="content", nth=nth)
+    streamed(command, tmp_path / "out")
+    assert contents(tmp_path / "out") == made[command]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("command", ["cut anew", "fused"])
+def test_all_sorts_of_faults_together(command, seed, hub, made, small, tmp_path):
+    chance = random.Random(seed)
+    for _ in range(40):
+        hub.fail(chance.choice(MENDED), FILES, port="content", nth=chance.randrange(1, 120))
+    for _ in range(3):
+        passing = Status(chance.choice((408, 429, 500, 503)))
+        hub.fail(passing, "*/resolve/" + FILES, port="hub", nth=chance.randrange(1, 8))
+    streamed(command, tmp_path / "out")
+    assert contents(tmp_path / "out") == made[command]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_file_is_one_stream_and_is_checked(workers, hub, small, tmp_path):
+    report = streamed("merge", tmp_path / "out", workers=workers)
+    files = report["sources"]["base"]["files"]
+    assert len(files) > 3
+    for name, file in files.items():
+        assert file["checked"], name
+        assert file["how"] == "streamed in order, and equal to the digest of the hub"
+        mine = [
+            one for one in hub.requests if one.port == "content" and one.path.endswith(f"/{name}")
+        ]
+        to_the_end = [one for one in mine if is_data(file["bytes"])(one)]
+        assert len(to_the_end) == 1, name
+
+
+def test_what_was_not_read_in_order_is_told(hub, small, tmp_path):
+    report = streamed("fused", tmp_path / "out")
+    files = report["sources"]["hf_path"]["files"].values()
+    unchecked = {file["how"] for file in files if not file["checked"]}
+    assert unchecked == {"parts of it were read, or in another order"}
+
+
+@pytest.mark.parametrize("fault", [Flip(40), OtherBytes(8)], ids=repr)
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_wrong_digest_leaves_nothing(fault, nth, hub, small, tmp_path):
+    """Nor may a later run go on with what was made of it."""
+    name = sorted(one for one in hub.files("org/base") if one.endswith(".safetensors"))[nth]
+    size = hub.files("org/base")[name].size
+    hub.fail(fault, f"*{name}", port="content", when=is_data(size))
+    with pytest.raises(
+        WrongDigestError, match=f"^org/base/{name}: what came is not what the hub has"
+    ):
+        streamed("merge", tmp_path / "out", workers=1)
+    assert not hub.unused
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_finished_is_kept_when_the_hub_is_gone(hub, made, small, tmp_path):
+    names = sorted(one for one in hub.files("org/base") if one.endswith(".safetensors"))
+    sizes = {name: hub.files("org/base")[name].size for name in names}
+    when = is_data(sizes[names[2]])
+    hub.fail(Status(503), f"*{names[2]}", port="content", times=None, when=when)
+    with pytest.raises(
+        HubError, match=r"answered 503\. Run the same command again.*is kept in"
+    ) as gone:
+        streamed("merge", tmp_path / "out", workers=1)
+    assert gone.value.exit_code == 9
+    assert len(small) == 4
+    assert not (tmp_path / "out").exists()
+    hub.faults.rules.clear()
+    hub.forget()
+    report = streamed("merge", tmp_path / "out", workers=1)
+    assert report["resumed"] == 2
+    assert contents(tmp_path / "out") == made["merge"]
+    read = [r.path for r in hub.requests if r.port == "content" and r.bytes > sizes[names[0]] / 2]
+    assert not [path for path in read if path.endswith((names[0], names[1]))]
+    files = report["sources"]["base"]["files"]
+    assert [files[name]["checked"] for name in names] == [False, False, *[True] * (len(names) - 2)]
+
+
+def test_tensors_of_this_machine_are_in_no_lane(tmp_path):
+    from streamshard.checkpoint.shards import Shard
+    from streamshard.tensors.lazy import Stored
+
+    tensors = {name: Stored("/x", at, (4,), "F32", 100) for at, name in enumerate("ab")}
+    shard = Shard("s", tensors, {}, 8)
+    assert lanes.lanes([shard], {}) == ([], [(shard, 0, "a"), (shard, 1, "b")])
