@@ -1,8 +1,8 @@
 """What the pages have from elsewhere, put in when the site is built, so that no copy is kept by hand.
 
 `<!-- commands -->` becomes all commands and options, from click; `<!-- exit codes -->` their table;
-`<!-- file NAME -->` a Markdown file of the repository, without its title; `<!-- notebook NAME -->` the cells of a
-notebook beside the page's folder.
+`<!-- file NAME -->` a Markdown file of the repository, without its title; `<!-- notebook NAME -->` the
+cells of a notebook.
 """
 
 from __future__ import annotations
@@ -38,24 +38,28 @@ def commands(_: str = "") -> str:
 
 
 def _command(name: str, command: click.Command, parent: click.Context) -> Iterator[str]:
+    from streamshard.cli.command import GROUPS
+
     context = click.Context(command, info_name=name, parent=parent)
     yield f"## {name}\n"
     yield f"```text\n{command.get_usage(context).removeprefix('Usage: ')}\n```\n"
     for paragraph in (command.help or "").split("\n\n"):
         # Click leaves the lines of a paragraph that begins with a backspace as they are.
-        if paragraph.startswith("\b"):
-            title, *lines = paragraph.removeprefix("\b").strip("\n").split("\n")
+        if paragraph.lstrip(" \n").startswith("\b"):
+            title, *lines = paragraph.replace("\b", "").strip(" \n").split("\n")
             yield f"{title}\n"
             yield "\n".join(["```text", *(line.removeprefix("  ") for line in lines), "```\n"])
         else:
             yield _escaped(" ".join(paragraph.split())) + "\n"
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None:
-            group = groups.setdefault(getattr(parameter, "group", "Running"), [])
+            group = groups.setdefault(getattr(parameter, "group", GROUPS[-1]), [])
             group.append(f"- `{record[0]}`: {_escaped(' '.join(record[1].split()))}")
     for title, lines in groups.items():
+        if not lines:
+            continue
         yield f"**{title}**\n"
         yield "\n".join(lines) + "\n"
 

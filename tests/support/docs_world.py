@@ -1,7 +1,7 @@
-"""Where the examples of the documentation run: their blocks, folders of the names they use, a hub of our own.
+"""Where the examples of the documentation run: folders of the names that they use, a hub of our own.
 
-The folders are the small models of `make_checkpoint`. Programs that are not installed here are stood in for
-by scripts that check what they are given.
+The folders are the small models of `make_checkpoint`. Programs that are not installed here are stood in
+for by scripts that check what they are given.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def pages() -> list[Path]:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The fenced blocks of a page, those too that it has from elsewhere."""
-    text = site_hooks().on_page_markdown(page.read_text(encoding="utf-8"))
+    """The fenced blocks of a page."""
+    text = page.read_text(encoding="utf-8")
     for found in FENCE.finditer(text):
         yield Block(found[1], found[2], text.count("\n", 0, found.start()) + 1)
 
@@ -111,7 +111,9 @@ def make_programs(folder: Path) -> None:
     for name, arguments in PROGRAMS.items():
         _script(folder / name, f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
     for name, code in STAND_INS.items():
-        head = f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\nROOT = Path({str(ROOT)!r})"
+        head = (
+            f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\nROOT = Path({str(ROOT)!r})"
+        )
         _script(folder / name, f"{head}\n{code}")
 
 
