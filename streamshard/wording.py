@@ -20,8 +20,9 @@ __all__ = ["COMMANDS", "FLAGS", "KEYWORDS", "command_line", "is_command_line", "
 _CACHE = ("cache_dir", "offline")
 _READING = ("workers", "progress", "on_total", "on_step", *_CACHE)
 _WRITING = (
-    *("revision", *_CACHE, "stream"),
-    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io", "dry_run"),
+    *("revision", *_CACHE, "stream", "push_to", "private", "commit_message"),
+    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io"),
+    *("part", "scheduler", "dry_run"),
     *("progress", "on_plan", "on_step"),
 )
 _MERGE = ("adapter", "base", "checkpoint", "output", "weight", "layout", "reference", "alpha")
@@ -60,7 +61,7 @@ COMMANDS = {
 _FUNCTIONS = {command: function for function, command in COMMANDS.items()}
 FLAGS = {
     *("overwrite", "sha256", "dry_run", "allow_missing", "allow_unexpected"),
-    *("allow_merged_base", "base_is_residual", "strict", "offline", "stream", "heatmap"),
+    *("allow_merged_base", "base_is_residual", "strict", "offline", "stream", "private", "heatmap"),
 }
 """The options that are there or not."""
 _CHOICES = {
@@ -69,6 +70,7 @@ _CHOICES = {
     "format": "wrapped|peft",
     "expert_order": "peft|unsloth",
     "dtype": "keep|bf16|fp16|fp32",
+    "part": "finish",
     "card": "new|base|none",
 }
 

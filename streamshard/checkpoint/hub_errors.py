@@ -10,9 +10,9 @@ from pathlib import Path
 from streamshard.disk.system import writing
 from streamshard.errors import HubError, InputError, StreamshardError, printable
 
-__all__ = ["asking", "endpoint", "not_cached", "refusal"]
+__all__ = ["LOG_IN", "asking", "causes", "endpoint", "not_cached", "refusal"]
 
-_LOG_IN = "log in (hf auth login, or set HF_TOKEN)"
+LOG_IN = "log in (hf auth login, or set HF_TOKEN)"
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def not_cached(where: str, what: str, cache: Path) -> HubError:
 
 def refusal(where: str, what: str, error: Exception) -> StreamshardError:
     """The error that an error of the client is, which was asked for `what` of `where`."""
-    for one in _causes(error):
+    for one in causes(error):
         found = _known(where, what, one)
         if found is not None:
             return found
@@ -59,7 +59,7 @@ def refusal(where: str, what: str, error: Exception) -> StreamshardError:
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what led to it: some say only that nothing is in the cache."""
     for _ in range(8):
         if error is None:
@@ -75,7 +75,7 @@ def _known(where: str, what: str, error: BaseException) -> StreamshardError | No
     if "GatedRepoError" in kinds:
         return HubError(
             f"{where}: is gated: its files are only for those whom its owner has let in. Ask for access "
-            f"on {page}, {_LOG_IN} as who has it, and run the same command again."
+            f"on {page}, {LOG_IN} as who has it, and run the same command again."
         )
     if "DisabledRepoError" in kinds:
         return HubError(f"{where}: was disabled on the hub ({page}), and cannot be read.")
@@ -86,7 +86,7 @@ def _known(where: str, what: str, error: BaseException) -> StreamshardError | No
     if "RepositoryNotFoundError" in kinds:
         return HubError(
             f"{where}: there is no such path here, and no such model on {endpoint()}, or it is private "
-            f"and you are not let in. Check the name; for a private one {_LOG_IN}."
+            f"and you are not let in. Check the name; for a private one {LOG_IN}."
         )
     if "RemoteEntryNotFoundError" in kinds:
         return HubError(f"{where}: {what} is listed there but cannot be had. Look at {page}.")
@@ -114,7 +114,7 @@ def _by_status(where: str, what: str, status: int, error: BaseException) -> HubE
     if status in (401, 403):
         return HubError(
             f"{where}: {what} was refused by {endpoint()} ({status}). Your token does not allow it, or "
-            f"is not valid any more: {_LOG_IN}, and run the same command again."
+            f"is not valid any more: {LOG_IN}, and run the same command again."
         )
     if status == 429:
         after = f" in {printable(str(wait), 40)} seconds" if str(wait).isdigit() else " later"

@@ -196,7 +196,7 @@ def custom2hf(**options: Any) -> None:
 
 @cli.command("wrap-lora", short_help="Put fresh LoRA pairs into a checkpoint.")
 @BASE(required=True, help="Checkpoint folder or weight file (.safetensors, .bin).")
-@output("New, or empty, folder to write.", required=True)
+@output("New, or empty, folder to write.")
 @option(
     OUTPUT,
     "--format",
@@ -253,7 +253,7 @@ def wrap_lora(**options: Any) -> None:
     help="Training checkpoint of InternVL with LoRA pairs inside.",
 )
 @BASE(help="The model that the training started from: what else was trained is kept too.")
-@output("New, or empty, folder to write the adapter to.", required=True)
+@output("New, or empty, folder to write the adapter to.")
 @ALPHA()
 @ADAPTER_NAME
 @SPLITTING(hidden=True)  # an adapter is one file, as is told where it is given

@@ -136,6 +136,19 @@ WRITING = with_options(
     ),
     option(
         RUNNING,
+        "--part",
+        metavar="I/N|finish",
+        help="Write the I-th of N parts, on one of several machines that share the output's disk; the "
+        "last one completes it, or finish does.",
+    ),
+    option(
+        RUNNING,
+        "--scheduler",
+        metavar="ADDRESS|FILE.json",
+        help="Have the workers of a Dask cluster write it; they share the disks of inputs and output.",
+    ),
+    option(
+        RUNNING,
         "--dry-run",
         is_flag=True,
         help="Check everything, show the plan, and what would be continued; write nothing.",
@@ -165,6 +178,20 @@ WRITING = with_options(
         is_flag=True,
         help="Read models on the hub as they are needed, and never store their weights.",
     ),
+    option(
+        HUB,
+        "--push-to",
+        metavar="ORG/NAME",
+        help="Upload each finished file, and commit all at the end; the output stays here only with "
+        "a folder for it.",
+    ),
+    option(HUB, "--private", is_flag=True, help="With --push-to: make a new repository private."),
+    option(
+        HUB,
+        "--commit-message",
+        metavar="WORDS",
+        help="Of what --push-to commits.",
+    ),
     READING,
 )
 """Of all commands that write."""
@@ -177,7 +204,7 @@ def output(help: str, name: str = "output", **how: object) -> Decorator:  # noqa
 
 
 CONVERSION = with_options(
-    output("New, or empty, folder to write.", "save_path", required=True),
+    output("New, or empty, folder to write.", "save_path"),
     TOKENIZER_FROM(),
     option(
         OUTPUT,

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from streamshard.cli.amounts import bytes_text, files_text, number_text, shortened
+from streamshard.cli.push_text import place_text, pushed_text
 from streamshard.errors import escaped
 
 __all__ = [
+    "bytes_text",
     "conversion_text",
     "diff_text",
     "extract_text",
     "inspect_text",
     "merge_text",
-    "plan_text",
     "printable_report",
     "upstream_text",
     "verify_text",
@@ -32,54 +34,13 @@ def printable_report(value: Any) -> Any:
     return value
 
 
-def plan_text(report: dict[str, Any]) -> str:
-    """What `--dry-run` prints."""
-    plan = report["plan"]
-    files = [f"  {file['name']}  {_bytes(file['bytes'])}" for file in plan["files"]]
-    free = "free space unknown"
-    if plan["free_bytes"] is not None:
-        free = f"{_bytes(plan['free_bytes'])} free on that disk"
-    changed = (
-        f"{report['pairs']} LoRA pairs are written"
-        if "pairs" in report
-        else f"{report['tensors']} tensors are converted"
-        if report["merged"] is None
-        else f"{report['merged']} tensors get an update"
-    )
-    return "\n".join(
-        [
-            f"Would write {report['output']} ({_bytes(report['bytes'])}; {free}):",
-            *_download(plan),
-            *files[:20],
-            *([f"  and {len(files) - 20} more files"] if len(files) > 20 else []),
-            f"{changed}; {plan['workers']} threads, about {_bytes(plan['memory_bytes'])} of memory.",
-            *_continued(report),
-            "Nothing was written.",
-        ]
-    )
-
-
-def _download(plan: dict[str, Any]) -> list[str]:
-    if not plan["download_bytes"]:
-        return []
-    free = plan["download_free_bytes"]
-    room = "" if free is None else f" ({_bytes(free)} free on that disk)"
-    return [
-        f"  Before, {_bytes(plan['download_bytes'])} are downloaded into the hub's cache{room}."
-    ]
-
-
-def _continued(report: dict[str, Any]) -> list[str]:
-    if not report["resumed"]:
-        return []
-    done = f"{report['resumed']} of {report['shards']} files are done"
-    return [f"Would continue an interrupted run: {done}."]
-
-
 def merge_text(report: dict[str, Any]) -> str:
     """What `merge-lora` prints."""
     l2, update = report["l2"], report["update"]
-    lines = [f"Merged into {report['merged']} tensors of {report['output']}", _effort_text(report)]
+    lines = [
+        f"Merged into {report['merged']} tensors of {place_text(report)}",
+        _effort_text(report),
+    ]
     for adapter in report["adapters"]:
         scales = ", ".join(
             f"{scale} ({count} modules)" for scale, count in adapter["scalings"].items()
@@ -91,12 +52,12 @@ def merge_text(report: dict[str, Any]) -> str:
         lines.append(f"  {adapter['file']}: {'; '.join(facts)}")
     if update is not None:
         lines.append(
-            f"  update: norm {_number(update['intended'])}, {_number(update['effected'])} after "
+            f"  update: norm {number_text(update['intended'])}, {number_text(update['effected'])} after "
             f"rounding; {update['unchanged']:.1%} of its elements change nothing"
         )
     lines.append(
-        f"  L2 from the base: {_number(l2['global'])} (sum over tensors {_number(l2['sum'])}, "
-        f"per parameter {_number(l2['per_parameter'])})"
+        f"  L2 from the base: {number_text(l2['global'])} (sum over tensors {number_text(l2['sum'])}, "
+        f"per parameter {number_text(l2['per_parameter'])})"
     )
     return "\n".join([*lines, *_exactness_text(report.get("exactness"))])
 
@@ -113,7 +74,7 @@ def conversion_text(report: dict[str, Any]) -> str:
     """What `hf2custom` and `custom2hf` print."""
     l2 = report["l2"]
     lines = [
-        f"Converted {report['tensors']} tensors into {report['output']}",
+        f"Converted {report['tensors']} tensors into {place_text(report)}",
         _effort_text(report),
         f"  missing: {', '.join(report['missing']) or 'none'}",
         f"  unexpected: {', '.join(report['unexpected']) or 'none'}",
@@ -122,8 +83,8 @@ def conversion_text(report: dict[str, Any]) -> str:
         lines.append("  L2: not computed, the reference has no weights")
     else:
         lines.append(
-            f"  L2 from {l2['reference']}: total {_number(l2['sum'])}, "
-            f"average {_number(l2['per_parameter'])} (global {_number(l2['global'])}; "
+            f"  L2 from {l2['reference']}: total {number_text(l2['sum'])}, "
+            f"average {number_text(l2['per_parameter'])} (global {number_text(l2['global'])}; "
             f"{l2['compared']} tensors compared)"
         )
     return "\n".join(lines)
@@ -131,7 +92,7 @@ def conversion_text(report: dict[str, Any]) -> str:
 
 def wrap_text(report: dict[str, Any]) -> str:
     """What `wrap-lora` prints."""
-    lines = [f"Put {report['pairs']} LoRA pairs into {report['output']}", _effort_text(report)]
+    lines = [f"Put {report['pairs']} LoRA pairs into {place_text(report)}", _effort_text(report)]
     for part, count in report["trainable"].items():
         lines.append(f"  {part}: {_trainable_text(count)}")
     if report["format"] == "peft":
@@ -158,7 +119,7 @@ def extract_text(report: dict[str, Any]) -> str:
     saved = report["modules_to_save"]
     return "\n".join(
         [
-            f"Wrote {report['pairs']} LoRA pairs to {report['output']}",
+            f"Wrote {report['pairs']} LoRA pairs to {place_text(report)}",
             _effort_text(report),
             f"  r {report['r']}, lora_alpha {report['lora_alpha']:g}",
             f"  fully trained modules (modules_to_save): {', '.join(saved) or 'none'}",
@@ -168,14 +129,11 @@ def extract_text(report: dict[str, Any]) -> str:
 
 def _effort_text(report: dict[str, Any]) -> str:
     return (
-        f"  {_bytes(report['bytes'])} in {_files(report['shards'])}, {report['seconds']:.1f} s, "
-        f"{_bytes(report['bytes'] / report['seconds'])}/s, peak memory "
-        f"{_bytes(report['peak_rss_bytes'])}"
+        f"  {bytes_text(report['bytes'])} in {files_text(report['shards'])}, {report['seconds']:.1f} s, "
+        f"{bytes_text(report['bytes'] / report['seconds'])}/s, peak memory "
+        f"{bytes_text(report['peak_rss_bytes'])}"
+        + "".join(f"\n{line}" for line in pushed_text(report))
     )
-
-
-def _files(count: int) -> str:
-    return f"{count} file" if count == 1 else f"{count} files"
 
 
 def diff_text(report: dict[str, Any]) -> str:
@@ -185,8 +143,8 @@ def diff_text(report: dict[str, Any]) -> str:
         _verdict(report),
         f"  A: {report['a']}",
         f"  B: {report['b']}",
-        f"  L2: total {_number(l2['sum'])}, average {_number(l2['per_parameter'])}, "
-        f"global {_number(l2['global'])} ({l2['compared']} tensors compared)"
+        f"  L2: total {number_text(l2['sum'])}, average {number_text(l2['per_parameter'])}, "
+        f"global {number_text(l2['global'])} ({l2['compared']} tensors compared)"
         if l2["compared"]
         else "  L2: none, since no tensor could be compared",
     ]
@@ -201,7 +159,7 @@ def diff_text(report: dict[str, Any]) -> str:
         lines.append(f"  {'L2':>12} {'relative':>12}  largest differences")
     for row in report["different"][:15]:
         relative = "" if row["relative"] is None else f"{row['relative']:.4g}"
-        lines.append(f"  {_number(row['l2']):>12} {relative:>12}  {row['name']}")
+        lines.append(f"  {number_text(row['l2']):>12} {relative:>12}  {row['name']}")
     return "\n".join(lines)
 
 
@@ -237,7 +195,7 @@ def inspect_text(report: dict[str, Any]) -> str:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in report["dtypes"].items())
     size = (
         f"{report['tensors']} tensors ({dtypes}), {report['parameters']:,} parameters, "
-        f"{_bytes(report['bytes'])} in {_files(report['shards'])}"
+        f"{bytes_text(report['bytes'])} in {files_text(report['shards'])}"
     )
     if "adapter" in report:
         facts = ", ".join(f"{k} {v}" for k, v in report["adapter"].items() if v is not None)
@@ -267,8 +225,8 @@ def verify_text(report: dict[str, Any]) -> str:
     lines = [
         f"{report['path']}",
         f"  read: {checked['tensors']} of {report['tensors']} tensors {against}, "
-        f"{_bytes(checked['bytes'])} in {report['seconds']:.1f} s",
-        f"  files compared with their digests: {_shortened(report['checked_files'])}",
+        f"{bytes_text(checked['bytes'])} in {report['seconds']:.1f} s",
+        f"  files compared with their digests: {shortened(report['checked_files'])}",
     ]
     done = [one["what"] for one in report["checks"] if one["why_not"] is None]
     lines.append(f"  checked: {', '.join(done)}")
@@ -280,7 +238,7 @@ def verify_text(report: dict[str, Any]) -> str:
     why: dict[str, list[str]] = {}
     for one in report["not_checked"]:
         why.setdefault(one["why"], []).append(one["name"])
-    lines += [f"  not compared: {_shortened(names)}: {reason}" for reason, names in why.items()]
+    lines += [f"  not compared: {shortened(names)}: {reason}" for reason, names in why.items()]
     against = report["against"]
     if against is not None:
         lines.append(
@@ -289,16 +247,11 @@ def verify_text(report: dict[str, Any]) -> str:
             f"{len(against['missing'])} only there, {len(against['extra'])} only here"
         )
     if report["extra"]:
-        lines.append(f"  extra, not in the record: {_shortened(report['extra'])}")
+        lines.append(f"  extra, not in the record: {shortened(report['extra'])}")
     problems = report["problems"]
     lines += [f"  problem: {problem}" for problem in problems[:50]]
     lines += [f"  and {len(problems) - 50} more problems"] if len(problems) > 50 else []
     return "\n".join([*lines, f"{report['path']}{_conclusion(report)}"])
-
-
-def _shortened(names: list[str], limit: int = 12) -> str:
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return (", ".join(f"'{name}'" for name in names[:limit]) or "none") + more
 
 
 def _conclusion(report: dict[str, Any]) -> str:
@@ -317,24 +270,11 @@ def _conclusion(report: dict[str, Any]) -> str:
     return f" is right: every file and tensor is as it was written{beside if extra else ''}"
 
 
-def _number(value: float | None, how: str = ".6g") -> str:
-    """A number of a report, which has None for NaN and infinities as JSON has none of these."""
-    return "not finite" if value is None else format(value, how)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
 def upstream_text(report: dict[str, Any]) -> str:
     """What InternVL's own conversion scripts print."""
     l2 = report["l2"]
     lines = [f"Missing keys: {report['missing']}", f"Unexpected keys: {report['unexpected']}"]
     if l2 is not None:
-        lines.append(f"Total L2 distance: {_number(l2['sum'], '.6f')}")
-        lines.append(f"Average per-parameter L2: {_number(l2['per_parameter'], '.8f')}")
-    return "\n".join([*lines, f"Saved to {report['output']}"])
+        lines.append(f"Total L2 distance: {number_text(l2['sum'], '.6f')}")
+        lines.append(f"Average per-parameter L2: {number_text(l2['per_parameter'], '.8f')}")
+    return "\n".join([*lines, f"Saved to {place_text(report)}"])

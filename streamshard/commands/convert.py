@@ -51,7 +51,7 @@ def hf_to_custom(
     *,
     hf_path: PathLike,
     custom_path: PathLike,
-    save_path: PathLike,
+    save_path: PathLike | None = None,
     **options: Unpack[ConversionOptions],
 ) -> Report:
     """Convert HF weights (`InternVLForConditionalGeneration`) to the custom layout.
@@ -70,7 +70,7 @@ def custom_to_hf(
     *,
     custom_path: PathLike,
     hf_path: PathLike,
-    save_path: PathLike,
+    save_path: PathLike | None = None,
     **options: Unpack[ConversionOptions],
 ) -> Report:
     """Convert custom weights (`InternVLChatModel`) to the HF layout, in the *flat* spelling.
@@ -88,7 +88,7 @@ class _Asked:
     command: str
     source: PathLike
     reference: PathLike
-    output: PathLike
+    output: PathLike | None
     layout: Layout
 
 
@@ -113,7 +113,7 @@ def _conversion(asked: _Asked, allowed: Differences, card: str, chosen: Options)
     check_base(source.tensors, source.config, source.where, goal="converted")
     reference = Model(open_checkpoint(asked.reference, needs_weights=False))
     inputs = [source.path, reference.path]
-    output = check_places(asked.output, inputs, overwrite=chosen.overwrite)
+    output = check_places(asked.output, inputs, overwrite=chosen.may_exist)
     converted = carry_over(source.tensors, source, reference, asked.layout, allowed)
     files = converted.files(chosen.dtype)
     note_left_behind(files, inputs)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, cast
 
 from streamshard.commands.hub_inputs import hub_inputs
+from streamshard.commands.hub_output import hub_output
 from streamshard.commands.report_html import report_html
 from streamshard.disk.inputs import watched
 from streamshard.engine.report import Report
@@ -55,6 +56,8 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
         ((numbers.Real, type(None)), "a number"),
     ),
     "adapter_name": ((str, type(None)), "a name"),
+    "part": ((str, type(None)), "I/N or finish"),
+    "scheduler": ((str, type(None)), "an address, or the name of a file,"),
     **dict.fromkeys(
         ("progress", "on_plan", "on_step", "on_total"),
         ((Callable, bool, type(None)), "a function"),  # type: ignore[arg-type]
@@ -78,7 +81,8 @@ def public(command: Callable[P, Report]) -> Callable[P, Report]:
             arguments = {**dict(zip(places, args, strict=False)), **kwargs}
             if len(args) > len(places) or len(arguments) < len(args) + len(kwargs):
                 run(*args, **kwargs)  # which says what is wrong with that
-            with hub_inputs(name, arguments) as local, _progress(name, local) as given:
+            placed = hub_output(name, arguments)
+            with hub_inputs(name, placed) as local, _progress(name, local) as given:
                 report = cast("Callable[..., Report]", run)(**given)
         except ImportError as error:
             missing = explained(error)

@@ -54,7 +54,7 @@ MAX_RANK = 65_536  # more than any weight has rows or columns to adapt; each ran
 def wrap_lora(
     *,
     base: PathLike,
-    output: PathLike,
+    output: PathLike | None = None,
     llm_r: int | None = None,
     llm_alpha: float | None = None,
     backbone_r: int | None = None,
@@ -81,7 +81,7 @@ def wrap_lora(
     source = Model(open_checkpoint(base))
     note(*source.checkpoint.warnings)
     check_base(source.tensors, source.config, source.where, goal="wrapped")
-    target = check_places(output, [source.path], overwrite=chosen.overwrite)
+    target = check_places(output, [source.path], overwrite=chosen.may_exist)
     layout = source.layout
     if layout is None:
         raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypedDict
@@ -13,7 +13,8 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.disk.paths import PathLike
 from streamshard.engine.fingerprint import Fingerprint
-from streamshard.engine.option_values import dtype_option, size_option
+from streamshard.engine.option_values import Part, dtype_option, part_option, size_option
+from streamshard.engine.outlet import Outlet
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
@@ -51,6 +52,14 @@ class Compared:
     parameters: int
     skipped: tuple[str, ...]
 
+    def references(self, shards: Iterable[Shard]) -> Iterator[Stored]:
+        """What the tensors of these shards are compared with, as far as it is of other files."""
+        if self.reference:
+            for shard in shards:
+                yield from (
+                    self.reference[name] for name in shard.tensors if name in self.reference
+                )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -78,6 +87,12 @@ class Plan:
     """Every file that was opened so far, as it was then; it must be the same when it is read."""
     overwrite: bool
     sha256: bool
+    outlet: Outlet | None
+    """Where the output goes other than to its folder."""
+    on_disk: int | None
+    """How many weight files are on disk at most at a time; None if they stay."""
+    disk_nbytes: int
+    """What is needed of the disk at most."""
     direct: bool
     """Whether the weights are written around the page cache."""
     nbytes: int
@@ -100,6 +115,8 @@ class Plan:
         return {
             "files": [{"name": shard.name, "bytes": shard.nbytes} for shard in self.shards],
             "free_bytes": self.free_nbytes,
+            "disk_bytes": self.disk_nbytes,
+            "on_disk": self.on_disk,
             "download_bytes": self.download_nbytes,
             "download_free_bytes": self.download_free_nbytes,
             "workers": self.workers,
@@ -148,8 +165,21 @@ class OutputOptions(BaseOptions, total=False):
     io: str
     """"buffered" writes through the page cache, "direct" around it where the file system can; by default
     ("auto") around it if the output is large against the memory that is free. The bytes are the same."""
+    part: str | None
+    """"I/N" (I from 1) writes the I-th of N parts of the output, in one of several processes on machines
+    that share its disk; the last one completes it, or "finish" does."""
+    scheduler: str | None
+    """Address of a Dask scheduler, like "tcp://host:8786", or the file that it has written: its workers,
+    on machines that share the disks, write the output."""
     dry_run: bool
     """Check everything and write nothing."""
+    push_to: str | None
+    """A repository on the hub, as "org/name": each finished weight file is uploaded while others are
+    written, and one commit at the end puts all in place. Without an output folder nothing stays here."""
+    private: bool
+    """Have the repository be private, if it is made."""
+    commit_message: str | None
+    """Of that commit."""
     on_plan: Callable[[Plan], None] | None
     """Called once, before anything is written."""
     on_step: Callable[[str, int, int], None] | None
@@ -171,7 +201,11 @@ class Options:
     overwrite: bool = False
     sha256: bool = False
     io: str = "auto"
+    part: str | None = None
+    scheduler: str | None = None
     dry_run: bool = False
+    outlet: Outlet | None = None
+    """Of the keywords `push_to`, `private` and `commit_message`."""
     on_plan: Callable[[Plan], None] | None = None
     on_step: Callable[[str, int, int], None] | None = None
     progress: Callable[[int, str], None] | None = None
@@ -189,8 +223,28 @@ class Options:
         if self.io not in _IO:
             raise UsageError(f"--io is {printable(repr(self.io))}; choose one of {', '.join(_IO)}.")
         object.__setattr__(self, "dtype", dtype_option(self.dtype))
+        part_option(self.part)
+        if self.scheduler is not None and self.part is not None:
+            raise UsageError(
+                "--part and --scheduler exclude each other: a scheduler gives every worker its own parts."
+            )
+        if self.outlet is not None and (self.part, self.scheduler) != (None, None):
+            raise UsageError(
+                "--push-to goes with neither --part nor --scheduler: have the parts written to an output "
+                "that all machines share, and upload it when it is complete (`hf upload ORG/NAME OUT`)."
+            )
         size_option(self.max_memory, "--max-memory")
         size_option(self.max_shard_size, "--max-shard-size")
+
+    @property
+    def wanted(self) -> Part | None:
+        """Which part is wanted; None for all of the output."""
+        return part_option(self.part)
+
+    @property
+    def may_exist(self) -> bool:
+        """Whether an output may be there: to be replaced, or as other parts have completed it."""
+        return self.overwrite or self.part is not None or self.scheduler is not None
 
     @property
     def max_shard_nbytes(self) -> int | None:

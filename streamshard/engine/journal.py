@@ -1,4 +1,4 @@
-"""The journal of a run: what is to be written, and each shard that is finished and on disk.
+"""The journal of a run: what is to be written, each shard that is finished and on disk, what was sent.
 
 One line of JSON a record, each after the digest of its text: a line that was cut off or damaged
 is where reading ends. The first record has the plan, and the names of all files that the run may make
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any
 
 from streamshard.checkpoint.digests import new_digest
 from streamshard.checkpoint.file_names import JOURNAL_NAME
+from streamshard.checkpoint.sent_files import SentFile
 from streamshard.disk.files import read_bytes
 from streamshard.disk.folders import exists
 from streamshard.disk.new_files import LogFile
 from streamshard.engine.ours import Ours
 from streamshard.tensors.rounding import Change
 
-__all__ = ["FinishedShard", "Journal"]
+__all__ = ["Elsewhere", "FinishedShard", "Journal", "from_line", "line_of"]
 
 
 MAX_NBYTES = 1 << 30
@@ -77,11 +78,45 @@ class FinishedShard:
         return cls(name, nbytes, digest, tensors, squared, Change(*change), sha256)
 
 
+@dataclass(slots=True)
+class Elsewhere:
+    """What a run has noted of one store that its files are sent to."""
+
+    seen: str | None = None
+    """The version of what is there that it builds on."""
+    sent: dict[str, SentFile] = field(default_factory=dict)
+    """Shards that are there, by name; they need not be here."""
+    ready: Sequence[SentFile] = ()
+    """All files of the complete output, once these are to be put there."""
+
+    def records(self, key: str) -> Iterator[dict[str, Any]]:
+        """As JSON, a record for each fact."""
+        if self.seen is not None:
+            yield {"to": key, "seen": self.seen}
+        for file in self.sent.values():
+            yield {"to": key, "sent": file.record()}
+        if self.ready:
+            yield {"to": key, "ready": [file.record() for file in self.ready]}
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Take up a record; raises what odd content raises."""
+        if "seen" in record:
+            if not isinstance(record["seen"], str):
+                raise TypeError("no version")
+            self.seen = record["seen"]
+        elif "sent" in record:
+            file = SentFile.from_record(record["sent"])
+            self.sent[file.name] = file
+        else:
+            self.ready = [SentFile.from_record(one) for one in record["ready"]]
+
+
 class Journal:
     """The journal in a staging folder, read and opened for adding to it.
 
     `plan` is what the run that began it was to write, or None if there was none; `names` are those
-    of the files that it may make, `finished` are the shards that it has noted, by name.
+    of the files that it may make, `finished` are the shards that it has noted, by name, `elsewhere` is
+    what it has sent, by the key of where to.
     """
 
     def __init__(self, folder: Path, ours: Ours) -> None:
@@ -91,6 +126,7 @@ class Journal:
         self._ours = ours
         self._begun = True
         self.finished: dict[str, FinishedShard] = {}
+        self.elsewhere: dict[str, Elsewhere] = {}
         self._good = 0
         self._log: LogFile | None = None
         if exists(self.path):
@@ -105,13 +141,14 @@ class Journal:
     def _read(self, content: bytes) -> None:
         self._begun = not content[:_SECTOR].strip(b"\0") or _is_beginning(content)
         for line in content.splitlines(keepends=True):
-            digest, _, text = line.partition(b" ")
-            if not line.endswith(b"\n") or digest != _digest(text):
+            if not _is_whole(line):
                 return
             try:
-                record = json.loads(text)
+                record = from_line(line)
                 if self.plan is None:
                     self.plan, self.names = _beginning(record)
+                elif "to" in record:
+                    self.elsewhere.setdefault(str(record["to"]), Elsewhere()).take(record)
                 else:
                     shard = FinishedShard.from_record(record)
                     self.finished[shard.name] = shard
@@ -140,6 +177,9 @@ class Journal:
         self._add_first()
         for shard in self.finished.values():
             self._add(shard.record())
+        for key, noted in self.elsewhere.items():
+            for record in noted.records(key):
+                self._add(record)
 
     def _add_first(self) -> None:
         self._add({"plan": self.plan, "names": sorted(self.names)})
@@ -149,16 +189,40 @@ class Journal:
         self._add(shard.record())
         self.finished[shard.name] = shard
 
+    def add_elsewhere(self, key: str, noted: Elsewhere) -> None:
+        """Note facts of what is sent there."""
+        known = self.elsewhere.setdefault(key, Elsewhere())
+        for record in noted.records(key):
+            self._add(record)
+            known.take(record)
+
     def _add(self, record: Mapping[str, Any]) -> None:
         if self._log is None:
             raise ValueError("the journal is not open")
-        text = json.dumps(record).encode() + b"\n"
-        self._log.append(_digest(text) + b" " + text)
+        self._log.append(line_of(record))
 
     def close(self) -> None:
         """Close the file."""
         if self._log is not None:
             self._log.close()
+
+
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """A record as a line that tells whether it is whole."""
+    text = json.dumps(record).encode() + b"\n"
+    return _digest(text) + b" " + text
+
+
+def from_line(line: bytes) -> Any:
+    """The record of a line; `ValueError` if it was cut off or changed."""
+    if not _is_whole(line):
+        raise ValueError("no whole line of a record")
+    return json.loads(line.partition(b" ")[2])
+
+
+def _is_whole(line: bytes) -> bool:
+    digest, _, text = line.partition(b" ")
+    return line.endswith(b"\n") and digest == _digest(text)
 
 
 def _beginning(record: Any) -> tuple[dict[str, Any], frozenset[str]]:

@@ -16,13 +16,15 @@ from typing import TypeAlias
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.far import far_at
 from streamshard.disk.files import open_source
-from streamshard.engine.shard_task import Member
+from streamshard.engine.shard_task import Member, parts_of
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["Place", "is_copied", "lanes", "ordered"]
+__all__ = ["Place", "cuts_of", "is_copied", "lanes", "ordered"]
 
 # What is only copied is worth an order of its own from here on.
 STRETCH_BYTES = 32 * 1024 * 1024
+# A part of a tensor begins on a multiple.
+ALIGNED_BYTES = 4096
 
 Place: TypeAlias = tuple[Shard, int, str]
 """A tensor of a shard: the how manieth it is, and its name."""
@@ -97,3 +99,20 @@ def ordered(members: Sequence[Member], idle: Callable[[], bool]) -> Iterator[tup
     while copied or others:
         alone = bool(copied) and (not others or idle())
         yield (copied if alone else others).popleft(), alone
+
+
+def cuts_of(member: Member, left: int, workers: int, *, direct: bool = False) -> list[int]:
+    """Where a tensor is cut into parts, its two ends among that; `left` are all bytes not begun yet.
+
+    Only one that is more than a worker's share of what is left: the others would have to wait for
+    it. Parts are measured in a second pass, which costs less than that, but not nothing. What goes
+    around the page cache (`direct`) would have to be read from the disk for it, and of what is only
+    copied one worker has more to write than the disk can: that is not cut.
+    """
+    most = 1 if direct and is_copied(member) else parts_of(member.tensor)
+    if member.tensor.nbytes * workers <= left or workers < 2 or most < 2:
+        return [member.begin, member.end]
+    step = max(left // (2 * workers), member.tensor.nbytes // most)
+    step = -(-step // ALIGNED_BYTES) * ALIGNED_BYTES
+    first = (member.begin // ALIGNED_BYTES + 1) * ALIGNED_BYTES + step
+    return [member.begin, *range(first, member.end - step // 2, step), member.end]

@@ -13,16 +13,18 @@ from streamshard.disk.paths import PathLike, output_path
 from streamshard.disk.system import reading, system, writing
 from streamshard.engine.beside_output import places_beside, tidy
 from streamshard.engine.claims import check_replaceable
-from streamshard.errors import OutputError, printable
+from streamshard.errors import OutputError, UsageError, printable
 
 __all__ = ["check_inputs", "check_places"]
 
 
-def check_places(output: PathLike, inputs: Iterable[Path], *, overwrite: bool) -> Path:
+def check_places(output: PathLike | None, inputs: Iterable[Path], *, overwrite: bool) -> Path:
     """Refuse an output that exists, is an input, or lies inside one (also through links).
 
     An empty folder is as good as none. `--overwrite` is advised only where it would do.
     """
+    if output is None:
+        raise UsageError("an output is missing: a folder to write.")
     target = output_path(output, "the output")
     if not target.name and target != Path():
         raise OutputError(f"{printable(str(target))}: is no folder that can be written.")
@@ -108,7 +110,7 @@ def _identities(place: Path) -> Iterator[Inode]:
     if is_link(place):  # which is refused as none of ours, too
         return
     for folder, _, names in walked(place, strict=False):
-        finished = [] if place.name.endswith(".partial") else names
+        finished = [] if place.name.endswith((".partial", ".parts")) else names
         for path in (folder, *(folder / name for name in finished)):
             with contextlib.suppress(FileNotFoundError):  # a run may be at it just now
                 yield inode(system.lstat(path))

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamshard.checkpoint.file_names import INDEX_NAME, JOURNAL_NAME, REPORT_NAME
 from streamshard.checkpoint.recorded_files import name_problem
@@ -16,9 +16,11 @@ from streamshard.disk.folders import disk_free
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import staged_nbytes
 from streamshard.engine.budget import Needs, goes_around_cache, worker_count
+from streamshard.engine.division import shards_of
 from streamshard.engine.fetching import fetching, read_by
 from streamshard.engine.fingerprint import fingerprint
 from streamshard.engine.job import Beside, Compared, Job, Options, Plan
+from streamshard.engine.outlet import AT_ONCE
 from streamshard.engine.output_path import check_inputs
 from streamshard.errors import InputError, WriteError, printable
 from streamshard.notes import noted
@@ -60,10 +62,12 @@ def plan(job: Job, options: Options) -> Plan:
     )
     _check_names(job.files, shards)
     nbytes = sum(shard.nbytes for shard in shards)
-    free, needs = _room(job, nbytes, len(shards)), Needs.of(shards)
-    reference = (job.reference or {}).values()
-    download = fetching(read_by(shards, reference, job.files.values()))
-    download.check_room(job.output, nbytes)
+    room = _room(job, shards, keeps=options.outlet is None or options.outlet.keeps)
+    needs = Needs.of(shards)
+    known, own = job.reference or {}, shards_of(shards, options.wanted)
+    reference = [known[name] for shard in own for name in shard.tensors if name in known]
+    download = fetching(read_by(own, reference, job.files.values()))
+    download.check_room(job.output, room.needed)
     direct = goes_around_cache(options.io, nbytes, needs, options.max_memory_nbytes)
     count = worker_count(needs, options.workers, options.max_memory_nbytes, direct=direct)
     compared = _compared(job, tensors)
@@ -83,9 +87,12 @@ def plan(job: Job, options: Options) -> Plan:
         inputs={} if inputs is None else inputs.stamps,
         overwrite=options.overwrite,
         sha256=options.sha256,
+        outlet=options.outlet,
+        on_disk=room.at_once,
+        disk_nbytes=room.needed,
         direct=direct,
         nbytes=nbytes,
-        free_nbytes=free,
+        free_nbytes=room.free,
         download_nbytes=download.nbytes,
         download_free_nbytes=download.free_nbytes,
         workers=count,
@@ -113,18 +120,36 @@ def _check_names(files: Mapping[str, Beside], shards: Sequence[Shard]) -> None:
             )
 
 
-def _room(job: Job, nbytes: int, files: int) -> int | None:
-    """Bytes that are free, if the disk tells them; `WriteError` if they are not enough."""
+class _Room(NamedTuple):
+    """What the disk has free, if it tells; what is needed of it; how many files of weights that is."""
+
+    free: int | None
+    needed: int
+    at_once: int | None
+
+
+def _room(job: Job, shards: Sequence[Shard], *, keeps: bool) -> _Room:
+    """The room there is for an output; `WriteError` if that is not enough.
+
+    Of one that does not stay here that is for some of its largest files, fewer if there is less room.
+    """
     free = disk_free(job.output.absolute())
     side = sum(file_nbytes(file) for file in job.files.values() if isinstance(file, Path))
-    needed = nbytes + side + 64 * 1024 * files
+    side += 64 * 1024 * len(shards)
+    sizes = sorted((shard.nbytes for shard in shards), reverse=True)
     # What an interrupted run has left is continued, or makes room.
-    if free is not None and needed > free + staged_nbytes(job.output):
-        raise WriteError(
-            f"{printable(str(job.output))}: {needed:,} bytes are needed but {free:,} are free. "
-            "Free some space, or choose an output on another disk."
-        )
-    return free
+    most = math.inf if free is None else free + staged_nbytes(job.output)
+    counts = [len(sizes)] if keeps else range(min(AT_ONCE, len(sizes)), 0, -1)
+    needed = count = 0
+    for count in counts:
+        needed = sum(sizes[:count]) + side
+        if needed <= most:
+            return _Room(free, needed, None if keeps else count)
+    what = "" if keeps else ", for one file at a time,"
+    raise WriteError(
+        f"{printable(str(job.output))}: {needed:,} bytes are needed{what} but {free:,} are free. "
+        "Free some space, or choose an output on another disk."
+    )
 
 
 def _compared(job: Job, tensors: Mapping[str, Lazy]) -> Compared:

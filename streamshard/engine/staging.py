@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from streamshard.checkpoint.file_names import JOURNAL_NAME
 from streamshard.disk import folders
 from streamshard.disk.folders import exists, held, inode_of, remove_empty, sync_folder
-from streamshard.disk.held import Held, Inode
+from streamshard.disk.held import Held
 from streamshard.disk.remote_digest import WrongDigestError
 from streamshard.disk.system import system, writing
 from streamshard.engine.beside_output import places_beside
@@ -28,13 +29,14 @@ from streamshard.engine.claims import (
     check_replaceable,
     remove_listed,
     replaceable,
-    strangers,
 )
 from streamshard.engine.fingerprint import Identity
-from streamshard.engine.journal import FinishedShard, Journal
+from streamshard.engine.journal import Journal
 from streamshard.engine.leftovers import Left, changed, left_in, refuse_strangers
 from streamshard.engine.lock import Lock, locked
 from streamshard.engine.ours import Ours
+from streamshard.engine.parts_folder import refuse_parts
+from streamshard.engine.staging_folder import Staging
 from streamshard.engine.swap import discard, recover, swap
 from streamshard.errors import (
     ChangedError,
@@ -43,112 +45,35 @@ from streamshard.errors import (
     ReadError,
     StreamshardError,
     WriteError,
+    add_to,
     listed,
     printable,
 )
 
 __all__ = ["Staging", "output_folder"]
 
-
-class Staging:
-    """A folder in which an output is built, and what an earlier run has finished of it."""
-
-    def __init__(self, held: Held, journal: Journal) -> None:
-        self.folder = Path(held.path)
-        self._held = held
-        self._journal = journal
-        self._inner = contextlib.ExitStack()
-
-    @property
-    def finished(self) -> Mapping[str, FinishedShard]:
-        """The shards that are finished, by name; their content is for the reader to check."""
-        return self._journal.finished
-
-    def add(self, shard: FinishedShard) -> None:
-        """Note that a shard is finished and on disk."""
-        self.check_place()
-        self._journal.add(shard)
-
-    def forget(self, name: str) -> None:
-        """Remove a shard whose content is not what was noted."""
-        self._journal.finished.pop(name, None)
-        with writing(self.folder / name, 0), contextlib.suppress(FileNotFoundError):
-            system.unlink(self.folder / name)
-
-    def make_folders(self, folder: Path) -> list[Path]:
-        """Make a folder in this one and those around it; returns what was made, innermost first."""
-        made = []
-        for part in reversed([folder, *folder.parents]):
-            if self.folder in part.parents and not exists(part):
-                with writing(part, 0):
-                    made += folders.make_folders(part)
-                self._inner.enter_context(held(part))
-        return made[::-1]
-
-    def check_place(self) -> None:
-        """Raise `OutputError` if this folder has lost its name, or something else has it."""
-        if not self.is_at(self.folder):
-            raise OutputError(
-                f"{printable(str(self.folder))}: is no longer the folder in which this run was writing: "
-                "something has moved it or put something else there. Nothing of what is there now was "
-                "touched. Find out what it was, then run again."
-            )
-
-    def check_content(self) -> None:
-        """Raise `OutputError` if something has come into this folder that the run did not make."""
-        refuse_strangers(self.folder, strangers(self.folder, self._journal.names))
-
-    @property
-    def inode(self) -> Inode:
-        """What identifies this folder, whatever it is called."""
-        return self._held.inode
-
-    def is_at(self, path: Path) -> bool:
-        """Whether this folder has such a name."""
-        return inode_of(path) == self.inode
-
-    def clear(self) -> None:
-        """Remove everything but the journal and finished shards."""
-        if not exists(self._journal.path):
-            self._journal.restore()
-            sync_folder(self.folder)
-        keep = {JOURNAL_NAME, *self._journal.finished}
-        self._inner.close()
-        remove_listed(self.folder, self._journal.names, keep=keep)
-
-    def discard(self) -> list[str]:
-        """Remove everything of this run, and the folder; returns what else is in it and stays."""
-        self.close()
-        stays = remove_listed(self.folder, self._journal.names, last=JOURNAL_NAME)
-        if not stays:
-            system.rmdir(self.folder)
-        return stays
-
-    def remove_journal(self) -> None:
-        """Remove the journal, which a complete output does not have."""
-        self._journal.close()
-        sync_folder(self.folder)  # without it, the record must be there to tell what is ours
-        system.unlink(self._journal.path)
-        sync_folder(self.folder)
-
-    def close(self) -> None:
-        """Close the journal and inner folders."""
-        self._inner.close()
-        self._journal.close()
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def output_folder(
-    target: Path, plan: Identity, *, names: Collection[str], overwrite: bool
+    target: Path,
+    plan: Identity,
+    *,
+    names: Collection[str],
+    overwrite: bool,
+    adopt: Callable[[Staging], None] | None = None,
+    keeps: bool = True,
 ) -> Iterator[Staging]:
     """A staging folder that takes the place of `target` when the block succeeds.
 
-    `names` are all files that may be made in it, relative to it. If a run with the same `plan` was
-    interrupted, its staging folder is continued. Whatever happens, `target` is either as it was or
-    complete. What is finished is kept if the block ends by a signal or because a disk failed;
-    otherwise nothing is left. Raises `OutputError` if `target` is more than an empty
-    folder and not to be overwritten, or is not ours, if another run writes it, if it was begun with
-    another plan, or if something that no run of ours has made is in the way.
+    Unless it `keeps` what was written: then it is removed. `names` are all files that may be made in it,
+    relative to it. If a run with the same `plan` was interrupted, its staging folder is continued;
+    `adopt` puts there what the parts of the output have finished. Whatever happens, `target` is either as
+    it was or complete. What is finished is kept if the block ends by a signal or because a disk failed;
+    otherwise nothing is left. Raises `OutputError` if `target` is more than an empty folder and not to be
+    overwritten, or is not ours, if another run writes it, if it was begun with another plan, or if
+    something that no run of ours has made is in the way.
     """
     target = folders.resolved(target)
     beside = places_beside(target)
@@ -160,12 +85,17 @@ def output_folder(
         with locked(beside["lock"], target) as lock:
             recover(target, beside, lock)
             there = _check_free(target, overwrite=overwrite)
+            if adopt is None:
+                refuse_parts(target, overwrite=overwrite)
             with _opened(beside["partial"]) as (kept, ours):
                 left = left_in(kept, ours, lock.moved)
                 staging = _begun(kept, left, target, plan, names, overwrite=overwrite)
                 lock.settle()
                 replaces = functools.partial(_replaced, target, there=there, overwrite=overwrite)
-                yield from _built(staging, target, beside["old"], lock, replaces)
+                if keeps:
+                    yield from _built(staging, target, beside["old"], lock, replaces, adopt)
+                else:
+                    yield from _sent(staging, lock)
     except BaseException:
         remove_empty(made)
         raise
@@ -227,9 +157,12 @@ def _built(
     old: Path,
     lock: Lock,
     replaces: Callable[[], contextlib.AbstractContextManager[Replaceable | None]],
+    adopt: Callable[[Staging], None] | None,
 ) -> Iterator[Staging]:
     placed = False
     try:
+        if adopt is not None:
+            adopt(staging)
         yield staging
         with writing(target, 0), replaces() as replaced:
             staging.check_content()
@@ -250,6 +183,28 @@ def _built(
         staging.close()
 
 
+def _sent(staging: Staging, lock: Lock) -> Iterator[Staging]:
+    """Have everything removed once it is elsewhere."""
+    gone = False
+    try:
+        yield staging
+        with writing(staging.folder, 0):
+            staging.check_place()
+            stays = staging.discard()
+        if stays:
+            where = printable(str(staging.folder))
+            _log.warning("%s stays: there is %s, which is not ours", where, listed(stays))
+        gone = True
+        lock.settle()
+    except BaseException as error:
+        if not gone and _leave(staging, error):
+            with contextlib.suppress(WriteError):
+                lock.settle()
+        raise
+    finally:
+        staging.close()
+
+
 def _replaced(
     target: Path, *, there: bool, overwrite: bool
 ) -> contextlib.AbstractContextManager[Replaceable | None]:
@@ -265,13 +220,13 @@ def _tell(
     """Say in an error what there is now, after having kept or removed what is finished."""
     # A rename may have been done and yet be told as failed, as on NFS.
     if placed or _is_at(staging, target):
-        _add_to(error, f"{printable(str(target))} is complete.")
+        add_to(error, f"{printable(str(target))} is complete.")
         if not isinstance(error, OutputError) and _is_moved(old, lock):
-            _add_to(error, f"What it replaced, {printable(str(old))}, the next run removes.")
+            add_to(error, f"What it replaced, {printable(str(old))}, the next run removes.")
         return
     left = _leave(staging, error)
     if _is_moved(old, lock) is not False:
-        _add_to(error, f"What was there, {printable(str(old))}, the next run puts back.")
+        add_to(error, f"What was there, {printable(str(old))}, the next run puts back.")
     elif left:
         with contextlib.suppress(WriteError):
             lock.settle()
@@ -307,7 +262,7 @@ def _leave(staging: Staging, error: BaseException) -> bool:
     passing = passing and not isinstance(error, (ChangedError, WrongDigestError))
     keeps = (passing or not isinstance(error, Exception)) and staging.finished
     if _is_at(staging, staging.folder) is False:
-        _add_to(error, f"What was written was not removed: it is where {where} was moved.")
+        add_to(error, f"What was written was not removed: it is where {where} was moved.")
         return False
     stays: list[str] = []
     done = False
@@ -326,11 +281,5 @@ def _leave(staging: Staging, error: BaseException) -> bool:
         text = f"{where} cannot be removed now; the next run does that."
     else:
         text = f"{where} stays: there is {listed(stays)}, which is not ours." if stays else ""
-    _add_to(error, text)
+    add_to(error, text)
     return done
-
-
-def _add_to(error: BaseException, text: str) -> None:
-    if not text:
-        return
-    error.args = (" ".join([*(str(part) for part in error.args[:1]), text]), *error.args[1:])

@@ -16,6 +16,7 @@ from streamshard.tensors.kernel import keep_subnormals
 from streamshard.tensors.workspace import Held, Workspace
 
 __all__ = ["SENDERS", "Background", "OnStep", "Progress", "Stop", "Stopped", "collect", "share"]
+__all__ += ["started"]
 
 
 Progress: TypeAlias = Callable[[int, str], None]
@@ -143,6 +144,13 @@ def _start(thread: threading.Thread) -> None:
             threading.stack_size(before)
 
 
+def started(work: Callable[[], None]) -> threading.Thread:
+    """A thread that has begun with some work; what is active here is active there."""
+    thread = _thread(work)
+    _start(thread)
+    return thread
+
+
 def _thread(work: Callable[[], None]) -> threading.Thread:
     """A thread in which is active what is here, as the inputs that note what is opened."""
     return threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
@@ -155,8 +163,7 @@ class Background:
         self._stop = stop
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # A daemon: waiting for the disk must not keep an interrupted process alive.
-        self._thread = _thread(self._loop)
-        _start(self._thread)
+        self._thread = started(self._loop)
 
     def add(self, task: Callable[[], None]) -> None:
         """Have something done later."""

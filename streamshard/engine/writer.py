@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
-from pathlib import Path
+from typing import cast
 
 from streamshard.checkpoint.digests import DIGEST_NBYTES, hash_file, new_sha256, shard_digest
 from streamshard.checkpoint.header import total_nbytes
@@ -23,13 +23,14 @@ from streamshard.disk.direct import DirectFile
 from streamshard.disk.folders import disk_free, rename, sync_folder
 from streamshard.disk.inputs import active
 from streamshard.disk.new_files import OutputFile
+from streamshard.engine.destination import Destination
 from streamshard.engine.do_task import WRITE_BYTES, do, measure
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import FinishedShard
-from streamshard.engine.lanes import Place, is_copied, lanes, ordered
-from streamshard.engine.long_names import part_name
-from streamshard.engine.shard_task import Member, Result, ShardTask, parts_of
-from streamshard.engine.staging import Staging
+from streamshard.engine.lanes import Place, cuts_of, lanes, ordered
+from streamshard.engine.sending import Sender
+from streamshard.engine.shard_task import Member, Result, ShardTask
+from streamshard.engine.staging_folder import Staging
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
 from streamshard.errors import WriteError, printable
 from streamshard.tensors.rounding import Change, Changes
@@ -40,14 +41,13 @@ __all__ = ["write_shards"]
 
 # What the disk is asked to begin with, and the progress is told, at a time.
 NOTED_BYTES = 8 * 1024 * 1024
-# A part of a tensor begins on a multiple.
-ALIGNED_BYTES = 4096
 
 
 class _Open:
     """A shard that is being written."""
 
-    def __init__(self, shard: Shard, folder: Path, senders: Senders | None) -> None:
+    def __init__(self, shard: Shard, place: Destination, senders: Senders | None) -> None:
+        folder = place.folder
         free = disk_free(folder)
         if free is not None and free < shard.nbytes:
             raise WriteError(
@@ -60,7 +60,7 @@ class _Open:
         self.digests = bytearray(DIGEST_NBYTES * self.left)
         self.measured: dict[int, tuple[float, Change]] = {}
         # Not yet under its name: until it is complete, nothing shall take it for a weight file.
-        path = folder / part_name(shard.name)
+        path = place.temporary(shard.name)
         if senders is None:
             self.output = OutputFile(path, shard.nbytes)
         else:
@@ -162,7 +162,7 @@ class _Run:
     """The writing of shards into a staging folder."""
 
     def __init__(
-        self, plan: Plan, staging: Staging, progress: Progress | None, on_step: OnStep | None
+        self, plan: Plan, staging: Destination, progress: Progress | None, on_step: OnStep | None
     ) -> None:
         self.plan = plan
         self.on_step = on_step
@@ -171,15 +171,29 @@ class _Run:
         self.staging = staging
         self.progress = progress
         self.stop = Stop()
-        self.lock = threading.Lock()
+        self.lock, self.beginning = threading.Lock(), threading.Lock()
         self.background = Background(self.stop)
         self.senders = Senders(self.stop) if plan.direct else None
+        self.sender: Sender | None = None
+        if plan.outlet is not None:
+            self.sender = Sender(
+                plan.outlet, plan.on_disk, cast("Staging", staging), self.stop, self.lock
+            )
         self.opened: dict[str, _Open] = {}
         self.copying = 0
         self.inputs = active()
 
     def items(self, shards: Sequence[Shard]) -> Iterator[Iterable[_Item]]:
         """Every task; together those that one thread is to do, one after the other."""
+        if self.sender is None or self.plan.on_disk is None:
+            yield from self.tasks(shards)
+            return
+        for shard in shards:  # whatever is begun is ended without another one
+            self.sender.take_room()
+            yield from self.tasks([shard])
+
+    def tasks(self, shards: Sequence[Shard]) -> Iterator[Iterable[_Item]]:
+        """The tasks of some shards, which are begun on the way."""
         in_order, others = lanes(shards, self.plan.compared.reference)
         for lane in in_order:
             yield self.in_order(lane)
@@ -215,11 +229,11 @@ class _Run:
 
     def begun(self, shard: Shard) -> _Open:
         """A shard that is being written, from when it is first asked for."""
-        with self.lock:
+        with self.beginning:  # of its own: the disk may take its time
             found = self.opened.get(shard.name)
             if found is None:
                 self.stop.check()
-                found = _Open(shard, self.staging.folder, self.senders)
+                found = _Open(shard, self.staging, self.senders)
                 self.opened[shard.name] = found
                 found.output.write(memoryview(found.header), 0)
         return found
@@ -258,7 +272,7 @@ class _Run:
         path = opened.output.path
         opened.output.sync()
         opened.output.close()
-        sha256 = new_sha256() if self.plan.sha256 else None
+        sha256 = new_sha256() if self.plan.sha256 or self.sender is not None else None
         if sha256 is not None:
             told = partial(self.tell_hashed, opened.shard.name)
             hash_file(path, sha256, going=self.stop.going, told=told)
@@ -271,6 +285,8 @@ class _Run:
             sync_folder(path.parent)
             self.staging.add(shard)
             del self.opened[shard.name]
+        if self.sender is not None:
+            self.sender.add(shard)
 
     def tell_hashed(self, name: str, nbytes: int) -> None:
         """Note bytes of which the SHA-256 was taken, and tell them once nothing else is done."""
@@ -287,12 +303,18 @@ class _Run:
                 left = sum(shard.nbytes for shard in shards) if self.plan.sha256 else 0
                 self.on_step("hashing" if left else "syncing", left, self.hashed)
         self.background.finish()
+        if self.sender is not None:
+            if self.on_step is not None:
+                self.sender.told = partial(self.on_step, "uploading")
+            self.sender.finish()
 
     def end(self) -> None:
         """Close what an error left open; from now on nothing is finished any more."""
         with self.lock:
             self.stop.fail(Stopped())
             self.background.abandon()
+            if self.sender is not None:
+                self.sender.abandon()
             for opened in self.opened.values():
                 opened.output.abandon()
         if self.senders is not None:
@@ -301,19 +323,22 @@ class _Run:
 
 def write_shards(
     plan: Plan,
-    staging: Staging,
+    staging: Destination,
     *,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> None:
     """Write those files of a plan that are not finished, and wait until the disk has them.
 
-    What is measured goes into the journal of `staging`: distances from the tensors of the reference,
+    What is measured is noted in `staging`: distances from the tensors of the reference,
     of other computed tensors from their sources. `progress` is told the bytes and the tensor of each
     finished piece, `on_step` what is done. For SHA-256 a file is read again when it is complete.
     """
     run = _Run(plan, staging, progress, on_step)
     left = [shard for shard in plan.shards if shard.name not in staging.finished]
+    for shard in plan.shards:
+        if run.sender is not None and shard.name in staging.finished:
+            run.sender.add(staging.finished[shard.name], before=True)
     if on_step is not None:
         to_write = sum(total_nbytes(shard.tensors) for shard in left)
         on_step("writing", plan.tensor_nbytes, plan.tensor_nbytes - to_write)
@@ -323,20 +348,3 @@ def write_shards(
         run.wait(left)
     finally:
         run.end()
-
-
-def cuts_of(member: Member, left: int, workers: int, *, direct: bool = False) -> list[int]:
-    """Where a tensor is cut into parts, its two ends among that; `left` are all bytes not begun yet.
-
-    Only one that is more than a worker's share of what is left: the others would have to wait for
-    it. Parts are measured in a second pass, which costs less than that, but not nothing. What goes
-    around the page cache (`direct`) would have to be read from the disk for it, and of what is only
-    copied one worker has more to write than the disk can: that is not cut.
-    """
-    most = 1 if direct and is_copied(member) else parts_of(member.tensor)
-    if member.tensor.nbytes * workers <= left or workers < 2 or most < 2:
-        return [member.begin, member.end]
-    step = max(left // (2 * workers), member.tensor.nbytes // most)
-    step = -(-step // ALIGNED_BYTES) * ALIGNED_BYTES
-    first = (member.begin // ALIGNED_BYTES + 1) * ALIGNED_BYTES + step
-    return [member.begin, *range(first, member.end - step // 2, step), member.end]

@@ -63,7 +63,6 @@ BAD = {
     'merge_lora("b", "a")': "positional",
     'hf_to_custom(hf_path="h", custom_path="c", save_path="s", allow_mising=True)': "allow_missing",
     'custom_to_hf(hf_path="h", custom_path="c", save_path="s", tokenizer_from="me")': "me",
-    'custom_to_hf(hf_path="h", custom_path="c")': "save_path",
     'wrap_lora(base="b", output="o", llm_rank=16)': "llm_rank",
     'wrap_lora(base="b", output="o", format="gguf")': "gguf",
     'extract_lora(checkpoint="c", output="o", max_shard="5GB")': "max_shard",
@@ -118,9 +117,24 @@ def test_the_table_of_keywords_is_that_of_the_functions(name):
 
 
 def test_options_are_those_that_are_typed():
-    of_inputs = {*BaseOptions.__annotations__, "stream"}
-    ours = {"on_distances"}  # of commands among themselves
-    assert {*Options.__dataclass_fields__} - ours == {*OutputOptions.__annotations__} - of_inputs
+    of_hub = {*BaseOptions.__annotations__, "stream", "push_to", "private", "commit_message"}
+    typed = {*OutputOptions.__annotations__} - of_hub
+    ours = {"on_distances", "outlet"}  # of commands among themselves
+    assert {*Options.__dataclass_fields__} == typed | ours
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "missing"),
+    [
+        ("hf_to_custom", ("hf_path", "custom_path"), "save_path"),
+        ("custom_to_hf", ("hf_path", "custom_path"), "save_path"),
+        ("wrap_lora", ("base",), "output"),
+        ("extract_lora", ("checkpoint",), "output"),
+    ],
+)
+def test_an_output_is_a_folder_or_on_the_hub(name, given, missing):
+    with pytest.raises(UsageError, match=rf"`{missing}` is missing.*`push_to`"):
+        getattr(streamshard, name)(**dict.fromkeys(given, "x"))
 
 
 @pytest.mark.parametrize(

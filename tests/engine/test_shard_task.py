@@ -24,10 +24,10 @@ from streamshard.checkpoint.shards import Shard, plan_shards
 from streamshard.disk.files import Files
 from streamshard.disk.inputs import watching
 from streamshard.disk.new_files import OutputFile
-from streamshard.engine import shard_task, writer
+from streamshard.engine import lanes, shard_task, writer
 from streamshard.engine.do_task import do, measure
+from streamshard.engine.lanes import ALIGNED_BYTES, cuts_of
 from streamshard.engine.shard_task import ShardTask, task_of
-from streamshard.engine.writer import ALIGNED_BYTES, cuts_of
 from streamshard.errors import AdapterError, ChangedError, WriteError
 from streamshard.tensors import computed
 from streamshard.tensors.constructors import add_low_rank, cast, with_magnitude
@@ -328,7 +328,7 @@ def test_cut_tensors_make_the_same_output(pair, tmp_path, monkeypatch):
 
     expected = merged("whole", 1)
     monkeypatch.setattr(shard_task, "PART_BYTES", 512)
-    monkeypatch.setattr(writer, "ALIGNED_BYTES", 64)
+    monkeypatch.setattr(lanes, "ALIGNED_BYTES", 64)
     measured = []
 
     def measuring(*arguments: Any) -> Any:

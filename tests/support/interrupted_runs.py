@@ -19,7 +19,7 @@ from pairs import Pair
 from streamshard.disk.system import system
 
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
-VARYING = {"seconds", "peak_rss_bytes", "resumed", "record_digest"}
+VARYING = {"seconds", "peak_rss_bytes", "resumed", "record_digest", "date"}
 
 # Ends the process after something has happened; `main` runs the command line after it.
 KILL = "import os, signal, sys\nkill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
