@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, cast
 
 from streamshard.commands.hub_inputs import hub_inputs
 from streamshard.commands.hub_output import hub_output
+from streamshard.commands.report_html import report_html
 from streamshard.disk.inputs import watched
 from streamshard.engine.report import Report
 from streamshard.errors import (
@@ -37,6 +38,8 @@ from streamshard.wording import FLAGS, KEYWORDS, is_command_line, spoken
 __all__ = ["public"]
 
 P = ParamSpec("P")
+
+Report.as_html = staticmethod(report_html)
 
 _LOG = logging.getLogger("streamshard")
 _LOG.addHandler(logging.NullHandler())  # else Python prints what `warnings` shows already
