@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub(tmp_path_factory.mktemp("hub")) as hub:
+    with Hub(tmp_path_factory.mktemp("hub"), organizations=("your-name",)) as hub:
         fill_hub(hub, world)
         yield hub
 
