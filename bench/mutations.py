@@ -323,8 +323,8 @@ MUTANTS = (
     # --- continuing ---
     Mutant(
         "journal-lines-not-checked",
-        'if not line.endswith(b"\\n") or digest != _digest(text):',
-        'if not line.endswith(b"\\n"):',
+        'return line.endswith(b"\\n") and digest == _digest(text)',
+        'return line.endswith(b"\\n")',
         "a damaged line of the journal is believed",
         ("test_a_damaged_line_ends_the_journal",),
     ),

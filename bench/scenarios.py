@@ -176,6 +176,14 @@ def scenarios(folder: Path, *, workers: int = 1) -> dict[str, Scenario]:
             None,
         ),
     ]
+    clean_parts = folder / "parts"
+    _expect(run([*at(clean_parts / "merged"), "--part", "1/2"]))
+    for name, part, before in (
+        ("merge-lora, all in a part", "1/1", None),
+        ("merge-lora, the last part", "2/2", clean_parts),
+    ):
+        command = [*at(output), "--part", part]
+        found.append(Scenario(name, command, inputs, output, before, expected, None))
     hf, custom = _layouts(folder / "layouts")
     convert = ["hf2custom", *more, "--hf-path", str(hf), "--custom-path", str(custom)]
     clean = folder / "converted"

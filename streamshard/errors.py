@@ -11,7 +11,9 @@ from typing import Any, Self
 
 __all__ = [
     "AdapterError",
+    "BusyError",
     "ChangedError",
+    "ClusterError",
     "HubError",
     "InputError",
     "OutOfMemoryError",
@@ -23,6 +25,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "WriteError",
+    "add_to",
     "argument",
     "escaped",
     "listed",
@@ -74,6 +77,10 @@ class OutputError(StreamshardError):
     exit_code = 5
 
 
+class BusyError(OutputError):
+    """Another run is writing the output just now."""
+
+
 class WriteError(StreamshardError):
     """There is no space, no permission, or the system refused a write."""
 
@@ -117,10 +124,22 @@ class UnreadError(VerificationError, ReadError):
     exit_code = 7
 
 
+class ClusterError(StreamshardError):
+    """The cluster's scheduler or its workers did not do what they were given."""
+
+    exit_code = 9
+
+
 class HubError(StreamshardError):
     """The hub or the network did not give what is needed."""
 
     exit_code = 9
+
+
+def add_to(error: BaseException, text: str) -> None:
+    """Add something to what an error says."""
+    if text:
+        error.args = (" ".join([*(str(part) for part in error.args[:1]), text]), *error.args[1:])
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -21,7 +21,8 @@ _CACHE = ("cache_dir", "offline")
 _READING = ("workers", "progress", "on_total", "on_step", *_CACHE)
 _WRITING = (
     *("revision", *_CACHE, "stream", "push_to", "private", "commit_message"),
-    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io", "dry_run"),
+    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io", "part"),
+    "dry_run",
     *("progress", "on_plan", "on_step"),
 )
 _MERGE = ("adapter", "base", "checkpoint", "output", "weight", "layout", "reference", "alpha")
@@ -70,6 +71,7 @@ _CHOICES = {
     "expert_order": "peft|unsloth",
     "dtype": "keep|bf16|fp16|fp32",
     "card": "new|base|none",
+    "part": "finish",
 }
 
 _VALUES = "|".join(sorted({one for values in _CHOICES.values() for one in values.split("|")}))

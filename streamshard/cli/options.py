@@ -136,6 +136,13 @@ WRITING = with_options(
     ),
     option(
         RUNNING,
+        "--part",
+        metavar="I/N|finish",
+        help="Write the I-th of N parts, on one of several machines that share the output's disk; the "
+        "last one completes it, or finish does.",
+    ),
+    option(
+        RUNNING,
         "--dry-run",
         is_flag=True,
         help="Check everything, show the plan, and what would be continued; write nothing.",

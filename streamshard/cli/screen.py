@@ -13,6 +13,7 @@ import streamshard
 from streamshard.cli import texts
 from streamshard.cli.console import error_document, say, show, show_json
 from streamshard.cli.heat_text import heat_text
+from streamshard.cli.plan_texts import is_complete, part_text, plan_text
 from streamshard.cli.progress import Progress
 from streamshard.errors import StreamshardError, escaped
 from streamshard.wording import command_line
@@ -57,11 +58,12 @@ def write(
         report = getattr(streamshard, function)(
             on_step=progress.step, progress=progress.piece, **options
         )
-    if options.get("heatmap") and report["heat_map"] is not None:
+    if options.get("heatmap") and report.get("heat_map") is not None:
         screen.heat = heat_text(report["heat_map"])
-    output = escaped(str(report["output"] or (report["pushed"] or {}).get("url")))
-    with _said_if_ended("" if report["dry_run"] else f"{output} is complete."):
-        screen.result(report, texts.plan_text if report["dry_run"] else text)
+    place = report["output"] or (report["pushed"] or {}).get("url")
+    done = is_complete(report)
+    with _said_if_ended(f"{escaped(str(place))} is complete." if done else ""):
+        screen.result(report, text if done else plan_text if report["dry_run"] else part_text)
 
 
 @contextlib.contextmanager
@@ -93,7 +95,7 @@ class Screen:
     ) -> None:
         """Print the report, as JSON or as `text` puts it; with the `error` that it led to, if any."""
         place = report["output"] or (report.get("pushed") or {}).get("url")
-        done = f"; {place} is complete" if place and not report.get("dry_run") else ""
+        done = f"; {place} is complete" if place and is_complete(report) else ""
         if self._as_json:
             if error is not None:
                 name = type(error).__name__

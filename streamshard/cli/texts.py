@@ -10,12 +10,12 @@ from streamshard.cli.push_text import place_text, pushed_text
 from streamshard.errors import escaped
 
 __all__ = [
+    "bytes_text",
     "conversion_text",
     "diff_text",
     "extract_text",
     "inspect_text",
     "merge_text",
-    "plan_text",
     "printable_report",
     "upstream_text",
     "verify_text",
@@ -32,51 +32,6 @@ def printable_report(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [printable_report(inner) for inner in value]
     return value
-
-
-def plan_text(report: dict[str, Any]) -> str:
-    """What `--dry-run` prints."""
-    plan = report["plan"]
-    files = [f"  {file['name']}  {bytes_text(file['bytes'])}" for file in plan["files"]]
-    free = "free space unknown"
-    if plan["free_bytes"] is not None:
-        free = f"{bytes_text(plan['free_bytes'])} free on that disk"
-    changed = (
-        f"{report['pairs']} LoRA pairs are written"
-        if "pairs" in report
-        else f"{report['tensors']} tensors are converted"
-        if report["merged"] is None
-        else f"{report['merged']} tensors get an update"
-    )
-    return "\n".join(
-        [
-            f"Would write {place_text(report)} ({bytes_text(report['bytes'])}; {free}):",
-            *_download(plan),
-            *pushed_text(report),
-            *files[:20],
-            *([f"  and {len(files) - 20} more files"] if len(files) > 20 else []),
-            f"{changed}; {plan['workers']} threads, about {bytes_text(plan['memory_bytes'])} of memory.",
-            *_continued(report),
-            "Nothing was written.",
-        ]
-    )
-
-
-def _download(plan: dict[str, Any]) -> list[str]:
-    if not plan["download_bytes"]:
-        return []
-    free = plan["download_free_bytes"]
-    room = "" if free is None else f" ({bytes_text(free)} free on that disk)"
-    return [
-        f"  Before, {bytes_text(plan['download_bytes'])} are downloaded into the hub's cache{room}."
-    ]
-
-
-def _continued(report: dict[str, Any]) -> list[str]:
-    if not report["resumed"]:
-        return []
-    done = f"{report['resumed']} of {report['shards']} files are done"
-    return [f"Would continue an interrupted run: {done}."]
 
 
 def merge_text(report: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ def _conversion(asked: _Asked, allowed: Differences, card: str, chosen: Options)
     check_base(source.tensors, source.config, source.where, goal="converted")
     reference = Model(open_checkpoint(asked.reference, needs_weights=False))
     inputs = [source.path, reference.path]
-    output = check_places(asked.output, inputs, overwrite=chosen.overwrite)
+    output = check_places(asked.output, inputs, overwrite=chosen.may_exist)
     converted = carry_over(source.tensors, source, reference, asked.layout, allowed)
     files = converted.files(chosen.dtype)
     note_left_behind(files, inputs)

@@ -77,7 +77,7 @@ def extract_lora(
     where = printable(str(source.path))
     base = None if base is None else input_path(base, "the base")
     inputs = [source.path, *([] if base is None else [base])]
-    target = check_places(output, inputs, overwrite=chosen.overwrite)
+    target = check_places(output, inputs, overwrite=chosen.may_exist)
     _check_shapes(source, found)
     layout: Layout = layout_of(source.tensors) or "custom"
     tokenizer: dict[str, Content] = {}

@@ -205,7 +205,7 @@ def _output(asked: Asked, inputs: Inputs, chosen: Options) -> Path:
     read = [inputs.base.path, *(folder.path for folder in inputs.folders)]
     if asked.reference is not None:
         read.append(input_path(asked.reference, "the reference"))
-    return check_places(output, read, overwrite=chosen.overwrite)
+    return check_places(output, read, overwrite=chosen.may_exist)
 
 
 @dataclass(frozen=True, slots=True)

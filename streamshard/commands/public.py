@@ -53,6 +53,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
         ((numbers.Real, type(None)), "a number"),
     ),
     "adapter_name": ((str, type(None)), "a name"),
+    "part": ((str, type(None)), "I/N or finish"),
     **dict.fromkeys(
         ("progress", "on_plan", "on_step", "on_total"),
         ((Callable, bool, type(None)), "a function"),  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ def wrap_lora(
     source = Model(open_checkpoint(base))
     note(*source.checkpoint.warnings)
     check_base(source.tensors, source.config, source.where, goal="wrapped")
-    target = check_places(output, [source.path], overwrite=chosen.overwrite)
+    target = check_places(output, [source.path], overwrite=chosen.may_exist)
     layout = source.layout
     if layout is None:
         raise InputError(

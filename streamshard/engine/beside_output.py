@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from streamshard.disk.folders import exists, held, inode_of, resolved
@@ -16,30 +16,39 @@ from streamshard.disk.system import system, writing
 from streamshard.engine import long_names
 from streamshard.engine.fingerprint import Identity
 from streamshard.engine.leftovers import changed, left_in, refuse_strangers
-from streamshard.engine.lock import locked, look
+from streamshard.engine.lock import Moved, locked, look
 from streamshard.engine.ours import Ours
 from streamshard.engine.swap import recover, refuse_old
 from streamshard.errors import InputError, StreamshardError, WriteError
 
-__all__ = ["check_beside", "check_writable", "places_beside", "staged_nbytes", "tidy"]
+__all__ = [
+    "check_beside",
+    "check_writable",
+    "finished_beside",
+    "places_beside",
+    "staged_nbytes",
+    "tidy",
+]
 
 
 def places_beside(target: Path) -> dict[str, Path]:
-    """Where an output is built, where what it replaces is kept meanwhile, and its lock."""
+    """Where an output is built, where what it replaces is kept meanwhile, its lock, and its parts."""
     return {
         what: target.with_name(long_names.beside(".", target.name, f".{what}"))
-        for what in ("partial", "old", "lock")
+        for what in ("partial", "old", "lock", "parts")
     }
 
 
 def staged_nbytes(target: Path) -> int:
     """Bytes that an earlier run has left where `target` is built."""
-    folder = places_beside(resolved(target))["partial"]
+    beside = places_beside(resolved(target))
     nbytes = 0
-    with writing(folder, 0), contextlib.suppress(FileNotFoundError):  # a run may be at it just now
-        if stat.S_ISDIR(system.lstat(folder).st_mode):
-            for name in system.listdir(folder):
-                nbytes += system.lstat(folder / name).st_size
+    for folder in (beside["partial"], beside["parts"]):
+        with writing(folder, 0), contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(system.lstat(folder).st_mode):
+                for name in system.listdir(folder):
+                    with contextlib.suppress(FileNotFoundError):  # a run may be at it just now
+                        nbytes += system.lstat(folder / name).st_size
     return nbytes
 
 
@@ -61,11 +70,21 @@ def check_beside(
     if another run is at it, or if what an interrupted run has left cannot be continued.
     """
     beside = places_beside(resolved(target))
-    try:
+    moved = None
+    with _nobody_else():
         moved = look(beside["lock"], target)
         there = inode_of(beside["old"])
         if there is not None and (moved is None or there[1] != moved[0]):
             refuse_old(beside["old"])
+    return finished_beside(target, identity, overwrite=overwrite, moved=moved)
+
+
+def finished_beside(
+    target: Path, identity: Callable[[], Identity], *, overwrite: bool, moved: Moved | None = None
+) -> Collection[str]:
+    """The like of the folder alone in which the output is built, whoever is at it just now."""
+    beside = places_beside(resolved(target))
+    with _nobody_else():
         if exists(beside["partial"]):
             ours = Ours(resolved(target).parent)
             ours.check_folder(beside["partial"])
@@ -77,10 +96,17 @@ def check_beside(
                     target, beside["partial"], left.journal.plan, identity(), overwrite=overwrite
                 ):
                     return left.journal.finished
-    except (InputError, WriteError) as error:
-        if not isinstance(error.__cause__, FileNotFoundError):  # of a run that is at it just now
-            raise
     return ()
+
+
+@contextlib.contextmanager
+def _nobody_else() -> Iterator[None]:
+    """What a run that is at it just now removes counts as not there."""
+    try:
+        yield
+    except (InputError, WriteError) as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
 
 
 def check_writable(target: Path) -> None:

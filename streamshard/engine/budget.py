@@ -136,10 +136,19 @@ def goes_around_cache(io: str, nbytes: int, needs: Needs, max_memory: int | None
         return io == "direct"
     if max_memory is not None and needs.nbytes(1, direct=True) > max_memory:
         return False
+    free, group = _free_memory(), group_room()
+    return nbytes > (free if group is None else min(free, group)) // 16
+
+
+def _free_memory() -> int:
+    """Bytes of memory that programs could have."""
+    with contextlib.suppress(OSError):  # psutil reads the same, but takes a while to be imported
+        found = re.search(r"MemAvailable:\s*(\d+) kB", system.read_text("/proc/meminfo"))
+        if found is not None:
+            return int(found[1]) * 1024
     import psutil
 
-    free, group = psutil.virtual_memory().available, group_room()
-    return nbytes > (free if group is None else min(free, group)) // 16
+    return int(psutil.virtual_memory().available)
 
 
 def peak_rss_bytes() -> int:

@@ -20,7 +20,7 @@ from streamshard.disk.folders import held, sync_folder
 from streamshard.disk.held import Held, Inode
 from streamshard.disk.system import reading, system, writing
 from streamshard.engine.ours import Ours, kind_of
-from streamshard.errors import InputError, OutputError, listed, printable
+from streamshard.errors import InputError, OutputError, WriteError, listed, printable
 
 __all__ = [
     "Replaceable",
@@ -58,8 +58,13 @@ def strangers(folder: Path, names: Collection[str], ours: Ours | None = None) ->
 
 def _walk(folder: Path, folders: set[str], prefix: str = "") -> Iterator[tuple[str, Entry]]:
     for name in sorted(_listed(folder)):
-        with writing(folder / name, 0):
-            entry = system.lstat(folder / name)
+        try:
+            with writing(folder / name, 0):
+                entry = system.lstat(folder / name)
+        except WriteError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # others may be at work here
+                continue
+            raise
         yield prefix + name, entry
         if stat.S_ISDIR(entry.st_mode) and prefix + name in folders:
             with held(folder / name):

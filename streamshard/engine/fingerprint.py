@@ -11,6 +11,7 @@ data, and when the file was last changed, as nobody would wait for all of it to 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from streamshard.errors import printable
 from streamshard.tensors.lazy import Lazy, Stored
 from streamshard.version import __version__
 
-__all__ = ["Fingerprint", "Identity", "differences", "fingerprint"]
+__all__ = ["Fingerprint", "Identity", "differences", "fingerprint", "identity_digest"]
 
 
 Identity: TypeAlias = dict[str, Any]
@@ -91,6 +92,14 @@ def differences(old: Identity, new: Identity) -> list[str]:
     if not found and old.get("recipe") != new["recipe"]:
         found.append("other tensors are to be written, or from other sources")
     return found
+
+
+def identity_digest(identity: Identity) -> str:
+    """The digest of an identity: equal if there are no differences. Paths of inputs do not count."""
+    inputs = [[content, times] for _, content, times in identity["inputs"]]
+    digest = new_digest()
+    digest.update(json.dumps({**identity, "inputs": inputs}, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _unequal(old: object, new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

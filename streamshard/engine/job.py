@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypedDict
@@ -13,7 +13,7 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.disk.paths import PathLike
 from streamshard.engine.fingerprint import Fingerprint
-from streamshard.engine.option_values import dtype_option, size_option
+from streamshard.engine.option_values import Part, dtype_option, part_option, size_option
 from streamshard.engine.outlet import Outlet
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.lazy import Lazy, Stored
@@ -51,6 +51,14 @@ class Compared:
     reference: Mapping[str, Stored]
     parameters: int
     skipped: tuple[str, ...]
+
+    def references(self, shards: Iterable[Shard]) -> Iterator[Stored]:
+        """What the tensors of these shards are compared with, as far as it is of other files."""
+        if self.reference:
+            for shard in shards:
+                yield from (
+                    self.reference[name] for name in shard.tensors if name in self.reference
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +165,9 @@ class OutputOptions(BaseOptions, total=False):
     io: str
     """"buffered" writes through the page cache, "direct" around it where the file system can; by default
     ("auto") around it if the output is large against the memory that is free. The bytes are the same."""
+    part: str | None
+    """"I/N" (I from 1) writes the I-th of N parts of the output, in one of several processes on machines
+    that share its disk; the last one completes it, or "finish" does."""
     dry_run: bool
     """Check everything and write nothing."""
     push_to: str | None
@@ -187,6 +198,7 @@ class Options:
     overwrite: bool = False
     sha256: bool = False
     io: str = "auto"
+    part: str | None = None
     dry_run: bool = False
     outlet: Outlet | None = None
     """Of the keywords `push_to`, `private` and `commit_message`."""
@@ -207,8 +219,19 @@ class Options:
         if self.io not in _IO:
             raise UsageError(f"--io is {printable(repr(self.io))}; choose one of {', '.join(_IO)}.")
         object.__setattr__(self, "dtype", dtype_option(self.dtype))
+        part_option(self.part)
         size_option(self.max_memory, "--max-memory")
         size_option(self.max_shard_size, "--max-shard-size")
+
+    @property
+    def wanted(self) -> Part | None:
+        """Which part is wanted; None for all of the output."""
+        return part_option(self.part)
+
+    @property
+    def may_exist(self) -> bool:
+        """Whether an output may be there: to be replaced, or as other parts have completed it."""
+        return self.overwrite or self.part is not None
 
     @property
     def max_shard_nbytes(self) -> int | None:

@@ -24,7 +24,7 @@ from streamshard.disk.new_files import LogFile
 from streamshard.engine.ours import Ours
 from streamshard.tensors.rounding import Change
 
-__all__ = ["Elsewhere", "FinishedShard", "Journal"]
+__all__ = ["Elsewhere", "FinishedShard", "Journal", "from_line", "line_of"]
 
 
 MAX_NBYTES = 1 << 30
@@ -141,11 +141,10 @@ class Journal:
     def _read(self, content: bytes) -> None:
         self._begun = not content[:_SECTOR].strip(b"\0") or _is_beginning(content)
         for line in content.splitlines(keepends=True):
-            digest, _, text = line.partition(b" ")
-            if not line.endswith(b"\n") or digest != _digest(text):
+            if not _is_whole(line):
                 return
             try:
-                record = json.loads(text)
+                record = from_line(line)
                 if self.plan is None:
                     self.plan, self.names = _beginning(record)
                 elif "to" in record:
@@ -200,13 +199,30 @@ class Journal:
     def _add(self, record: Mapping[str, Any]) -> None:
         if self._log is None:
             raise ValueError("the journal is not open")
-        text = json.dumps(record).encode() + b"\n"
-        self._log.append(_digest(text) + b" " + text)
+        self._log.append(line_of(record))
 
     def close(self) -> None:
         """Close the file."""
         if self._log is not None:
             self._log.close()
+
+
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """A record as a line that tells whether it is whole."""
+    text = json.dumps(record).encode() + b"\n"
+    return _digest(text) + b" " + text
+
+
+def from_line(line: bytes) -> Any:
+    """The record of a line; `ValueError` if it was cut off or changed."""
+    if not _is_whole(line):
+        raise ValueError("no whole line of a record")
+    return json.loads(line.partition(b" ")[2])
+
+
+def _is_whole(line: bytes) -> bool:
+    digest, _, text = line.partition(b" ")
+    return line.endswith(b"\n") and digest == _digest(text)
 
 
 def _beginning(record: Any) -> tuple[dict[str, Any], frozenset[str]]:

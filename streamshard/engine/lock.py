@@ -24,7 +24,7 @@ from streamshard.disk.held import Inode, inode
 from streamshard.disk.new_files import put
 from streamshard.disk.system import NO_LINK, PRIVATE, system, writing
 from streamshard.engine.ours import Ours
-from streamshard.errors import OutputError, WriteError, printable
+from streamshard.errors import BusyError, OutputError, WriteError, printable
 
 __all__ = ["Lock", "Moved", "locked", "look"]
 
@@ -84,7 +84,7 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(path: Path, target: Path) -> Iterator[Lock]:
-    """Hold the lock at `path` for writing `target`; raises `OutputError` if another run does.
+    """Hold the lock at `path` for writing `target`; raises `BusyError` if another run does.
 
     What has this name and is no lock of ours is refused as well, and left as it is.
     """
@@ -113,7 +113,7 @@ def look(path: Path, target: Path) -> Moved | None:
         content = _content(descriptor, path)
         _check(content, descriptor, path, ours)
         record = _record(content)
-        if record and record["host"] == platform.node() and _alive(record):
+        if record and record["host"] == platform.node() and not _seems_free(descriptor, path):
             raise _refusal(path, target, record)
         return _note(content)
     finally:
@@ -173,15 +173,23 @@ def _try(descriptor: int, path: Path) -> bool:
     return True
 
 
+def _seems_free(descriptor: int, path: Path) -> bool:
+    """The like of a file that is open to be read; in a container another process may have that number."""
+    try:
+        return _try(descriptor, path)
+    except OSError:  # NFS locks only what may be written to
+        return not _alive(_record(_content(descriptor, path)))
+
+
 def _is_named(path: Path, descriptor: int) -> bool:
     """Whether a file still has its name."""
     with writing(path, 0):
         return inode_of(path) == inode(system.fstat(descriptor))
 
 
-def _refusal(path: Path, target: Path, record: dict[str, Any]) -> OutputError:
+def _refusal(path: Path, target: Path, record: dict[str, Any]) -> BusyError:
     who = f" (process {record['pid']} on {printable(str(record['host']))})" if record else ""
-    return OutputError(
+    return BusyError(
         f"{printable(str(target))}: another run{who} is writing it. Wait for that to end, or choose "
         f"another output. If no such process is left, remove {printable(str(path))}."
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.dtypes import DTYPES, TORCH_DTYPES
 
-__all__ = ["dtype_option", "parse_size", "size_option"]
+__all__ = ["Part", "dtype_option", "parse_size", "part_option", "size_option"]
 
 
 _NO_SIZE = 2**63  # bytes that no system can count
@@ -69,3 +70,38 @@ def dtype_option(dtype: object) -> str:
             f"--dtype is {printable(repr(dtype))}; keep, {', '.join(DTYPES)} can be chosen."
         )
     return known
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which part of an output is wanted: `number` (from 1) of `count`; number 0 completes it."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}" if self.number else "finish"
+
+
+def part_option(part: object) -> Part | None:
+    """What `--part` says; None if it is not given.
+
+    >>> str(part_option("3/8")), str(part_option("finish"))
+    ('3/8', 'finish')
+    """
+    if part is None:
+        return None
+    text = str(part).strip()
+    if text == "finish":
+        return Part(0, 0)
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if match is None:
+        raise UsageError(
+            f"--part is {printable(repr(part))}; I/N was expected, as 3/8 for the third of eight parts, "
+            "or finish."
+        )
+    number, count = int(match[1]), int(match[2])
+    if not 1 <= number <= count:
+        hint = " If yours are counted from 0, add 1." if number == 0 < count else ""
+        raise UsageError(f"--part is {text}; parts are counted from 1, to {count}.{hint}")
+    return Part(number, count)

@@ -110,7 +110,7 @@ def _identities(place: Path) -> Iterator[Inode]:
     if is_link(place):  # which is refused as none of ours, too
         return
     for folder, _, names in walked(place, strict=False):
-        finished = [] if place.name.endswith(".partial") else names
+        finished = [] if place.name.endswith((".partial", ".parts")) else names
         for path in (folder, *(folder / name for name in finished)):
             with contextlib.suppress(FileNotFoundError):  # a run may be at it just now
                 yield inode(system.lstat(path))

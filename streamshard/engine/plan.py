@@ -16,6 +16,7 @@ from streamshard.disk.folders import disk_free
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import staged_nbytes
 from streamshard.engine.budget import Needs, goes_around_cache, worker_count
+from streamshard.engine.division import shards_of
 from streamshard.engine.fetching import fetching, read_by
 from streamshard.engine.fingerprint import fingerprint
 from streamshard.engine.job import Beside, Compared, Job, Options, Plan
@@ -63,8 +64,9 @@ def plan(job: Job, options: Options) -> Plan:
     nbytes = sum(shard.nbytes for shard in shards)
     room = _room(job, shards, keeps=options.outlet is None or options.outlet.keeps)
     needs = Needs.of(shards)
-    reference = (job.reference or {}).values()
-    download = fetching(read_by(shards, reference, job.files.values()))
+    known, own = job.reference or {}, shards_of(shards, options.wanted)
+    reference = [known[name] for shard in own for name in shard.tensors if name in known]
+    download = fetching(read_by(own, reference, job.files.values()))
     download.check_room(job.output, room.needed)
     direct = goes_around_cache(options.io, nbytes, needs, options.max_memory_nbytes)
     count = worker_count(needs, options.workers, options.max_memory_nbytes, direct=direct)

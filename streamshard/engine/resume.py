@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from streamshard.checkpoint.digests import (
     DIGEST_NBYTES,
@@ -24,7 +25,7 @@ from streamshard.errors import InputError, ReadError, listed
 from streamshard.tensors.lazy import Stored
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["check_finished"]
+__all__ = ["check_finished", "has_header"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ def check_finished(
     if on_step is not None:
         on_step("checking", sum(total_nbytes(shard.tensors) for shard, _ in noted), 0)
     stop, lock = Stop(), threading.Lock()
-    wrong = {shard.name for shard, finished in noted if not _has_header(shard, finished, staging)}
+    wrong = {
+        shard.name for shard, finished in noted if not has_header(shard, finished, staging.folder)
+    }
 
     def tensors() -> Iterator[tuple[str, bytes, str, Stored]]:
         for shard, finished in noted:
@@ -108,14 +111,15 @@ def _hash(
         staging.add(dataclasses.replace(shard, sha256=digest.hexdigest()))
 
 
-def _has_header(shard: Shard, finished: FinishedShard, staging: Staging) -> bool:
+def has_header(shard: Shard, finished: FinishedShard, folder: Path) -> bool:
+    """Whether a shard in a folder begins, and is as long, as it is planned and was noted."""
     header, _ = shard.header()
     if finished.digest != shard_digest(header, finished.digests):
         return False
     if (finished.nbytes, len(finished.squared)) != (shard.nbytes, len(shard.tensors)):
         return False
     try:
-        with open_source(staging.folder / shard.name) as file:
+        with open_source(folder / shard.name) as file:
             return file.nbytes == shard.nbytes and file.read(0, len(header)) == header
     except (InputError, ReadError):
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,24 @@ from streamshard.checkpoint.json_files import json_pieces
 from streamshard.checkpoint.record import sealed
 from streamshard.checkpoint.shards import Shard, index_pieces
 from streamshard.disk.folders import resolved, sync_folder
-from streamshard.disk.inputs import active, watching
+from streamshard.disk.inputs import Inputs, active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, check_writable, places_beside
+from streamshard.engine.division import who_does_what
 from streamshard.engine.fetching import fetch, read_by
-from streamshard.engine.fingerprint import Identity
+from streamshard.engine.fingerprint import Identity, identity_digest
 from streamshard.engine.job import Beside, Compared, Job, Options, Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.kept import as_kept
 from streamshard.engine.long_names import part_name
+from streamshard.engine.option_values import Part
+from streamshard.engine.parts import Output, adopting, run_part
+from streamshard.engine.parts_folder import refuse_parts
 from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, exactness, new_report, update
 from streamshard.engine.report import finished as in_the_end
 from streamshard.engine.resume import check_finished
-from streamshard.engine.sending import Publishing
+from streamshard.engine.sending import Publishing, Sender
 from streamshard.engine.staging import Staging, output_folder
 from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
@@ -46,19 +51,9 @@ def run(job: Job, options: Options) -> Report:
     if options.on_plan is not None:
         options.on_plan(made)
     if options.dry_run:
-        kept = check_beside(
-            made.output,
-            lambda: made.fingerprint.identity(made.files),
-            overwrite=made.overwrite,
-        )
-        check_writable(made.output)
-        report = _report(made, kept=kept)
-        if made.outlet is not None:
-            target = made.outlet.look(_published(made), overwrite=made.overwrite)
-            report["warnings"] += target.warnings
-            names = sorted(_published(made))
-            report["pushed"] = made.outlet.described(target.version, names, target)
-        return in_the_end(report, started)
+        return in_the_end(_dry(made, options.wanted), started)
+    if options.wanted is not None:
+        return _part(made, options.wanted, options, started)
     return execute(
         made,
         progress=options.progress,
@@ -68,6 +63,55 @@ def run(job: Job, options: Options) -> Report:
     )
 
 
+def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
+    """The report of a dry run: everything is looked at, and nothing written."""
+    if part is not None:
+        output = Output(made, part, made.fingerprint.identity(made.files))
+        there = output.completed()
+        if there is None:
+            output.check_place()
+            output.look()
+            if not part.number:
+                output.refuse_unfinished()
+        check_writable(made.output)
+        report = output.told(_report(made, kept=()), complete=there is not None)
+        report["plan"]["parts"] = who_does_what(made.shards, part)
+        return report
+    if not made.overwrite:
+        refuse_parts(resolved(made.output), overwrite=False)
+    identity = partial(made.fingerprint.identity, made.files)
+    kept = check_beside(made.output, identity, overwrite=made.overwrite)
+    check_writable(made.output)
+    found = _report(made, kept=kept)
+    if made.outlet is not None:
+        target = made.outlet.look(_published(made), overwrite=made.overwrite)
+        found["warnings"] += target.warnings
+        names = sorted(_published(made))
+        found["pushed"] = made.outlet.described(target.version, names, target)
+    return found
+
+
+def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
+    """Do one part of a plan, and all that is left if it was the last one."""
+    with _watched(made):
+        output = Output(made, part, made.fingerprint.identity(made.files))
+        report = run_part(
+            output,
+            lambda: _report(made),
+            lambda: execute(
+                made,
+                progress=options.progress,
+                on_step=options.on_step,
+                on_distances=options.on_distances,
+                started=started,
+                adopt=adopting(output),
+            ),
+            progress=options.progress,
+            on_step=options.on_step or (lambda *_: None),
+        )
+    return in_the_end(report, started)
+
+
 def execute(
     made: Plan,
     *,
@@ -75,20 +119,19 @@ def execute(
     on_step: OnStep | None = None,
     on_distances: Callable[[Mapping[str, float]], None] | None = None,
     started: float | None = None,
+    adopt: Callable[[Staging], None] | None = None,
 ) -> Report:
     """Do what a plan says, in this process or another one, and return the report.
 
-    `started` (of `time.perf_counter`) is when the seconds of the report begin, by default now. Raises
+    `started` (of `time.perf_counter`) is when the seconds of the report begin, by default now. `adopt`
+    is of the last part of an output (see `parts.py`). Raises
     `ChangedError` if an input is no longer what was planned with.
     """
     started = time.perf_counter() if started is None else started
     report = _report(made)
-    with contextlib.ExitStack() as stack:
-        inputs = active() or stack.enter_context(watching())
-        inputs.expect(made.inputs)
-        target = resolved(made.output)
-        inputs.leave_out(target, *places_beside(target).values())
+    with _watched(made) as inputs, contextlib.ExitStack() as stack:
         identity = made.fingerprint.identity(made.files)
+        report["fingerprint"] = identity_digest(identity)
         staging = stack.enter_context(
             output_folder(
                 made.output,
@@ -96,6 +139,7 @@ def execute(
                 names=_names(made.shards, made.files),
                 overwrite=made.overwrite,
                 keeps=made.outlet is None or made.outlet.keeps,
+                adopt=adopt,
             )
         )
         told = on_step or (lambda *_: None)
@@ -104,6 +148,17 @@ def execute(
     if on_distances is not None:
         on_distances(distances.squared)
     return in_the_end(report, started)
+
+
+@contextlib.contextmanager
+def _watched(made: Plan) -> Iterator[Inputs]:
+    """What notes the files that are read, and knows those with which the plan was made."""
+    with contextlib.ExitStack() as stack:
+        inputs = active() or stack.enter_context(watching())
+        inputs.expect(made.inputs)
+        target = resolved(made.output)
+        inputs.leave_out(target, *places_beside(target).values())
+        yield inputs
 
 
 def _report(made: Plan, *, kept: Collection[str] | None = None) -> dict[str, Any]:
@@ -123,6 +178,8 @@ def _report(made: Plan, *, kept: Collection[str] | None = None) -> dict[str, Any
         "update": None,
         "exactness": None,
         "pushed": None,
+        "fingerprint": None,
+        "part": None,
         "resumed": len(kept or ()),
         "dry_run": kept is not None,
         "plan": None if kept is None else made.as_dict(),
@@ -153,10 +210,11 @@ def _fill(
         sha256=made.sha256 or publishing is not None,
     )
     left = [shard for shard in made.shards if shard.name not in staging.finished]
-    own = {name for shard in left for name in shard.tensors}
-    reference = (t for name, t in made.compared.reference.items() if name in own)
-    fetch(read_by(left, reference, made.files.values()), on_step)
-    write_shards(made, staging, progress=progress, on_step=on_step)
+    fetch(read_by(left, made.compared.references(left), made.files.values()), on_step)
+    sends = None
+    if made.outlet is not None:
+        sends = partial(Sender, made.outlet, made.on_disk, staging)
+    write_shards(made, staging, progress=progress, on_step=on_step, sends=sends)
     finished = [staging.finished[shard.name] for shard in made.shards]
     if made.must_change and not any(any(found.squared) for found in finished):
         raise AdapterError(

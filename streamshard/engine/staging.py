@@ -35,6 +35,7 @@ from streamshard.engine.journal import Journal
 from streamshard.engine.leftovers import Left, changed, left_in, refuse_strangers
 from streamshard.engine.lock import Lock, locked
 from streamshard.engine.ours import Ours
+from streamshard.engine.parts_folder import refuse_parts
 from streamshard.engine.staging_folder import Staging
 from streamshard.engine.swap import discard, recover, swap
 from streamshard.errors import (
@@ -44,6 +45,7 @@ from streamshard.errors import (
     ReadError,
     StreamshardError,
     WriteError,
+    add_to,
     listed,
     printable,
 )
@@ -55,16 +57,23 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def output_folder(
-    target: Path, plan: Identity, *, names: Collection[str], overwrite: bool, keeps: bool = True
+    target: Path,
+    plan: Identity,
+    *,
+    names: Collection[str],
+    overwrite: bool,
+    keeps: bool = True,
+    adopt: Callable[[Staging], None] | None = None,
 ) -> Iterator[Staging]:
     """A staging folder that takes the place of `target` when the block succeeds.
 
-    Unless it `keeps` what was written: then it is removed. `names` are all files that may be made in it,
-    relative to it. If a run with the same `plan` was interrupted, its staging folder is continued.
-    Whatever happens, `target` is either as it was or complete. What is finished is kept if the block ends
-    by a signal or because a disk failed; otherwise nothing is left. Raises `OutputError` if `target` is
-    more than an empty folder and not to be overwritten, or is not ours, if another run writes it, if it
-    was begun with another plan, or if something that no run of ours has made is in the way.
+    Unless it `keeps` what was written: then it is removed. `names` are all files that may be made in
+    it, relative to it. If a run with the same `plan` was interrupted, its staging folder is continued;
+    `adopt` puts there what the parts of the output have finished. Whatever happens, `target` is either
+    as it was or complete. What is finished is kept if the block ends by a signal or because a disk
+    failed; otherwise nothing is left. Raises `OutputError` if `target` is more than an empty folder and
+    not to be overwritten, or is not ours, if another run writes it, if it was begun with another plan,
+    or if something that no run of ours has made is in the way.
     """
     target = folders.resolved(target)
     beside = places_beside(target)
@@ -76,13 +85,15 @@ def output_folder(
         with locked(beside["lock"], target) as lock:
             recover(target, beside, lock)
             there = _check_free(target, overwrite=overwrite)
+            if adopt is None:
+                refuse_parts(target, overwrite=overwrite)
             with _opened(beside["partial"]) as (kept, ours):
                 left = left_in(kept, ours, lock.moved)
                 staging = _begun(kept, left, target, plan, names, overwrite=overwrite)
                 lock.settle()
                 replaces = functools.partial(_replaced, target, there=there, overwrite=overwrite)
                 if keeps:
-                    yield from _built(staging, target, beside["old"], lock, replaces)
+                    yield from _built(staging, target, beside["old"], lock, replaces, adopt)
                 else:
                     yield from _sent(staging, lock)
     except BaseException:
@@ -146,9 +157,12 @@ def _built(
     old: Path,
     lock: Lock,
     replaces: Callable[[], contextlib.AbstractContextManager[Replaceable | None]],
+    adopt: Callable[[Staging], None] | None,
 ) -> Iterator[Staging]:
     placed = False
     try:
+        if adopt is not None:
+            adopt(staging)
         yield staging
         with writing(target, 0), replaces() as replaced:
             staging.check_content()
@@ -206,13 +220,13 @@ def _tell(
     """Say in an error what there is now, after having kept or removed what is finished."""
     # A rename may have been done and yet be told as failed, as on NFS.
     if placed or _is_at(staging, target):
-        _add_to(error, f"{printable(str(target))} is complete.")
+        add_to(error, f"{printable(str(target))} is complete.")
         if not isinstance(error, OutputError) and _is_moved(old, lock):
-            _add_to(error, f"What it replaced, {printable(str(old))}, the next run removes.")
+            add_to(error, f"What it replaced, {printable(str(old))}, the next run removes.")
         return
     left = _leave(staging, error)
     if _is_moved(old, lock) is not False:
-        _add_to(error, f"What was there, {printable(str(old))}, the next run puts back.")
+        add_to(error, f"What was there, {printable(str(old))}, the next run puts back.")
     elif left:
         with contextlib.suppress(WriteError):
             lock.settle()
@@ -248,7 +262,7 @@ def _leave(staging: Staging, error: BaseException) -> bool:
     passing = passing and not isinstance(error, (ChangedError, WrongDigestError))
     keeps = (passing or not isinstance(error, Exception)) and staging.finished
     if _is_at(staging, staging.folder) is False:
-        _add_to(error, f"What was written was not removed: it is where {where} was moved.")
+        add_to(error, f"What was written was not removed: it is where {where} was moved.")
         return False
     stays: list[str] = []
     done = False
@@ -267,11 +281,5 @@ def _leave(staging: Staging, error: BaseException) -> bool:
         text = f"{where} cannot be removed now; the next run does that."
     else:
         text = f"{where} stays: there is {listed(stays)}, which is not ours." if stays else ""
-    _add_to(error, text)
+    add_to(error, text)
     return done
-
-
-def _add_to(error: BaseException, text: str) -> None:
-    if not text:
-        return
-    error.args = (" ".join([*(str(part) for part in error.args[:1]), text]), *error.args[1:])

@@ -14,6 +14,7 @@ from streamshard.disk.system import system, writing
 from streamshard.engine.claims import remove_listed, strangers
 from streamshard.engine.journal import Elsewhere, FinishedShard, Journal
 from streamshard.engine.leftovers import refuse_strangers
+from streamshard.engine.long_names import part_name
 from streamshard.errors import OutputError, printable
 
 __all__ = ["Staging"]
@@ -37,6 +38,10 @@ class Staging:
         """Note that a shard is finished and on disk."""
         self.check_place()
         self._journal.add(shard)
+
+    def temporary(self, name: str) -> Path:
+        """Where a file is written until it is complete and gets its name."""
+        return self.folder / part_name(name)
 
     def elsewhere(self, key: str) -> Elsewhere:
         """What was noted of the store with this key."""

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
-from pathlib import Path
 
 from streamshard.checkpoint.digests import DIGEST_NBYTES, hash_file, new_sha256, shard_digest
 from streamshard.checkpoint.header import total_nbytes
@@ -23,14 +22,13 @@ from streamshard.disk.direct import DirectFile
 from streamshard.disk.folders import disk_free, rename, sync_folder
 from streamshard.disk.inputs import active
 from streamshard.disk.new_files import OutputFile
+from streamshard.engine.destination import Destination
 from streamshard.engine.do_task import WRITE_BYTES, do, measure
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.lanes import Place, cuts_of, lanes, ordered
-from streamshard.engine.long_names import part_name
-from streamshard.engine.sending import Sender
+from streamshard.engine.sending import Sender, Sends
 from streamshard.engine.shard_task import Member, Result, ShardTask
-from streamshard.engine.staging import Staging
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
 from streamshard.errors import WriteError, printable
 from streamshard.tensors.rounding import Change, Changes
@@ -46,7 +44,8 @@ NOTED_BYTES = 8 * 1024 * 1024
 class _Open:
     """A shard that is being written."""
 
-    def __init__(self, shard: Shard, folder: Path, senders: Senders | None) -> None:
+    def __init__(self, shard: Shard, place: Destination, senders: Senders | None) -> None:
+        folder = place.folder
         free = disk_free(folder)
         if free is not None and free < shard.nbytes:
             raise WriteError(
@@ -59,7 +58,7 @@ class _Open:
         self.digests = bytearray(DIGEST_NBYTES * self.left)
         self.measured: dict[int, tuple[float, Change]] = {}
         # Not yet under its name: until it is complete, nothing shall take it for a weight file.
-        path = folder / part_name(shard.name)
+        path = place.temporary(shard.name)
         if senders is None:
             self.output = OutputFile(path, shard.nbytes)
         else:
@@ -161,7 +160,7 @@ class _Run:
     """The writing of shards into a staging folder."""
 
     def __init__(
-        self, plan: Plan, staging: Staging, progress: Progress | None, on_step: OnStep | None
+        self, plan: Plan, staging: Destination, progress: Progress | None, on_step: OnStep | None
     ) -> None:
         self.plan = plan
         self.on_step = on_step
@@ -174,8 +173,6 @@ class _Run:
         self.background = Background(self.stop)
         self.senders = Senders(self.stop) if plan.direct else None
         self.sender: Sender | None = None
-        if plan.outlet is not None:
-            self.sender = Sender(plan.outlet, plan.on_disk, staging, self.stop, self.lock)
         self.opened: dict[str, _Open] = {}
         self.copying = 0
         self.inputs = active()
@@ -230,7 +227,7 @@ class _Run:
             found = self.opened.get(shard.name)
             if found is None:
                 self.stop.check()
-                found = _Open(shard, self.staging.folder, self.senders)
+                found = _Open(shard, self.staging, self.senders)
                 self.opened[shard.name] = found
                 found.output.write(memoryview(found.header), 0)
         return found
@@ -320,23 +317,24 @@ class _Run:
 
 def write_shards(
     plan: Plan,
-    staging: Staging,
+    staging: Destination,
     *,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
+    sends: Sends | None = None,
 ) -> None:
     """Write those files of a plan that are not finished, and wait until the disk has them.
 
-    What is measured goes into the journal of `staging`: distances from the tensors of the reference,
+    What is measured is noted in `staging`: distances from the tensors of the reference,
     of other computed tensors from their sources. `progress` is told the bytes and the tensor of each
     finished piece, `on_step` what is done. For SHA-256 a file is read again when it is complete.
+    What is finished is sent by what `sends` makes.
     """
     run = _Run(plan, staging, progress, on_step)
     left = [shard for shard in plan.shards if shard.name not in staging.finished]
-    if run.sender is not None:
-        for shard in plan.shards:
-            if shard.name in staging.finished:
-                run.sender.add(staging.finished[shard.name], before=True)
+    if sends is not None:
+        run.sender = sends(run.stop, run.lock)
+        run.sender.add_before(plan.shards, staging.finished)
     if on_step is not None:
         to_write = sum(total_nbytes(shard.tensors) for shard in left)
         on_step("writing", plan.tensor_nbytes, plan.tensor_nbytes - to_write)

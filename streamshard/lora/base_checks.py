@@ -14,7 +14,7 @@ import numpy as np
 from streamshard.errors import AdapterError, InputError, listed
 from streamshard.tensor_names import factors_among
 from streamshard.tensors.arrays import Float32
-from streamshard.tensors.computed import TILE_ROWS, Computed
+from streamshard.tensors.computed import Computed
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, read_float32
 from streamshard.tensors.workspace import Workspace
@@ -27,8 +27,9 @@ _QUANTIZED = re.compile(
     r"weight_packed|weight_format|(?:.+_)?(?:blocks|scales))"
 )
 
-# Elements of the base that are looked at, a tile of rows from each tensor, and tensors.
+# Elements of the base that are looked at, some rows from each tensor, and tensors.
 SAMPLE_ELEMENTS = 32_000_000
+SAMPLE_ROWS = 128
 SAMPLE_TENSORS = 512
 SPAN_ROWS, SPAN_COLUMNS = 32, 4096  # looked at at a time
 # All over the model in so many rounds, of which a base that is clearly clean needs no more than one.
@@ -66,7 +67,7 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
         for piece in tensor.pieces
         if isinstance(piece, Computed) and piece.terms and piece.magnitude is None
     ]
-    sizes = [min(TILE_ROWS, piece.rows) * piece.columns for piece in pieces]
+    sizes = [min(SAMPLE_ROWS, piece.rows) * piece.columns for piece in pieces]
     step = max(-(-sum(sizes) // SAMPLE_ELEMENTS), -(-len(pieces) // SAMPLE_TENSORS), 1)
     sums = np.zeros(3)
     each: list[float] = []
@@ -74,8 +75,8 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
     chosen = pieces[::step]
     for first in range(ROUNDS):
         for piece in chosen[first::ROUNDS]:
-            start = piece.rows // TILE_ROWS // 2 * TILE_ROWS
-            stop = min(start + TILE_ROWS, piece.rows)
+            start = piece.rows // SAMPLE_ROWS // 2 * SAMPLE_ROWS
+            stop = min(start + SAMPLE_ROWS, piece.rows)
             own = np.zeros(3)
             for W, D in _tiles(piece, start, stop, work):
                 weight, update = W.astype(np.float64).ravel(), D.astype(np.float64).ravel()

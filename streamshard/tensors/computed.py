@@ -40,10 +40,12 @@ __all__ = ["TILE_ROWS", "Computed", "Magnitude"]
 
 # What a strip may take: its part of the factors A in fp32, and a tile of its rows.
 STRIP_NBYTES = 32_000_000
-# Rows that are computed at a time, and columns of which a strip has several; no byte depends on them.
-TILE_ROWS = 128
+# Rows that are computed at a time, or several times as many if they are short, and columns of which a
+# strip has several; no byte depends on them.
+TILE_ROWS = 64
+TILE_NBYTES = 1024 * 1024
 TILE_COLUMNS = 1024
-BLOCK_ELEMENTS = TILE_ROWS * TILE_COLUMNS
+BLOCK_ELEMENTS = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,8 @@ class Computed(Lazy):
             return
         for first, last in self.strips():
             row_nbytes = (last - first) * DTYPE_BITS[self.dtype] // 8
-            height = max(nbytes // max(row_nbytes, 1) // TILE_ROWS, 1) * TILE_ROWS
+            most = max(nbytes, TILE_NBYTES) // max(row_nbytes, 1)
+            height = max(most // TILE_ROWS, 1) * TILE_ROWS
             for row in range(0, self.rows, height):
                 yield row, min(row + height, self.rows), first, last
 
@@ -136,7 +139,8 @@ class Computed(Lazy):
             norms = 5 * 8 * (self.rows if self.magnitude.whole is None else width)
         kinds = {self._addition(None).wide} | ({True} if self.magnitude is not None else set())
         rows = rows_nbytes(self.terms, self.rows, kinds)
-        return width * self._column_nbytes() + norms + rows
+        tile = min(TILE_NBYTES, self.nbytes) * self._bits() // DTYPE_BITS[self.dtype]
+        return width * self._column_nbytes() + tile + norms + rows
 
     def held(self) -> tuple[Lazy, ...]:
         return tuple(node for term in self.terms for node in term.held())
@@ -163,8 +167,11 @@ class Computed(Lazy):
     def _column_nbytes(self) -> int:
         """Bytes of memory that each column of a strip takes."""
         height = min(self.rows, TILE_ROWS)
-        bits = sum(DTYPE_BITS[dtype] for dtype in {self.dtype, self.source.dtype})
-        return height * bits // 8 + sum(4 * term.A.rows for term in self.terms) + 4
+        return height * self._bits() // 8 + sum(4 * term.A.rows for term in self.terms) + 4
+
+    def _bits(self) -> int:
+        """Bits of memory that each element of a window takes."""
+        return sum(DTYPE_BITS[dtype] for dtype in {self.dtype, self.source.dtype})
 
     def _addition(self, scale: Scale | None) -> Addition:
         wide = needs_fp64(self.dtype) or not (scale is None or scale.narrow)

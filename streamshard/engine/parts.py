@@ -1,0 +1,268 @@
+"""An output in parts: any number of processes, on any number of machines, write some shards each.
+
+Every part makes the same plan, which takes headers only, and does those of its shards that nobody has
+finished yet. Whoever finds all of them finished, or is told to (`--part finish`), completes the output
+as a run that continues: it takes the finished files into its own folder, reads them again, and goes on
+from there (`run.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from streamshard.checkpoint.file_names import REPORT_NAME
+from streamshard.checkpoint.record import read_record
+from streamshard.disk.folders import exists, rename, resolved, sync_folder
+from streamshard.disk.system import system
+from streamshard.engine.beside_output import check_beside, finished_beside, places_beside, tidy
+from streamshard.engine.claims import check_replaceable
+from streamshard.engine.division import shards_of
+from streamshard.engine.fetching import fetch, read_by
+from streamshard.engine.fingerprint import Identity
+from streamshard.engine.job import Plan
+from streamshard.engine.option_values import Part
+from streamshard.engine.parts_files import Shared, shared_by
+from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts, shared_parts
+from streamshard.engine.report import Report
+from streamshard.engine.staging import Staging
+from streamshard.engine.workers import OnStep, Progress
+from streamshard.engine.writer import write_shards
+from streamshard.errors import (
+    BusyError,
+    InputError,
+    OutputError,
+    ReadError,
+    StreamshardError,
+    WriteError,
+    add_to,
+    listed,
+    printable,
+)
+
+__all__ = ["Output", "adopting", "run_part"]
+
+
+TRIES = 10
+PAUSE_SECONDS = 0.3
+
+_log = logging.getLogger(__name__)
+
+
+class Output:
+    """An output in parts, as one of them finds it."""
+
+    def __init__(self, made: Plan, part: Part, identity: Identity) -> None:
+        self.made, self.part = made, part
+        self.target = resolved(made.output)
+        self.shared: Shared = shared_by(identity, [shard.name for shard in made.shards])
+        self.mine = [*shards_of(made.shards, part)]
+        self.resumed = 0
+        """How many shards of this part were finished before."""
+        self._finished: set[str] = set()
+
+    def completed(self) -> dict[str, Any] | None:
+        """The report of the output if it is there, has all of its files, and is of this very plan."""
+        try:
+            if not exists(self.target):
+                return None
+            record = read_record(self.target / REPORT_NAME)
+            files = record["digests"]["files"]
+            sizes = {name: system.lstat(self.target / name).st_size for name in files}
+            same = record["fingerprint"] == self.shared.digest
+            if not same or any(files[name]["bytes"] != size for name, size in sizes.items()):
+                return None
+        except (InputError, ReadError, WriteError, OSError, KeyError, TypeError):
+            return None
+        return {key: value for key, value in record.items() if key not in _OF_RECORDS}
+
+    def check_place(self) -> None:
+        """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
+        tidy(self.target)
+        if exists(self.target):
+            check_replaceable(self.target, overwrite=self.made.overwrite)
+        self._finished.update(self._staged(check_beside))
+
+    def _staged(self, look: Callable[..., Collection[str]]) -> Collection[str]:
+        """What was taken into the folder where the output is completed, or begun there."""
+        return look(self.target, lambda: self.shared.identity, overwrite=self.made.overwrite)
+
+    def write(self, progress: Progress | None, on_step: OnStep) -> None:
+        """Write the shards of this part that nobody has finished."""
+        mine = [shard for shard in self.mine if shard.name not in self._finished]
+        with shared_parts(self.target, self.shared, overwrite=self.made.overwrite) as parts:
+            left = [shard for shard in mine if shard.name not in parts.finished]
+            self.resumed = len(self.mine) - len(left)
+            if left:
+                fetch(read_by(left, self.made.compared.references(left), ()), on_step)
+                own = replace(self.made, shards=tuple(mine))
+                write_shards(own, parts, progress=progress, on_step=on_step)
+            self._finished.update(parts.look())
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Say in an error what parts have left, if anything, and that it will be continued."""
+        folder = places_beside(self.target)["parts"]
+        try:
+            yield
+        except OutputError:
+            raise
+        except BaseException as error:
+            left = True
+            with contextlib.suppress(WriteError):  # else it is not even known
+                left = exists(folder)
+            if left:
+                where = printable(str(folder))
+                add_to(
+                    error,
+                    f"What parts have finished of it is kept in {where}: run the same command again to "
+                    "continue, or remove that folder.",
+                )
+            raise
+
+    def look(self) -> None:
+        """Look which shards are finished by now, whoever has written them."""
+        with opened_parts(self.target) as parts:
+            if parts is not None and parts.shared == self.shared:
+                self._finished.update(parts.finished)
+        self._finished.update(self._staged(finished_beside))
+
+    def is_done(self) -> bool:
+        """Whether others have finished all shards of this part, or the whole output."""
+        if self.completed() is not None:
+            return True
+        try:
+            self.look()
+        except StreamshardError:
+            return False
+        return self._finished.issuperset(shard.name for shard in self.mine)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all shards were, when that was last looked at."""
+        return len(self._finished) == len(self.made.shards)
+
+    def refuse_unfinished(self) -> None:
+        """Raise `OutputError` if the output cannot be completed."""
+        missing = [s.name for s in self.made.shards if s.name not in self._finished]
+        if missing:
+            where = printable(str(self.target))
+            some = f"{len(missing)} of its {len(self.made.shards)} weight files are missing"
+            raise OutputError(
+                f"{where}: cannot be completed, as {some}: {listed(missing)}. Run the parts that write "
+                "them (--part I/N; --dry-run shows who writes what), then --part finish. Those that are "
+                "finished are kept."
+                if self._finished
+                else f"{where}: cannot be completed, as no part of it was written with these inputs and "
+                "options. Run all of its parts first: --part 1/N to --part N/N."
+            )
+
+    def told(self, report: Mapping[str, Any], *, complete: bool) -> Report:
+        """A report, with what is to be said of this part."""
+        part = {
+            "part": str(self.part),
+            "files": [shard.name for shard in self.mine],
+            "bytes": sum(shard.nbytes for shard in self.mine),
+            "resumed": self.resumed,
+            "finished": len(self.made.shards) if complete else len(self._finished),
+            "complete": complete,
+        }
+        return Report({**report, "fingerprint": self.shared.digest, "part": part})
+
+
+_OF_RECORDS = ("l2_per_tensor", "digests", "record_digest")
+"""What records have and reports do not."""
+
+
+def run_part(
+    output: Output,
+    report: Callable[[], Mapping[str, Any]],
+    complete: Callable[[], Mapping[str, Any]],
+    *,
+    progress: Progress | None = None,
+    on_step: OnStep = lambda *_: None,
+) -> Report:
+    """Write one part of an output, and complete it if that was the last one.
+
+    `complete` carries out the plan as a run that continues, and returns the report of the whole; `report`
+    is what is to be told otherwise. Raises `OutputError` if the part `finish` finds shards missing.
+    """
+    with output.telling():
+        return _run(output, report, complete, progress, on_step)
+
+
+def _run(
+    output: Output,
+    report: Callable[[], Mapping[str, Any]],
+    complete: Callable[[], Mapping[str, Any]],
+    progress: Progress | None,
+    on_step: OnStep,
+) -> Report:
+    number = output.part.number
+    there = output.completed()
+    if there is not None:
+        tidy(output.target)
+        _log.info("the output is complete already")
+    else:
+        try:
+            output.check_place()
+            if number:
+                output.write(progress, on_step)
+        except (OutputError, WriteError):
+            # Others may have finished it, and removed the folder that it was being written to.
+            if not (number and output.is_done()):
+                raise
+        there = output.completed()
+    if there is None:
+        output.look()
+        if not number:
+            output.refuse_unfinished()
+        if not output.is_finished:
+            return output.told(report(), complete=False)
+        there = _completed(output, complete)
+        if there is None:
+            return output.told(report(), complete=False)
+    return output.told(there, complete=True)
+
+
+def _completed(output: Output, complete: Callable[[], Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The report of the output, completed here or by a faster one; None if that is still at it."""
+    for left in range(TRIES, 0, -1):
+        try:
+            return {**complete()}
+        except OutputError as error:
+            there = output.completed()
+            if there is not None:
+                return there
+            if not (output.part.number and isinstance(error, BusyError)):
+                raise
+            if left > 1:  # it may only have looked
+                time.sleep(PAUSE_SECONDS)
+    return None
+
+
+def adopting(output: Output) -> Callable[[Staging], None]:
+    """What takes the finished shards of all parts into the folder in which the output is completed."""
+
+    def take(parts: PartsFolder, staging: Staging) -> None:
+        if parts.shared != output.shared:
+            raise OutputError.at(parts.folder, "was begun anew by others. Run all parts again.")
+        for name, shard in parts.finished.items():
+            # Noted before it is there: what is noted and not there is written again, or found here.
+            if name not in staging.finished:
+                staging.add(shard)
+            rename(parts.folder / name, staging.folder / name)
+        sync_folder(staging.folder)
+        sync_folder(parts.folder)
+
+    def adopt(staging: Staging) -> None:
+        with opened_parts(output.target) as parts:
+            if parts is not None:
+                take(parts, staging)
+        discard_parts(output.target, writers=True)
+
+    return adopt
