@@ -18,9 +18,10 @@ EXTRAS = {
     "torch": "converting files of torch before 1.6",
     "peft": "wrapping live models",
     "matplotlib": "drawing pictures",
+    "distributed": "--scheduler",
 }
 """The packages of extras, and what each is for."""
-NAMED = {"matplotlib": "plot"}
+NAMED = {"matplotlib": "plot", "distributed": "dask"}
 """Extras that are not named like their package."""
 _ALWAYS = {
     **dict.fromkeys(("click", "huggingface_hub", "numpy", "psutil", "safetensors"), ""),

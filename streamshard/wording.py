@@ -21,8 +21,8 @@ _CACHE = ("cache_dir", "offline")
 _READING = ("workers", "progress", "on_total", "on_step", *_CACHE)
 _WRITING = (
     *("revision", *_CACHE, "stream", "push_to", "private", "commit_message"),
-    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io", "part"),
-    "dry_run",
+    *("max_shard_size", "dtype", "workers", "max_memory", "overwrite", "sha256", "io"),
+    *("part", "scheduler", "dry_run"),
     *("progress", "on_plan", "on_step"),
 )
 _MERGE = ("adapter", "base", "checkpoint", "output", "weight", "layout", "reference", "alpha")
@@ -70,8 +70,8 @@ _CHOICES = {
     "format": "wrapped|peft",
     "expert_order": "peft|unsloth",
     "dtype": "keep|bf16|fp16|fp32",
-    "card": "new|base|none",
     "part": "finish",
+    "card": "new|base|none",
 }
 
 _VALUES = "|".join(sorted({one for values in _CHOICES.values() for one in values.split("|")}))

@@ -52,7 +52,7 @@ EXIT_CODES = (
     ("6", "no space, no memory, or write error"),
     ("7", "read error, or an input changed meanwhile"),
     ("8", "verification failed"),
-    ("9", "the hub or the network did not give what is needed"),
+    ("9", "the hub, the network or a cluster did not give what is needed"),
     ("130", "interrupted; the same command, run again, continues"),
     ("143", "terminated; likewise"),
 )

@@ -81,7 +81,10 @@ def _run(command: click.Command) -> int:
 def _invoke(command: click.Command) -> None:
     name = "streamshard" if command is cli else Path(sys.argv[0]).name
     if command is cli and _COMPLETION in os.environ:
-        command.main(prog_name=name)
+        try:
+            command.main(prog_name=name)
+        except SystemExit as done:  # with what the shell asked for, or 1
+            raise click.exceptions.Exit(int(done.code or 0)) from done
     # Not by `main`, which has ends of its own for errors of streams and for interrupts.
     with command.make_context(name, sys.argv[1:]) as context:
         command.invoke(context)

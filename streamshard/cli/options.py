@@ -143,6 +143,12 @@ WRITING = with_options(
     ),
     option(
         RUNNING,
+        "--scheduler",
+        metavar="ADDRESS|FILE.json",
+        help="Have the workers of a Dask cluster write it; they share the disks of inputs and output.",
+    ),
+    option(
+        RUNNING,
         "--dry-run",
         is_flag=True,
         help="Check everything, show the plan, and what would be continued; write nothing.",

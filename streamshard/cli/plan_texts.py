@@ -36,7 +36,7 @@ def plan_text(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Would write {place_text(report)} ({bytes_text(report['bytes'])}; {free}):",
-            *_download(report["plan"]),
+            *_download(plan),
             *pushed_text(report),
             *files[:MOST_LINES],
             *([f"  and {len(files) - MOST_LINES} more files"] if len(files) > MOST_LINES else []),

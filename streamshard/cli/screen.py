@@ -60,9 +60,9 @@ def write(
         )
     if options.get("heatmap") and report.get("heat_map") is not None:
         screen.heat = heat_text(report["heat_map"])
-    place = report["output"] or (report["pushed"] or {}).get("url")
     done = is_complete(report)
-    with _said_if_ended(f"{escaped(str(place))} is complete." if done else ""):
+    place = escaped(str(report["output"] or (report["pushed"] or {}).get("url")))
+    with _said_if_ended(f"{place} is complete." if done else ""):
         screen.result(report, text if done else plan_text if report["dry_run"] else part_text)
 
 

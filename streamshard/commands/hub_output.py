@@ -46,11 +46,6 @@ def hub_output(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"--{option} is missing: a folder to write, or --push-to ORG/NAME.")
         return plain
     repo = _repository(where)
-    if plain.get("part") is not None:
-        raise UsageError(
-            "--push-to is for an output that one process writes: leave --part out, or upload the "
-            "complete folder afterwards (hf upload)."
-        )
     if message is not None and (not isinstance(message, str) or not message.strip()):
         raise UsageError(
             f"--commit-message is {printable(repr(message), 60)}; words were expected."

@@ -22,6 +22,7 @@ from streamshard.commands.identify import Model
 from streamshard.commands.provenance import other_base
 from streamshard.disk.existence import is_file
 from streamshard.disk.files import read_bytes
+from streamshard.disk.system import reading
 from streamshard.engine.job import Beside
 from streamshard.errors import InputError, UsageError, printable
 from streamshard.notes import note
@@ -224,7 +225,9 @@ def _front(model: Model) -> FrontMatter:
 def _front_of(folder: Path) -> FrontMatter:
     """The front matter of a folder's card; a warning if there is one that cannot be read."""
     file = folder / CARD_NAME
-    return _read(file) if is_file(file) else {}
+    with reading(file):
+        there = is_file(file)
+    return _read(file) if there else {}
 
 
 def _read(file: Path) -> FrontMatter:

@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, cast
 
 from streamshard.commands.hub_inputs import hub_inputs
 from streamshard.commands.hub_output import hub_output
+from streamshard.commands.report_html import report_html
 from streamshard.disk.inputs import watched
 from streamshard.engine.report import Report
 from streamshard.errors import (
@@ -38,6 +39,8 @@ __all__ = ["public"]
 
 P = ParamSpec("P")
 
+Report.as_html = staticmethod(report_html)
+
 _LOG = logging.getLogger("streamshard")
 _LOG.addHandler(logging.NullHandler())  # else Python prints what `warnings` shows already
 
@@ -54,6 +57,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     ),
     "adapter_name": ((str, type(None)), "a name"),
     "part": ((str, type(None)), "I/N or finish"),
+    "scheduler": ((str, type(None)), "an address, or the name of a file,"),
     **dict.fromkeys(
         ("progress", "on_plan", "on_step", "on_total"),
         ((Callable, bool, type(None)), "a function"),  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ def wrap_lora(
     zero; both have the dtype of their weight. `format` "wrapped" writes a whole checkpoint as
     InternVL's trainer saves and loads it (custom layout only; alpha is 2 r there, dropout 0.05),
     "peft" an adapter folder. Alphas default to 2 r. Further keywords are those of
-    `streamshard.engine.job.Options`.
+    `streamshard.OutputOptions`.
 
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """

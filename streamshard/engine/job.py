@@ -168,6 +168,9 @@ class OutputOptions(BaseOptions, total=False):
     part: str | None
     """"I/N" (I from 1) writes the I-th of N parts of the output, in one of several processes on machines
     that share its disk; the last one completes it, or "finish" does."""
+    scheduler: str | None
+    """Address of a Dask scheduler, like "tcp://host:8786", or the file that it has written: its workers,
+    on machines that share the disks, write the output."""
     dry_run: bool
     """Check everything and write nothing."""
     push_to: str | None
@@ -199,6 +202,7 @@ class Options:
     sha256: bool = False
     io: str = "auto"
     part: str | None = None
+    scheduler: str | None = None
     dry_run: bool = False
     outlet: Outlet | None = None
     """Of the keywords `push_to`, `private` and `commit_message`."""
@@ -220,6 +224,15 @@ class Options:
             raise UsageError(f"--io is {printable(repr(self.io))}; choose one of {', '.join(_IO)}.")
         object.__setattr__(self, "dtype", dtype_option(self.dtype))
         part_option(self.part)
+        if self.scheduler is not None and self.part is not None:
+            raise UsageError(
+                "--part and --scheduler exclude each other: a scheduler gives every worker its own parts."
+            )
+        if self.outlet is not None and (self.part, self.scheduler) != (None, None):
+            raise UsageError(
+                "--push-to goes with neither --part nor --scheduler: have the parts written to an output "
+                "that all machines share, and upload it when it is complete (`hf upload ORG/NAME OUT`)."
+            )
         size_option(self.max_memory, "--max-memory")
         size_option(self.max_shard_size, "--max-shard-size")
 
@@ -231,7 +244,7 @@ class Options:
     @property
     def may_exist(self) -> bool:
         """Whether an output may be there: to be replaced, or as other parts have completed it."""
-        return self.overwrite or self.part is not None
+        return self.overwrite or self.part is not None or self.scheduler is not None
 
     @property
     def max_shard_nbytes(self) -> int | None:

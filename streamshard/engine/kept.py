@@ -20,12 +20,12 @@ from streamshard.errors import StreamshardError
 from streamshard.tensors.kernel import chosen
 from streamshard.version import __version__
 
-__all__ = ["SCHEMA", "as_kept"]
+__all__ = ["SCHEMA", "as_kept", "as_reported"]
 
 SCHEMA = "urn:streamshard:record:1"
 """What the schema is called, in itself and in every record. It grows; a key that is there stays."""
 
-_OF_A_RUN = ("dry_run", "plan", "pushed")
+_OF_A_RUN = ("dry_run", "part", "plan", "pushed", "scheduler")
 _FAR = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})/(.+)", re.ASCII)
 
 
@@ -43,6 +43,14 @@ def as_kept(report: Mapping[str, Any], identity: Identity) -> dict[str, Any]:
         "kernel": _kernel(),
         "inputs": [*_inputs(identity)],
     }
+
+
+def as_reported(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of which a record was made; what told of that run is as of one that is done."""
+    only = {"$schema", "date", "versions", "kernel", "inputs"}
+    only |= {"l2_per_tensor", "digests", "record_digest"}
+    report = {key: value for key, value in record.items() if key not in only}
+    return {**report, **dict.fromkeys(_OF_A_RUN), "dry_run": False}
 
 
 def _kernel() -> str | None:

@@ -178,7 +178,8 @@ def _seems_free(descriptor: int, path: Path) -> bool:
     try:
         return _try(descriptor, path)
     except OSError:  # NFS locks only what may be written to
-        return not _alive(_record(_content(descriptor, path)))
+        known = _record(_content(descriptor, path))
+        return not _alive(known)
 
 
 def _is_named(path: Path, descriptor: int) -> bool:

@@ -21,10 +21,12 @@ from streamshard.disk.folders import exists, rename, resolved, sync_folder
 from streamshard.disk.system import system
 from streamshard.engine.beside_output import check_beside, finished_beside, places_beside, tidy
 from streamshard.engine.claims import check_replaceable
+from streamshard.engine.cluster import Cluster
 from streamshard.engine.division import shards_of
 from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity
 from streamshard.engine.job import Plan
+from streamshard.engine.kept import as_reported
 from streamshard.engine.option_values import Part
 from streamshard.engine.parts_files import Shared, shared_by
 from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts, shared_parts
@@ -78,7 +80,7 @@ class Output:
                 return None
         except (InputError, ReadError, WriteError, OSError, KeyError, TypeError):
             return None
-        return {key: value for key, value in record.items() if key not in _OF_RECORDS}
+        return as_reported(record)
 
     def check_place(self) -> None:
         """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
@@ -91,7 +93,7 @@ class Output:
         """What was taken into the folder where the output is completed, or begun there."""
         return look(self.target, lambda: self.shared.identity, overwrite=self.made.overwrite)
 
-    def write(self, progress: Progress | None, on_step: OnStep) -> None:
+    def write(self, progress: Progress | None, on_step: OnStep, cluster: Cluster | None) -> None:
         """Write the shards of this part that nobody has finished."""
         mine = [shard for shard in self.mine if shard.name not in self._finished]
         with shared_parts(self.target, self.shared, overwrite=self.made.overwrite) as parts:
@@ -100,7 +102,10 @@ class Output:
             if left:
                 fetch(read_by(left, self.made.compared.references(left), ()), on_step)
                 own = replace(self.made, shards=tuple(mine))
-                write_shards(own, parts, progress=progress, on_step=on_step)
+                if cluster is None:
+                    write_shards(own, parts, progress=progress, on_step=on_step)
+                else:
+                    cluster.write(own, parts, progress, on_step)
             self._finished.update(parts.look())
 
     @contextlib.contextmanager
@@ -129,7 +134,10 @@ class Output:
         with opened_parts(self.target) as parts:
             if parts is not None and parts.shared == self.shared:
                 self._finished.update(parts.finished)
-        self._finished.update(self._staged(finished_beside))
+        try:
+            self._finished.update(self._staged(check_beside))
+        except BusyError:  # what whoever is at it has taken can be seen
+            self._finished.update(self._staged(finished_beside))
 
     def is_done(self) -> bool:
         """Whether others have finished all shards of this part, or the whole output."""
@@ -174,10 +182,6 @@ class Output:
         return Report({**report, "fingerprint": self.shared.digest, "part": part})
 
 
-_OF_RECORDS = ("l2_per_tensor", "digests", "record_digest")
-"""What records have and reports do not."""
-
-
 def run_part(
     output: Output,
     report: Callable[[], Mapping[str, Any]],
@@ -185,14 +189,16 @@ def run_part(
     *,
     progress: Progress | None = None,
     on_step: OnStep = lambda *_: None,
+    cluster: Cluster | None = None,
 ) -> Report:
     """Write one part of an output, and complete it if that was the last one.
 
     `complete` carries out the plan as a run that continues, and returns the report of the whole; `report`
-    is what is to be told otherwise. Raises `OutputError` if the part `finish` finds shards missing.
+    is what is to be told otherwise. A `cluster` writes the shards instead of this process. Raises
+    `OutputError` if the part `finish` finds shards missing.
     """
     with output.telling():
-        return _run(output, report, complete, progress, on_step)
+        return _run(output, report, complete, progress, on_step, cluster)
 
 
 def _run(
@@ -201,6 +207,7 @@ def _run(
     complete: Callable[[], Mapping[str, Any]],
     progress: Progress | None,
     on_step: OnStep,
+    cluster: Cluster | None,
 ) -> Report:
     number = output.part.number
     there = output.completed()
@@ -211,7 +218,7 @@ def _run(
         try:
             output.check_place()
             if number:
-                output.write(progress, on_step)
+                output.write(progress, on_step, cluster)
         except (OutputError, WriteError):
             # Others may have finished it, and removed the folder that it was being written to.
             if not (number and output.is_done()):

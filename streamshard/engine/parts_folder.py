@@ -120,15 +120,18 @@ _MOVED = (
 
 
 @contextlib.contextmanager
-def shared_parts(target: Path, shared: Shared, *, overwrite: bool) -> Iterator[PartsFolder]:
-    """The folder of the parts of `target` (a resolved path), to write in; made if there is none.
+def shared_parts(
+    target: Path, shared: Shared, *, overwrite: bool, anew: bool = True
+) -> Iterator[PartsFolder]:
+    """The folder of the parts of `target` (a resolved path), to write in.
 
-    What processes that are no longer there have left unfinished is removed. When the block ends nothing
-    unfinished of our own is left, nor the folder if nothing was finished in it. Raises `OutputError` if
-    it was begun with another plan (which `overwrite` discards), or holds what is not ours.
+    If there is none it is made, or, unless it may be begun `anew`, refused. What processes that are no
+    longer there have left unfinished is removed. When the block ends nothing unfinished of our own is
+    left, nor the folder if nothing was finished in it. Raises `OutputError` if it was begun with another
+    plan (which `overwrite` discards), or holds what is not ours.
     """
     with contextlib.ExitStack() as stack:
-        kept, token = _joined(stack, target, shared, overwrite=overwrite)
+        kept, token = _joined(stack, target, shared, overwrite=overwrite, anew=anew)
         remove_dead(Path(kept.path), shared.shards, target)
         yield PartsFolder(kept, shared, token)
 
@@ -193,15 +196,15 @@ def discard_parts(target: Path, *, writers: bool = False) -> bool:
 
 
 def _joined(
-    stack: contextlib.ExitStack, target: Path, shared: Shared, *, overwrite: bool
+    stack: contextlib.ExitStack, target: Path, shared: Shared, *, overwrite: bool, anew: bool
 ) -> tuple[Held, str]:
     """The folder, held as long as the stack, with our lock in it and the same plan as ours."""
     folder = places_beside(target)["parts"]
     for _ in range(TRIES):
         with contextlib.ExitStack() as tried:
             try:
-                kept, token = _entered(tried, folder, target)
-                there = _agreed(folder, shared, token)
+                kept, token = _entered(tried, folder, target, anew=anew)
+                there = _agreed(folder, shared, token) if anew else read_plan(folder)
             except WriteError as error:
                 if not is_gone(error):
                     raise
@@ -215,6 +218,8 @@ def _joined(
                     raise _other_plan(target, folder, found)
         if there is not None:
             discard_parts(target)
+        if not anew:
+            raise OutputError.at(folder, _MOVED)
         time.sleep(PAUSE_SECONDS)  # it was completed or discarded just now
     raise OutputError.at(
         folder,
@@ -231,15 +236,18 @@ def _other_plan(target: Path, folder: Path, found: list[str]) -> OutputError:
     )
 
 
-def _entered(stack: contextlib.ExitStack, folder: Path, target: Path) -> tuple[Held, str]:
+def _entered(
+    stack: contextlib.ExitStack, folder: Path, target: Path, *, anew: bool
+) -> tuple[Held, str]:
     """Hold the folder, made if there is none, and a lock in it under a token of our own."""
-    with writing(folder, 0):
-        made = folders.make_folders(folder.parent)
-        stack.callback(remove_empty, made)
-        for one in made:
-            sync_folder(one.parent)
-        with contextlib.suppress(FileExistsError):
-            system.mkdir(folder)
+    if anew:
+        with writing(folder, 0):
+            made = folders.make_folders(folder.parent)
+            stack.callback(remove_empty, made)
+            for one in made:
+                sync_folder(one.parent)
+            with contextlib.suppress(FileExistsError):
+                system.mkdir(folder)
     kept = stack.enter_context(held_parts(folder))
     checked(folder)
     stack.callback(remove_if_unused, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from streamshard.checkpoint.header import total_nbytes, total_parameters
 from streamshard.disk.far import known_as, origins
@@ -24,6 +24,9 @@ __all__ = ["Report", "Streamed", "exactness", "finished", "new_report", "update"
 class Report(dict[str, Any]):
     """What a command returns: a mapping, and the document that `--json` prints."""
 
+    as_html: ClassVar[Callable[[Mapping[str, Any]], str] | None] = None
+    """How notebooks show it: the commands set that, which know pictures."""
+
     def __repr__(self) -> str:
         """What was done, in one line; all of it is in the items."""
         command, output = self.get("command"), self.get("output") or self.get("path")
@@ -34,6 +37,10 @@ class Report(dict[str, Any]):
             facts += [f"{count:,} {key}{'s' if count > 1 else ''}"] if count else []
         facts += ["dry run"] if self.get("dry_run") else []
         return f"<Report of {command}: {', '.join(facts)}; {len(self)} keys>"
+
+    def _repr_html_(self) -> str | None:
+        """What notebooks show: a table, and the picture of a change where there is one."""
+        return None if Report.as_html is None else Report.as_html(dict(self))
 
     def copy(self) -> Report:
         """A report of its own with the same items."""

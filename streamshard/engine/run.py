@@ -19,6 +19,7 @@ from streamshard.disk.folders import resolved, sync_folder
 from streamshard.disk.inputs import Inputs, active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, check_writable, places_beside
+from streamshard.engine.cluster import Cluster
 from streamshard.engine.division import who_does_what
 from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity, identity_digest
@@ -33,7 +34,7 @@ from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, exactness, new_report, update
 from streamshard.engine.report import finished as in_the_end
 from streamshard.engine.resume import check_finished
-from streamshard.engine.sending import Publishing, Sender
+from streamshard.engine.sending import Publishing
 from streamshard.engine.staging import Staging, output_folder
 from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
@@ -54,6 +55,9 @@ def run(job: Job, options: Options) -> Report:
         return in_the_end(_dry(made, options.wanted), started)
     if options.wanted is not None:
         return _part(made, options.wanted, options, started)
+    if options.scheduler is not None:
+        report = _part(made, Part(1, 1), options, started)
+        return Report({**report, "part": None, "scheduler": options.scheduler})
     return execute(
         made,
         progress=options.progress,
@@ -74,21 +78,21 @@ def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
             if not part.number:
                 output.refuse_unfinished()
         check_writable(made.output)
-        report = output.told(_report(made, kept=()), complete=there is not None)
-        report["plan"]["parts"] = who_does_what(made.shards, part)
-        return report
+        told = output.told(_report(made, kept=()), complete=there is not None)
+        told["plan"]["parts"] = who_does_what(made.shards, part)
+        return told
     if not made.overwrite:
         refuse_parts(resolved(made.output), overwrite=False)
     identity = partial(made.fingerprint.identity, made.files)
     kept = check_beside(made.output, identity, overwrite=made.overwrite)
     check_writable(made.output)
-    found = _report(made, kept=kept)
+    report = _report(made, kept=kept)
     if made.outlet is not None:
-        target = made.outlet.look(_published(made), overwrite=made.overwrite)
-        found["warnings"] += target.warnings
-        names = sorted(_published(made))
-        found["pushed"] = made.outlet.described(target.version, names, target)
-    return found
+        names = _published(made)
+        target = made.outlet.look(names, overwrite=made.overwrite)
+        report["warnings"] += target.warnings
+        report["pushed"] = made.outlet.described(target.version, sorted(names), target)
+    return report
 
 
 def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
@@ -108,6 +112,7 @@ def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
             ),
             progress=options.progress,
             on_step=options.on_step or (lambda *_: None),
+            cluster=None if options.scheduler is None else Cluster(options.scheduler),
         )
     return in_the_end(report, started)
 
@@ -138,8 +143,8 @@ def execute(
                 identity,
                 names=_names(made.shards, made.files),
                 overwrite=made.overwrite,
-                keeps=made.outlet is None or made.outlet.keeps,
                 adopt=adopt,
+                keeps=made.outlet is None or made.outlet.keeps,
             )
         )
         told = on_step or (lambda *_: None)
@@ -177,9 +182,10 @@ def _report(made: Plan, *, kept: Collection[str] | None = None) -> dict[str, Any
         **made.facts,
         "update": None,
         "exactness": None,
-        "pushed": None,
         "fingerprint": None,
         "part": None,
+        "pushed": None,
+        "scheduler": None,
         "resumed": len(kept or ()),
         "dry_run": kept is not None,
         "plan": None if kept is None else made.as_dict(),
@@ -211,10 +217,7 @@ def _fill(
     )
     left = [shard for shard in made.shards if shard.name not in staging.finished]
     fetch(read_by(left, made.compared.references(left), made.files.values()), on_step)
-    sends = None
-    if made.outlet is not None:
-        sends = partial(Sender, made.outlet, made.on_disk, staging)
-    write_shards(made, staging, progress=progress, on_step=on_step, sends=sends)
+    write_shards(made, staging, progress=progress, on_step=on_step)
     finished = [staging.finished[shard.name] for shard in made.shards]
     if made.must_change and not any(any(found.squared) for found in finished):
         raise AdapterError(

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from streamshard.checkpoint.sent_files import MovedError, SentFile, described
-from streamshard.checkpoint.shards import Shard
 from streamshard.disk.folders import exists
 from streamshard.engine.journal import Elsewhere, FinishedShard
 from streamshard.engine.outlet import Outlet, Target
@@ -19,11 +18,7 @@ from streamshard.engine.staging import Staging
 from streamshard.engine.workers import OnStep, Stop, started
 from streamshard.errors import ReadError
 
-__all__ = ["Publishing", "Sender", "Sends"]
-
-
-Sends: TypeAlias = Callable[[Stop, threading.Lock], "Sender"]
-"""Makes what sends the shards of a run: it is told when to stop, and what to hold while it notes."""
+__all__ = ["Publishing", "Sender"]
 
 
 class Sender:
@@ -51,17 +46,10 @@ class Sender:
                 self._room.wait(0.2)
             self._held += 1
 
-    def add_before(self, shards: Sequence[Shard], finished: Mapping[str, FinishedShard]) -> None:
-        """Send what an earlier run has finished, which takes room without asking for it."""
-        for shard in shards:
-            if shard.name in finished:
-                with self._room:
-                    self._held += 1
-                self.add(finished[shard.name])
-
-    def add(self, shard: FinishedShard) -> None:
-        """Send a finished shard."""
+    def add(self, shard: FinishedShard, *, before: bool = False) -> None:
+        """Send a finished shard; one that was there `before` takes room without asking for it."""
         with self._room:
+            self._held += before
             self._left[shard.name] = shard.nbytes
             self._total += shard.nbytes
         self._tasks.put(shard)

@@ -62,18 +62,18 @@ def output_folder(
     *,
     names: Collection[str],
     overwrite: bool,
-    keeps: bool = True,
     adopt: Callable[[Staging], None] | None = None,
+    keeps: bool = True,
 ) -> Iterator[Staging]:
     """A staging folder that takes the place of `target` when the block succeeds.
 
-    Unless it `keeps` what was written: then it is removed. `names` are all files that may be made in
-    it, relative to it. If a run with the same `plan` was interrupted, its staging folder is continued;
-    `adopt` puts there what the parts of the output have finished. Whatever happens, `target` is either
-    as it was or complete. What is finished is kept if the block ends by a signal or because a disk
-    failed; otherwise nothing is left. Raises `OutputError` if `target` is more than an empty folder and
-    not to be overwritten, or is not ours, if another run writes it, if it was begun with another plan,
-    or if something that no run of ours has made is in the way.
+    Unless it `keeps` what was written: then it is removed. `names` are all files that may be made in it,
+    relative to it. If a run with the same `plan` was interrupted, its staging folder is continued;
+    `adopt` puts there what the parts of the output have finished. Whatever happens, `target` is either as
+    it was or complete. What is finished is kept if the block ends by a signal or because a disk failed;
+    otherwise nothing is left. Raises `OutputError` if `target` is more than an empty folder and not to be
+    overwritten, or is not ours, if another run writes it, if it was begun with another plan, or if
+    something that no run of ours has made is in the way.
     """
     target = folders.resolved(target)
     beside = places_beside(target)

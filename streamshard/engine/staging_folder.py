@@ -39,10 +39,6 @@ class Staging:
         self.check_place()
         self._journal.add(shard)
 
-    def temporary(self, name: str) -> Path:
-        """Where a file is written until it is complete and gets its name."""
-        return self.folder / part_name(name)
-
     def elsewhere(self, key: str) -> Elsewhere:
         """What was noted of the store with this key."""
         return self._journal.elsewhere.get(key) or Elsewhere()
@@ -56,6 +52,10 @@ class Staging:
         """Remove a file, if it is there."""
         with writing(self.folder / name, 0), contextlib.suppress(FileNotFoundError):
             system.unlink(self.folder / name)
+
+    def temporary(self, name: str) -> Path:
+        """Where a file is written until it is complete and gets its name."""
+        return self.folder / part_name(name)
 
     def forget(self, name: str) -> None:
         """Remove a shard whose content is not what was noted."""

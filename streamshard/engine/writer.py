@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
+from typing import cast
 
 from streamshard.checkpoint.digests import DIGEST_NBYTES, hash_file, new_sha256, shard_digest
 from streamshard.checkpoint.header import total_nbytes
@@ -27,8 +28,9 @@ from streamshard.engine.do_task import WRITE_BYTES, do, measure
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.lanes import Place, cuts_of, lanes, ordered
-from streamshard.engine.sending import Sender, Sends
+from streamshard.engine.sending import Sender
 from streamshard.engine.shard_task import Member, Result, ShardTask
+from streamshard.engine.staging_folder import Staging
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
 from streamshard.errors import WriteError, printable
 from streamshard.tensors.rounding import Change, Changes
@@ -173,6 +175,10 @@ class _Run:
         self.background = Background(self.stop)
         self.senders = Senders(self.stop) if plan.direct else None
         self.sender: Sender | None = None
+        if plan.outlet is not None:
+            self.sender = Sender(
+                plan.outlet, plan.on_disk, cast("Staging", staging), self.stop, self.lock
+            )
         self.opened: dict[str, _Open] = {}
         self.copying = 0
         self.inputs = active()
@@ -321,20 +327,18 @@ def write_shards(
     *,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
-    sends: Sends | None = None,
 ) -> None:
     """Write those files of a plan that are not finished, and wait until the disk has them.
 
     What is measured is noted in `staging`: distances from the tensors of the reference,
     of other computed tensors from their sources. `progress` is told the bytes and the tensor of each
     finished piece, `on_step` what is done. For SHA-256 a file is read again when it is complete.
-    What is finished is sent by what `sends` makes.
     """
     run = _Run(plan, staging, progress, on_step)
     left = [shard for shard in plan.shards if shard.name not in staging.finished]
-    if sends is not None:
-        run.sender = sends(run.stop, run.lock)
-        run.sender.add_before(plan.shards, staging.finished)
+    for shard in plan.shards:
+        if run.sender is not None and shard.name in staging.finished:
+            run.sender.add(staging.finished[shard.name], before=True)
     if on_step is not None:
         to_write = sum(total_nbytes(shard.tensors) for shard in left)
         on_step("writing", plan.tensor_nbytes, plan.tensor_nbytes - to_write)

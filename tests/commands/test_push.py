@@ -127,7 +127,7 @@ def test_options_that_go_with_it(push):
 
 
 def test_parts_are_not_pushed(push):
-    with pytest.raises(UsageError, match="one process"):
+    with pytest.raises(UsageError, match="neither `part` nor `scheduler`"):
         push(part="1/2", output="kept")
 
 

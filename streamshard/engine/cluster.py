@@ -1,0 +1,275 @@
+"""The shards of an output as tasks of a Dask cluster, whose workers share the output's disk.
+
+The scheduler only says who does what: workers write into the folder that parts share (`parts_folder.py`),
+and what counts is the record that is found there. So a worker may be lost, or frozen and wake when its
+task was done by another one, and whatever is finished is kept if the scheduler is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamshard.checkpoint.header import total_nbytes
+from streamshard.checkpoint.shards import Shard
+from streamshard.engine import cluster_task
+from streamshard.engine.job import Plan
+from streamshard.engine.parts_folder import PartsFolder
+from streamshard.engine.workers import OnStep, Progress
+from streamshard.errors import ClusterError, StreamshardError, UsageError, listed, printable
+from streamshard.extras import needed_for
+
+__all__ = ["Cluster"]
+
+
+RESOURCE = "streamshard"
+CONNECT_SECONDS = 30
+WORKERS_SECONDS = 60
+"""How long there may be no worker, and a finished file may not be seen here."""
+LOOK_SECONDS = 2.0
+A_THREAD = 2
+"""Tasks that are given to the scheduler at a time, for each thread of a worker."""
+RETRIES = 2
+
+
+class Cluster:
+    """A cluster by the address of its scheduler, or the file that this has written."""
+
+    def __init__(self, scheduler: str) -> None:
+        self.scheduler = scheduler
+        self.workers = 0
+
+    def write(
+        self, made: Plan, parts: PartsFolder, progress: Progress | None, on_step: OnStep
+    ) -> None:
+        """Have the shards of a plan written that are not finished.
+
+        Raises `ClusterError` if scheduler or workers do not do that, and what a task raises.
+        """
+        left = [shard for shard in made.shards if shard.name not in parts.finished]
+        left.sort(key=lambda shard: (-shard.nbytes, shard.name))
+        on_step("connecting", 0, 0)
+        with self._client() as client:
+            run = _Run(self, client, made, parts, progress)
+            run.check_workers(left)
+            total = made.tensor_nbytes
+            on_step("writing", total, total - sum(total_nbytes(shard.tensors) for shard in left))
+            run.write(left)
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[Any]:
+        with needed_for("--scheduler"):
+            from distributed import Client
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what counts is told here
+        file = Path(self.scheduler)
+        how: dict[str, Any] = {"address": self.scheduler}
+        if file.suffix == ".json":
+            if not file.exists():
+                raise UsageError(f"--scheduler: {printable(self.scheduler)}: no such file.")
+            how = {"scheduler_file": self.scheduler}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # versions are compared below
+                client = Client(**how, timeout=CONNECT_SECONDS, set_as_default=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ClusterError(
+                f"{printable(self.scheduler)}: no scheduler answers there ({printable(str(error))}). "
+                "Start one (dask scheduler), and give its address, like tcp://host:8786, or the file "
+                "that it writes with --scheduler-file."
+            ) from error
+        try:
+            yield client
+        finally:
+            with contextlib.suppress(Exception):
+                client.close(timeout=2)
+
+
+class _Run:
+    """The writing of some shards by a cluster."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        client: Any,
+        made: Plan,
+        parts: PartsFolder,
+        progress: Progress | None,
+    ) -> None:
+        self._cluster, self._client, self._made, self._parts = cluster, client, made, parts
+        self._progress = progress
+        self._environment = cluster_task.environment()
+        self._where = printable(cluster.scheduler)
+        self._topic = f"streamshard-{uuid.uuid4().hex}"
+        self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._told: dict[str, int] = {}
+        self._nbytes: dict[str, int] = {}
+        self._resource = False
+        self._looked = self._seen = time.monotonic()
+
+    def check_workers(self, shards: Sequence[Shard]) -> None:
+        """Raise `ClusterError` unless there are workers, and all of them can do the tasks."""
+        try:
+            self._client.wait_for_workers(1, timeout=WORKERS_SECONDS)
+        except TimeoutError as error:
+            raise self._no_workers() from error
+        found = self._workers()
+        self._resource = any(_offers(worker) for worker in found.values())
+        used = [name for name, one in found.items() if _offers(one) or not self._resource]
+        inputs = cluster_task.inputs_bytes(self._made, shards, self._parts.shared.digest)
+        answers = {name: self._asked(name, inputs) for name in sorted(used)}
+        wrong = [f"{printable(name)}: {answer}" for name, answer in answers.items() if answer]
+        if wrong:
+            more = f" (and {len(wrong) - 3} more workers)" if len(wrong) > 3 else ""
+            raise ClusterError(
+                f"{self._where}: {len(wrong)} of {len(used)} workers cannot do this. "
+                f"{'; '.join(wrong[:3])}{more}. Start all in the same environment as this command, "
+                "on machines that see its inputs and its output under the same paths."
+            )
+        self._cluster.workers = len(used)
+
+    def _asked(self, worker: str, inputs: bytes) -> str:
+        """Why a worker cannot do the tasks; empty if it can."""
+        check, own = cluster_task.check, self._environment
+        try:
+            return str(self._client.run(check, inputs, own, workers=[worker])[worker])
+        except Exception as error:
+            if self._client.status != "running":
+                raise self._lost() from error
+            what = printable(str(error) or type(error).__name__)
+            return f"it has no streamshard of this version ({what})"
+
+    def write(self, shards: Sequence[Shard]) -> None:
+        """Have them written, with some tasks more than there are threads given to the scheduler."""
+        waiting = list(reversed(shards))
+        self._nbytes = {shard.name: total_nbytes(shard.tensors) for shard in shards}
+        going: dict[str, Any] = {}
+        self._client.subscribe_topic(self._topic, self._event)
+        try:
+            while waiting or going:
+                while waiting and len(going) < self._room():
+                    shard = waiting.pop()
+                    going[shard.name] = self._submit(shard)
+                try:
+                    name, future = self._done.get(timeout=LOOK_SECONDS)
+                except queue.Empty:
+                    self._look()
+                    continue
+                self._take(name, future)
+                going.pop(name).release()
+        except BaseException:
+            if self._client.status == "running":
+                with contextlib.suppress(Exception):
+                    self._client.cancel(list(going.values()), force=True)
+            raise
+        finally:
+            with contextlib.suppress(Exception):
+                self._client.unsubscribe_topic(self._topic)
+        self._find([shard.name for shard in shards])
+
+    def _submit(self, shard: Shard) -> Any:
+        future = self._client.submit(
+            cluster_task.write,
+            cluster_task.task_bytes(self._made, shard, self._parts.shared.digest),
+            self._environment,
+            self._topic,
+            key=f"{RESOURCE}-{shard.name}-{uuid.uuid4().hex}",
+            pure=False,  # else a result would be remembered of a file that is gone
+            retries=RETRIES,
+            resources={RESOURCE: 1} if self._resource else None,
+        )
+        future.add_done_callback(lambda done, name=shard.name: self._done.put((name, done)))
+        return future
+
+    def _take(self, name: str, future: Any) -> None:
+        """Take note of a task that has ended."""
+        if future.status == "error":
+            error = future.exception()
+            if isinstance(error, StreamshardError):
+                raise error
+            raise ClusterError(f"{self._where}: {printable(name)}: {_why(error)}") from error
+        if future.status != "finished":
+            raise self._lost()
+        record = future.result()
+        if "error" in record:
+            raise record["error"]
+        self._tell(name, self._nbytes[name], name)
+
+    def _find(self, names: Sequence[str]) -> None:
+        """Wait until all that was written is seen here: a network's disk may take a while."""
+        end = time.monotonic() + WORKERS_SECONDS
+        while missing := [name for name in names if name not in self._parts.look()]:
+            if time.monotonic() > end:
+                raise ClusterError(
+                    f"{self._where}: workers have written {listed(missing)}, which cannot be seen in "
+                    f"{printable(str(self._parts.folder))} here. The output must be on a disk that all "
+                    "machines share, under the same path."
+                )
+            time.sleep(0.2)
+
+    def _event(self, event: tuple[float, Mapping[str, Any]]) -> None:
+        told = event[1]
+        self._tell(told["shard"], told["done"], told["tensor"])
+
+    def _tell(self, shard: str, done: int, tensor: str) -> None:
+        """Tell the progress that a task has come so far; one that begins anew tells nothing new."""
+        more = min(done, self._nbytes[shard]) - self._told.get(shard, 0)
+        if more > 0:
+            self._told[shard] = self._told.get(shard, 0) + more
+            if self._progress is not None:
+                self._progress(more, tensor)
+
+    def _workers(self) -> dict[str, Any]:
+        workers: dict[str, Any] = self._client.scheduler_info()["workers"]
+        return workers
+
+    def _room(self) -> int:
+        """How many tasks the scheduler is given at a time."""
+        threads = sum(
+            int(worker["resources"].get(RESOURCE, 0)) if self._resource else worker["nthreads"]
+            for worker in self._workers().values()
+        )
+        return max(A_THREAD * threads, 1)
+
+    def _look(self) -> None:
+        """Raise `ClusterError` if the scheduler is lost, or no worker is left for a while."""
+        if self._client.status != "running":
+            raise self._lost()
+        now = time.monotonic()
+        if any(_offers(worker) or not self._resource for worker in self._workers().values()):
+            self._seen = now
+        elif now - self._seen > WORKERS_SECONDS:
+            raise self._no_workers()
+
+    def _no_workers(self) -> ClusterError:
+        which = f" that offers the resource {RESOURCE}" if self._resource else ""
+        return ClusterError(
+            f"{self._where}: has no worker{which}. Start some: dask worker {self._where} --nthreads 1 "
+            f"--memory-limit 0 --resources {RESOURCE}=1"
+        )
+
+    def _lost(self) -> ClusterError:
+        return ClusterError(
+            f"{self._where}: the scheduler is lost, or has dropped the tasks. Start it and its workers "
+            "again."
+        )
+
+
+def _offers(worker: Mapping[str, Any]) -> bool:
+    return bool(worker["resources"].get(RESOURCE))
+
+
+def _why(error: BaseException | None) -> str:
+    if type(error).__name__ == "KilledWorker":
+        return (
+            "every worker that was given it died. Look at their logs: there may be too little memory "
+            "(--max-memory). Workers that others take away count too: allow more of these by "
+            "distributed.scheduler.allowed-failures of the scheduler."
+        )
+    return printable(f"{type(error).__name__}: {error}", 400)

@@ -1,0 +1,252 @@
+"""What a worker of a cluster is given, and does: one shard of an output, written into the shared folder.
+
+A task is a plan with a single shard, sent as bytes: paths are absolute in it, since workers run in other
+folders, and what files were like is told without the number of their disk, which every machine gives
+anew. What comes back is what was noted of the shard, never data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamshard.checkpoint.digests import new_digest
+from streamshard.checkpoint.shards import Shard
+from streamshard.disk.far import far_at
+from streamshard.disk.files import read_bytes
+from streamshard.disk.folders import exists, resolved
+from streamshard.disk.inputs import Stamp, changed, named, watching
+from streamshard.disk.system import system
+from streamshard.engine.beside_output import places_beside
+from streamshard.engine.fetching import read_by
+from streamshard.engine.job import Plan
+from streamshard.engine.parts_files import read_plan
+from streamshard.engine.parts_folder import shared_parts
+from streamshard.engine.writer import write_shards
+from streamshard.errors import (
+    ClusterError,
+    OutputError,
+    ReadError,
+    StreamshardError,
+    UsageError,
+    WriteError,
+    printable,
+)
+from streamshard.tensors.lazy import Stored
+from streamshard.version import __version__
+
+__all__ = [
+    "Environment",
+    "check",
+    "described",
+    "environment",
+    "inputs_bytes",
+    "task_bytes",
+    "write",
+]
+
+
+Environment = dict[str, str]
+TOLD_EVERY_SECONDS = 1.0
+
+
+def environment() -> Environment:
+    """What the bytes that this process writes depend on, and what it needs to understand a task."""
+    return {
+        "streamshard": f"{__version__} ({_code()})",
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "byte order": sys.byteorder,
+    }
+
+
+def _code() -> str:
+    """A digest of all modules of this package."""
+    digest, package = new_digest(), Path(__file__).resolve().parents[1]
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()}\n".encode())
+        digest.update(read_bytes(file, 1 << 24))
+    return digest.hexdigest()[:8]
+
+
+def described(found: Environment, expected: Environment) -> str:
+    """What is not the same, in words; empty if nothing is."""
+    other = [
+        f"{what} {found.get(what, 'unknown')} and not {value}"
+        for what, value in expected.items()
+        if found.get(what) != value
+    ]
+    return ", ".join(other)
+
+
+def task_bytes(made: Plan, shard: Shard, digest: str) -> bytes:
+    """The task to write one shard of a plan whose identity has this digest."""
+    known = made.compared.reference
+    compared = dataclasses.replace(
+        made.compared,
+        names=(),
+        reference={name: known[name] for name in shard.tensors if name in known},
+        skipped=(),
+    )
+    files = _read_by(made, [shard])
+    own = dataclasses.replace(
+        made,
+        output=resolved(made.output),
+        shards=(shard,),
+        files={},
+        compared=compared,
+        facts={},
+        inputs={_local(path): made.inputs[path] for path in files if path in made.inputs},
+    )
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump((own, digest))
+    return buffer.getvalue()
+
+
+def inputs_bytes(made: Plan, shards: Iterable[Shard], digest: str) -> bytes:
+    """What `check` needs: where the output is built, and what every input was like."""
+    files = _read_by(made, shards)
+    stamps = {_local(path): made.inputs[path] for path in files if path in made.inputs}
+    return pickle.dumps((resolved(made.output), digest, stamps))
+
+
+def _read_by(made: Plan, shards: Iterable[Shard]) -> list[str]:
+    shards = list(shards)
+    files = sorted(read_by(shards, made.compared.references(shards), ()))
+    return [path for path in files if far_at(path) is None]
+
+
+def _local(path: str) -> str:
+    """A path as every machine has it; of a file of the hub, that of its copy in the cache."""
+    far = far_at(path)
+    if far is None:
+        return str(Path(path).absolute())
+    copy = far.local()
+    if copy is None:
+        raise UsageError(
+            f"{printable(far.name)}: is not stored here, so workers of a cluster cannot read it. Leave "
+            "out --stream, with a cache that all machines share (--cache-dir), or use --part on each."
+        )
+    return str(copy.absolute())
+
+
+class _Pickler(pickle.Pickler):
+    """Has every path absolute, and each once."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self._paths: dict[str, str] = {}
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not Stored:
+            return NotImplemented
+        if value.path not in self._paths:
+            self._paths[value.path] = _local(value.path)
+        path = self._paths[value.path]
+        return Stored, (path, value.offset, value.shape, value.dtype, value.file_nbytes)
+
+
+def check(inputs: bytes, expected: Environment) -> str:
+    """Why this process cannot do the tasks of an output, in words; empty if it can."""
+    other = described(environment(), expected)
+    if other:
+        return f"it has {other}"
+    target, digest, stamps = pickle.loads(inputs)  # noqa: S301 - from the scheduler, which runs code anyway
+    folder = places_beside(target)["parts"]
+    try:
+        there = read_plan(folder) if exists(folder) else None
+        if there is None or there.digest != digest:
+            return (
+                f"it does not see {printable(str(folder))}, which must be on a disk that all share"
+            )
+        if not system.may_change(folder):
+            return f"it may not write to {printable(str(folder))}"
+        _as_here(stamps)
+    except StreamshardError as error:
+        return str(error)
+    return ""
+
+
+def write(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
+    """Do a task on a worker; returns the record of the shard, or the error that nobody else would avoid.
+
+    What the system did not read or write is raised, so that it is tried again.
+    """
+    try:
+        return _written(task, expected, topic)
+    except (ReadError, WriteError):
+        raise
+    except StreamshardError as error:
+        return {"error": error}
+
+
+def _written(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
+    other = described(environment(), expected)
+    if other:
+        raise ClusterError(f"worker {_Teller(topic, '').address}: it has {other}.")
+    made, digest = pickle.loads(task)  # noqa: S301 - as above
+    (shard,), target = made.shards, made.output
+    with watching() as inputs:
+        inputs.leave_out(target, *places_beside(target).values())
+        made = dataclasses.replace(made, inputs=_as_here(made.inputs))
+        inputs.expect(made.inputs)
+        folder = places_beside(target)["parts"]
+        there = read_plan(folder) if exists(folder) else None
+        if there is None or there.digest != digest:
+            raise OutputError.at(
+                folder, "is no longer there: the output was completed or discarded."
+            )
+        with shared_parts(target, there, overwrite=False, anew=False) as parts:
+            if shard.name not in parts.finished:
+                teller = _Teller(topic, shard.name)
+                threads = max(min(made.workers, (os.cpu_count() or 1) // teller.tasks), 1)
+                own = dataclasses.replace(made, workers=threads)
+                write_shards(own, parts, progress=teller)
+            return parts.finished[shard.name].record()
+
+
+def _as_here(stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:
+    """What files are like here; `ChangedError` if that is not as it was, but for the disk's number."""
+    found = {}
+    for path, expected in stamps.items():
+        now = named(path)
+        if now is None or dataclasses.replace(now, device=expected.device) != expected:
+            raise changed(path, expected, now)
+        found[path] = now
+    return found
+
+
+class _Teller:
+    """Tells the coordinator how far a task is, and ends it when it was cancelled."""
+
+    def __init__(self, topic: str, shard: str) -> None:
+        from distributed.worker import get_worker, thread_state
+
+        self._worker, self._key = get_worker(), getattr(thread_state, "key", None)
+        self._topic, self._shard = topic, shard
+        self._done, self._last = 0, 0.0
+        self.address = str(self._worker.address)
+        self.tasks = max(self._worker.state.nthreads, 1)
+
+    def __call__(self, nbytes: int, name: str) -> None:
+        self._done += nbytes
+        now = time.monotonic()
+        if now - self._last < TOLD_EVERY_SECONDS:
+            return
+        self._last = now
+        task = self._worker.state.tasks.get(self._key)
+        if task is None or task.state not in _GOING:
+            raise ClusterError(f"{printable(self._shard)}: was cancelled.")
+        self._worker.log_event(
+            self._topic, {"shard": self._shard, "done": self._done, "tensor": printable(name)}
+        )
+
+
+_GOING = ("executing", "long-running")
