@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub(tmp_path_factory.mktemp("hub"), organizations=("your-name",)) as hub:
+    with Hub(tmp_path_factory.mktemp("hub"), name="your-name") as hub:
         fill_hub(hub, world)
         yield hub
 
@@ -211,7 +211,7 @@ def test_the_python_reference_has_every_public_name():
     # All classes of errors are listed with their module.
     names |= set(re.findall(r"^ {8}- (\w+)$", page, re.MULTILINE))
     assert {*streamshard.__all__, *streamshard.errors.__all__} - names == {
-        *("__version__", "argument", "escaped", "listed", "nearest", "printable")
+        *("__version__", "add_to", "argument", "escaped", "listed", "nearest", "printable")
     }
     for name in documented:
         owner: object = streamshard
