@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory-limit", help="run in control groups of this size, like 256MB")
     parser.add_argument("--folder", type=Path, help="where to put the temporary folder")
     parser.add_argument("--json", type=Path, help="keep every figure in this file")
-    parser.add_argument("--plot", type=Path, help="draw two pictures into this folder")
+    parser.add_argument("--plot", type=Path, help="draw a picture, size.png, into this folder")
     options = parser.parse_args(arguments)
     wrong = {*options.cases.split(",")} - {*CASES}
     if wrong:
@@ -253,23 +253,26 @@ def _memory(megabytes: float | None) -> str:
 
 
 def plot(results: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Two pictures: time and memory against the size of the model."""
-    from matplotlib import pyplot as plt
+    """A picture of two panels: time and memory against the size of the model, `size.png`."""
+    from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     names = list(dict.fromkeys(name for result in results for name in result["contenders"]))
-    for key, label in (("seconds", "seconds"), ("peak_rss_mb", "peak memory, MB")):
-        figure, axes = plt.subplots(figsize=(7, 4))
-        for name in names:
+    panels = figure.subplots(1, 2)
+    labels = (("seconds", "time, s"), ("peak_rss_mb", "peak memory, MB"))
+    for axes, (key, label) in zip(panels, labels, strict=True):
+        for place, name in enumerate(names):
             shown = [result for result in results if name in result["contenders"]]
             sizes = [result["bytes"] / 1e9 for result in shown]
-            axes.plot(
-                sizes, [result["contenders"][name][key] for result in shown], "o-", label=name
-            )
-        axes.set(xlabel="weights, GB", ylabel=label, yscale="log")
-        axes.legend(fontsize=6)
-        figure.tight_layout()
-        figure.savefig(folder / f"speed-{key.partition('_')[0]}.svg")
+            values = [result["contenders"][name][key] for result in shown]
+            ours = name.startswith(("merge", "hf2", "custom2"))
+            look = {"color": f"C{place % 10}", "lw": 2 if ours else 1, "ls": "-" if ours else "--"}
+            axes.plot(sizes, values, marker="o", label=name, **look)
+        axes.set(xlabel="weights, GB", ylabel=f"{label} (log)", xscale="log", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(folder / "size.png", dpi=150)
 
 
 def machine(folder: Path | None) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from docs_world import (
 from fake_hub import Hub
 
 EXECUTED = ("sh", "python")
+README = ROOT / "README.md"
+SET_UP = ".venv"  # in the README's first two commands, which the checks run by themselves
 KNOWN = {*EXECUTED, "text", "json", "yaml", "toml"}
 OTHERS = DOCS / "clusters"  # with tests of its own
 NUMBER = r"-?\d+(?:[.,]\d+)*(?:e-?\d+)?"
@@ -40,13 +42,13 @@ def own_pages() -> list[Path]:
     """Pages with examples that are executed here."""
     return [
         page
-        for page in pages()
+        for page in [README, *pages()]
         if OTHERS not in page.parents and any(one.language in EXECUTED for one in blocks(page))
     ]
 
 
 def named(page: Path) -> str:
-    return page.relative_to(DOCS).with_suffix("").as_posix()
+    return page.relative_to(ROOT).with_suffix("").as_posix()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with Hub(tmp_path_factory.mktemp("hub"), name="your-name") as hub:
+    with Hub(tmp_path_factory.mktemp("hub"), organizations=("your-name",)) as hub:
         fill_hub(hub, world)
         yield hub
 
@@ -78,6 +80,8 @@ def test_the_examples_run_as_they_are_written(page, world, hub, programs, tmp_pa
     Path(env["HOME"]).mkdir()
     shown = ""
     for block in blocks(page):
+        if page == README and SET_UP in block.text:
+            continue
         if block.language in EXECUTED:
             command = {
                 "sh": ["bash", "-euo", "pipefail", "-c"],
@@ -126,7 +130,16 @@ def test_output_that_differs_is_noticed():
             assert_shown(block, other, DOCS / "x.md")
 
 
-@pytest.mark.parametrize("page", pages(), ids=named)
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    """At most 900 words before the tables."""
+    text = README.read_text(encoding="utf-8")
+    assert len(text.partition("## Coming from")[0].split()) < 900
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", [README, *pages()], ids=named)
 def test_all_blocks_are_of_a_kind_that_is_looked_at(page):
     for block in blocks(page):
         assert OTHERS in page.parents or block.language in KNOWN, (page, block.line, block.language)

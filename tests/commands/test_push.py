@@ -126,6 +126,11 @@ def test_options_that_go_with_it(push):
             push(**{"commit_message": None, "push_to": None, **options})
 
 
+def test_parts_are_not_pushed(push):
+    with pytest.raises(UsageError, match="neither `part` nor `scheduler`"):
+        push(part="1/2", output="kept")
+
+
 def test_without_a_token(hub, push, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="needs a token"):

@@ -58,7 +58,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def lasting(report: dict[str, Any]) -> dict[str, Any]:
-    varying = ("output", "seconds", "peak_rss_bytes", "record_digest")
+    varying = ("output", "seconds", "date", "peak_rss_bytes", "record_digest")
     return {key: value for key, value in report.items() if key not in varying}
 
 
