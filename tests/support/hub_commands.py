@@ -16,6 +16,8 @@ from pairs import Outcome
 REPORT = "streamshard.json"
 # What differs from run to run, or says where inputs are from.
 OWN = {
+    "fingerprint",
+    "date",
     "seconds",
     "peak_rss_bytes",
     "output",
@@ -49,10 +51,16 @@ def report(outcome: Outcome) -> dict[str, Any]:
     return found
 
 
+CARD = "README.md"
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of an output but its record, and what the hub adds to every repository."""
+    """All files of an output but its record, and what the hub adds to every repository.
+
+    Of the model card only that there is one: it says where the base is from.
+    """
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
+        path.relative_to(folder).as_posix(): b"" if path.name == CARD else path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (REPORT, ".gitattributes")
     }
