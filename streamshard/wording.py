@@ -38,7 +38,7 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
     "custom_to_hf": (*_PATHS, *_DIFFERENCES, *_SHOWING, *_WRITING),
     "wrap_lora": (*_WRAP, "seed", "format", *_WRITING),
     "extract_lora": ("checkpoint", "output", "base", "alpha", "adapter_name", *_WRITING),
-    "diff": ("a", "b", "plot", *_READING),
+    "diff": ("a", "b", "names", "plot", *_READING),
     "verify": ("path", "sample", "strict", "against", "revision", *_READING),
     "inspect": ("path", "revision", *_CACHE),
     "environment": (),
@@ -62,6 +62,7 @@ _FUNCTIONS = {command: function for function, command in COMMANDS.items()}
 FLAGS = {
     *("overwrite", "sha256", "dry_run", "allow_missing", "allow_unexpected"),
     *("allow_merged_base", "base_is_residual", "strict", "offline", "stream", "private", "heatmap"),
+    "names",
 }
 """The options that are there or not."""
 _CHOICES = {

@@ -31,6 +31,7 @@ _REVISION = "Branch, tag or commit, if it is on the hub."
     is_flag=True,
     help="Exit with 8 if they differ, or if a tensor could not be compared.",
 )
+@option(CHECKS, "--names", is_flag=True, help="Read headers only: names, shapes, dtypes; no L2.")
 @DRAWING
 @CACHE
 @WORKERS
@@ -43,6 +44,7 @@ def diff(
     cache_dir: str | None,
     *,
     exit_code: bool,
+    names: bool,
     heatmap: bool,
     offline: bool,
     **output: Any,
@@ -61,6 +63,7 @@ def diff(
         report = streamshard.diff(
             a,
             b,
+            names=names,
             plot=plot,
             workers=workers,
             cache_dir=cache_dir,
@@ -69,7 +72,7 @@ def diff(
             on_total=lambda nbytes: progress.step("comparing", nbytes),
             progress=progress.piece,
         )
-    if heatmap:
+    if heatmap and report["heat_map"] is not None:
         screen.heat = heat_text(report["heat_map"])
     screen.result(report, texts.diff_text)
     if exit_code and report["differ"]:

@@ -139,15 +139,16 @@ def _effort_text(report: dict[str, Any]) -> str:
 def diff_text(report: dict[str, Any]) -> str:
     """What `diff` prints; its first line says whether they differ."""
     l2 = report["l2"]
-    lines = [
-        _verdict(report),
-        f"  A: {report['a']}",
-        f"  B: {report['b']}",
-        f"  L2: total {number_text(l2['sum'])}, average {number_text(l2['per_parameter'])}, "
-        f"global {number_text(l2['global'])} ({l2['compared']} tensors compared)"
-        if l2["compared"]
-        else "  L2: none, since no tensor could be compared",
-    ]
+    lines = [_verdict(report), f"  A: {report['a']}", f"  B: {report['b']}"]
+    if l2 is None:
+        lines.append("  L2: not measured, only headers were read")
+    elif not l2["compared"]:
+        lines.append("  L2: none, since no tensor could be compared")
+    else:
+        lines.append(
+            f"  L2: total {number_text(l2['sum'])}, average {number_text(l2['per_parameter'])}, "
+            f"global {number_text(l2['global'])} ({l2['compared']} tensors compared)"
+        )
     for title, key in (("only in B", "missing"), ("only in A", "unexpected")):
         lines += [f"  {title}: {name}" for name in report[key][:10]]
     for title, key in (("shapes", "shapes"), ("dtypes", "dtypes")):
@@ -181,6 +182,8 @@ def _verdict(report: dict[str, Any]) -> str:
     ]
     if found:
         return f"They differ: of the tensors {', '.join(found)}; {report['equal']} are equal"
+    if report["l2"] is None:
+        return f"Names, shapes and dtypes do not differ: {report['equal']} tensors; values were not read"
     skipped = len(report["l2"]["skipped"])
     if skipped:
         return (

@@ -22,7 +22,7 @@ from streamshard.engine.fetching import fetch, stored
 from streamshard.engine.job import CacheOptions
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import OnStep, collect
-from streamshard.errors import argument, printable
+from streamshard.errors import UsageError, argument, printable
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import convert
 from streamshard.internvl.model_config import Dims
@@ -40,6 +40,7 @@ def diff(
     a: PathLike,
     b: PathLike,
     *,
+    names: bool = False,
     plot: PathLike | None = None,
     workers: int | None = None,
     progress: Callable[[int, str], None] | bool | None = None,
@@ -51,10 +52,16 @@ def diff(
 
     Layouts are reconciled: names are those of `b`. `missing` are names that only `b` has,
     `unexpected` ones that only `a` has; `differ` says whether there is any difference, or what could not
-    be compared. `plot` is a file (.png, .svg, .pdf) for a picture of `heat_map`, which has the relative
-    change of each module in each layer. `on_total` is told how many bytes will be read, `progress`
-    the bytes and the name of each finished tensor, `on_step` what is downloaded before.
+    be compared. With `names` only headers are read, also on the hub: there are no distances then, and
+    `equal` counts tensors of equal name, shape and dtype. `plot` is a file (.png, .svg, .pdf) for a
+    picture of `heat_map`, which has the relative change of each module in each layer. `on_total` is told
+    how many bytes will be read, `progress` the bytes and the name of each finished tensor, `on_step`
+    what is downloaded before.
     """
+    if names and plot is not None:
+        raise UsageError(
+            "--plot shows distances, which --names does not measure: leave one of them out."
+        )
     started, drawing = time.perf_counter(), Drawing(plot, heatmap=True)
     one, other = Model(open_checkpoint(a)), Model(open_checkpoint(b))
     note(*one.checkpoint.warnings, *other.checkpoint.warnings)
@@ -66,7 +73,8 @@ def diff(
             f"compare what `merge-lora {argument(path)}` makes of it"
         )
     ours, theirs = _reconciled(one, other)
-    compared = [n for n in theirs if n in ours and is_comparable(ours[n], theirs[n])]
+    both = [] if names else [name for name in theirs if name in ours]
+    compared = [name for name in both if is_comparable(ours[name], theirs[name])]
     fetch({t.path for n in compared for one in (ours, theirs) for t in stored(one[n])}, on_step)
     if on_total is not None:
         on_total(sum(ours[name].nbytes for name in compared))
@@ -91,20 +99,24 @@ def diff(
     different.sort(key=lambda row: (not math.isnan(row["l2"]), -row["l2"]))
     shapes, dtypes = _unequal(ours, theirs, "shape"), _unequal(ours, theirs, "dtype")
     title = f"{name_of(one.path)} against {name_of(other.path)}"
-    heat = heat_map(title, squared, norms)
-    drawing.draw(heat)
+    heat = None if names else heat_map(title, squared, norms)
+    if heat is not None:
+        drawing.draw(heat)
+    missing, unexpected = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+    measured = bool(different or distances.skipped) and not names
+    alike = [name for name in theirs if name in ours and name not in {*shapes, *dtypes}]
     report = {
         **new_report("diff", ours, other.layout),
-        "l2": distances.report(),
-        "missing": sorted(theirs.keys() - ours.keys()),
-        "unexpected": sorted(ours.keys() - theirs.keys()),
+        "l2": None if names else distances.report(),
+        "missing": missing,
+        "unexpected": unexpected,
         "a": str(one.path),
         "b": str(other.path),
         "shapes": shapes,
         "dtypes": dtypes,
         "different": different,
-        "equal": len(squared) - len(different),
-        "differ": bool(different or shapes or dtypes or distances.skipped),
+        "equal": len(alike) if names else len(squared) - len(different),
+        "differ": bool(measured or shapes or dtypes or missing or unexpected),
         "heat_map": heat,
     }
     return finished(report, started)

@@ -22,13 +22,14 @@ from folders import (
     put,
     refused,
 )
+from make_checkpoint import write_checkpoint
 from models import TINY, pack
 from presets import PRESETS, SPELLINGS, tensor_shapes
 from reference import digests, read
 from safetensors.torch import save_file
 
 from streamshard import diff, wrap_lora
-from streamshard.errors import InputError
+from streamshard.errors import InputError, UsageError
 
 
 def assert_distances(report: dict[str, Any], ours: Any, theirs: Any) -> None:
@@ -367,3 +368,24 @@ def test_nothing_in_common_is_no_distance(tmp_path, cli):
     outcome = cli("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert "L2: none, since no tensor could be compared" in outcome.out
     assert "total 0" not in outcome.out
+
+
+def test_names_only_read_no_values(tmp_path):
+    """Of models that differ in values alone nothing is said; shapes, dtypes and names are compared."""
+    for seed in (0, 1):
+        write_checkpoint(tmp_path / str(seed), "tiny", layout="custom", seed=seed)
+    write_checkpoint(tmp_path / "wide", "tiny", layout="custom", dtype="fp32")
+    same = diff(tmp_path / "0", tmp_path / "1", names=True)
+    assert (same["l2"], same["different"], same["differ"], same["heat_map"]) == (
+        None,
+        [],
+        False,
+        None,
+    )
+    assert same["equal"] == same["tensors"]
+    wide = diff(tmp_path / "0", tmp_path / "wide", names=True)
+    assert wide["differ"]
+    assert len(wide["dtypes"]) == wide["tensors"]
+    assert wide["equal"] == 0
+    with pytest.raises(UsageError, match="names"):
+        diff(tmp_path / "0", tmp_path / "1", names=True, plot="a.png")
