@@ -47,7 +47,7 @@ def test_json_is_one_document_with_every_key(pair, cli):
 def test_the_document_is_kept_beside_the_weights(pair, cli):
     report = json.loads(cli(*pair.command, "--json").out)
     kept = json.loads((pair.output / "streamshard.json").read_text())
-    of_the_run = {"dry_run", "plan"}
+    of_the_run = {"dry_run", "part", "plan", "pushed", "scheduler"}
     assert kept.keys() >= report.keys() - of_the_run
     for key in report.keys() - of_the_run - {"seconds", "peak_rss_bytes"}:
         assert kept[key] == report[key]

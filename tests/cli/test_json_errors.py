@@ -42,7 +42,7 @@ NEEDED = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", NEEDED)
 def test_what_is_needed_is_missing(command, cli):
     arguments, named = NEEDED[command]
     error = error_of(cli(command, *arguments, "--json"), 2)
@@ -88,7 +88,7 @@ def test_bad_values_of_options(option, pair, cli):
     assert option in error["message"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", NEEDED)
 def test_inputs_that_are_not_there(command, cli, tmp_path):
     x, o = str(tmp_path / "x"), str(tmp_path / "o")
     arguments = {
