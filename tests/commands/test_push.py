@@ -144,6 +144,12 @@ def test_options_that_go_with_it(push):
             push(**{"commit_message": None, "push_to": None, **options})
 
 
+def test_offline_is_not_pushed(hub, push):
+    with pytest.raises(UsageError, match="sends to it"):
+        push(offline=True)
+    assert not hub.requests
+
+
 def test_parts_are_not_pushed(push):
     with pytest.raises(UsageError, match="neither `part` nor `scheduler`"):
         push(part="1/2", output="kept")
