@@ -150,14 +150,18 @@ class View:
         first = [name for name in inside if name.rpartition("/")[2] in _FIRST]
         rest = [] if heads_only else [name for name in inside if _is_carried(name)]
         small = [self.files[name] for name in {**dict.fromkeys(first), **dict.fromkeys(rest)}]
-        if not self.repository.client.offline:
-            _together([file for file in small if _is_small(file.listed)], _fetch)
+        small = [file for file in small if _is_small(file.listed)]
+        offline = self.repository.client.offline
+        if not offline:
+            _together(small, _fetch)
         weights = self._weights()
-        if self.repository.client.offline:
+        if offline:
             missing = [name for name in weights if name not in self.files]
             if missing:
                 raise not_cached(str(self.asked), missing[0], self.repository.client.cache)
         _together([self.files[name] for name in weights if name in self.files], ViewFile.head)
+        if offline:  # now that weights are told of first
+            _together(small, _fetch)
 
     def _is_inside(self, name: str) -> bool:
         """Whether a file is one of the folder that is meant, or below it and no other run's."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from streamshard.checkpoint.hub_errors import asking, not_cached
 from streamshard.checkpoint.hub_ids import HubId
+from streamshard.checkpoint.listing_cache import keep_listing, kept_listing
+from streamshard.checkpoint.loaded_names import is_read
 from streamshard.disk.existence import found, is_folder, walked
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, printable
@@ -120,12 +122,16 @@ class Repository:
         return self.folder / "snapshots" / self.commit
 
     def files(self) -> list[Listed]:
-        """All files of the commit; those that are in the cache, if the hub must not be asked."""
+        """All files of the commit.
+
+        If the hub must not be asked, those that are in the cache, and what loaders would miss.
+        """
         if self.client.offline:
             return self._cached_files()
         from huggingface_hub import HfApi
 
         listed: list[Listed] = []
+        entries = []
         with asking(str(self.asked), "the list of its files"):
             # Not the object that `resolve_revision` gives: as text that is the branch.
             for entry in HfApi().list_repo_tree(
@@ -133,11 +139,13 @@ class Repository:
             ):
                 if hasattr(entry, "blob_id"):
                     listed.append(_listed(self.asked, entry))
+                    entries.append(entry)
                 if len(listed) > MAX_FILES:
                     raise InputError(
                         f"{self.asked}: has more than {MAX_FILES:,} files, the limit here. Download the "
                         "model's own files (hf download), and give the folder."
                     )
+        keep_listing(self.folder, self.commit, entries)
         return listed
 
     def _cached_files(self) -> list[Listed]:
@@ -149,7 +157,11 @@ class Repository:
                 for folder, _, others in walked(self.snapshot)
                 for name in others
             ]
-        return [one for name in sorted(names) if (one := self._cached_file(name)) is not None]
+        there = [one for name in sorted(names) if (one := self._cached_file(name)) is not None]
+        known = {file.name for file in there}
+        kept = kept_listing(self.folder, self.commit) or []
+        listed = [_listed(self.asked, entry) for entry in kept if entry.path not in known]
+        return [*there, *(file for file in listed if is_read(file.name) or _is_code(file.name))]
 
     def _cached_file(self, name: str) -> Listed | None:
         """A file of the cache; the name of what its link leads to is the hub's digest."""
@@ -195,6 +207,10 @@ class Repository:
         for path in (self.snapshot / file.name, self.folder / "blobs" / file.blob):
             with contextlib.suppress(OSError):
                 system.unlink(path)
+
+
+def _is_code(name: str) -> bool:
+    return name.endswith(".py")
 
 
 def _listed(asked: HubId, entry: Any) -> Listed:

@@ -13,6 +13,7 @@ from streamshard.errors import HubError, InputError, StreamshardError, printable
 __all__ = ["LOG_IN", "asking", "causes", "endpoint", "not_cached", "refusal"]
 
 LOG_IN = "log in (hf auth login, or set HF_TOKEN)"
+_OF_FOLDERS = (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError)
 
 
 @contextlib.contextmanager
@@ -96,7 +97,7 @@ def _known(where: str, what: str, error: BaseException) -> StreamshardError | No
         return HubError(f"{where}: the hub is not to be asked (HF_HUB_OFFLINE). Unset that.")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return _of_disk(error)
-    if isinstance(error, PermissionError) and error.filename is not None:
+    if isinstance(error, _OF_FOLDERS) and error.filename is not None:
         return _of_disk(error)
     if kinds & {"TransportError", "ConnectionError", "Timeout", "RequestException"}:
         text = printable(" ".join(str(error).split()), 200) or type(error).__name__

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, TENSORS, TRAINING_STATE
 from streamshard.checkpoint.hub_client import Client, Listed, Repository
 from streamshard.checkpoint.hub_errors import LOG_IN, endpoint
 from streamshard.checkpoint.hub_ids import HubId
@@ -26,6 +25,7 @@ from streamshard.checkpoint.hub_operations import (
     uploaded,
 )
 from streamshard.checkpoint.hub_sending import HubStatusError, again, pause, sending
+from streamshard.checkpoint.loaded_names import is_model, is_read
 from streamshard.checkpoint.sent_files import MovedError, SentFile
 from streamshard.errors import HubError, InputError, OutputError, listed, printable
 
@@ -91,7 +91,7 @@ class HubPush:
         if seen is None or seen == target.version:
             return target
         changed = self._changed(seen, target.version)
-        if any(name in names or _is_weight(name) for name in changed):
+        if any(name in names or is_read(name) for name in changed):
             raise self._moved(seen, target.version, changed)
         return replace(
             target,
@@ -258,8 +258,8 @@ class HubPush:
 
         if get_token() is None:
             raise HubError(
-                f"{self.repo}: pushing needs a token that may write there, and there is none. Log in "
-                f"({LOG_IN}), and run the same command again."
+                f"{self.repo}: pushing needs a token that may write there, and there is none: "
+                f"{LOG_IN}, and run the same command again."
             )
 
     def _head(self) -> tuple[str, bool] | None:
@@ -303,16 +303,16 @@ class HubPush:
                 f"({self.key}/settings), leave --private out, or choose another name."
             )
         there = self._tree(version)
-        others = sorted(name for name in there if _is_weight(name) and name not in names)
+        others = sorted(name for name in there if is_read(name) and name not in names)
         ours = sorted(name for name in there if name in names)
-        model = [*others, *filter(_is_model, ours)]
+        model = [*others, *filter(is_model, ours)]
         if model and not overwrite:
             raise OutputError(
                 f"{self.repo}: holds a model already ({listed(model, 3)}). Choose another "
-                "name, or pass --overwrite: then one commit replaces those files, and removes weights "
-                "that are no part of the output; the old ones stay in its history."
+                "name, or pass --overwrite: then one commit replaces those files, and removes what else "
+                "loaders would read there; the old ones stay in its history."
             )
-        text = f"{self.repo}: {listed(others)} there is removed: weights of another model"
+        text = f"{self.repo}: {listed(others)} there is removed: loaders would read it with this output"
         return HubTarget(version, ours, others, [text] if others else [])
 
 
@@ -325,17 +325,6 @@ def differing(files: Sequence[SentFile], tree: Mapping[str, Listed]) -> list[str
         or there.nbytes != file.nbytes
         or there.digest not in file.digests
     ]
-
-
-def _is_weight(name: str) -> bool:
-    """Whether a loader may take a file of a repository for weights of the model at its top."""
-    if "/" in name or TRAINING_STATE.fullmatch(name):
-        return False
-    return bool(TENSORS.fullmatch(name)) or name.endswith(".index.json")
-
-
-def _is_model(name: str) -> bool:
-    return name == MODEL_CONFIG_NAME or _is_weight(name)
 
 
 def _check_names(names: Collection[str]) -> None:

@@ -115,18 +115,19 @@ def _by_status(where: str, what: str, status: int, error: BaseException) -> str:
     hub, said = endpoint(), _text(error)
     if status == 401:
         return (
-            f"{where}: {what} was refused (401): {hub} does not know you. Log in with a token that may "
-            f"write ({LOG_IN}), and run the same command again."
+            f"{where}: {what} was refused (401): {hub} does not know you; {LOG_IN} "
+            "with a token that may write, and run the same command again."
         )
     if status == 403:
         return (
-            f"{where}: {what} was refused (403): your token may not write there: {said}. Use one that "
-            f"may ({LOG_IN}), or another name, and run the same command again."
+            f"{where}: {what} was refused (403): your token may not write there: {said}. Use "
+            "another name, or a token that may (hf auth login, or HF_TOKEN), and run the same command "
+            "again."
         )
     if status == 404:
         return (
             f"{where}: {what} failed: there is no such repository on {hub}, or you may not see it. Check "
-            f"the name, and that you are logged in ({LOG_IN})."
+            "the name, and that you are logged in (hf auth login, or HF_TOKEN)."
         )
     if status == 429:
         return (

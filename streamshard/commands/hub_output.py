@@ -46,6 +46,10 @@ def hub_output(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"--{option} is missing: a folder to write, or --push-to ORG/NAME.")
         return plain
     repo = _repository(where)
+    if plain.get("offline"):
+        raise UsageError(
+            "--offline has the hub asked nothing, and --push-to sends to it; leave one of them out."
+        )
     if message is not None and (not isinstance(message, str) or not message.strip()):
         raise UsageError(
             f"--commit-message is {printable(repr(message), 60)}; words were expected."

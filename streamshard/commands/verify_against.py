@@ -106,10 +106,12 @@ class AgainstHub:
 
     def _digest(self, path: Path, file: Listed) -> str:
         elsewhere = far_at(path)
+        here = path if elsewhere is None else elsewhere.local()
         kind = file.digest.partition(":")[0]
-        if elsewhere is not None and elsewhere.digest.partition(":")[0] == kind:
+        if elsewhere is not None and elsewhere.digest.partition(":")[0] == kind and here is None:
             return elsewhere.digest
-        return f"{kind}:{content_digest(path, kind, self._told(file.name))}"
+        # A copy in the cache may have been damaged there since.
+        return f"{kind}:{content_digest(here or path, kind, self._told(file.name))}"
 
     def _told(self, name: str) -> Callable[[int], None]:
         def told(nbytes: int) -> None:

@@ -272,3 +272,46 @@ def test_a_cache_that_is_damaged(hub, home, tmp_path):
     blob.write_bytes(b"x")
     got = merge(hub, home, tmp_path / "2")
     refused(got, 9, "has 1 bytes", "7,968", "cache is damaged", "remove that file")
+
+
+def test_offline_is_refused_where_the_cache_lacks_what_loaders_read(pair, hub, home, tmp_path):
+    """Weights and config are there after `diff`; without its tokenizer the output would be no model."""
+    names = ["tokenizer.json", "tokenization_own.py", "notes.txt"]
+    hub.advance("org/base", dict.fromkeys(names, "{}"))
+    report(merge(hub, home, tmp_path / "0", base=str(pair.base)))  # the adapter
+    report(streamshard(hub, home, "diff", "org/base", pair.base, "--json"))
+    hub.forget()
+    got = merge(hub, home, tmp_path / "1", "--offline")
+    refused(got, 9, "org/base", "token", "is not in the cache")
+    report(streamshard(hub, home, "inspect", "org/base", "--offline", "--json"))
+    assert not hub.requests
+    assert not (tmp_path / "1").exists()
+    report(merge(hub, home, tmp_path / "2"))
+    hub.forget()
+    report(merge(hub, home, tmp_path / "3", "--offline"))
+    assert not hub.requests
+    both = [{path.name for path in (tmp_path / name).iterdir()} for name in "23"]
+    assert both[0] == both[1] >= {*names}
+
+
+def test_the_list_is_the_one_that_the_client_keeps(hub, home, pair, tmp_path):
+    """Each reads what the other has written; one that is damaged is as none."""
+    from huggingface_hub._tree_cache import read_tree_cache
+
+    report(merge(hub, home, tmp_path / "1"))
+    (kept,) = home.rglob(f"*--base/trees/{hub.head('org/base')}.json")
+    read = read_tree_cache(str(kept.parent.parent), kept.stem)
+    assert read is not None
+    sizes = {name: entry.lfs_size or entry.size for name, entry in read.items()}
+    assert sizes == {name: blob.size for name, blob in hub.files("org/base").items()}
+    for text in ("", "[]", '{"format_version": 1, "files": {"a": {}}}', '{"format_version": 2}'):
+        kept.write_text(text)
+        report(merge(hub, home, tmp_path / "2", "--offline", "--overwrite"))
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_a_cache_that_cannot_be_there(below, hub, home, tmp_path):
+    """It is the disk of this machine that is told, not the hub."""
+    (tmp_path / "file").write_text("")
+    cache = f"{tmp_path}/file{below}"
+    refused(merge(hub, home, tmp_path / "1", "--cache-dir", cache), 6, cache, "cannot be written")

@@ -88,6 +88,24 @@ def test_a_model_that_is_there_is_replaced_only_on_demand(shop, hub, push, place
     assert any("model.safetensors" in text for text in report["warnings"])
 
 
+OF_ANOTHER = (
+    *("adapter_config.json", "tokenizer.json", "model.bin.index.json", "processor_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/tool.jinja"),
+)
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER)
+def test_nothing_stays_that_loaders_would_read_with_the_output(name, shop, hub, push):
+    """Beside an adapter's config, transformers loads another base; a tokenizer.json is preferred."""
+    mine = {"notes.txt": b"mine", "train_config.yaml": b"lr: 1", "handler.py": b"pass"}
+    hub.add_repo(REPO, {name: b"{}", **mine})
+    with pytest.raises(OutputError, match="holds a model already"):
+        push()
+    report = push(overwrite=True)
+    assert pushed(hub) == {**shop.right, **mine}
+    assert report["pushed"]["deleted"] == [name]
+
+
 def test_a_dry_run_says_what_would_be_and_makes_nothing(shop, hub, push, place):
     report = push(dry_run=True)
     assert not hub.exists(REPO)
@@ -124,6 +142,12 @@ def test_options_that_go_with_it(push):
     for options in ({"private": True}, {"commit_message": "words"}):
         with pytest.raises(UsageError, match="push_to"):
             push(**{"commit_message": None, "push_to": None, **options})
+
+
+def test_offline_is_not_pushed(hub, push):
+    with pytest.raises(UsageError, match="sends to it"):
+        push(offline=True)
+    assert not hub.requests
 
 
 def test_parts_are_not_pushed(push):

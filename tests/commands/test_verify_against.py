@@ -118,3 +118,13 @@ def test_offline_it_cannot_be(hub, pair, tmp_path):
     got = against(hub, tmp_path, pair.base, "--offline")
     assert got.code == 9
     assert not hub.requests
+
+
+def test_a_copy_in_the_cache_that_is_damaged(hub, tmp_path):
+    """Its name there is the hub's digest, which says nothing of its bytes."""
+    assert report(against(hub, tmp_path, "org/base"))["against"]["different"] == []
+    (copy,) = (tmp_path / "home").rglob(f"snapshots/*/{SHARD}")
+    flip(copy.resolve())
+    got = against(hub, tmp_path, "org/base")
+    assert got.code == 8
+    assert json.loads(got.out)["against"]["different"] == [SHARD]
