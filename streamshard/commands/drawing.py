@@ -86,7 +86,7 @@ class Drawing:
             with _complete(report["output"]):
                 (made,) = plans
                 # Another process may have completed it: then its record knows.
-                found = measured[0] if measured else _recorded(made.output)
+                found = measured[0] if measured else _recorded(made)
                 norms = _norms(made, found, watched)
                 title = f"{name_of(made.output)} against {name_of(made.compared.source)}"
                 report["heat_map"] = heat_map(title, found, norms)
@@ -99,10 +99,13 @@ def name_of(path: object) -> str:
     return Path(str(path)).absolute().name or str(path)
 
 
-def _recorded(output: Path) -> dict[str, float]:
-    """The squared distances of the tensors of a complete output."""
-    norms = read_record(output / REPORT_NAME)["l2_per_tensor"]
-    return {name: math.nan if norm is None else norm * norm for name, norm in norms.items()}
+def _recorded(made: Plan) -> dict[str, float]:
+    """The squared distances of what is compared, as the record of the complete output has them."""
+    squared = dict.fromkeys(made.compared.names, 0.0)
+    norms = read_record(made.output / REPORT_NAME)["l2_per_tensor"]
+    for name, norm in norms.items():  # of what has any
+        squared[name] = math.nan if norm is None else norm * norm
+    return squared
 
 
 def _norms(made: Plan, squared: Mapping[str, float], options: Options) -> dict[str, float]:
