@@ -125,7 +125,7 @@ def merge_lora(adapters: tuple[str, ...], weights: tuple[float, ...], **options:
     checkpoint of InternVL (CHECKPOINT: use_llm_lora, use_backbone_lora) into itself.
 
     The output is a complete folder: merged weights, config, tokenizer and every other file of
-    the base. A merged element is W + s*B*A accumulated in fp32 and rounded once; everything else is
+    the base. A merged element is the exact W + s*B*A, rounded once; everything else is
     copied byte for byte. Each tensor of the adapter must find its weight, or nothing is written.
     Adapter and base may be in different layouts.
 

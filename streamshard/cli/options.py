@@ -67,7 +67,8 @@ DRAWING = with_options(
         OUTPUT,
         "--plot",
         metavar="FILE",
-        help="Draw what has changed, by layers and modules, into a .png, .svg or .pdf.",
+        help="Draw what has changed, by layers and modules, into a .png, .svg or .pdf; with --part "
+        "when the output is complete.",
     ),
     option(OUTPUT, "--heatmap", is_flag=True, help="Print the like, coarsely."),
 )

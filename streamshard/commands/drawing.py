@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import REPORT_NAME
+from streamshard.checkpoint.record import read_record
 from streamshard.commands.heat_map import heat_map, wanted
 from streamshard.commands.picture import drawn, plot_format, rendered
 from streamshard.disk.paths import PathLike, output_path
@@ -62,7 +65,7 @@ class Drawing:
             return run(job(), options)
         plans: list[Plan] = []
         told = options.on_plan
-        found: dict[str, float] = {}
+        measured: list[Mapping[str, float]] = []
 
         def on_plan(made: Plan) -> None:
             self._check_outside(made.output)
@@ -75,12 +78,15 @@ class Drawing:
             if told is not None:
                 told(made)
 
-        watched = dataclasses.replace(options, on_plan=on_plan, on_distances=found.update)
+        watched = dataclasses.replace(options, on_plan=on_plan, on_distances=measured.append)
         report = run(job(), watched)
         report["heat_map"] = None
-        if not report["dry_run"]:
+        part = report["part"]
+        if not report["dry_run"] and (part is None or part["complete"]):
             with _complete(report["output"]):
                 (made,) = plans
+                # Another process may have completed it: then its record knows.
+                found = measured[0] if measured else _recorded(made)
                 norms = _norms(made, found, watched)
                 title = f"{name_of(made.output)} against {name_of(made.compared.source)}"
                 report["heat_map"] = heat_map(title, found, norms)
@@ -91,6 +97,15 @@ class Drawing:
 def name_of(path: object) -> str:
     """What a title calls a checkpoint: the last part of its path."""
     return Path(str(path)).absolute().name or str(path)
+
+
+def _recorded(made: Plan) -> dict[str, float]:
+    """The squared distances of what is compared, as the record of the complete output has them."""
+    squared = dict.fromkeys(made.compared.names, 0.0)
+    norms = read_record(made.output / REPORT_NAME)["l2_per_tensor"]
+    for name, norm in norms.items():  # of what has any
+        squared[name] = math.nan if norm is None else norm * norm
+    return squared
 
 
 def _norms(made: Plan, squared: Mapping[str, float], options: Options) -> dict[str, float]:

@@ -8,6 +8,7 @@ task was done by another one, and whatever is finished is kept if the scheduler 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import queue
 import time
@@ -67,17 +68,16 @@ class Cluster:
     def _client(self) -> Iterator[Any]:
         with needed_for("--scheduler"):
             from distributed import Client
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what counts is told here
+            from distributed.comm import resolve_address
+        for name in ["distributed", "distributed.client"]:  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what counts is told here
         file = Path(self.scheduler)
-        how: dict[str, Any] = {"address": self.scheduler}
-        if file.suffix == ".json":
-            if not file.exists():
-                raise UsageError(f"--scheduler: {printable(self.scheduler)}: no such file.")
-            how = {"scheduler_file": self.scheduler}
+        address = _address_in(file) if file.suffix == ".json" else self.scheduler
         try:
+            resolve_address(address)  # a client that was given a wrong one takes a minute to end
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # versions are compared below
-                client = Client(**how, timeout=CONNECT_SECONDS, set_as_default=False)
+                client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, KeyError) as error:
             raise ClusterError(
                 f"{printable(self.scheduler)}: no scheduler answers there ({printable(str(error))}). "
@@ -259,6 +259,25 @@ class _Run:
             f"{self._where}: the scheduler is lost, or has dropped the tasks. Start it and its workers "
             "again."
         )
+
+
+def _address_in(file: Path) -> str:
+    """The address in the file that a scheduler has written."""
+    where = f"--scheduler: {printable(str(file))}"
+    try:
+        found = json.loads(file.read_bytes())
+        if isinstance(found["address"], str):
+            return str(found["address"])
+    except FileNotFoundError as error:
+        raise UsageError(f"{where}: no such file.") from error
+    except OSError as error:
+        raise UsageError(f"{where}: cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UsageError(
+        f"{where}: has no address of a scheduler. Give the file that dask scheduler wrote "
+        "(--scheduler-file)."
+    )
 
 
 def _offers(worker: Mapping[str, Any]) -> bool:

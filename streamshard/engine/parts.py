@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.file_names import REPORT_NAME
@@ -31,7 +32,7 @@ from streamshard.engine.option_values import Part
 from streamshard.engine.parts_files import Shared, shared_by
 from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts, shared_parts
 from streamshard.engine.report import Report
-from streamshard.engine.staging import Staging
+from streamshard.engine.staging import Staging, place_completed
 from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
 from streamshard.errors import (
@@ -69,18 +70,34 @@ class Output:
 
     def completed(self) -> dict[str, Any] | None:
         """The report of the output if it is there, has all of its files, and is of this very plan."""
+        record = self._record_in(self.target)
+        return None if record is None else as_reported(record)
+
+    def _record_in(self, folder: Path) -> dict[str, Any] | None:
         try:
-            if not exists(self.target):
+            if not exists(folder):
                 return None
-            record = read_record(self.target / REPORT_NAME)
+            record = read_record(folder / REPORT_NAME)
             files = record["digests"]["files"]
-            sizes = {name: system.lstat(self.target / name).st_size for name in files}
+            sizes = {name: system.lstat(folder / name).st_size for name in files}
             same = record["fingerprint"] == self.shared.digest
             if not same or any(files[name]["bytes"] != size for name, size in sizes.items()):
                 return None
         except (InputError, ReadError, WriteError, OSError, KeyError, TypeError):
             return None
-        return as_reported(record)
+        return record
+
+    def place_completed(self) -> None:
+        """Give the output its name if one who completed it was killed, or lost its disk, right before.
+
+        No part has anything else left of it then: each would find nothing but its own files missing.
+        """
+        with contextlib.suppress(BusyError):
+            place_completed(
+                self.target,
+                overwrite=self.made.overwrite,
+                is_complete=lambda folder: self._record_in(folder) is not None,
+            )
 
     def check_place(self) -> None:
         """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
@@ -211,6 +228,9 @@ def _run(
 ) -> Report:
     number = output.part.number
     there = output.completed()
+    if there is None:
+        output.place_completed()
+        there = output.completed()
     if there is not None:
         tidy(output.target)
         _log.info("the output is complete already")

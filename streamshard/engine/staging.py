@@ -27,8 +27,10 @@ from streamshard.engine.beside_output import places_beside
 from streamshard.engine.claims import (
     Replaceable,
     check_replaceable,
+    recorded_names,
     remove_listed,
     replaceable,
+    strangers,
 )
 from streamshard.engine.fingerprint import Identity
 from streamshard.engine.journal import Journal
@@ -50,7 +52,7 @@ from streamshard.errors import (
     printable,
 )
 
-__all__ = ["Staging", "output_folder"]
+__all__ = ["Staging", "output_folder", "place_completed"]
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +101,39 @@ def output_folder(
     except BaseException:
         remove_empty(made)
         raise
+
+
+def place_completed(target: Path, *, overwrite: bool, is_complete: Callable[[Path], bool]) -> None:
+    """Give an output its name that was complete when a run was killed, or lost its disk, right before.
+
+    There is no journal then, or one that is not to be relied on: that the lock notes this folder says
+    that all of it was written, and `is_complete` whether all of it is still there and wanted. Raises
+    what `output_folder` does.
+    """
+    target = folders.resolved(target)
+    beside = places_beside(target)
+    if not (exists(beside["lock"]) and exists(beside["partial"])):
+        return
+    with locked(beside["lock"], target) as lock:
+        recover(target, beside, lock)
+        found = inode_of(beside["partial"])
+        if found is None or lock.moved is None or found[1] != lock.moved[1]:
+            return
+        there = _check_free(target, overwrite=overwrite)
+        with _opened(beside["partial"]) as (kept, ours):
+            path = Path(kept.path)
+            if not is_complete(path) or strangers(
+                path, {*recorded_names(path), JOURNAL_NAME}, ours
+            ):
+                return
+            staging = Staging(kept, Journal(path, ours))
+            with (
+                writing(target, 0),
+                _replaced(target, there=there, overwrite=overwrite) as replaced,
+            ):
+                _place(staging, target, beside["old"], lock, replaced)
+                _placed(target, beside["old"], replaced)
+        lock.settle()
 
 
 def _check_free(target: Path, *, overwrite: bool) -> bool:
@@ -166,21 +201,33 @@ def _built(
         yield staging
         with writing(target, 0), replaces() as replaced:
             staging.check_content()
-            lock.note(None if replaced is None else replaced.inode, staging.inode)
-            sync_folder(target.parent)  # the note must be there if what is moved now is not
-            staging.remove_journal()
-            staging.check_place()
-            swap(staging.folder, staging.inode, target, old, replaced)
+            _place(staging, target, old, lock, replaced)
             placed = True
-            sync_folder(target.parent)
-            if replaced is not None:
-                discard(old, replaced.inode, replaced.names, target)
+            _placed(target, old, replaced)
         lock.settle()
     except BaseException as error:
         _tell(staging, target, old, lock, error, placed=placed)
         raise
     finally:
         staging.close()
+
+
+def _place(
+    staging: Staging, target: Path, old: Path, lock: Lock, replaced: Replaceable | None
+) -> None:
+    """Give what was built its name."""
+    lock.note(None if replaced is None else replaced.inode, staging.inode)
+    sync_folder(target.parent)  # the note must be there if what is moved now is not
+    staging.remove_journal()
+    staging.check_place()
+    swap(staging.folder, staging.inode, target, old, replaced)
+
+
+def _placed(target: Path, old: Path, replaced: Replaceable | None) -> None:
+    """Have it on disk, and remove what was replaced."""
+    sync_folder(target.parent)
+    if replaced is not None:
+        discard(old, replaced.inode, replaced.names, target)
 
 
 def _sent(staging: Staging, lock: Lock) -> Iterator[Staging]:

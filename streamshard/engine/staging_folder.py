@@ -124,7 +124,7 @@ class Staging:
         """Remove the journal, which a complete output does not have."""
         self._journal.close()
         sync_folder(self.folder)  # without it, the record must be there to tell what is ours
-        system.unlink(self._journal.path)
+        self.drop(self._journal.path.name)
         sync_folder(self.folder)
 
     def close(self) -> None:

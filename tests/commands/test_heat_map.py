@@ -397,6 +397,22 @@ def test_a_dry_run_draws_nothing(pair):
     assert not (pair.root / "x.png").exists()
 
 
+def test_only_a_complete_output_is_drawn(base, lora, tmp_path):
+    """A part that measures nothing itself must not draw that nothing has changed."""
+    pytest.importorskip("matplotlib")
+    call = {"base": base, "adapter": lora, "output": tmp_path / "out", "max_shard_size": 100_000}
+    files = {which: tmp_path / f"{which}.svg" for which in ("first", "last", "again")}
+    first = merge_lora(**call, part="1/2", plot=files["first"])
+    assert not first["part"]["complete"]
+    assert first["heat_map"] is None
+    assert not files["first"].exists()
+    last = merge_lora(**call, part="2/2", plot=files["last"])
+    again = merge_lora(**call, part="1/2", plot=files["again"])
+    assert last["l2"]["global"] > 0
+    assert again["part"]["complete"]
+    assert files["again"].read_bytes() == files["last"].read_bytes()
+
+
 # --- the terminal ---------------------------------------------------------------------------------
 
 

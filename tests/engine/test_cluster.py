@@ -14,7 +14,7 @@ import pytest
 from interrupted_runs import alone, content, until
 from marks import linux, slow
 from pairs import heed_interrupts
-from parts_runs import folder_of, written
+from parts_runs import folder_of, process, written
 
 import streamshard
 from streamshard.engine.cluster_task import described, environment, task_bytes
@@ -120,6 +120,28 @@ def test_no_scheduler(scheduler, code, said, pair, cli, monkeypatch):
     assert [*pair.output.parent.iterdir()] == []
 
 
+@pytest.mark.parametrize("content", ["{}", '{"address": 5}', "[]", "none", ""])
+def test_a_file_without_an_address(content, pair, cli):
+    pytest.importorskip("distributed")
+    file = pair.root / "scheduler.json"
+    file.write_text(content)
+    outcome = cli(*pair.command, "--scheduler", str(file))
+    assert outcome.code == 2, outcome.err
+    assert "has no address of a scheduler" in outcome.err
+    assert [*pair.output.parent.iterdir()] == []
+
+
+@pytest.mark.parametrize("scheduler", ["127.0.0.1", "foo://x:1", "127.0.0.1:abc"])
+def test_no_address_of_a_scheduler(scheduler, pair):
+    """No client is made that takes a minute to end and shows a traceback."""
+    pytest.importorskip("distributed")
+    found = process([*pair.command, "--scheduler", scheduler])
+    said = found.communicate(timeout=50)[1]
+    assert found.returncode == 9, said
+    assert "no scheduler answers there" in said
+    assert "Traceback" not in said
+
+
 def test_a_part_too(refused):
     refused(2, "exclude each other", more=["--scheduler", "tcp://x:1", "--part", "1/2"])
 
@@ -202,6 +224,7 @@ def test_the_scheduler_is_killed(pair, clean, cluster, cli):
     said = found.communicate(timeout=90)[1]
     assert found.returncode == 9, said
     assert "the scheduler is lost" in said
+    assert "Traceback" not in said
     for worker in cluster.workers:
         worker.end()
     assert cli(*pair.command, "--part", "1/1").code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
@@ -12,7 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 from foreign_things import FOREIGN, foreign, state
-from interrupted_runs import FIRST, SECOND, alone, content, flip, killed, partial
+from interrupted_runs import (
+    BETWEEN_THE_RENAMES,
+    FIRST,
+    SECOND,
+    alone,
+    content,
+    flip,
+    killed,
+    partial,
+)
 from marks import slow
 from pairs import Pair
 from parts_runs import (
@@ -415,6 +425,34 @@ def test_a_killed_part_is_run_again(code, pair, clean):
     part(pair, "1/1")
     assert content(pair.output) == clean
     assert alone(pair)
+
+
+@pytest.mark.parametrize("then", ["finish", "1/2", "2/2", "1/3"])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_who_completes_is_killed_right_before_the_end(replaces, then, pair, clean):
+    """All of it is there, and no journal: whoever comes next gives it its name, and writes nothing."""
+    if replaces:
+        streamshard.merge_lora(
+            base=pair.base, adapter=pair.adapter, output=pair.output, dtype="fp32"
+        )
+    part(pair, "1/2", overwrite=replaces)
+    killed(BETWEEN_THE_RENAMES, [*pair.command, "--part", "2/2", *["--overwrite"] * replaces])
+    assert not (partial(pair) / "streamshard.journal").exists()
+    before = (partial(pair) / FIRST).stat().st_ino
+    assert part(pair, then, overwrite=replaces)["part"]["complete"]
+    assert (pair.output / FIRST).stat().st_ino == before
+    assert content(pair.output) == clean
+    assert alone(pair)
+
+
+@pytest.mark.parametrize("spoiled", [FIRST, "config.json", "streamshard.json"])
+def test_what_is_no_longer_whole_gets_no_name(spoiled, pair, clean):
+    part(pair, "1/2")
+    killed(BETWEEN_THE_RENAMES, [*pair.command, "--part", "2/2"])
+    (partial(pair) / spoiled).write_bytes(b"{}")
+    with contextlib.suppress(OutputError):
+        assert not part(pair, "1/2")["part"]["complete"]
+    assert not pair.output.exists()
 
 
 @pytest.mark.parametrize("code", [WHILE_ADOPTING, AFTER_ADOPTING])
