@@ -123,8 +123,8 @@ class Command(click.Command):
         formatter.write_paragraph()
         formatter.write_text(
             "Exit codes: 0 done, 2 usage, 3 input invalid, 4 adapter does not fit, 5 output exists, "
-            "6 no space, no memory or write error, 7 read error, 8 verification failed, 9 hub or "
-            "network, 130 and 143 interrupted and terminated; streamshard --help says more."
+            "6 no space, no memory or write error, 7 read error, 8 verification failed, 9 hub, "
+            "network or cluster, 130 and 143 interrupted and terminated; streamshard --help says more."
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -264,6 +264,8 @@ def _conclusion(report: dict[str, Any]) -> str:
     if count:
         known = report["recorded"] or report["record"] == "changed"
         what = "damaged or not what was written" if known else "damaged, or cannot be confirmed"
+        if report["against"] is not None:
+            what = "damaged, or another model than the one on the hub"
         return f" is {what}; {count} found"
     if not report["recorded"]:
         return ": no problem found; no digests to compare"
