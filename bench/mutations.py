@@ -95,8 +95,8 @@ MUTANTS = (
     ),
     Mutant(
         "staging-not-synced",
-        "        system.unlink(self._journal.path)\n        sync_folder(self.folder)",
-        "        system.unlink(self._journal.path)",
+        "        self.drop(self._journal.path.name)\n        sync_folder(self.folder)",
+        "        self.drop(self._journal.path.name)",
         "after a loss of power the output has a journal, or lacks a file",
         (
             "test_names_that_are_not_synced_before_the_rename",
@@ -105,8 +105,8 @@ MUTANTS = (
     ),
     Mutant(
         "output-name-not-synced",
-        "            placed = True\n            sync_folder(target.parent)",
-        "            placed = True",
+        "    sync_folder(target.parent)\n    if replaced is not None:",
+        "    if replaced is not None:",
         "a run ends with success and its output's name is lost",
         ("test_the_output_has_its_name_on_disk_at_the_end",),
     ),
@@ -119,7 +119,7 @@ MUTANTS = (
     ),
     Mutant(
         "note-not-synced",
-        "            sync_folder(target.parent)  # the note must be there if what is moved now is not\n",
+        "    sync_folder(target.parent)  # the note must be there if what is moved now is not\n",
         "",
         "after a loss of power nobody knows whose the old output is",
         ("test_what_is_moved_is_noted_on_disk_before",),

@@ -394,7 +394,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--preset", "huge", "--layout", "hf"], "'huge' is unknown"),
         (["--preset", "tiny", "--layout", "custom", "--tied"], "only in the hf layout"),
         (["--preset", "tiny", "--layout", "hf", "--max-shard-size", "5 potatoes"], "not a size"),
-        (["--preset", "tiny"], "needs --preset, --layout"),
+        (["--preset", "tiny"], "needs --demo; or --preset, --layout"),
     ],
 )
 def test_mistakes(

@@ -190,7 +190,7 @@ def test_a_plain_model_as_a_training_checkpoint(pair, cli):
 # --- every message --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", KEYWORDS)
+@pytest.mark.parametrize("name", [name for name in KEYWORDS if KEYWORDS[name]])
 def test_no_message_of_python_names_an_option(name, pair, trained, monkeypatch):
     """What each function says of options that do not go together, of what is there, and of nothing."""
     run = str(trained / "run")

@@ -224,6 +224,7 @@ def test_an_abandoned_file_is_closed_by_the_last_write(tmp_path, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(system, "pwrite", slow)
+    others = {*threading.enumerate()}
     senders = Senders(Stop())
     file = DirectFile(tmp_path / "file", CHUNK_NBYTES, senders)
     file.write(memoryview(bytes(CHUNK_NBYTES)), 0)
@@ -233,7 +234,7 @@ def test_an_abandoned_file_is_closed_by_the_last_write(tmp_path, monkeypatch):
     go_on.set()
     senders.finish()
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
+        if thread not in others:
             thread.join(60)
     assert file._direct == file._descriptor == -1
 

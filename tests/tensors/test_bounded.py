@@ -393,7 +393,7 @@ def wide(tmp_path_factory):
 
 SHAPES = {"up": (300, 4097), "down": (130, 9000), "gate": (1, 5000)}
 SUMS = ("update", "l2", "l2_per_tensor", "exactness")
-VARYING = ("seconds", "peak_rss_bytes", "date", "record_digest", "output")
+VARYING = ("seconds", "peak_rss_bytes", "date", "record_digest", "output", "kernel")
 
 
 def lasting(folder: Path) -> tuple[dict[str, bytes], Any]:
