@@ -16,9 +16,7 @@ from typing import Any
 from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.record import read_record
 from streamshard.commands.heat_map import heat_map, wanted
-from streamshard.commands.picture import drawn, plot_format, rendered
 from streamshard.disk.paths import PathLike, output_path
-from streamshard.disk.pictures import check_place, put_in_place
 from streamshard.engine.job import Job, Options, Plan
 from streamshard.engine.report import Report
 from streamshard.engine.run import run
@@ -41,6 +39,9 @@ class Drawing:
         self._file = None if file is None else output_path(file, "the picture")
         self._kind = ""
         if self._file is not None:
+            from streamshard.commands.picture import plot_format
+            from streamshard.disk.pictures import check_place
+
             self._kind = plot_format(self._file)
             check_place(self._file)
             with needed_for("--plot"):
@@ -57,6 +58,9 @@ class Drawing:
     def draw(self, heat: Mapping[str, Any]) -> None:
         """Draw the picture, if one is asked for."""
         if self._file is not None:
+            from streamshard.commands.picture import drawn, rendered
+            from streamshard.disk.pictures import put_in_place
+
             put_in_place(self._file, rendered(drawn(heat), self._kind))
 
     def run(self, job: Callable[[], Job], options: Options) -> Report:

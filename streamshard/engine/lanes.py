@@ -32,22 +32,27 @@ Place: TypeAlias = tuple[Shard, int, str]
 
 def lanes(
     shards: Sequence[Shard], reference: Mapping[str, Stored]
-) -> tuple[list[list[Place]], list[Place]]:
-    """The tensors of each file that is best read in order, as they lie there; and all others.
+) -> tuple[list[list[Place]], Callable[[], Iterator[Place]]]:
+    """The tensors of each file that is best read in order, as they lie there; and what yields all others.
 
     A tensor that is made of several files, or compared with one, belongs to the first that is so.
     """
     in_order = cache(_is_in_order)
     found: dict[str, list[tuple[int, Place]]] = {}
-    others: list[Place] = []
+    taken: set[tuple[str, int]] = set()
     for shard in shards:
         for number, (name, tensor) in enumerate(shard.tensors.items()):
-            place = shard, number, name
             lane = _lane(tensor, reference.get(name), in_order)
-            if lane is None:
-                others.append(place)
-            else:
-                found.setdefault(lane[0], []).append((lane[1], place))
+            if lane is not None:
+                found.setdefault(lane[0], []).append((lane[1], (shard, number, name)))
+                taken.add((shard.name, number))
+
+    def others() -> Iterator[Place]:
+        for shard in shards:
+            for number, name in enumerate(shard.tensors):
+                if (shard.name, number) not in taken:
+                    yield shard, number, name
+
     ordered = [sorted(lane, key=lambda one: one[0]) for lane in found.values()]
     return [[place for _, place in lane] for lane in ordered], others
 

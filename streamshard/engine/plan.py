@@ -65,7 +65,7 @@ def plan(job: Job, options: Options) -> Plan:
     room = _room(job, shards, keeps=options.outlet is None or options.outlet.keeps)
     needs = Needs.of(shards)
     known, own = job.reference or {}, shards_of(shards, options.wanted)
-    reference = [known[name] for shard in own for name in shard.tensors if name in known]
+    reference = (known[name] for shard in own for name in shard.tensors if name in known)
     download = fetching(read_by(own, reference, job.files.values()))
     download.check_room(job.output, room.needed)
     direct = goes_around_cache(options.io, nbytes, needs, options.max_memory_nbytes)

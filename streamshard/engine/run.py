@@ -19,7 +19,6 @@ from streamshard.disk.folders import resolved, sync_folder
 from streamshard.disk.inputs import Inputs, active, watching
 from streamshard.disk.new_files import copy_file, write_new
 from streamshard.engine.beside_output import check_beside, check_writable, places_beside
-from streamshard.engine.cluster import Cluster
 from streamshard.engine.division import who_does_what
 from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity, identity_digest
@@ -28,7 +27,6 @@ from streamshard.engine.journal import FinishedShard
 from streamshard.engine.kept import as_kept
 from streamshard.engine.long_names import part_name
 from streamshard.engine.option_values import Part
-from streamshard.engine.parts import Output, adopting, run_part
 from streamshard.engine.parts_folder import refuse_parts
 from streamshard.engine.plan import plan
 from streamshard.engine.report import Report, Streamed, exactness, new_report, update
@@ -70,6 +68,8 @@ def run(job: Job, options: Options) -> Report:
 def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
     """The report of a dry run: everything is looked at, and nothing written."""
     if part is not None:
+        from streamshard.engine.parts import Output  # most runs need none of this in memory
+
         output = Output(made, part, made.fingerprint.identity(made.files))
         there = output.completed()
         if there is None:
@@ -97,6 +97,9 @@ def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
 
 def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
     """Do one part of a plan, and all that is left if it was the last one."""
+    from streamshard.engine.cluster import Cluster
+    from streamshard.engine.parts import Output, adopting, run_part
+
     with _watched(made):
         output = Output(made, part, made.fingerprint.identity(made.files))
         report = run_part(

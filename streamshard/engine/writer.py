@@ -197,8 +197,8 @@ class _Run:
         in_order, others = lanes(shards, self.plan.compared.reference)
         for lane in in_order:
             yield self.in_order(lane)
-        left = sum(shard.tensors[name].nbytes for shard, _, name in others)
-        for _, found in groupby(others, lambda place: place[0].name):
+        left = sum(shard.tensors[name].nbytes for shard, _, name in others())
+        for _, found in groupby(others(), lambda place: place[0].name):
             places = [*found]
             tasks = [self.whole(*place) for place in places]
             for at, alone in ordered([task.members[0] for task in tasks], lambda: not self.copying):

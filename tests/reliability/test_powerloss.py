@@ -11,7 +11,7 @@ from powerloss import examine, record, shown, states
 
 from streamshard.disk import folders, new_files
 from streamshard.disk.system import system
-from streamshard.engine import staging
+from streamshard.engine import staging, staging_folder
 
 pytestmark = slow
 
@@ -69,7 +69,8 @@ def test_weights_that_are_not_synced(scenarios, monkeypatch):
 
 
 def test_names_that_are_not_synced_before_the_rename(scenarios, monkeypatch):
-    monkeypatch.setattr(staging, "sync_folder", lambda _: None)
+    for module in (staging, staging_folder):
+        monkeypatch.setattr(module, "sync_folder", lambda _: None)
     assert "neither old nor complete" in problems(scenarios["merge-lora"])
 
 
