@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -94,6 +93,8 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
     if not each:
         return 0.0, math.inf, 0.0
     both, weights, updates = map(float, sums)
+    import statistics
+
     return both / updates, math.sqrt(weights / updates / count), statistics.median(each)
 
 
