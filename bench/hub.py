@@ -30,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         place = Path(folder)
         counts = [*map(int, options.connections.split(","))]
         base, adapter = _inputs(place, options.preset, options.shards)
-        with _hub(place, base) as environment:
+        with serving(place / "hub", {REPO: base}) as environment:
             os.environ.update(environment)
             figures = {
                 "reading": _reading(counts, options.runs),
@@ -76,12 +76,13 @@ def _inputs(place: Path, preset: str, shards: str) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def _hub(place: Path, base: Path) -> Iterator[dict[str, str]]:
-    """A hub that serves the base; gives the environment in which it is found."""
-    command = [sys.executable, str(ROOT / "tests/support/fake_hub.py"), "--repo", f"{REPO}={base}"]
-    with subprocess.Popen(
-        [*command, "--root", str(place / "hub")], stdout=subprocess.PIPE, text=True
-    ) as hub:
+def serving(
+    root: Path, repos: Mapping[str, Path], *, xet: bool = False
+) -> Iterator[dict[str, str]]:
+    """A hub of a process of its own that serves folders; gives the environment in which it is found."""
+    command = [sys.executable, str(ROOT / "tests/support/fake_hub.py"), "--root", str(root)]
+    command += [f"--repo={name}={folder}" for name, folder in repos.items()]
+    with subprocess.Popen([*command, *["--xet"] * xet], stdout=subprocess.PIPE, text=True) as hub:
         try:
             assert hub.stdout is not None
             yield json.loads(hub.stdout.readline())

@@ -26,6 +26,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hub import serving
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = "org/new"
 
@@ -61,7 +63,8 @@ def run(place: Path, options: argparse.Namespace) -> dict[str, Any]:
     right = {path.name: _sha256(path) for path in local.glob("*.safetensors")}
     shutil.rmtree(local)
     disk = place / "disk"
-    with _hub(place, base, adapter, xet=options.xet) as hub, _tmpfs(disk, options.disk):
+    repos = {"org/base": base, "org/lora": adapter}
+    with serving(place / "hub", repos, xet=options.xet) as hub, _tmpfs(disk, options.disk):
         home = {"HF_HOME": disk / "home", "HF_HUB_CACHE": disk / "home/hub", "TMPDIR": disk / "tmp"}
         home["HF_XET_CACHE"] = disk / "home/xet"
         (disk / "tmp").mkdir()
@@ -114,24 +117,6 @@ def _watched(
     if process.returncode:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}: {told[0]}")
     return most, files, json.loads(told[0]), time.perf_counter() - began
-
-
-@contextlib.contextmanager
-def _hub(place: Path, base: Path, adapter: Path, *, xet: bool) -> Iterator[dict[str, str]]:
-    """A hub that serves both; gives the environment in which it is found."""
-    command = [
-        sys.executable,
-        str(ROOT / "tests/support/fake_hub.py"),
-        "--root",
-        str(place / "hub"),
-    ]
-    command += ["--repo", f"org/base={base}", "--repo", f"org/lora={adapter}", *["--xet"] * xet]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as hub:
-        try:
-            assert hub.stdout is not None
-            yield json.loads(hub.stdout.readline())
-        finally:
-            hub.terminate()
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ __all__ = [
     "WriteError",
     "add_to",
     "argument",
+    "bytes_text",
     "escaped",
     "listed",
     "nearest",
@@ -192,3 +193,12 @@ def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
     # Comparing with every name of a 40,000-tensor checkpoint takes seconds: prefer a shared tail.
     pool = [k for k in known if k.rsplit(".", 2)[-2:] == tail] or list(known)
     return difflib.get_close_matches(name, pool[:2000], n=count, cutoff=0.3)
+
+
+def bytes_text(count: float) -> str:
+    """A size in the unit that suits it."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

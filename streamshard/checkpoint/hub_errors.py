@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from streamshard.disk.system import writing
 from streamshard.errors import HubError, InputError, StreamshardError, printable
 
-__all__ = ["LOG_IN", "asking", "causes", "endpoint", "not_cached", "refusal"]
+__all__ = ["LOG_IN", "asking", "causes", "endpoint", "not_cached", "refusal", "translated"]
 
 LOG_IN = "log in (hf auth login, or set HF_TOKEN)"
 _OF_FOLDERS = (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError)
 
 
 @contextlib.contextmanager
-def asking(where: str, what: str) -> Iterator[None]:
-    """Have what the hub's client raises be a `HubError`: it was asked for `what` of `where`.
-
-    Kinds are told by the names of their classes, so that nothing need be imported, and all versions
-    of the client are understood.
-    """
+def translated(told: Callable[[Exception], StreamshardError]) -> Iterator[None]:
+    """Have what the hub's client raises be one of our errors, as `told` makes it of that."""
     try:
         yield
     except (StreamshardError, MemoryError):
         raise
     except Exception as error:
-        raise refusal(where, what, error) from error
+        raise told(error) from error
+
+
+def asking(where: str, what: str) -> contextlib.AbstractContextManager[None]:
+    """Have what the hub's client raises be a `HubError`: it was asked for `what` of `where`.
+
+    Kinds are told by the names of their classes, so that nothing need be imported, and all versions
+    of the client are understood.
+    """
+    return translated(partial(refusal, where, what))
 
 
 def endpoint() -> str:

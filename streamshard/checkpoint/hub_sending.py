@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
-from streamshard.checkpoint.hub_errors import LOG_IN, causes, endpoint
-from streamshard.errors import HubError, StreamshardError, printable
+from streamshard.checkpoint.hub_errors import LOG_IN, causes, endpoint, translated
+from streamshard.errors import HubError, printable
 
 __all__ = ["HubStatusError", "again", "sending", "status_of"]
 
@@ -77,15 +78,9 @@ def status_of(error: BaseException | None) -> int | None:
     return None if found is None else int(found)
 
 
-@contextlib.contextmanager
-def sending(where: str, what: str) -> Iterator[None]:
+def sending(where: str, what: str) -> contextlib.AbstractContextManager[None]:
     """Have what the client raises be a `HubError`: `what` could not be done at `where`."""
-    try:
-        yield
-    except (StreamshardError, MemoryError):
-        raise
-    except Exception as error:
-        raise _told(where, what, error) from error
+    return translated(partial(_told, where, what))
 
 
 def _told(where: str, what: str, error: Exception) -> HubError:

@@ -1,8 +1,8 @@
-"""Numbers, sizes and lists of names as people read them."""
+"""Numbers and lists of names as people read them."""
 
 from __future__ import annotations
 
-__all__ = ["bytes_text", "files_text", "number_text", "shortened"]
+__all__ = ["files_text", "number_text", "shortened"]
 
 
 def files_text(count: int) -> str:
@@ -19,12 +19,3 @@ def shortened(names: list[str], limit: int = 12) -> str:
 def number_text(value: float | None, how: str = ".6g") -> str:
     """A number of a report, which has None for NaN and infinities as JSON has none of these."""
     return "not finite" if value is None else format(value, how)
-
-
-def bytes_text(count: float) -> str:
-    """A size in the unit that suits it."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

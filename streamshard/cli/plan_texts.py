@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamshard.cli.amounts import bytes_text
 from streamshard.cli.push_text import place_text, pushed_text
+from streamshard.errors import bytes_text
 
 __all__ = ["is_complete", "part_text", "plan_text"]
 

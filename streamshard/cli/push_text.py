@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamshard.cli.amounts import bytes_text, files_text, shortened
+from streamshard.cli.amounts import files_text, shortened
+from streamshard.errors import bytes_text
 
 __all__ = ["place_text", "pushed_text"]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamshard.cli.amounts import bytes_text, files_text, number_text, shortened
+from streamshard.cli.amounts import files_text, number_text, shortened
 from streamshard.cli.push_text import place_text, pushed_text
-from streamshard.errors import escaped
+from streamshard.errors import bytes_text, escaped
 
 __all__ = [
-    "bytes_text",
     "conversion_text",
     "diff_text",
     "extract_text",

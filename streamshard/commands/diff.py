@@ -103,8 +103,8 @@ def diff(
     if heat is not None:
         drawing.draw(heat)
     missing, unexpected = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
-    measured = bool(different or distances.skipped) and not names
-    alike = [name for name in theirs if name in ours and name not in {*shapes, *dtypes}]
+    unequal = bool(different or shapes or dtypes or missing or unexpected)
+    alike = ours.keys() & theirs.keys() - shapes.keys() - dtypes.keys()
     report = {
         **new_report("diff", ours, other.layout),
         "l2": None if names else distances.report(),
@@ -116,7 +116,7 @@ def diff(
         "dtypes": dtypes,
         "different": different,
         "equal": len(alike) if names else len(squared) - len(different),
-        "differ": bool(measured or shapes or dtypes or missing or unexpected),
+        "differ": unequal or bool(distances.skipped and not names),
         "heat_map": heat,
     }
     return finished(report, started)

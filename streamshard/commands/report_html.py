@@ -10,7 +10,7 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from streamshard.errors import UsageError, escaped
+from streamshard.errors import UsageError, bytes_text, escaped
 
 __all__ = ["report_html"]
 
@@ -49,7 +49,7 @@ def _value(value: Any, key: str = "") -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return _size(value) if key.rpartition("_")[2] in _BYTES else f"{value:,}"
+        return bytes_text(value) if key.rpartition("_")[2] in _BYTES else f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
@@ -62,14 +62,6 @@ def _value(value: Any, key: str = "") -> str:
 def _joined(parts: list[str]) -> str:
     more = [f"and {len(parts) - MAX_ITEMS:,} more"] if len(parts) > MAX_ITEMS else []
     return ", ".join(parts[:MAX_ITEMS] + more)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _text(text: str) -> str:

@@ -16,7 +16,17 @@ from streamshard.disk.inputs import Inputs
 from streamshard.disk.sources import Source
 from streamshard.disk.system import AnyPath
 
-__all__ = ["Far", "Origin", "far_at", "forget", "known_as", "origins", "place", "sources_of"]
+__all__ = [
+    "Far",
+    "Origin",
+    "far_at",
+    "forget",
+    "is_any",
+    "known_as",
+    "origins",
+    "place",
+    "sources_of",
+]
 
 
 class Far(Protocol):
@@ -78,6 +88,11 @@ def forget(paths: Iterable[Path], names: Iterable[Path]) -> None:
 def far_at(path: AnyPath) -> Far | None:
     """What a path stands for; None if it is a path and nothing else."""
     return _far.get(str(path)) if _far else None
+
+
+def is_any() -> bool:
+    """Whether any path stands for something else: where none does, nobody need look for them."""
+    return bool(_far)
 
 
 def known_as(text: str) -> str:

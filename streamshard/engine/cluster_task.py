@@ -119,7 +119,7 @@ def inputs_bytes(made: Plan, shards: Iterable[Shard], digest: str) -> bytes:
 
 def _read_by(made: Plan, shards: Iterable[Shard]) -> list[str]:
     shards = list(shards)
-    files = sorted(read_by(shards, made.compared.references(shards), ()))
+    files = sorted({*read_by(shards, made.compared.references(shards), ())})
     return [path for path in files if far_at(path) is None]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.existence import found
-from streamshard.disk.far import Far, far_at
+from streamshard.disk.far import Far, far_at, is_any
 from streamshard.disk.folders import disk_free, exists
 from streamshard.engine.workers import Stop, share
 from streamshard.errors import WriteError, printable
@@ -79,15 +79,17 @@ def stored(tensor: Lazy) -> Iterator[Stored]:
 
 def read_by(
     shards: Iterable[Shard], reference: Iterable[Lazy], files: Iterable[object]
-) -> set[str]:
-    """The paths of everything that is read to write these shards and files."""
+) -> Iterator[str]:
+    """The paths of everything that is read to write these shards and files, as often as it is."""
     tensors = itertools.chain(reference, *(shard.tensors.values() for shard in shards))
-    paths = {one.path for tensor in tensors for one in stored(tensor)}
-    return paths | {str(file) for file in files if isinstance(file, Path)}
+    yield from (one.path for tensor in tensors for one in stored(tensor))
+    yield from (str(file) for file in files if isinstance(file, Path))
 
 
 def fetching(paths: Iterable[str | Path]) -> Fetching:
     """Which of the files at these paths are to be fetched before much of them is read."""
+    if not is_any():  # then no path is asked for: there are some of each tensor
+        return Fetching()
     files = {str(path): file for path in paths if (file := far_at(path)) is not None}
     return Fetching([file for file in files.values() if file.kept])
 

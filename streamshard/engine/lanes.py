@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import TypeAlias
 
 from streamshard.checkpoint.shards import Shard
-from streamshard.disk.far import far_at
+from streamshard.disk.far import far_at, is_any
 from streamshard.disk.files import open_source
 from streamshard.engine.shard_task import Member, parts_of
 from streamshard.tensors.lazy import Lazy, Stored
@@ -40,7 +40,7 @@ def lanes(
     in_order = cache(_is_in_order)
     found: dict[str, list[tuple[int, Place]]] = {}
     taken: set[tuple[str, int]] = set()
-    for shard in shards:
+    for shard in shards if is_any() else ():
         for number, (name, tensor) in enumerate(shard.tensors.items()):
             lane = _lane(tensor, reference.get(name), in_order)
             if lane is not None:

@@ -5,9 +5,9 @@ Of an output that does not stay here a file goes once it is sent, and only so ma
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 from streamshard.checkpoint.sent_files import MovedError, SentFile, described
@@ -15,7 +15,7 @@ from streamshard.disk.folders import exists
 from streamshard.engine.journal import Elsewhere, FinishedShard
 from streamshard.engine.outlet import Outlet, Target
 from streamshard.engine.staging import Staging
-from streamshard.engine.workers import OnStep, Stop, started
+from streamshard.engine.workers import Background, OnStep, Stop
 from streamshard.errors import ReadError
 
 __all__ = ["Publishing", "Sender"]
@@ -31,12 +31,11 @@ class Sender:
         self._staging, self._stop, self._lock = staging, stop, lock
         self._held = 0
         self._room = threading.Condition()
-        self._tasks: queue.SimpleQueue[FinishedShard | None] = queue.SimpleQueue()
         self._left: dict[str, int] = {}
         self._total = 0
         self.told: Callable[[int, int], None] = lambda *_: None
         """Is told the bytes to send, and how many of them are sent."""
-        self._thread = started(self._loop)
+        self._background = Background(stop)
 
     def take_room(self) -> None:
         """Wait until another file may be begun."""
@@ -52,32 +51,22 @@ class Sender:
             self._held += before
             self._left[shard.name] = shard.nbytes
             self._total += shard.nbytes
-        self._tasks.put(shard)
+        self._background.add(partial(self._send, shard))
 
     def finish(self) -> None:
         """Wait until everything is sent; raises the error that stopped the run, if there is one."""
         self._tell()
-        self._tasks.put(None)
-        self._thread.join()
-        if self._stop.error is not None:
-            raise self._stop.error
+        self._background.finish()
 
     def abandon(self) -> None:
         """Have the thread end; what it is sending is not waited for."""
-        self._tasks.put(None)
+        self._background.abandon()
 
     def _tell(self) -> None:
         with self._room:
             total, left = self._total, sum(self._left.values())
         if total:
             self.told(total, total - left)
-
-    def _loop(self) -> None:
-        while (shard := self._tasks.get()) is not None and self._stop.going():
-            try:
-                self._send(shard)
-            except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
-                self._stop.fail(error)
 
     def _send(self, shard: FinishedShard) -> None:
         key, folder = self._outlet.key, self._staging.folder

@@ -132,9 +132,8 @@ class _Watch:
         self._untold += nbytes
         if self._untold >= NOTED_BYTES:
             self._tell()
-        if (
-            nbytes and offset != self._end
-        ):  # rows of a strip: the disk is asked for all of it at the end
+        # Rows of a strip: the disk is asked for all of it at the end.
+        if nbytes and offset != self._end:
             self._begin = self._end = offset
         self._end += nbytes
         if self._end - self._begin >= NOTED_BYTES:
@@ -176,9 +175,8 @@ class _Run:
         self.senders = Senders(self.stop) if plan.direct else None
         self.sender: Sender | None = None
         if plan.outlet is not None:
-            self.sender = Sender(
-                plan.outlet, plan.on_disk, cast("Staging", staging), self.stop, self.lock
-            )
+            own = cast("Staging", staging)  # what is sent is of no part
+            self.sender = Sender(plan.outlet, plan.on_disk, own, self.stop, self.lock)
         self.opened: dict[str, _Open] = {}
         self.copying = 0
         self.inputs = active()
@@ -200,11 +198,11 @@ class _Run:
         left = sum(shard.tensors[name].nbytes for shard, _, name in others())
         for _, found in groupby(others(), lambda place: place[0].name):
             places = [*found]
-            tasks = [self.whole(*place) for place in places]
-            for at, alone in ordered([task.members[0] for task in tasks], lambda: not self.copying):
-                (shard, place, _), whole = places[at], tasks[at]
-                (member,) = whole.members
-                cuts = cuts_of(member, left, self.plan.workers, direct=self.senders is not None)
+            members = [self.member(place) for place in places]
+            for at, alone in ordered(members, lambda: not self.copying):
+                (shard, place, _), member = places[at], members[at]
+                whole = self.whole(shard, member)
+                cuts = cuts_of(member, left, self.plan.workers, direct=self.plan.direct)
                 left -= member.tensor.nbytes
                 split = _Split(whole, len(cuts) - 1) if len(cuts) > 2 else None
                 for first, last in pairwise(cuts):
@@ -215,17 +213,20 @@ class _Run:
 
     def in_order(self, lane: Iterable[Place]) -> Iterator[_Item]:
         """The tasks of one thread; shards are begun on the way."""
-        for shard, place, name in lane:
-            whole = self.whole(shard, place, name)
-            yield _Item(self.begun(shard), place, whole, copied=False)
+        for place in lane:
+            whole = self.whole(place[0], self.member(place))
+            yield _Item(self.begun(place[0]), place[1], whole, copied=False)
 
-    def whole(self, shard: Shard, _place: int, name: str) -> ShardTask:
+    def member(self, place: Place) -> Member:
+        """A tensor of a shard, where it lies there, and what it is compared with."""
+        shard, _, name = place
+        reference = self.plan.compared.reference.get(name)
+        return Member(name, self.begun(shard).begins[name], shard.tensors[name], reference)
+
+    def whole(self, shard: Shard, member: Member) -> ShardTask:
         """The task of a whole tensor."""
-        opened = self.begun(shard)
-        tensor, begin = shard.tensors[name], opened.begins[name]
-        member = Member(name, begin, tensor, self.plan.compared.reference.get(name))
-        path, nbytes = opened.output.path, shard.nbytes  # a sum over all of its tensors
-        return ShardTask(path, nbytes, begin, member.end, (member,), self.plan.inputs)
+        path, nbytes = self.begun(shard).output.path, shard.nbytes
+        return ShardTask(path, nbytes, member.begin, member.end, (member,), self.plan.inputs)
 
     def begun(self, shard: Shard) -> _Open:
         """A shard that is being written, from when it is first asked for."""
@@ -343,8 +344,7 @@ def write_shards(
         to_write = sum(total_nbytes(shard.tensors) for shard in left)
         on_step("writing", plan.tensor_nbytes, plan.tensor_nbytes - to_write)
     try:
-        spare = run.senders is not None
-        share(run.items(left), run.write_all, plan.workers, run.stop, spare=spare)
+        share(run.items(left), run.write_all, plan.workers, run.stop, spare=plan.direct)
         run.wait(left)
     finally:
         run.end()

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pushes
 from fake_hub import Hub
 from pairs import Outcome
 
-REPORT = "streamshard.json"
 # What differs from run to run, or says where inputs are from.
 OWN = {
     "fingerprint",
@@ -55,15 +55,9 @@ CARD = "README.md"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of an output but its record, and what the hub adds to every repository.
-
-    Of the model card only that there is one: it says where the base is from.
-    """
-    return {
-        path.relative_to(folder).as_posix(): b"" if path.name == CARD else path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (REPORT, ".gitattributes")
-    }
+    """As those of `pushes`; of the model card only that there is one: it says where the base is from."""
+    found = pushes.contents(folder)
+    return {name: b"" if Path(name).name == CARD else data for name, data in found.items()}
 
 
 def same(one: Any, other: Any) -> bool:
