@@ -48,7 +48,9 @@ def main() -> None:
             if left != ["merged"] or content(output) != expected:
                 sys.exit(f"round {number}: other bytes than a clean run, or {left}")
             shutil.rmtree(output.parent)
-    print(f"{options.rounds} rounds, {kills} kills: the bytes of a clean run each time, nothing left")
+    print(
+        f"{options.rounds} rounds, {kills} kills: the bytes of a clean run each time, nothing left"
+    )
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from streamshard.version import __version__
 
 __all__ = [
     "Environment",
+    "call_bytes",
     "check",
     "described",
     "environment",
@@ -187,10 +188,29 @@ def write(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
         return {"error": error}
 
 
+class _Call:
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return write, self.arguments
+
+
+def call_bytes(task: bytes, expected: Environment, topic: str) -> bytes:
+    """A call of `write`: who loads this pickle does it.
+
+    A scheduler reads what it is to have done, and need not have this package to read `pickle.loads`.
+    """
+    return pickle.dumps(_Call(task, expected, topic))
+
+
 def _written(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
     other = described(environment(), expected)
     if other:
-        raise ClusterError(f"worker {_Teller(topic, '').address}: it has {other}.")
+        raise ClusterError(
+            f"worker {_Teller(topic, '').address}: it has {other}. Start it in the same environment as "
+            "the command."
+        )
     made, digest = pickle.loads(task)  # noqa: S301 - as above
     (shard,), target = made.shards, made.output
     with watching() as inputs:
