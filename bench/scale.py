@@ -8,8 +8,8 @@
   conversion; of an adapter of attention; and of one of every expert, 72,944 tensors.
 - parts: all names with shapes of a few bytes, written by 8 parts as processes, 3 at a time, and compared
   with one run.
-- workers: a merge at r=128 by one Dask worker and by two, of one thread each; base and output in
-  memory (`--folder`, /dev/shm), so that no disk decides.
+- workers: a merge at r=128 by one Dask worker and by two, each on a processor of its own; base and output
+  in memory (`--folder`, /dev/shm), so that no disk decides.
 
 Everything is in a temporary folder, which is deleted. `--quick` takes smaller models, once. Exits with 1
 if a bound is not kept, or bytes differ.
@@ -236,25 +236,28 @@ def parts(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def workers(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One Dask worker and two, in turn, at a merge whose files are in memory; medians."""
-    from dask_cluster import dask_cluster  # type: ignore[import-not-found]
+    from dask_cluster import dask_cluster, preload  # type: ignore[import-not-found]
 
     preset = "InternVL3-1B" if options.quick else options.preset
     base, adapter, output = folder / "base", folder / "adapter", folder / "out" / "merged"
     written = maker.write_checkpoint(base, preset, layout="hf", max_shard_size="200MB")
     maker.write_adapter(adapter, preset, layout="hf", r=128)
-    merge = [sys.executable, "-m", "streamshard", "merge-lora", "--json", "--workers", "1"]
-    merge += ["--base", str(base), "--adapter", str(adapter), "--output", str(output)]
+    merge = [sys.executable, "-m", "streamshard", "merge-lora", "--json", "--base", str(base)]
+    merge += ["--adapter", str(adapter), "--output", str(output)]
     times: dict[str, list[float]] = {"1": [], "2": []}
-    (folder / "clusters").mkdir()
-    with dask_cluster(folder / "clusters") as one, dask_cluster(folder / "clusters") as two:
+    places = [folder / "clusters" / name for name in "12"]
+    for place in places:
+        place.mkdir(parents=True)
+    with dask_cluster(places[0]) as one, dask_cluster(places[1]) as two:
         for cluster, count in ((one, 1), (two, 2)):
-            for _ in range(count):
-                cluster.worker("--resources", "streamshard=1")
-        for number in range(_runs(options) + 1):
+            for number in range(count):
+                pinned = f"import os\nos.sched_setaffinity(0, {{{number}}})\n"
+                cluster.worker("--resources", "streamshard=1", *preload(cluster, pinned))
+        for run in range(_runs(options) + 1):
             for cluster, name in ((one, "1"), (two, "2")):
                 begun = time.perf_counter()
                 _answer([*merge, "--scheduler", cluster.address])
-                if number:  # the first one imports what workers need
+                if run:  # the first one imports what workers need
                     times[name].append(round(time.perf_counter() - begun, 2))
                 shutil.rmtree(output.parent)
     medians = {name: statistics.median(found) for name, found in times.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import pickle
 import platform
 import sys
@@ -26,6 +25,7 @@ from streamshard.disk.folders import exists, resolved
 from streamshard.disk.inputs import Stamp, changed, named, watching
 from streamshard.disk.system import system
 from streamshard.engine.beside_output import places_beside
+from streamshard.engine.budget import processors
 from streamshard.engine.fetching import read_by
 from streamshard.engine.job import Plan
 from streamshard.engine.parts_files import read_plan
@@ -226,7 +226,7 @@ def _written(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
         with shared_parts(target, there, overwrite=False, anew=False) as parts:
             if shard.name not in parts.finished:
                 teller = _Teller(topic, shard.name)
-                threads = max(min(made.workers, (os.cpu_count() or 1) // teller.tasks), 1)
+                threads = max(min(made.workers, processors() // teller.tasks), 1)
                 own = dataclasses.replace(made, workers=threads)
                 write_shards(own, parts, progress=teller)
             return parts.finished[shard.name].record()
