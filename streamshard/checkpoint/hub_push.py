@@ -24,9 +24,10 @@ from streamshard.checkpoint.hub_operations import (
     quiet,
     uploaded,
 )
+from streamshard.checkpoint.hub_record import record_at
 from streamshard.checkpoint.hub_sending import HubStatusError, again, pause, sending
 from streamshard.checkpoint.loaded_names import is_model, is_read
-from streamshard.checkpoint.sent_files import MovedError, SentFile
+from streamshard.checkpoint.sent_files import MovedError, Placed, SentFile
 from streamshard.errors import HubError, InputError, OutputError, listed, printable
 
 __all__ = ["HubPush", "HubTarget"]
@@ -65,6 +66,11 @@ class HubPush:
     def key(self) -> str:
         """Hub and repository."""
         return f"{endpoint()}/{self.repo}"
+
+    def record(self, name: str) -> Placed | None:
+        """The head, with the record of this name in it; None if there is no whole one."""
+        head = self._head()
+        return None if head is None else record_at(self.repo, head[0], name, self._tree(head[0]))
 
     def look(self, names: Collection[str], *, overwrite: bool) -> HubTarget:
         """What is there. Raises `OutputError` for a model that is to stay, `HubError` without access."""
@@ -106,12 +112,11 @@ class HubPush:
         """Upload a file; False if the hub wants it in the commit itself."""
         from huggingface_hub import HfApi
 
-        operation = addition(file, path)
-
         def upload() -> None:
             HfApi().preupload_lfs_files(self.repo, [operation], free_memory=False)
 
         with sending(self.repo, f"uploading {printable(file.name)}"), quiet():
+            operation = addition(file, path)
             again(upload, going=going, tries=3)  # the client tries every request several times
         self._check_taken(operation)
         return is_uploaded(operation)
