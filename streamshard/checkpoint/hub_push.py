@@ -24,7 +24,7 @@ from streamshard.checkpoint.hub_operations import (
     quiet,
     uploaded,
 )
-from streamshard.checkpoint.hub_record import record_at
+from streamshard.checkpoint.hub_record import head_of, record_at
 from streamshard.checkpoint.hub_sending import HubStatusError, again, pause, sending
 from streamshard.checkpoint.loaded_names import is_model, is_read
 from streamshard.checkpoint.sent_files import MovedError, Placed, SentFile
@@ -66,6 +66,21 @@ class HubPush:
     def key(self) -> str:
         """Hub and repository."""
         return f"{endpoint()}/{self.repo}"
+
+    def unreachable(self, key: str) -> str:
+        """Why this process cannot send to the repository with this key, in words; empty if it can."""
+        from huggingface_hub import get_token
+
+        if self.key != key:
+            return f"it would push to {self.key}, and not to {key} (HF_ENDPOINT)"
+        where = "set HF_TOKEN where it is started, or log in there (hf auth login)"
+        if get_token() is None:
+            return f"it has no token to push to {self.repo} with: {where}"
+        try:
+            there = self._head() is not None
+        except HubError as error:
+            return f"it cannot push: {str(error).rstrip('.')}"
+        return "" if there else f"its token does not show it {self.repo}: {where}"
 
     def record(self, name: str) -> Placed | None:
         """The head, with the record of this name in it; None if there is no whole one."""
@@ -269,20 +284,7 @@ class HubPush:
 
     def _head(self) -> tuple[str, bool] | None:
         """The commit of the main branch, and whether the repository is private; None if there is none."""
-        from huggingface_hub import HfApi
-
-        def ask() -> Any:
-            try:
-                return HfApi().repo_info(self.repo)
-            except Exception as error:
-                kinds = {kind.__name__ for kind in type(error).__mro__}
-                if "RepositoryNotFoundError" in kinds and "GatedRepoError" not in kinds:
-                    return None
-                raise
-
-        with sending(self.repo, "looking at it"):
-            found = again(ask)
-        return None if found is None else (str(found.sha), bool(found.private))
+        return head_of(self.repo)
 
     def _tree(self, commit: str) -> dict[str, Listed]:
         """The files of a commit, by name."""

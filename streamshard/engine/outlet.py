@@ -58,6 +58,9 @@ class Outlet(Protocol):
     def keeps(self) -> bool:
         """Whether the output stays on this machine, too."""
 
+    def unreachable(self, key: str) -> str:
+        """Why this process cannot send to the store with this key, in words; empty if it can."""
+
     def record(self, name: str) -> Placed | None:
         """What is there by now, with the record of this name in it; None if there is no whole one."""
 

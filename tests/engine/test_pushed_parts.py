@@ -1,4 +1,4 @@
-"""An output in parts that goes to the hub: the bytes of a local merge, in one commit, whatever happens."""
+"""An output in parts that goes to the hub: the bytes of a local merge, in one commit, come what may."""
 
 from __future__ import annotations
 
