@@ -19,7 +19,7 @@ from streamshard.disk.mapped import Mapped
 from streamshard.disk.remote_digest import Frontier
 from streamshard.disk.sources import Abilities
 from streamshard.disk.system import AnyPath
-from streamshard.disk.waiting import wait
+from streamshard.disk.waiting import check_going, wait
 from streamshard.errors import HubError, printable
 
 __all__ = ["AgainError", "Opener", "Remote", "RemoteFile", "Stream"]
@@ -252,6 +252,7 @@ class _Line:
     def _next(self, nbytes: int, stop: int) -> bytes:
         if self._stream is None or self.at == self._end:
             self.close()
+            check_going()  # a run that has ended opens nothing
             self._end = stop
             self._stream = self._remote.open_stream(self.at, stop)
         found = self._stream.read(min(nbytes, self._end - self.at))
