@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import threading
-import time
 
 import hub_commands
 import pytest
@@ -393,28 +392,26 @@ def test_a_kill_at_a_stage(stage, done, keeps, shop, hub, place):
 
 
 def with_kills(shop, hub, place, chance, *more) -> int:
-    """All parts at once, each killed at random and run again; returns how many kills there were."""
-    left, kills, lock = dict.fromkeys(range(1, 4), 3), 0, threading.Lock()
+    """All parts at once; at some requests one of them is killed, which is then run again.
+
+    Returns how many were.
+    """
+    running: dict[int, subprocess.Popen[str]] = {}
+    kills: list[int] = []
+    errors: list[BaseException] = []
+
+    def kill() -> None:
+        running[chance.choice(sorted(running))].kill()
 
     def one(number: int) -> None:
-        nonlocal kills
         while True:
-            with lock:
-                wait = chance.uniform(0.3, 2.5) if left[number] else 300
-            found = begin(shop, hub, place, "--part", f"{number}/3", *more)
-            try:
-                told = found.communicate(timeout=wait)[1]
-            except subprocess.TimeoutExpired:
-                found.kill()
-                found.communicate()
-                with lock:
-                    left[number] -= 1
-                    kills += 1
-                continue
-            assert found.returncode == 0, told
-            return
-
-    errors: list[BaseException] = []
+            running[number] = begin(shop, hub, place, "--part", f"{number}/3", *more)
+            told = running[number].communicate(timeout=300)[1]
+            code = running[number].returncode
+            if code == 0:
+                return
+            assert code == -signal.SIGKILL, told
+            kills.append(number)
 
     def guarded(number: int) -> None:
         try:
@@ -422,16 +419,17 @@ def with_kills(shop, hub, place, chance, *more) -> int:
         except BaseException as error:  # noqa: BLE001 - raised below
             errors.append(error)
 
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in left]
+    for nth in chance.sample(range(1, 50), 6):
+        hub.fail(First(kill), nth=nth)
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in (1, 2, 3)]
     for thread in threads:
         thread.start()
-        time.sleep(chance.uniform(0, 0.3))
     for thread in threads:
         thread.join()
     if errors:
         raise errors[0]
     ends_well(begin(shop, hub, place, "--part", "finish", *more))
-    return kills
+    return len(kills)
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=slow) for n in range(2, 12))])
