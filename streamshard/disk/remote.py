@@ -28,7 +28,10 @@ from streamshard.errors import HubError, printable
 __all__ = ["AgainError", "Opener", "Remote", "RemoteFile", "Stream"]
 
 MOST_STREAMS = 4
-"""Of a thread and file: a fused weight is made of three that lie apart."""
+"""That a thread has open: a fused weight is made of three that lie apart.
+
+The client has a hundred connections, and a large model as many files.
+"""
 GAP_NBYTES = 1 << 20
 """What lies between two places is read and dropped up to that size: a new stream takes longer."""
 BLOCK_NBYTES = 128 * 1024
@@ -228,6 +231,8 @@ class _Line:
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
+            with contextlib.suppress(ValueError):  # it may be of another thread
+                _lines_open().remove(self)
 
     def fill(self, out: memoryview, offset: int, stop: int) -> None:
         """Fill `out` from `offset` on, which is not far; a stream that is opened goes to `stop`."""
@@ -282,8 +287,12 @@ class _Line:
     def _read(self, out: memoryview, stop: int) -> int:
         if self._stream is None or self.at == self._end:
             self.close()
+            lines = _lines_open()
+            while len(lines) >= MOST_STREAMS:
+                lines.pop(0).close()
             self._end = stop
             self._stream = self._remote.open_stream(self.at, stop)
+            lines.append(self)
         count = self._stream.read_into(out[: self._end - self.at])
         if not count:
             raise AgainError("the connection ended too early")
@@ -305,6 +314,15 @@ class _Line:
                 "then: it continues."
             )
         wait(max(WAITS[self._failures - 1], asked))
+
+
+_mine = threading.local()
+
+
+def _lines_open() -> list[_Line]:
+    """Those of this thread that have a stream, whatever they are of."""
+    found: list[_Line] = _mine.__dict__.setdefault("lines", [])
+    return found
 
 
 def _stamp(digest: str, nbytes: int) -> Stamp:

@@ -176,6 +176,23 @@ def test_three_places_are_read_forwards_by_three_streams():
     assert [start for start, _ in store.asked] == [9_000_000, 0, 5_000_000]
 
 
+def test_a_thread_has_few_streams_whatever_they_are_of():
+    """Of a hundred files; the client has no more connections than that."""
+    store = Store()
+    remotes = [remote_of(store) for _ in range(12)]
+    files = [remote.open("key") for remote in remotes]
+    for start in (0, 1_000_000, 2_000_000):
+        for file in files:
+            file.onward = True
+            out = bytearray(1000)
+            file.read_into(memoryview(out), start)
+            assert out == DATA[start : start + 1000]
+            assert store.open_now <= MOST_STREAMS
+    for file in files:
+        file.close()
+    assert store.open_now == 0
+
+
 def test_small_gaps_are_read_over_and_large_ones_are_not():
     store = Store()
     with remote_of(store).open("key") as file:
