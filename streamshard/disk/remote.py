@@ -22,7 +22,7 @@ from streamshard.disk.mapped import Mapped
 from streamshard.disk.remote_digest import Frontier
 from streamshard.disk.sources import Abilities
 from streamshard.disk.system import AnyPath
-from streamshard.disk.waiting import wait
+from streamshard.disk.waiting import check_going, wait
 from streamshard.errors import HubError, printable
 
 __all__ = ["AgainError", "Opener", "Remote", "RemoteFile", "Stream"]
@@ -287,6 +287,7 @@ class _Line:
     def _read(self, out: memoryview, stop: int) -> int:
         if self._stream is None or self.at == self._end:
             self.close()
+            check_going()  # a run that has ended opens nothing
             lines = _lines_open()
             while len(lines) >= MOST_STREAMS:
                 lines.pop(0).close()
