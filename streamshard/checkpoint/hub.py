@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from streamshard.checkpoint.hub_ranges import MOST_NBYTES
 from streamshard.disk.far import forget, place
 from streamshard.disk.folders import make_folders
 from streamshard.disk.system import PRIVATE, system, writing
+from streamshard.disk.waiting import together
 from streamshard.errors import InputError, StreamshardError, printable
 
 __all__ = ["View"]
@@ -153,15 +154,17 @@ class View:
         small = [file for file in small if _is_small(file.listed)]
         offline = self.repository.client.offline
         if not offline:
-            _together(small, _fetch)
+            together(small, _fetch, AT_ONCE)
         weights = self._weights()
         if offline:
             missing = [name for name in weights if name not in self.files]
             if missing:
                 raise not_cached(str(self.asked), missing[0], self.repository.client.cache)
-        _together([self.files[name] for name in weights if name in self.files], ViewFile.head)
+        together(
+            [self.files[name] for name in weights if name in self.files], ViewFile.head, AT_ONCE
+        )
         if offline:  # now that weights are told of first
-            _together(small, _fetch)
+            together(small, _fetch, AT_ONCE)
 
     def _is_inside(self, name: str) -> bool:
         """Whether a file is one of the folder that is meant, or below it and no other run's."""
@@ -213,21 +216,3 @@ def _is_of_adapter(name: str, adapters: set[str]) -> bool:
 
 def _is_carried(name: str) -> bool:
     return not NOT_CARRIED.fullmatch(name.rpartition("/")[2])
-
-
-def _together(files: Sequence[ViewFile], do: Callable[[ViewFile], None]) -> None:
-    """Do something with files, several at once; the first error is raised."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    if len(files) <= 1:
-        for file in files:
-            do(file)
-        return
-    with ThreadPoolExecutor(min(AT_ONCE, len(files))) as pool:
-        found = [pool.submit(do, file) for file in files]
-        try:
-            for one in found:
-                one.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

@@ -101,8 +101,8 @@ def unprinted(error: OSError, done: str = "") -> WriteError:
     return WriteError(f"the report cannot be printed: {error.strerror}{done}.")
 
 
-def end(code: int) -> NoReturn:
-    """End with an exit code, once everything is printed."""
+def end(code: int, *, at_once: bool = False) -> NoReturn:
+    """End with an exit code, once everything is printed; `at_once` waits for no thread of a library."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
@@ -110,6 +110,8 @@ def end(code: int) -> NoReturn:
             _discard(number)
             if number == 1:
                 code = code or WriteError.exit_code
+    if at_once:
+        os._exit(code)
     sys.exit(code)
 
 

@@ -64,7 +64,9 @@ def main(command: click.Command = cli) -> None:
     console.forget_document()
     if threading.current_thread() is threading.main_thread():
         _handle_signals()
-    console.end(_run(command))
+    code = _run(command)
+    # Who was interrupted is not kept waiting by what a library still has to do.
+    console.end(code, at_once=bool(_signalled))
 
 
 def _run(command: click.Command) -> int:

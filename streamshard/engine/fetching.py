@@ -12,7 +12,8 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.existence import found
 from streamshard.disk.far import Far, far_at, is_any
 from streamshard.disk.folders import disk_free, exists
-from streamshard.engine.workers import Stop, share
+from streamshard.disk.waiting import together
+from streamshard.engine.workers import Stop
 from streamshard.errors import WriteError, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
@@ -68,7 +69,11 @@ class Fetching:
                     on_step("downloading", total, done)
 
         told(0)
-        share(self.files, lambda file, _: file.fetch(told), min(AT_ONCE, len(self.files)), stop)
+        try:
+            together(self.files, lambda file: file.fetch(told), min(AT_ONCE, len(self.files)))
+        except BaseException as error:
+            stop.fail(error)
+            raise
 
 
 def stored(tensor: Lazy) -> Iterator[Stored]:
