@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="plan,parts,workers", help="some of these")
+    parser.add_argument("--cases", help="plans whose names contain this")
     parser.add_argument("--quick", action="store_true", help="smaller models, each once")
     parser.add_argument("--runs", type=int, default=5, help="of what is timed (default 5)")
     parser.add_argument("--preset", default="InternVL3-2B", help="what workers merge")
@@ -138,6 +139,8 @@ def plans(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         cases[f"merge-lora, {what}"] = "merge_lora", merge
     found = {}
     for case, (command, arguments) in cases.items():
+        if options.cases and options.cases not in case:
+            continue
         text = json.dumps([command, arguments, 97])
         runs = [_answer([sys.executable, "-c", PLAN, text]) for _ in range(_runs(options))]
         loads = runs[0].pop("part_bytes")
