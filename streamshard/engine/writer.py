@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
-from typing import cast
 
 from streamshard.checkpoint.digests import hash_file, new_sha256
 from streamshard.checkpoint.header import total_nbytes
@@ -27,7 +26,6 @@ from streamshard.engine.lanes import Place, cuts_of, lanes, ordered
 from streamshard.engine.open_shard import OpenShard
 from streamshard.engine.sending import Sender
 from streamshard.engine.shard_task import Member, ShardTask
-from streamshard.engine.staging_folder import Staging
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
 from streamshard.tensors.rounding import Changes
 from streamshard.tensors.workspace import Workspace
@@ -120,8 +118,7 @@ class _Run:
         self.senders = Senders(self.stop) if plan.direct else None
         self.sender: Sender | None = None
         if plan.outlet is not None:
-            own = cast("Staging", staging)  # what is sent is of no part
-            self.sender = Sender(plan.outlet, plan.on_disk, own, self.stop, self.lock)
+            self.sender = Sender(plan.outlet, plan.on_disk, staging, self.stop, self.lock)
         self.opened: dict[str, OpenShard] = {}
         self.copying = 0
         self.inputs = active()
