@@ -19,10 +19,11 @@ from streamshard.errors import VerificationError
 from streamshard.wording import KEYWORDS, command_line
 
 _PATH = "Checkpoint or adapter folder, or a weight file; or a model on the hub (org/name)."
+_READING_CODES = ("0", "2", "3", "4", "7", "8", "9", "130", "143")
 _REVISION = "Branch, tag or commit, if it is on the hub."
 
 
-@cli.command("diff", short_help="Compare two checkpoints.")
+@cli.command("diff", codes=_READING_CODES, short_help="Compare two checkpoints.")
 @argument("a", metavar="A", help="Checkpoint folder or weight file (.safetensors, .bin).")
 @argument("b", metavar="B", help="Another one; names are as in its layout.")
 @option(
@@ -79,7 +80,7 @@ def diff(
         raise click.exceptions.Exit(VerificationError.exit_code)
 
 
-@cli.command("inspect", short_help="Say what a checkpoint or adapter is.")
+@cli.command("inspect", codes=_READING_CODES, short_help="Say what a checkpoint or adapter is.")
 @argument("path", metavar="PATH", help=_PATH)
 @REVISION(help=_REVISION)
 @CACHE
@@ -102,7 +103,11 @@ def inspect(
     screen.result(report, texts.inspect_text)
 
 
-@cli.command("verify", short_help="Read a checkpoint again and say what is wrong with it.")
+@cli.command(
+    "verify",
+    codes=_READING_CODES,
+    short_help="Read a checkpoint again and say what is wrong with it.",
+)
 @argument("path", metavar="PATH", help=_PATH)
 @REVISION(help=_REVISION)
 @CACHE
@@ -175,7 +180,7 @@ def verify(
     screen.result(report, texts.verify_text)
 
 
-@cli.command("env", short_help="Say what runs here, for a bug report.")
+@cli.command("env", codes=("0", "2"), short_help="Say what runs here, for a bug report.")
 @READING
 def env(**output: Any) -> None:
     """Say what runs here, for a bug report: versions, kernel, processor, and what is not installed.
