@@ -139,8 +139,8 @@ WRITING = with_options(
         RUNNING,
         "--part",
         metavar="I/N|finish",
-        help="Write the I-th of N parts, on one of several machines that share the output's disk; the "
-        "last one completes it, or finish does.",
+        help="Write the I-th of N parts, on one of several machines that share the output's disk (with "
+        "--push-to alone, that of the folder they run in); the last one completes it, or finish does.",
     ),
     option(
         RUNNING,

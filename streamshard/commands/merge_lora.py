@@ -220,7 +220,7 @@ class _Folded:
 def _fold(asked: Asked, inputs: Inputs) -> _Folded:
     """Fold the adapters in, unless the base seems to have one of them already."""
     base, adapters = inputs.base, inputs.adapters
-    with contextlib.closing(Files()) as opened:
+    with contextlib.closing(Files(onward=True)) as opened:
         work = Workspace(opened)
         tie = _tie(base, work)
         changes = changes_of(base.tensors, adapters, work, other_names(base), tie, _apart(base))

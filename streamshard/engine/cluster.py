@@ -54,7 +54,8 @@ class Cluster:
 
         Raises `ClusterError` if scheduler or workers do not do that, and what a task raises.
         """
-        left = [shard for shard in made.shards if shard.name not in parts.finished]
+        settled = parts.look()
+        left = [shard for shard in made.shards if shard.name not in settled]
         left.sort(key=lambda shard: (-shard.nbytes, shard.name))
         on_step("connecting", 0, 0)
         with self._client() as client:

@@ -86,6 +86,8 @@ class Elsewhere:
     """The version of what is there that it builds on."""
     sent: dict[str, SentFile] = field(default_factory=dict)
     """Shards that are there, by name; they need not be here."""
+    stays: set[str] = field(default_factory=set)
+    """Shards that go there with all the rest, not before; not noted in the journal."""
     ready: Sequence[SentFile] = ()
     """All files of the complete output, once these are to be put there."""
 
@@ -97,6 +99,11 @@ class Elsewhere:
             yield {"to": key, "sent": file.record()}
         if self.ready:
             yield {"to": key, "ready": [file.record() for file in self.ready]}
+
+    def has(self, shard: FinishedShard) -> bool:
+        """Whether a finished shard is there."""
+        found = self.sent.get(shard.name)
+        return found is not None and (found.nbytes, found.sha256) == (shard.nbytes, shard.sha256)
 
     def take(self, record: Mapping[str, Any]) -> None:
         """Take up a record; raises what odd content raises."""

@@ -78,7 +78,9 @@ def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
             if not part.number:
                 output.refuse_unfinished()
         check_writable(made.output)
-        told = output.told(_report(made, kept=()), complete=there is not None)
+        told = output.told(
+            {**_report(made, kept=()), **_there(made, there)}, complete=there is not None
+        )
         told["plan"]["parts"] = who_does_what(made.shards, part)
         return told
     if not made.overwrite:
@@ -86,13 +88,21 @@ def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
     identity = partial(made.fingerprint.identity, made.files)
     kept = check_beside(made.output, identity, overwrite=made.overwrite)
     check_writable(made.output)
-    report = _report(made, kept=kept)
-    if made.outlet is not None:
-        names = _published(made)
-        target = made.outlet.look(names, overwrite=made.overwrite)
-        report["warnings"] += target.warnings
-        report["pushed"] = made.outlet.described(target.version, sorted(names), target)
-    return report
+    return {**_report(made, kept=kept), **_there(made)}
+
+
+def _there(made: Plan, done: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a report says of where the output is to go, or went if it is `done`."""
+    if made.outlet is None:
+        return {}
+    if done is not None:
+        return {"pushed": done["pushed"]}
+    target = made.outlet.look(made.names, overwrite=made.overwrite)
+    warnings = [*made.facts["warnings"], *target.warnings]
+    return {
+        "warnings": warnings,
+        "pushed": made.outlet.described(target.version, sorted(made.names), target),
+    }
 
 
 def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
@@ -207,7 +217,7 @@ def _fill(
     """Write everything into the folder where an output is built, and what is measured into the report."""
     publishing = None
     if made.outlet is not None:
-        publishing = Publishing(made.outlet, staging, _published(made), overwrite=made.overwrite)
+        publishing = Publishing(made.outlet, staging, made.names, overwrite=made.overwrite)
         report["warnings"] += publishing.warnings
     gone = set() if publishing is None else publishing.gone()
     resumed = len(gone) + check_finished(
@@ -279,12 +289,6 @@ def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
     """Every file that is made on the way to an output."""
     weights = [name for shard in shards for name in (shard.name, part_name(shard.name))]
     return {*weights, *beside, INDEX_NAME, REPORT_NAME}
-
-
-def _published(made: Plan) -> set[str]:
-    """Every file of an output."""
-    index = {INDEX_NAME} if len(made.shards) > 1 else set()
-    return {*(shard.name for shard in made.shards), *made.files, *index, REPORT_NAME}
 
 
 def _write_beside(files: Mapping[str, Beside], staging: Staging, report: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
-from typing import cast
 
 from streamshard.checkpoint.digests import DIGEST_NBYTES, hash_file, new_sha256, shard_digest
 from streamshard.checkpoint.header import total_nbytes
@@ -30,7 +29,6 @@ from streamshard.engine.journal import FinishedShard
 from streamshard.engine.lanes import Place, cuts_of, lanes, ordered
 from streamshard.engine.sending import Sender
 from streamshard.engine.shard_task import Member, Result, ShardTask
-from streamshard.engine.staging_folder import Staging
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
 from streamshard.errors import WriteError, printable
 from streamshard.tensors.rounding import Change, Changes
@@ -175,8 +173,7 @@ class _Run:
         self.senders = Senders(self.stop) if plan.direct else None
         self.sender: Sender | None = None
         if plan.outlet is not None:
-            own = cast("Staging", staging)  # what is sent is of no part
-            self.sender = Sender(plan.outlet, plan.on_disk, own, self.stop, self.lock)
+            self.sender = Sender(plan.outlet, plan.on_disk, staging, self.stop, self.lock)
         self.opened: dict[str, _Open] = {}
         self.copying = 0
         self.inputs = active()

@@ -98,7 +98,8 @@ def test_a_task_is_small_and_has_whole_paths(pair, monkeypatch):
     (plan,) = plans
     task = task_bytes(plan, plan.shards[0], "digest")
     assert len(task) < 20_000
-    made, digest = pickle.loads(task)
+    made, digest, far = pickle.loads(task)
+    assert far == {}
     assert digest == "digest"
     assert made.output == pair.output
     assert [shard.name for shard in made.shards] == [plan.shards[0].name]
