@@ -10,7 +10,14 @@ from collections.abc import Collection, Mapping
 
 import click
 
-__all__ = ["explained_misuse", "missing", "too_many", "unknown_command", "unknown_option"]
+__all__ = [
+    "explained_misuse",
+    "given_twice",
+    "missing",
+    "too_many",
+    "unknown_command",
+    "unknown_option",
+]
 
 
 # What other tools call the like.
@@ -95,6 +102,18 @@ def missing(parameters: Collection[click.Parameter], context: click.Context) -> 
     ]
     verb = "is" if len(wanted) == 1 else "are"
     return click.UsageError(f"{' and '.join(wanted)} {verb} missing.", context)
+
+
+def given_twice(
+    arguments: Collection[str], command: click.Command, context: click.Context
+) -> click.UsageError | None:
+    """The error of an option that is given under two of its names, of which one would be ignored."""
+    given = {one.partition("=")[0].replace("_", "-") for one in arguments if one[:1] == "-"}
+    for parameter in command.get_params(context):
+        names = [name for name in parameter.opts if name in given]
+        if len(names) > 1 and isinstance(parameter, click.Option) and not parameter.is_flag:
+            return click.UsageError(f"{' and '.join(names)} are the same: give one.", context)
+    return None
 
 
 def too_many(arguments: list[str], context: click.Context) -> click.UsageError:

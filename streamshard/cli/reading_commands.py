@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 import click
@@ -11,10 +12,12 @@ import streamshard
 from streamshard.cli import texts
 from streamshard.cli.app import cli
 from streamshard.cli.command import CHECKS, argument, option
+from streamshard.cli.diff_text import diff_text
 from streamshard.cli.environment_text import environment_text
 from streamshard.cli.heat_text import heat_text
-from streamshard.cli.options import CACHE, DRAWING, READING, REVISION, WORKERS
-from streamshard.cli.screen import begin
+from streamshard.cli.options import CACHE, COMPARING, READING, REVISION, WORKERS
+from streamshard.cli.screen import begin, with_picture
+from streamshard.cli.terminal_text import columns_of
 from streamshard.errors import VerificationError
 from streamshard.wording import KEYWORDS, command_line
 
@@ -33,7 +36,7 @@ _REVISION = "Branch, tag or commit, if it is on the hub."
     help="Exit with 8 if they differ, or if a tensor could not be compared.",
 )
 @option(CHECKS, "--names", is_flag=True, help="Read headers only: names, shapes, dtypes; no L2.")
-@DRAWING
+@COMPARING
 @CACHE
 @WORKERS
 @READING
@@ -75,7 +78,8 @@ def diff(
         )
     if heatmap and report["heat_map"] is not None:
         screen.heat = heat_text(report["heat_map"])
-    screen.result(report, texts.diff_text)
+    columns = columns_of(sys.stdout)
+    screen.result(report, with_picture(lambda shown: diff_text(shown, columns), plot))
     if exit_code and report["differ"]:
         raise click.exceptions.Exit(VerificationError.exit_code)
 
@@ -176,6 +180,10 @@ def verify(
             )
     except VerificationError as error:
         screen.result(error.report, texts.verify_text, error)
+        seen = not (output["quiet"] or output["as_json"]) and columns_of(sys.stdout) is not None
+        if seen:  # each problem, just above
+            found = len(error.report["problems"])
+            error.args = (f"{path}: {found} {'problem' if found == 1 else 'problems'} found.",)
         raise
     screen.result(report, texts.verify_text)
 

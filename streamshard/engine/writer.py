@@ -30,7 +30,7 @@ from streamshard.engine.lanes import Place, cuts_of, lanes, ordered
 from streamshard.engine.sending import Sender
 from streamshard.engine.shard_task import Member, Result, ShardTask
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
-from streamshard.errors import WriteError, printable
+from streamshard.errors import WriteError, both_bytes, printable
 from streamshard.tensors.rounding import Change, Changes
 from streamshard.tensors.workspace import Workspace
 
@@ -48,9 +48,10 @@ class _Open:
         folder = place.folder
         free = disk_free(folder)
         if free is not None and free < shard.nbytes:
+            needed, there = both_bytes(shard.nbytes, free)
             raise WriteError(
-                f"{printable(str(folder / shard.name))}: {shard.nbytes:,} bytes are needed but {free:,} "
-                "are free. Free some space."
+                f"{printable(str(folder / shard.name))}: {needed} are needed but {there} are free. "
+                "Free some space."
             )
         self.shard = shard
         self.header, self.begins = shard.header()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from terminals import in_terminal
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,8 @@ import pytest
             "merge-lora --base x --adapter a b c",
             "To give several adapters, write --adapter before each.",
         ),
+        ("merge-lora --output a -o b", "-o and --output are the same: give one."),
+        ("hf2custom --save_path=a --output b", "--output and --save-path are the same: give one."),
         ("merge-lora --workers many", "invalid value for '--workers': 'many' is not"),
     ],
 )
@@ -56,3 +59,39 @@ def test_help_as_a_command(command, cli):
     asked = cli("help", *command.split())
     assert asked.code == 0
     assert asked == cli(*command.split(), "--help")
+
+
+def test_two_adapters_after_one_option(pair, cli):
+    done = cli(
+        "merge-lora",
+        "--adapter",
+        pair.adapter,
+        pair.adapter,
+        "--base",
+        pair.base,
+        "-o",
+        pair.output,
+    )
+    assert done.code == 2
+    assert "is an adapter, too: write --adapter before each of them." in done.err
+
+
+def test_a_folder_of_folders(pair, cli):
+    done = cli("inspect", pair.root)
+    assert done.code == 3
+    assert "A model lies in its sub-folder 'base': give that." in done.err
+    (pair.root / "empty").mkdir()
+    (pair.root / "empty" / "adapter_config.json").write_text("{}")
+    done = cli("merge-lora", "--adapter", pair.root, "--base", pair.base, "-o", pair.output)
+    assert done.code == 3
+    assert "An adapter lies in its sub-folder 'adapter': give that." in done.err
+
+
+def test_problems_are_told_once_in_a_terminal(pair, cli):
+    assert cli(*pair.command).code == 0
+    (pair.output / "config.json").write_text("{}")
+    seen = in_terminal(200, "verify", pair.output)
+    assert seen.code == 8
+    assert seen.text.count("has changed") + seen.text.count("not the ") == 1
+    assert "Fetch or copy anew what is named, or write all again with --overwrite." in seen.text
+    assert "config.json" in cli("verify", pair.output).err
