@@ -4,8 +4,8 @@
 `<!-- end -->` anew: all commands and options, from click, and the table of exit codes. They are kept, so
 that they can be read in the repository, too; a test compares.
 
-When the site is built, a line that ends in `<!-- file NAME -->` becomes a Markdown file of the repository,
-without its title, and one in `<!-- notebook NAME -->` the cells of a notebook.
+When the site is built, a line that ends in `<!-- file NAME -->` becomes a Markdown file of the
+repository, without its title, and one in `<!-- notebook NAME -->` the cells of a notebook.
 """
 
 from __future__ import annotations

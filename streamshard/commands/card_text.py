@@ -184,7 +184,8 @@ def _use(facts: Facts) -> list[str]:
     variable = "tokenizer" if facts.layout == "custom" else "processor"
     code = [
         "## Use",
-        f"With transformers (4.56 or later{vision}; `path` is this folder, or the id of this repository):",
+        f"With transformers (4.56 or later{vision}; `path` is this folder, or the id of this "
+        "repository):",
         "```python\n"
         f"from transformers import {', '.join(sorted((facts.loader, other)))}\n\n"
         'path = "."\n'

@@ -327,11 +327,7 @@ def test_diff_in_words(tmp_path, cli):
     assert "dtypes differ: mlp1.3.bias: BF16 and F32" in text
     assert re.search(r"L2 of A from B: \S+ \(sum over tensors \S+, per parameter \S+\)", text)
     assert "two unrelated models, it seems" in text
-    assert not [
-        line
-        for line in text.splitlines()
-        if "relative" not in line and len(line) > 100 + len(str(tmp_path))
-    ]
+    assert max(map(len, text.splitlines())) <= 100 + len(str(tmp_path))
     assert len(text.splitlines()) < 30
     assert cli("diff", one, other, "--quiet").out == ""
 
