@@ -22,9 +22,9 @@ def instead(path: Path) -> str:
     if _dangles(path):
         return "It is a link to nothing. Fetch what it led to, or remove the link."
     around, missing = _nearest(path)
-    where = printable(str(around))
+    where = "this folder" if around == Path() else printable(str(around))
     if not is_folder(around):
-        return f"{where} is a file, and no folder. Check the path."
+        return f"{printable(str(around))} is a file, and no folder. Check the path."
     names = _names(around)
     lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(missing.lower(), lower, n=2, cutoff=0.6)
@@ -33,7 +33,7 @@ def instead(path: Path) -> str:
     if _HUB_ID.fullmatch(str(path)) and around == Path():
         return "Check the path; if a model on the hub is meant, give it as it is called there (org/name)."
     if around != path.parent:
-        return f"There is no '{printable(missing)}' in {where}. Check the path."
+        return f"In {where} there is no '{printable(missing)}'. Check the path."
     return "Check the path."
 
 
