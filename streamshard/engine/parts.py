@@ -117,7 +117,8 @@ class Output:
             left = [shard for shard in mine if shard.name not in parts.finished]
             self.resumed = len(self.mine) - len(left)
             if left:
-                fetch(read_by(left, self.made.compared.references(left), ()), on_step)
+                inputs = read_by(left, self.made.compared.references(left), ())
+                fetch(inputs, on_step, check=self.made.sha256)
                 own = replace(self.made, shards=tuple(mine))
                 if cluster is None:
                     write_shards(own, parts, progress=progress, on_step=on_step)
