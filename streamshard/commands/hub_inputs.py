@@ -154,8 +154,7 @@ def _ids(value: Any) -> list[HubId | None]:
 def _id(value: object) -> HubId | None:
     if not isinstance(value, str):
         return None
-    found = hub_id(value)
-    return None if found is None or has_name(value) else found
+    return None if has_name(value) else hub_id(value)
 
 
 def _published(text: object) -> HubId:

@@ -207,6 +207,8 @@ def test_a_folder_and_a_file_in_a_repository(shop, hub, home):
     plain = streamshard(hub, home, "inspect", shop["custom"], "--json")
     assert same({**report(inside), "path": None}, {**report(plain), "path": None})
     assert report(inside)["path"] == "org/nested/sub/er"
+    pasted = streamshard(hub, home, "inspect", f"{hub.url}/org/nested/tree/main/sub/er", "--json")
+    assert report(pasted)["path"] == "org/nested@main/sub/er"
     one = min(shop["custom"].glob("*.safetensors")).name
     got = report(streamshard(hub, home, "inspect", f"hf://org/nested@main/sub/er/{one}", "--json"))
     assert (
