@@ -115,7 +115,8 @@ class Output:
             if left:
                 self._begin(parts)
                 new = [shard for shard in left if shard.name not in parts.finished]
-                fetch(read_by(new, self.made.compared.references(new), ()), on_step)
+                inputs = read_by(new, self.made.compared.references(new), ())
+                fetch(inputs, on_step, check=self.made.sha256)
                 own = replace(self.made, shards=tuple(mine))
                 if cluster is None:
                     write_shards(own, parts, progress=progress, on_step=on_step)
