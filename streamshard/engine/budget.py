@@ -27,6 +27,7 @@ __all__ = [
     "Needs",
     "goes_around_cache",
     "peak_rss_bytes",
+    "processors",
     "worker_count",
     "workers_or_default",
 ]
@@ -115,10 +116,11 @@ def workers_or_default(workers: int | None) -> int:
 def _asked(workers: int | None) -> int:
     if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise UsageError(f"--workers is {workers}; 1 to {MAX_WORKERS} can be chosen.")
-    return workers or min(_processors(), DEFAULT_WORKERS)
+    return workers or min(processors(), DEFAULT_WORKERS)
 
 
-def _processors() -> int:
+def processors() -> int:
+    """How many processors this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
