@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from streamshard.disk.system import system
 from streamshard.engine.shard_task import parts_of
 from streamshard.engine.workers import SENDERS
 from streamshard.errors import UsageError
-from streamshard.limits import fitting, group_room
+from streamshard.limits import fitting, group_room, processors
 from streamshard.tensors.kernel import chosen
 from streamshard.tensors.workspace import Held
 
@@ -27,7 +26,6 @@ __all__ = [
     "Needs",
     "goes_around_cache",
     "peak_rss_bytes",
-    "processors",
     "worker_count",
     "workers_or_default",
 ]
@@ -117,14 +115,6 @@ def _asked(workers: int | None) -> int:
     if workers is not None and not 1 <= workers <= MAX_WORKERS:
         raise UsageError(f"--workers is {workers}; 1 to {MAX_WORKERS} can be chosen.")
     return workers or min(processors(), DEFAULT_WORKERS)
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        return os.cpu_count() or 1
 
 
 def goes_around_cache(io: str, nbytes: int, needs: Needs, max_memory: int | None = None) -> bool:

@@ -29,7 +29,6 @@ from streamshard.disk.folders import exists, resolved
 from streamshard.disk.inputs import Stamp, changed, named, watching
 from streamshard.disk.system import system
 from streamshard.engine.beside_output import places_beside
-from streamshard.engine.budget import processors
 from streamshard.engine.fetching import read_by
 from streamshard.engine.job import Plan
 from streamshard.engine.parts_files import read_plan
@@ -43,6 +42,7 @@ from streamshard.errors import (
     WriteError,
     printable,
 )
+from streamshard.limits import processors
 from streamshard.tensors.lazy import Stored
 from streamshard.version import __version__
 

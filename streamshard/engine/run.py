@@ -29,7 +29,7 @@ from streamshard.engine.long_names import part_name
 from streamshard.engine.option_values import Part
 from streamshard.engine.parts_folder import refuse_parts
 from streamshard.engine.plan import plan
-from streamshard.engine.report import Report, Streamed, exactness, new_report, update
+from streamshard.engine.report import Report, Streamed, exactness, new_report, odd_values, update
 from streamshard.engine.report import finished as in_the_end
 from streamshard.engine.resume import check_finished
 from streamshard.engine.sending import Publishing
@@ -240,6 +240,7 @@ def _fill(
             f"{printable(str(made.output))}: the updates change no weight: they cancel each other "
             "or are lost in rounding. Check --weight and lora_alpha. Nothing was written."
         )
+    report["warnings"] += odd_values(made.shards, finished)
     distances = _distances(made.compared, made.shards, finished)
     report |= {"resumed": resumed, "l2": distances.report(), "update": update(finished)}
     report["exactness"] = exactness(finished)
