@@ -51,7 +51,12 @@ class StreamshardError(Exception):
 
 
 class StreamshardWarning(UserWarning):
-    """What a report lists under `warnings`, for the filters of Python's `warnings`."""
+    """What a report lists under `warnings`, for the filters of Python's `warnings`.
+
+    `report` is that report, if a filter has made an error of the warning.
+    """
+
+    report: dict[str, Any] | None = None
 
 
 class UsageError(StreamshardError):
@@ -135,6 +140,11 @@ class HubError(StreamshardError):
     """The hub or the network did not give what is needed."""
 
     exit_code = 9
+
+
+def __dir__() -> list[str]:
+    """The classes: all that is meant for users."""
+    return [name for name in __all__ if name[0].isupper()]
 
 
 def add_to(error: BaseException, text: str) -> None:

@@ -76,8 +76,8 @@ def _training_checkpoint(asked: Asked) -> Inputs:
         too = {"--adapter": asked.adapter, "--base": asked.base, "--weight": asked.weight or None}
         given = " and ".join(option for option, value in too.items() if value is not None)
         raise UsageError(
-            f"a training checkpoint has its base and its pairs inside, so {given} cannot be given with "
-            "CHECKPOINT. Leave that out; or, for an adapter in a folder of its own, CHECKPOINT: "
+            f"a training checkpoint has its base and its pairs inside, so {given} cannot be given beside "
+            "CHECKPOINT. Leave that out. An adapter in a folder of its own has a base instead: "
             "`merge-lora --adapter ADAPTER --base MODEL`."
         )
     base, adapters = open_wrapped(
@@ -91,10 +91,12 @@ def _folders(asked: Asked) -> Inputs:
         raise _incomplete(asked)
     if asked.alpha is not None:
         raise UsageError("--alpha is for training checkpoints; an adapter's config has its own.")
-    if asked.layout == "keep" and (asked.reference, asked.tokenizer_from) != (None, None):
+    too = {"--reference": asked.reference, "--tokenizer-from": asked.tokenizer_from}
+    if asked.layout == "keep" and any(value is not None for value in too.values()):
+        given = " and ".join(option for option, value in too.items() if value is not None)
         raise UsageError(
-            "--reference and --tokenizer-from would change nothing here: they belong to --layout "
-            "custom or hf. Give that too, or leave them out."
+            f"{given} would change nothing here: that belongs to --layout custom or hf. Give --layout "
+            "too, or leave it out."
         )
     base = open_checkpoint(asked.base)
     folders = _open_adapters(asked.adapter)
@@ -144,8 +146,8 @@ def _adapters(folders: Sequence[AdapterFolder], asked: Asked) -> list[Adapter]:
     weights = [1.0] * len(folders) if not asked.weight else list(asked.weight)
     if len(weights) != len(folders):
         raise UsageError(
-            f"{len(folders)} adapters but {len(weights)} weights: give --weight once per --adapter, "
-            "or not at all."
+            f"{len(folders)} --adapter but {len(weights)} --weight: give one for each, in the same "
+            "order, or none at all."
         )
     if not all(math.isfinite(value) for value in weights):
         raise UsageError("--weight must be a finite number.")

@@ -17,12 +17,14 @@ from streamshard.wording import spoken
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:
+    Figure = Any  # matplotlib may not be there
 
 __all__ = ["plot"]
 
 
 def plot(report: Mapping[str, Any] | PathLike, file: PathLike | None = None) -> Figure:
-    """What has changed, as a figure of matplotlib: `pip install 'streamshard[plot]'`.
+    """What has changed, as a figure of matplotlib, which has to be installed.
 
     `report` is what `diff`, `merge_lora` or a conversion returned, or an output folder of these. Of a
     run that was not asked for a `heatmap` or `plot`, output and reference are compared first, which

@@ -6,11 +6,12 @@ torch is only used for tensors that are torch's already; numpy arrays work as we
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from streamshard.errors import InputError, listed, printable
+from streamshard.errors import InputError, StreamshardWarning, listed, printable
 from streamshard.internvl.detection import dims_from_names
 from streamshard.internvl.dims import Dims
 from streamshard.internvl.families import Layout
@@ -21,6 +22,9 @@ from streamshard.internvl.shapes import check_shapes
 from streamshard.internvl.spelling import flat_names
 
 __all__ = ["compute_l2_distance", "convert_keys_back", "convert_keys_to_hf"]
+
+_STATE = "_extra_state"
+"""What ends names of what modules keep beside tensors: anything at all."""
 
 
 def convert_keys_back(
@@ -69,6 +73,9 @@ def compute_l2_distance(a: Any, b: Any) -> float:
     `a` and `b` are mappings of names to tensors or arrays, or modules with a `state_dict`.
     What InternVL's conversion tools print as total L2 distance; sums are in fp64.
 
+    Tensors that are only in one, or in another shape, are not compared, and a `StreamshardWarning` says
+    how many these are.
+
     Raises `ValueError` if nothing can be compared, since 0 would be the distance of equal ones: if no
     name is in both, no tensor has one shape in both, or one is no tensor of numbers.
     Raises `TypeError` for what is neither mapping nor module.
@@ -81,7 +88,7 @@ def compute_l2_distance(a: Any, b: Any) -> float:
             f"the second {listed(other, 2) or 'none'}; wrappers (module., base_model.model.) and layouts "
             "(convert_keys_to_hf) change names."
         )
-    norms, elements, unequal = [], 0, ""
+    norms, elements, unequal = [], 0, []
     for name in common:
         left, right = one[name], other[name]
         try:
@@ -89,19 +96,30 @@ def compute_l2_distance(a: Any, b: Any) -> float:
             if shape == its_shape:
                 norms.append(_norm(_flat(left), _flat(right)))
                 elements += math.prod(shape)
-            elif not unequal:
-                unequal = f"'{printable(str(name))}' is {shape} and {its_shape}"
+            else:
+                unequal.append(f"'{printable(str(name))}' is {shape} and {its_shape}")
         except (
             TypeError,
             ValueError,
             RuntimeError,
         ) as error:  # NotImplementedError is of the latter
-            if not str(name).endswith("_extra_state"):  # of a module, and anything at all
+            if not str(name).endswith(_STATE):  # of a module, and anything at all
                 raise ValueError(f"'{printable(str(name))}' cannot be compared: {error}") from error
     if not elements:
-        why = f"no shape is the same in both: {unequal}" if unequal else "no tensor has elements"
+        why = f"no shape is the same in both: {unequal[0]}" if unequal else "no tensor has elements"
         raise ValueError(f"nothing can be compared: {why}.")
+    only = [name for one, two in ((one, other), (other, one)) for name in one if name not in two]
+    only = [str(name) for name in only if not str(name).endswith(_STATE)]
+    if only or unequal:
+        warnings.warn(_uncompared(len(norms), only, unequal), StreamshardWarning, stacklevel=2)
     return math.fsum(norms)
+
+
+def _uncompared(compared: int, only: list[str], unequal: list[str]) -> str:
+    parts = [f"{len(only):,} names are only in one of the two ({listed(only, 2)})"] if only else []
+    parts += [f"{len(unequal):,} have another shape ({unequal[0]})"] if unequal else []
+    every = compared + len(only) + len(unequal)
+    return f"only {compared:,} of {every:,} tensors were compared: {' and '.join(parts)}"
 
 
 def _dims(
