@@ -28,7 +28,16 @@ from streamshard.errors import OutOfMemoryError
 if sys.platform != "win32":
     import resource
 
-__all__ = ["STACK_NBYTES", "Need", "check_room", "fitting", "group_room", "import_numpy", "told"]
+__all__ = [
+    "STACK_NBYTES",
+    "Need",
+    "check_room",
+    "fitting",
+    "group_room",
+    "import_numpy",
+    "processors",
+    "told",
+]
 
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -203,6 +212,14 @@ def _status(key: str) -> int | None:
         found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
         return int(found[1]) * 1024 if found else None
     return None
+
+
+def processors() -> int:
+    """How many of them this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
 
 
 def _blas_threads() -> int:

@@ -33,7 +33,7 @@ _DIFFERENCES = ("tokenizer_from", "allow_missing", "allow_unexpected")
 _SHOWING = ("card", "plot", "heatmap")
 
 KEYWORDS: dict[str, tuple[str, ...]] = {
-    "merge_lora": (*_MERGE, "tokenizer_from", *_MERGE_RARELY, *_SHOWING, *_WRITING),
+    "merge_lora": (*_MERGE, *_MERGE_RARELY, *_DIFFERENCES, *_SHOWING, *_WRITING),
     "hf_to_custom": (*_PATHS, *_DIFFERENCES, *_SHOWING, *_WRITING),
     "custom_to_hf": (*_PATHS, *_DIFFERENCES, *_SHOWING, *_WRITING),
     "wrap_lora": (*_WRAP, "seed", "format", *_WRITING),

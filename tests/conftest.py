@@ -17,6 +17,8 @@ from pairs import Outcome, Pair, new_pair
 
 # No test asks the hub; those that ask one of their own say so to the processes that they start.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Thousands of processes are started: each would compile some 180 modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Examples take milliseconds, but the machine may be busy.
 settings.register_profile(

@@ -55,14 +55,17 @@ class Client:
 
     cache: Path
     offline: bool
+    given: Path | None = None
+    """The cache, if it is not that of the environment."""
 
     @classmethod
     def of(cls, cache_dir: Path | None, *, offline: bool) -> Client:
         """The client as its environment and the options have it."""
         from huggingface_hub import constants
 
-        cache = Path(constants.HF_HUB_CACHE) if cache_dir is None else cache_dir
-        return cls(Path(os.path.abspath(cache)), offline or bool(constants.HF_HUB_OFFLINE))  # noqa: PTH100
+        cache = Path(os.path.abspath(cache_dir or constants.HF_HUB_CACHE))  # noqa: PTH100
+        given = None if cache_dir is None else cache
+        return cls(cache, offline or bool(constants.HF_HUB_OFFLINE), given)
 
     def repository(self, asked: HubId) -> Repository:
         """A repository at one commit, which stays the same whatever happens to its branches."""

@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.digests import new_sha256
 from streamshard.checkpoint.file_names import SUFFIX
-from streamshard.checkpoint.hub_client import Listed, Repository
+from streamshard.checkpoint.hub_client import Client, Listed, Repository
 from streamshard.checkpoint.hub_errors import not_cached
 from streamshard.checkpoint.hub_head import read_head
+from streamshard.checkpoint.hub_ids import HubId
 from streamshard.checkpoint.hub_ranges import HubFile, check_parts
 from streamshard.disk.files import BLOCK_NBYTES, InputFile
 from streamshard.disk.inputs import Inputs
 from streamshard.disk.remote import Remote
 from streamshard.disk.sources import Source
-from streamshard.errors import HubError, printable
+from streamshard.errors import HubError, StreamshardError, printable
 
 __all__ = ["ViewFile", "content_digest"]
 
 
 class ViewFile:
-    """A file of a repository: a `disk.far.Far`."""
+    """A file of a repository: a `disk.far.Far`.
+
+    It can be sent to another process: there it is the same file, in that one's cache, or read by ranges
+    with that one's token. Its `path` is nothing but a name there (`stands` is False).
+    """
 
     def __init__(
-        self, repository: Repository, listed: Listed, path: Path, *, whole: bool, stream: bool
+        self,
+        repository: Repository,
+        listed: Listed,
+        path: Path,
+        *,
+        whole: bool,
+        stream: bool,
+        stands: bool = True,
     ) -> None:
         self.listed, self.path = listed, path
         self.digest, self.nbytes = listed.digest, listed.nbytes
@@ -35,11 +48,34 @@ class ViewFile:
         self.checked: str | None = None
         """How its content was compared with the hub's digest, if it was."""
         self._repository = repository
-        self._whole, self._stream = whole, stream
+        self._whole, self._stream, self._stands = whole, stream, stands
         self._lock = threading.Lock()
         self._local: Path | None = None
         self._remote: Remote | None = None
         self._opener: HubFile | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        found = self._repository
+        given, offline = found.client.given, found.client.offline
+        about = (found.asked, found.commit, self.listed, self.path)
+        return _again, (given, offline, *about, self._whole, self._stream)
+
+    def unreachable(self, *, ask: bool) -> str:
+        """Why it cannot be read in this process, in words; empty if it can, as far as that is asked."""
+        client = self._repository.client
+        try:
+            if self.kept and not self._whole:
+                return (
+                    f"it does not see {printable(self.name)} in the hub's cache "
+                    f"{printable(str(client.cache))}: give a cache on a disk that all machines share "
+                    "(--cache-dir), or have every worker read from the hub (--stream)"
+                )
+            if ask:
+                with self.open(None, spare=False) as file:
+                    file.read(0, min(8, file.nbytes))
+        except StreamshardError as error:
+            return f"it cannot read {printable(self.name)}: {str(error).rstrip('.')}, where it is started"
+        return ""
 
     @property
     def kept(self) -> bool:
@@ -137,7 +173,8 @@ class ViewFile:
                 )
                 remote = Remote(name, self.nbytes, self.digest, opener)
                 if self.path.name.endswith(SUFFIX):
-                    head = read_head(remote.open(self.path), self.path)
+                    here = self.path if self._stands else None
+                    head = read_head(remote.open(self.path), here)
                     remote = Remote(remote.name, self.nbytes, self.digest, opener, head=head)
                 self._remote = remote
         return self._remote.open(self.path)
@@ -157,6 +194,22 @@ class ViewFile:
             "how": how,
             "requests": sent,
         }
+
+
+def _again(
+    given: Path | None,
+    offline: bool,
+    asked: HubId,
+    commit: str,
+    listed: Listed,
+    path: Path,
+    whole: bool,
+    stream: bool,
+) -> ViewFile:
+    """A file that was sent to this process."""
+    client = Client.of(given, offline=offline)
+    repository = replace(client.repository(HubId(asked.repo, commit)), asked=asked)
+    return ViewFile(repository, listed, path, whole=whole, stream=stream, stands=False)
 
 
 def content_digest(path: Path, kind: str, told: Callable[[int], None] = lambda _: None) -> str:

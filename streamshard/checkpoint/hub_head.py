@@ -17,13 +17,15 @@ __all__ = ["read_head"]
 FIRST_NBYTES = 128 * 1024  # headers of weights have 10 to 60 KB
 
 
-def read_head(file: Source, here: Path) -> bytes:
-    """The first bytes of a file of safetensors, all of its header among them."""
+def read_head(file: Source, here: Path | None) -> bytes:
+    """The first bytes of a file of safetensors, all of its header among them; also put into `here`."""
     with file:
         first = file.read(0, min(FIRST_NBYTES, file.nbytes))
         wanted = 8 + int.from_bytes(first[:8], "little")
         if len(first) < wanted <= min(8 + MAX_HEADER_BYTES, file.nbytes):
             first += file.read(len(first), wanted - len(first))
+    if here is None:
+        return first
     with writing(here, len(first)):
         descriptor = system.open(here, os.O_WRONLY)
         try:

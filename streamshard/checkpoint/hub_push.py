@@ -24,9 +24,10 @@ from streamshard.checkpoint.hub_operations import (
     quiet,
     uploaded,
 )
+from streamshard.checkpoint.hub_record import head_of, record_at
 from streamshard.checkpoint.hub_sending import HubStatusError, again, pause, sending
 from streamshard.checkpoint.loaded_names import is_model, is_read
-from streamshard.checkpoint.sent_files import MovedError, SentFile
+from streamshard.checkpoint.sent_files import MovedError, Placed, SentFile
 from streamshard.errors import HubError, InputError, OutputError, listed, printable
 
 __all__ = ["HubPush", "HubTarget"]
@@ -65,6 +66,26 @@ class HubPush:
     def key(self) -> str:
         """Hub and repository."""
         return f"{endpoint()}/{self.repo}"
+
+    def unreachable(self, key: str) -> str:
+        """Why this process cannot send to the repository with this key, in words; empty if it can."""
+        from huggingface_hub import get_token
+
+        if self.key != key:
+            return f"it would push to {self.key}, and not to {key} (HF_ENDPOINT)"
+        where = "set HF_TOKEN where it is started, or log in there (hf auth login)"
+        if get_token() is None:
+            return f"it has no token to push to {self.repo} with: {where}"
+        try:
+            there = self._head() is not None
+        except HubError as error:
+            return f"it cannot push: {str(error).rstrip('.')}"
+        return "" if there else f"its token does not show it {self.repo}: {where}"
+
+    def record(self, name: str) -> Placed | None:
+        """The head, with the record of this name in it; None if there is no whole one."""
+        head = self._head()
+        return None if head is None else record_at(self.repo, head[0], name, self._tree(head[0]))
 
     def look(self, names: Collection[str], *, overwrite: bool) -> HubTarget:
         """What is there. Raises `OutputError` for a model that is to stay, `HubError` without access."""
@@ -106,12 +127,11 @@ class HubPush:
         """Upload a file; False if the hub wants it in the commit itself."""
         from huggingface_hub import HfApi
 
-        operation = addition(file, path)
-
         def upload() -> None:
             HfApi().preupload_lfs_files(self.repo, [operation], free_memory=False)
 
         with sending(self.repo, f"uploading {printable(file.name)}"), quiet():
+            operation = addition(file, path)
             again(upload, going=going, tries=3)  # the client tries every request several times
         self._check_taken(operation)
         return is_uploaded(operation)
@@ -264,20 +284,7 @@ class HubPush:
 
     def _head(self) -> tuple[str, bool] | None:
         """The commit of the main branch, and whether the repository is private; None if there is none."""
-        from huggingface_hub import HfApi
-
-        def ask() -> Any:
-            try:
-                return HfApi().repo_info(self.repo)
-            except Exception as error:
-                kinds = {kind.__name__ for kind in type(error).__mro__}
-                if "RepositoryNotFoundError" in kinds and "GatedRepoError" not in kinds:
-                    return None
-                raise
-
-        with sending(self.repo, "looking at it"):
-            found = again(ask)
-        return None if found is None else (str(found.sha), bool(found.private))
+        return head_of(self.repo)
 
     def _tree(self, commit: str) -> dict[str, Listed]:
         """The files of a commit, by name."""

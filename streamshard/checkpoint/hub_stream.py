@@ -24,48 +24,47 @@ class Body:
         self._response, self._stack, self._left = response, stack, nbytes
         self._pieces = response.iter_raw()
         self._kept = b""
-        self._connection: Any = None
+        self._socket: Any = None
 
-    def read(self, nbytes: int) -> bytes:
-        """The next bytes, not more than that; none if no more come. Raises `AgainError`."""
-        piece = self._kept or self._next(nbytes)
-        if len(piece) > nbytes:
-            piece, self._kept = piece[:nbytes], piece[nbytes:]
-        else:
-            self._kept = b""
-        self._left -= len(piece)
-        return piece
+    def read_into(self, out: memoryview) -> int:
+        """Put the next bytes at the beginning of `out`; returns how many. Raises `AgainError`."""
+        try:
+            if self._socket is not None:
+                count = int(self._socket.recv_into(out))
+            else:
+                count = self._client_reads(out)
+        except Exception as error:  # the connection has its own kinds, and none is a fault of ours
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise AgainError(f"the connection broke: {reason}") from error
+        self._left -= count
+        return count
 
     def close(self) -> None:
         """Give the connection back, or close it if not everything was read."""
         with contextlib.suppress(Exception):
-            if not self._left and self._connection is None:
+            if not self._left and self._socket is None:
                 next(self._pieces, b"")  # the end, which leaves the connection for the next one
         with contextlib.suppress(Exception):
             self._stack.close()
 
-    def _next(self, nbytes: int) -> bytes:
-        from huggingface_hub import constants
-
-        try:
-            if self._connection is not None:
-                return bytes(
-                    self._connection.read(nbytes, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-                )
-            piece = bytes(next(self._pieces, b""))
-        except Exception as error:  # the connection has its own kinds, and none is a fault of ours
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise AgainError(f"the connection broke: {reason}") from error
-        self._connection = bare_connection(self._response)
-        return piece
+    def _client_reads(self, out: memoryview) -> int:
+        piece = self._kept or bytes(next(self._pieces, b""))
+        count = min(len(piece), len(out))
+        out[:count] = piece[:count]
+        self._kept = piece[count:]
+        if not self._kept:
+            self._socket = bare_socket(self._response)
+        return count
 
 
-def bare_connection(response: Any) -> Any:
-    """The connection of an answer whose other bytes come there as they are; None if that is not sure.
+def bare_socket(response: Any) -> Any:
+    """The socket of an answer whose other bytes come there as they are; None if that is not sure.
 
     What the protocol's implementation has received and not handed over would be missed: it is looked
     at. Private names are on the way there; where they are others, the client reads on.
     """
+    from huggingface_hub import constants
+
     headers = response.headers
     if response.http_version != "HTTP/1.1" or "Transfer-Encoding" in headers:
         return None
@@ -74,4 +73,14 @@ def bare_connection(response: Any) -> Any:
         protocol = getattr(protocol, name, None)
     if getattr(protocol, "trailing_data", None) != (b"", False):
         return None
-    return response.extensions.get("network_stream")
+    connection = response.extensions.get("network_stream")
+    if connection is None:
+        return None
+    found, inner = (connection.get_extra_info(name) for name in ("socket", "ssl_object"))
+    # Through a proxy with TLS there may be two layers of it, of which a socket knows one.
+    if inner is not None and getattr(found, "_sslobj", None) is not inner:
+        return None
+    if not hasattr(found, "recv_into"):
+        return None
+    found.settimeout(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    return found

@@ -11,7 +11,7 @@ from streamshard.checkpoint.digests import hash_file, new_sha256
 from streamshard.disk.files import open_source
 from streamshard.errors import HubError
 
-__all__ = ["SAMPLE_NBYTES", "MovedError", "SentFile", "described"]
+__all__ = ["SAMPLE_NBYTES", "MovedError", "Placed", "SentFile", "described"]
 
 SAMPLE_NBYTES = 512
 """Of the first bytes the hub judges how a file is to be stored."""
@@ -21,6 +21,15 @@ class MovedError(HubError):
     """Where files were to be put others have put something since; `version` is what is there now."""
 
     version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A version of what is there: its record, and the bytes of every file by its name."""
+
+    version: str
+    record: Mapping[str, Any]
+    sizes: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)

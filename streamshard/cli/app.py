@@ -13,6 +13,7 @@ from streamshard.cli import texts
 from streamshard.cli.command import CONTEXT, INPUTS, MEANING, OUTPUT, Group, argument, option
 from streamshard.cli.options import (
     ADAPTER_NAME,
+    ALLOWED,
     ALPHA,
     BASE,
     CARD,
@@ -114,6 +115,7 @@ def cli() -> None:
     is_flag=True,
     help="Merge although the base seems to hold the adapter already.",
 )
+@ALLOWED("With --layout: w")
 @CARD
 @DRAWING
 @SPLITTING()

@@ -22,7 +22,17 @@ from streamshard.cli.command import (
     with_options,
 )
 
-__all__ = ["ADAPTER_NAME", "ALPHA", "BASE", "CACHE", "CARD", "CONVERSION", "DRAWING", "READING"]
+__all__ = [
+    "ADAPTER_NAME",
+    "ALLOWED",
+    "ALPHA",
+    "BASE",
+    "CACHE",
+    "CARD",
+    "CONVERSION",
+    "DRAWING",
+    "READING",
+]
 __all__ += ["REFERENCE", "REVISION", "SPLITTING", "TOKENIZER_FROM", "WORKERS", "WRITING", "output"]
 
 
@@ -50,6 +60,25 @@ TOKENIZER_FROM = partial(
     metavar="source|reference",
     help="Whose tokenizer belongs to the weights, if the vocabularies differ.",
 )
+
+
+def ALLOWED(when: str = "") -> Decorator:  # noqa: N802 - as its neighbours
+    """What may differ from the model; `when` it matters what has no place."""
+    return with_options(
+        option(
+            OUTPUT,
+            "--allow-missing",
+            is_flag=True,
+            help="Write although tensors are missing; report them.",
+        ),
+        option(
+            OUTPUT,
+            "--allow-unexpected",
+            is_flag=True,
+            help=f"{when or 'W'}rite although the source has tensors with no place; report them.",
+        ),
+    )
+
 
 CARD = option(
     OUTPUT,
@@ -139,8 +168,8 @@ WRITING = with_options(
         RUNNING,
         "--part",
         metavar="I/N|finish",
-        help="Write the I-th of N parts, on one of several machines that share the output's disk; the "
-        "last one completes it, or finish does.",
+        help="Write the I-th of N parts, on one of several machines that share the output's disk (with "
+        "--push-to alone, that of the folder they run in); the last one completes it, or finish does.",
     ),
     option(
         RUNNING,
@@ -207,18 +236,7 @@ def output(help: str, name: str = "output", **how: object) -> Decorator:  # noqa
 CONVERSION = with_options(
     output("New, or empty, folder to write.", "save_path"),
     TOKENIZER_FROM(),
-    option(
-        OUTPUT,
-        "--allow-missing",
-        is_flag=True,
-        help="Write although tensors are missing; report them.",
-    ),
-    option(
-        OUTPUT,
-        "--allow-unexpected",
-        is_flag=True,
-        help="Write although the source has tensors with no place; report them.",
-    ),
+    ALLOWED(),
     CARD,
     DRAWING,
     SPLITTING(),

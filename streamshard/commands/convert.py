@@ -11,6 +11,7 @@ from typing import Literal, Unpack
 
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.shards import shard_names
+from streamshard.commands.bare_names import with_bare_names
 from streamshard.commands.carry_over import Differences, carry_over
 from streamshard.commands.drawing import Drawing
 from streamshard.commands.identify import Model
@@ -110,7 +111,7 @@ def _convert(asked: _Asked, options: ConversionOptions) -> Report:
 
 def _conversion(asked: _Asked, allowed: Differences, card: str, chosen: Options) -> Job:
     started = time.perf_counter()
-    source = Model(open_checkpoint(asked.source))
+    source = Model(with_bare_names(open_checkpoint(asked.source)))
     note(*source.checkpoint.warnings)
     check_base(source.tensors, source.config, source.where, goal="converted")
     reference = Model(open_checkpoint(asked.reference, needs_weights=False))

@@ -18,6 +18,7 @@ from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.tokenizer import Content
+from streamshard.commands.bare_names import with_bare_names
 from streamshard.commands.identify import Model
 from streamshard.commands.public import public
 from streamshard.commands.training_checkpoint import read_wrapped
@@ -78,6 +79,7 @@ def extract_lora(
     base = None if base is None else input_path(base, "the base")
     inputs = [source.path, *([] if base is None else [base])]
     target = check_places(output, inputs, overwrite=chosen.may_exist)
+    Model(source).check_described(found.base)
     _check_shapes(source, found)
     layout: Layout = layout_of(source.tensors) or "custom"
     tokenizer: dict[str, Content] = {}
@@ -86,7 +88,7 @@ def extract_lora(
     if base is None:
         note(*_left_out(plain, trained, found.depths, where))
     else:
-        own = Model(open_checkpoint(base))
+        own = Model(with_bare_names(open_checkpoint(base)))
         note(*own.checkpoint.warnings)
         tokenizer = for_adapter(own.tokenizer, Model(source).tokenizer)
         theirs = own.given(layout)

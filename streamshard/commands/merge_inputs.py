@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from streamshard.checkpoint.adapter_folder import AdapterFolder, open_adapter
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.no_adapter import is_training_checkpoint
+from streamshard.commands.bare_names import with_bare_names
 from streamshard.commands.identify import Model
 from streamshard.commands.training_checkpoint import open_wrapped
 from streamshard.disk.paths import PathLike
@@ -43,6 +45,8 @@ class Asked:
     base_is_residual: bool
     expert_order: str
     allow_merged_base: bool
+    allow_missing: bool
+    allow_unexpected: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,8 @@ class Inputs:
     base: Model
     adapters: Sequence[Adapter]
     folders: Sequence[AdapterFolder]
+    missing: Sequence[str] = ()
+    """What the base's config describes and the base does not have."""
 
 
 def open_inputs(asked: Asked) -> Inputs:
@@ -67,8 +73,8 @@ def open_inputs(asked: Asked) -> Inputs:
     inputs = _training_checkpoint(asked) if asked.checkpoint is not None else _folders(asked)
     check_base(inputs.base.tensors, inputs.base.config, inputs.base.where)
     inputs.base.check()
-    inputs.base.note_incomplete()
-    return inputs
+    missing = inputs.base.check_whole(allow_missing=asked.allow_missing)
+    return dataclasses.replace(inputs, missing=missing)
 
 
 def _training_checkpoint(asked: Asked) -> Inputs:
@@ -81,7 +87,11 @@ def _training_checkpoint(asked: Asked) -> Inputs:
             "`merge-lora --adapter ADAPTER --base MODEL`."
         )
     base, adapters = open_wrapped(
-        cast("PathLike", asked.checkpoint), alpha=asked.alpha, adapter_name=asked.adapter_name
+        cast("PathLike", asked.checkpoint),
+        alpha=asked.alpha,
+        adapter_name=asked.adapter_name,
+        reference=asked.reference,
+        layout=asked.layout,
     )
     return Inputs(Model(base), adapters, [])
 
@@ -98,7 +108,7 @@ def _folders(asked: Asked) -> Inputs:
             f"{given} would change nothing here: that belongs to --layout custom or hf. Give --layout "
             "too, or leave it out."
         )
-    base = open_checkpoint(asked.base)
+    base = with_bare_names(open_checkpoint(asked.base))
     folders = _open_adapters(asked.adapter)
     note(*base.warnings, *(warning for folder in folders for warning in folder.warnings))
     return Inputs(Model(base), _adapters(folders, asked), folders)

@@ -6,13 +6,17 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.commands.bare_names import with_bare_names
 from streamshard.commands.beside_wrapped import check_beside_wrapped
 from streamshard.commands.identify import Model
 from streamshard.disk.paths import PathLike
 from streamshard.errors import AdapterError, InputError, UsageError, argument, listed, printable
+from streamshard.internvl.detection import layout_of
 from streamshard.internvl.lora_targets import FLAGS, PARTS, upstream_alpha
+from streamshard.internvl.model_config import config_layout
 from streamshard.internvl.shapes import GATHER, not_gathered
 from streamshard.lora.adapter import Adapter
 from streamshard.lora.settings import LoraSettings
@@ -48,14 +52,22 @@ class Wrapped:
 
 
 def read_wrapped(
-    path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
+    path: PathLike,
+    *,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    reference: PathLike | None = None,
+    layout: str = "keep",
 ) -> Wrapped:
     """Open a wrapped checkpoint; `alpha` is what the user says it is.
+
+    A checkpoint without config.json has that of `reference`, if one is given that is not of the other
+    `layout`, to which it is converted then.
 
     Raises `InputError` or `AdapterError` if it has no pairs, others than its config says and `alpha`
     is not given, or more of an adapter than can be understood without its config.
     """
-    found = open_checkpoint(path)
+    found = with_bare_names(open_checkpoint(path))
     where = printable(str(found.path))
     if alpha is not None and not (math.isfinite(alpha) and alpha):
         raise UsageError(f"--alpha is {alpha}; a number other than 0 was expected.")
@@ -75,9 +87,11 @@ def read_wrapped(
             "pairs are lost, or were merged before. Save the checkpoint again."
         )
     found = check_beside_wrapped(found, inside.base)
-    Model(found).check(inside.base)
     ranks = {module: _rank(found, pair.A, where) for module, pair in inside.pairs.items()}
     note(*found.warnings, *check_flags(found, ranks, where, alpha=alpha))
+    if reference is not None:
+        found = _with_config(found, reference, layout)
+    Model(found).check(inside.base)
     for part, depth in inside.depths.items():
         if depth > 1:
             note(
@@ -89,14 +103,47 @@ def read_wrapped(
     return Wrapped(found, inside, ranks)
 
 
+def _with_config(found: Checkpoint, reference: PathLike, goal: str) -> Checkpoint:
+    """The checkpoint with the config of `reference` if it has none itself; its shapes must fit that.
+
+    Raises `InputError` for a reference of the other layout, whose files fit no class of this one.
+    """
+    own = layout_of(found.tensors) or config_layout(found.config or {})
+    if goal not in ("keep", own):
+        return found
+    donor = open_checkpoint(reference, needs_weights=False)
+    where, layout = printable(str(donor.path)), config_layout(donor.config or {})
+    if own is not None and layout not in (None, own):
+        raise InputError(
+            f"{where}: is of the {layout} layout, but {printable(str(found.path))} of the {own} one: "
+            f"give the original model in the {own} layout, or --layout {layout} if that is meant."
+        )
+    if found.config is not None or donor.config is None:
+        return found
+    note(f"{printable(str(found.path))}: has no config.json; the output's is that of {where}")
+    return dataclasses.replace(found, config={**donor.config, **_no_flags(donor.config)})
+
+
+def _no_flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The LoRA flags as they are of a model whose pairs are merged: of a layout that has some."""
+    return {} if config_layout(config) == "hf" else dict.fromkeys(FLAGS, 0)
+
+
 def open_wrapped(
-    path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
+    path: PathLike,
+    *,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    reference: PathLike | None = None,
+    layout: str = "keep",
 ) -> tuple[Checkpoint, list[Adapter]]:
     """The base inside a wrapped checkpoint, and its adapter.
 
-    The flags of the base's config are 0. Raises what `read_wrapped` does.
+    The flags of the base's config are 0. Raises what `read_wrapped` does, with the same keywords.
     """
-    wrapped = read_wrapped(path, alpha=alpha, adapter_name=adapter_name)
+    wrapped = read_wrapped(
+        path, alpha=alpha, adapter_name=adapter_name, reference=reference, layout=layout
+    )
     found, inside, ranks = wrapped.checkpoint, wrapped.names, wrapped.ranks
     config = dict(found.config) if found.config is not None else None
     if config is not None:

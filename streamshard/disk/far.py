@@ -1,5 +1,7 @@
 """Files that are elsewhere: what stands for them here are empty files, whose paths are told here.
 
+A `Far` can be pickled, so that another process reads the same file.
+
 Whoever opens such a path by `files.open_source` gets what it stands for, wherever that lies, so that
 nobody else has to know. What keeps files elsewhere (the hub) is an implementation of `Far`.
 """
@@ -49,6 +51,12 @@ class Far(Protocol):
     @property
     def kept(self) -> bool:
         """Whether a copy is to be made before much of it is read."""
+
+    def unreachable(self, *, ask: bool) -> str:
+        """Why it cannot be read in this process, to which it was sent, in words; empty if it can.
+
+        Unless whoever keeps it is to be asked only what can be told without that counts.
+        """
 
     def fetch(self, told: Callable[[int], None]) -> None:
         """Make a copy, unless there is one; `told` is told the bytes of each piece."""

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import queue
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from streamshard.disk.files import as_stream
@@ -25,19 +28,25 @@ from streamshard.errors import HubError, printable
 __all__ = ["AgainError", "Opener", "Remote", "RemoteFile", "Stream"]
 
 MOST_STREAMS = 4
-"""Of a thread and file: a fused weight is made of three that lie apart."""
+"""That a thread has open: a fused weight is made of three that lie apart.
+
+The client has a hundred connections, and a large model as many files.
+"""
 GAP_NBYTES = 1 << 20
 """What lies between two places is read and dropped up to that size: a new stream takes longer."""
 BLOCK_NBYTES = 128 * 1024
-"""Less than that is not asked of a stream; the last bytes are kept."""
+"""Less than that is not asked for; the last bytes are kept."""
 LOOK_NBYTES = 1 << 20
 """What is asked for where somebody looks at some place of a file, and then at another."""
 MOST_NBYTES = 1 << 20
-"""Nor more than that at a time."""
+"""Nor more than that at a time: what is a few times a processor's own cache is slower again."""
+BUFFERS = 4
+"""Of so many bytes, that a stream has while a digest is taken of what came before."""
 WAITS = (0.5, 2.0, 8.0, 20.0)
 """Seconds after the first, second … failure in a row; one more is the end."""
 LONGEST_WAIT = 330.0
 """Seconds that a server may ask for: those of the hub count requests by five minutes."""
+_NOTHING = memoryview(b"")
 
 
 class AgainError(Exception):
@@ -54,8 +63,8 @@ class AgainError(Exception):
 class Stream(Protocol):
     """Bytes of a file, one after the other."""
 
-    def read(self, nbytes: int) -> bytes:
-        """The next bytes, at least one and not more than that; none if no more come.
+    def read_into(self, out: memoryview) -> int:
+        """Put the next bytes at the beginning of `out`, at least one; returns how many, 0 at the end.
 
         Raises `AgainError`.
         """
@@ -106,9 +115,12 @@ class Remote:
             self.opened += 1
         return self._opener.open(start, stop)
 
-    def note(self, start: int, data: bytes) -> None:
-        """Take note of bytes that came. Raises `WrongDigestError` with the last of them."""
-        self.frontier.note(start, data)
+    def note(self, start: int, data: memoryview, done: Callable[[], object]) -> None:
+        """Take note of bytes that came. Raises `WrongDigestError` with the last of them.
+
+        They may change when `done` is called, which may be from another thread.
+        """
+        self.frontier.note(start, data, done)
         with self._lock:
             self.received += len(data)
 
@@ -205,7 +217,9 @@ class _Line:
         self._stream: Stream | None = None
         self._end = at
         self._failures = 0
-        self._kept = b""
+        self._kept = _NOTHING
+        self._free = queue.SimpleQueue[memoryview]()
+        self._buffers = 0
 
     @property
     def kept_from(self) -> int:
@@ -217,26 +231,49 @@ class _Line:
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
+            with contextlib.suppress(ValueError):  # it may be of another thread
+                _lines_open().remove(self)
 
     def fill(self, out: memoryview, offset: int, stop: int) -> None:
         """Fill `out` from `offset` on, which is not far; a stream that is opened goes to `stop`."""
         while len(out):
             if not self.kept_from <= offset < self.at:
-                wanted = len(out) + offset - self.at
-                self._kept = b""  # before the next ones come
-                self._kept = self._more(max(wanted, BLOCK_NBYTES), stop)
+                self._more(len(out) + offset - self.at, stop)
                 continue
             first = offset - self.kept_from
             count = min(len(self._kept) - first, len(out))
-            out[:count] = memoryview(self._kept)[first : first + count]
+            out[:count] = self._kept[first : first + count]
             out, offset = out[count:], offset + count
 
-    def _more(self, nbytes: int, stop: int) -> bytes:
-        """The next bytes, at least one, however often the stream breaks."""
-        nbytes = min(nbytes, MOST_NBYTES)
+    def _more(self, wanted: int, stop: int) -> None:
+        """Have the next bytes, however often the stream breaks: those wanted, and what is there."""
+        whole = stop == self._remote.nbytes
+        most = MOST_NBYTES if whole else min(max(wanted, BLOCK_NBYTES), MOST_NBYTES)
+        wanted = min(wanted, most)
+        self._kept = _NOTHING
+        buffer, start = self._buffer(), self.at
+        try:
+            while (done := self.at - start) < wanted:
+                count = self._next(buffer[done:most], stop)
+                self.at += count
+                self._kept = buffer[: done + count]
+        except BaseException:
+            self._free.put(buffer)
+            raise
+        self._remote.note(start, self._kept, partial(self._free.put, buffer))
+
+    def _buffer(self) -> memoryview:
+        """Where nothing is that is kept, or that a digest is still to be taken of."""
+        if self._free.empty() and self._buffers < BUFFERS:
+            self._buffers += 1
+            return memoryview(bytearray(MOST_NBYTES))
+        return self._free.get()
+
+    def _next(self, out: memoryview, stop: int) -> int:
+        """Put the next bytes into `out`, at least one; returns how many these are."""
         while True:
             try:
-                found = self._next(nbytes, stop)
+                count = self._read(out, stop)
             except AgainError as error:
                 self.close()
                 self._failed(error)
@@ -245,20 +282,22 @@ class _Line:
                 raise
             else:
                 self._failures = 0
-                self._remote.note(self.at, found)
-                self.at += len(found)
-                return found
+                return count
 
-    def _next(self, nbytes: int, stop: int) -> bytes:
+    def _read(self, out: memoryview, stop: int) -> int:
         if self._stream is None or self.at == self._end:
             self.close()
             check_going()  # a run that has ended opens nothing
+            lines = _lines_open()
+            while len(lines) >= MOST_STREAMS:
+                lines.pop(0).close()
             self._end = stop
             self._stream = self._remote.open_stream(self.at, stop)
-        found = self._stream.read(min(nbytes, self._end - self.at))
-        if not found:
+            lines.append(self)
+        count = self._stream.read_into(out[: self._end - self.at])
+        if not count:
             raise AgainError("the connection ended too early")
-        return found
+        return count
 
     def _failed(self, error: AgainError) -> None:
         """Wait for the next try, if there is one."""
@@ -276,6 +315,15 @@ class _Line:
                 "then: it continues."
             )
         wait(max(WAITS[self._failures - 1], asked))
+
+
+_mine = threading.local()
+
+
+def _lines_open() -> list[_Line]:
+    """Those of this thread that have a stream, whatever they are of."""
+    found: list[_Line] = _mine.__dict__.setdefault("lines", [])
+    return found
 
 
 def _stamp(digest: str, nbytes: int) -> Stamp:

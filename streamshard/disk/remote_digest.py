@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from streamshard.errors import HubError, printable
+from streamshard.limits import processors
 
 __all__ = ["Frontier", "WrongDigestError"]
 
 
-QUEUED = 8
-"""Blocks that wait for their turn, of up to 1 MB each."""
 ALONE_NBYTES = 1 << 20
 """Up to that nobody needs another thread: that is a header."""
 
@@ -36,18 +36,26 @@ class Frontier:
         self._equal = False
         self._lock = threading.Lock()
 
-    def note(self, start: int, data: bytes) -> None:
-        """Take bytes along that came from `start` on. Raises `WrongDigestError` with the last of them."""
+    def note(
+        self, start: int, data: bytes | memoryview, done: Callable[[], object] = lambda: None
+    ) -> None:
+        """Take bytes along that came from `start` on. Raises `WrongDigestError` with the last of them.
+
+        `done` is called, by any thread, when they may change.
+        """
         end = start + len(data)
         if not start <= self._at < end:
             self._farthest = max(self._farthest, end)
+            done()
             return
         with self._lock:
-            if start <= self._at < end and self._hash is not None:
-                self._hash.add(memoryview(data)[self._at - start :])
-                self._at = end
-                if end == self._nbytes:
-                    self._judge(self._hash.digest())
+            if not (start <= self._at < end) or self._hash is None:
+                done()
+                return
+            self._hash.add(memoryview(data)[self._at - start :], done)
+            self._at = end
+            if end == self._nbytes:
+                self._judge(self._hash.digest())
 
     def rest(self) -> None:
         """Nothing comes for now."""
@@ -77,28 +85,34 @@ class Frontier:
 
 
 class _Hash:
-    """A digest that another thread takes, while who reads goes on: it takes as long as reading does."""
+    """A digest, of which another thread takes some while who reads goes on.
+
+    It takes as long as reading does. Where so many files are read that the processors are all busy, it
+    is taken by who reads: then another thread would only cost the change to it.
+    """
 
     def __init__(self, taken: Any) -> None:
         self._hash = taken
-        self._blocks: queue.Queue[memoryview | None] = queue.Queue(QUEUED)
+        self._blocks = queue.SimpleQueue[tuple[memoryview, Callable[[], object]] | None]()
         self._thread: threading.Thread | None = None
-        self._done = 0
+        self._nbytes = 0
 
-    def add(self, block: memoryview) -> None:
-        """Take a block along, which must not change; waits while there are too many."""
-        self._done += len(block)
-        if self._thread is None and (self._done < ALONE_NBYTES or not self._start()):
-            self._hash.update(block)
-        else:
-            self._blocks.put(block)
+    def add(self, block: memoryview, done: Callable[[], object]) -> None:
+        """Take a block along; `done` is called when it may change."""
+        self._nbytes += len(block)
+        if self._nbytes >= ALONE_NBYTES:
+            _busy.add(self)
+        if self._nbytes >= ALONE_NBYTES and 2 * len(_busy) <= processors() and self._start():
+            self._blocks.put((block, done))
+            return
+        self._end()
+        self._hash.update(block)
+        done()
 
     def rest(self) -> None:
-        """Have no thread until more comes."""
-        if self._thread is not None:
-            self._blocks.put(None)
-            self._thread.join()
-            self._thread = None
+        """Nothing comes for now."""
+        _busy.discard(self)
+        self._end()
 
     def digest(self) -> str:
         """That of everything."""
@@ -106,6 +120,9 @@ class _Hash:
         return str(self._hash.hexdigest())
 
     def _start(self) -> bool:
+        """Have a thread; False if there can be none."""
+        if self._thread is not None:
+            return True
         thread = threading.Thread(target=self._loop, daemon=True)
         try:
             thread.start()
@@ -114,9 +131,22 @@ class _Hash:
         self._thread = thread
         return True
 
+    def _end(self) -> None:
+        """Have no thread, and all blocks taken along."""
+        if self._thread is not None:
+            self._blocks.put(None)
+            self._thread.join()
+            self._thread = None
+
     def _loop(self) -> None:
-        while (block := self._blocks.get()) is not None:
+        while (found := self._blocks.get()) is not None:
+            block, done = found
             self._hash.update(block)
+            done()
+
+
+_busy: set[_Hash] = set()
+"""Digests that are being taken: as many files are being read."""
 
 
 def _new(kind: str, nbytes: int) -> _Hash | None:

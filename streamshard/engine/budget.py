@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from streamshard.engine.option_values import MAX_WORKERS, PROCESS_NBYTES, check_
 from streamshard.engine.shard_task import parts_of
 from streamshard.engine.workers import SENDERS
 from streamshard.errors import UsageError
-from streamshard.limits import fitting, group_room
+from streamshard.limits import fitting, group_room, processors
 from streamshard.tensors.kernel import chosen
 from streamshard.tensors.workspace import Held
 
@@ -112,14 +111,7 @@ def workers_or_default(workers: int | None) -> int:
 
 def _asked(workers: int | None) -> int:
     check_workers(workers)
-    return workers or min(_processors(), DEFAULT_WORKERS)
-
-
-def _processors() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        return os.cpu_count() or 1
+    return workers or min(processors(), DEFAULT_WORKERS)
 
 
 def goes_around_cache(io: str, nbytes: int, needs: Needs, max_memory: int | None = None) -> bool:

@@ -2,11 +2,13 @@
 
 A task is a plan with a single shard, sent as bytes: paths are absolute in it, since workers run in other
 folders, and what files were like is told without the number of their disk, which every machine gives
-anew. What comes back is what was noted of the shard, never data.
+anew. Files elsewhere are sent as what they are, and every worker reads, and sends, with its own token.
+What comes back is what was noted of the shard, never data.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -14,13 +16,14 @@ import pickle
 import platform
 import sys
 import time
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.digests import new_digest
 from streamshard.checkpoint.shards import Shard
-from streamshard.disk.far import far_at
+from streamshard.disk.far import Far, far_at, forget, known_as, place
 from streamshard.disk.files import read_bytes
 from streamshard.disk.folders import exists, resolved
 from streamshard.disk.inputs import Stamp, changed, named, watching
@@ -36,15 +39,16 @@ from streamshard.errors import (
     OutputError,
     ReadError,
     StreamshardError,
-    UsageError,
     WriteError,
     printable,
 )
+from streamshard.limits import processors
 from streamshard.tensors.lazy import Stored
 from streamshard.version import __version__
 
 __all__ = [
     "Environment",
+    "call_bytes",
     "check",
     "described",
     "environment",
@@ -95,7 +99,7 @@ def task_bytes(made: Plan, shard: Shard, digest: str) -> bytes:
         reference={name: known[name] for name in shard.tensors if name in known},
         skipped=(),
     )
-    files = _read_by(made, [shard])
+    files, far = _read_by(made, [shard])
     own = dataclasses.replace(
         made,
         output=resolved(made.output),
@@ -105,44 +109,40 @@ def task_bytes(made: Plan, shard: Shard, digest: str) -> bytes:
         facts={},
         inputs={_local(path): made.inputs[path] for path in files if path in made.inputs},
     )
-    buffer = io.BytesIO()
-    _Pickler(buffer).dump((own, digest))
+    buffer, around = io.BytesIO(), f"{os.sep}streamshard-{uuid.uuid4().hex}"
+    keys = {path: f"{around}{path}" for path in far}
+    _Pickler(buffer, keys).dump((own, digest, {keys[path]: file for path, file in far.items()}))
     return buffer.getvalue()
 
 
 def inputs_bytes(made: Plan, shards: Iterable[Shard], digest: str) -> bytes:
-    """What `check` needs: where the output is built, and what every input was like."""
-    files = _read_by(made, shards)
+    """What `check` needs: where the output is built and goes, and what every input was like."""
+    files, far = _read_by(made, shards)
     stamps = {_local(path): made.inputs[path] for path in files if path in made.inputs}
-    return pickle.dumps((resolved(made.output), digest, stamps))
+    outlet = made.outlet
+    to = None if outlet is None else (outlet, outlet.key)
+    return pickle.dumps((resolved(made.output), digest, stamps, [*far.values()], to))
 
 
-def _read_by(made: Plan, shards: Iterable[Shard]) -> list[str]:
+def _read_by(made: Plan, shards: Iterable[Shard]) -> tuple[list[str], dict[str, Far]]:
+    """The paths of the files that are read, and the files elsewhere that others stand for."""
     shards = list(shards)
     files = sorted({*read_by(shards, made.compared.references(shards), ())})
-    return [path for path in files if far_at(path) is None]
+    far = {path: file for path in files if (file := far_at(path)) is not None}
+    return [path for path in files if path not in far], far
 
 
 def _local(path: str) -> str:
-    """A path as every machine has it; of a file of the hub, that of its copy in the cache."""
-    far = far_at(path)
-    if far is None:
-        return str(Path(path).absolute())
-    copy = far.local()
-    if copy is None:
-        raise UsageError(
-            f"{printable(far.name)}: is not stored here, so workers of a cluster cannot read it. Leave "
-            "out --stream, with a cache that all machines share (--cache-dir), or use --part on each."
-        )
-    return str(copy.absolute())
+    """A path as every machine has it."""
+    return str(Path(path).absolute())
 
 
 class _Pickler(pickle.Pickler):
-    """Has every path absolute, and each once."""
+    """Has every path absolute, and each once; of files elsewhere those by which the task knows them."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, keys: Mapping[str, str]) -> None:
         super().__init__(file, protocol=5)
-        self._paths: dict[str, str] = {}
+        self._paths = dict(keys)
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not Stored:
@@ -158,7 +158,7 @@ def check(inputs: bytes, expected: Environment) -> str:
     other = described(environment(), expected)
     if other:
         return f"it has {other}"
-    target, digest, stamps = pickle.loads(inputs)  # noqa: S301 - from the scheduler, which runs code anyway
+    target, digest, stamps, far, to = pickle.loads(inputs)  # noqa: S301 - from the scheduler, which runs code anyway
     folder = places_beside(target)["parts"]
     try:
         there = read_plan(folder) if exists(folder) else None
@@ -171,7 +171,8 @@ def check(inputs: bytes, expected: Environment) -> str:
         _as_here(stamps)
     except StreamshardError as error:
         return str(error)
-    return ""
+    found = (file.unreachable(ask=file is far[0]) for file in far)
+    return next((text for text in found if text), "" if to is None else to[0].unreachable(to[1]))
 
 
 def write(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
@@ -187,13 +188,32 @@ def write(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
         return {"error": error}
 
 
+class _Call:
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return write, self.arguments
+
+
+def call_bytes(task: bytes, expected: Environment, topic: str) -> bytes:
+    """A call of `write`: who loads this pickle does it.
+
+    A scheduler reads what it is to have done, and need not have this package to read `pickle.loads`.
+    """
+    return pickle.dumps(_Call(task, expected, topic))
+
+
 def _written(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
     other = described(environment(), expected)
     if other:
-        raise ClusterError(f"worker {_Teller(topic, '').address}: it has {other}.")
-    made, digest = pickle.loads(task)  # noqa: S301 - as above
+        raise ClusterError(
+            f"worker {_Teller(topic, '').address}: it has {other}. Start it in the same environment as "
+            "the command."
+        )
+    made, digest, far = pickle.loads(task)  # noqa: S301 - as above
     (shard,), target = made.shards, made.output
-    with watching() as inputs:
+    with _placed(far), watching() as inputs:
         inputs.leave_out(target, *places_beside(target).values())
         made = dataclasses.replace(made, inputs=_as_here(made.inputs))
         inputs.expect(made.inputs)
@@ -204,12 +224,26 @@ def _written(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
                 folder, "is no longer there: the output was completed or discarded."
             )
         with shared_parts(target, there, overwrite=False, anew=False) as parts:
-            if shard.name not in parts.finished:
+            if shard.name not in parts.look():
                 teller = _Teller(topic, shard.name)
-                threads = max(min(made.workers, (os.cpu_count() or 1) // teller.tasks), 1)
+                threads = max(min(made.workers, processors() // teller.tasks), 1)
                 own = dataclasses.replace(made, workers=threads)
                 write_shards(own, parts, progress=teller)
             return parts.finished[shard.name].record()
+
+
+@contextlib.contextmanager
+def _placed(far: Mapping[str, Far]) -> Iterator[None]:
+    """Have the keys of files elsewhere stand for these."""
+    files = {Path(key): file for key, file in far.items()}
+    place(files, {path: file.name for path, file in files.items()})
+    try:
+        yield
+    except StreamshardError as error:
+        error.args = (known_as(str(error)), *error.args[1:])
+        raise
+    finally:
+        forget(files, files)
 
 
 def _as_here(stamps: Mapping[str, Stamp]) -> dict[str, Stamp]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from streamshard.engine.journal import FinishedShard
+from streamshard.engine.journal import Elsewhere, FinishedShard
 
 __all__ = ["Destination"]
 
@@ -25,3 +25,12 @@ class Destination(Protocol):
 
     def add(self, shard: FinishedShard) -> None:
         """Note that a shard is finished, has its name, and is on disk."""
+
+    def elsewhere(self, key: str) -> Elsewhere:
+        """What is noted of the store with this key, to which finished shards are sent."""
+
+    def add_elsewhere(self, key: str, noted: Elsewhere) -> None:
+        """Note what was sent there."""
+
+    def drop(self, name: str) -> None:
+        """Remove a file, if it is there."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
-from streamshard.checkpoint.file_names import SINGLE_NAME
+from streamshard.checkpoint.file_names import INDEX_NAME, REPORT_NAME, SINGLE_NAME
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
@@ -125,6 +125,12 @@ class Plan:
             f"{bytes_text(self.nbytes)}, {self.workers} worker{'s' if self.workers > 1 else ''}>"
         )
 
+    @property
+    def names(self) -> set[str]:
+        """Every file of the output."""
+        index = {INDEX_NAME} if len(self.shards) > 1 else set()
+        return {*(shard.name for shard in self.shards), *self.files, *index, REPORT_NAME}
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as the report of `--dry-run` shows it."""
         return {
@@ -192,7 +198,8 @@ class OutputOptions(BaseOptions, total=False):
       default ("auto") around it if the output is large against the memory that is free. The bytes are
       the same.
     - `part`: "I/N" (I from 1) writes the I-th of N parts of the output, in one of several processes on
-      machines that share its disk; the last one completes it, or "finish" does.
+      machines that share its disk (with `push_to` alone, the folder that they run in); the last one
+      completes it, or "finish" does.
     - `scheduler`: address of a Dask scheduler, like "tcp://host:8786", or the file that it has written:
       its workers, on machines that share the disks, write the output.
     - `dry_run`: check everything and write nothing.
@@ -270,11 +277,6 @@ class Options:
         if self.scheduler is not None and self.part is not None:
             raise UsageError(
                 "--part and --scheduler exclude each other: a scheduler gives every worker its own parts."
-            )
-        if self.outlet is not None and (self.part, self.scheduler) != (None, None):
-            raise UsageError(
-                "--push-to goes with neither --part nor --scheduler: have the parts written to an output "
-                "that all machines share, and upload it when it is complete (`hf upload ORG/NAME OUT`)."
             )
         check_memory(self.max_memory_nbytes)
         size_option(self.max_shard_size, "--max-shard-size")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from streamshard.checkpoint.sent_files import SentFile
+from streamshard.checkpoint.sent_files import Placed, SentFile
 
 __all__ = ["AT_ONCE", "Outlet", "Target"]
 
@@ -57,6 +57,12 @@ class Outlet(Protocol):
     @property
     def keeps(self) -> bool:
         """Whether the output stays on this machine, too."""
+
+    def unreachable(self, key: str) -> str:
+        """Why this process cannot send to the store with this key, in words; empty if it can."""
+
+    def record(self, name: str) -> Placed | None:
+        """What is there by now, with the record of this name in it; None if there is no whole one."""
 
     def look(self, names: Collection[str], *, overwrite: bool) -> Target:
         """What is there; `OutputError` if files of these names must not be put there."""

@@ -13,31 +13,31 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.file_names import REPORT_NAME
-from streamshard.checkpoint.record import read_record
-from streamshard.disk.folders import exists, rename, resolved, sync_folder
-from streamshard.disk.system import system
+from streamshard.disk.folders import exists, inode_of, rename, resolved, sync_folder
 from streamshard.engine.beside_output import check_beside, finished_beside, places_beside, tidy
 from streamshard.engine.claims import check_replaceable
 from streamshard.engine.cluster import Cluster
+from streamshard.engine.completed import completed, record_in
 from streamshard.engine.division import shards_of
 from streamshard.engine.fetching import fetch, read_by
-from streamshard.engine.fingerprint import Identity
+from streamshard.engine.fingerprint import Identity, identity_digest
 from streamshard.engine.job import Plan
-from streamshard.engine.kept import as_reported
+from streamshard.engine.journal import Elsewhere
+from streamshard.engine.lock import look
 from streamshard.engine.option_values import Part
+from streamshard.engine.parts_cleanup import GONE, is_of
 from streamshard.engine.parts_files import Shared, shared_by
 from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts, shared_parts
 from streamshard.engine.report import Report
+from streamshard.engine.sending import begin
 from streamshard.engine.staging import Staging, place_completed
 from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
 from streamshard.errors import (
     BusyError,
-    InputError,
+    HubError,
     OutputError,
     ReadError,
     StreamshardError,
@@ -62,30 +62,18 @@ class Output:
     def __init__(self, made: Plan, part: Part, identity: Identity) -> None:
         self.made, self.part = made, part
         self.target = resolved(made.output)
-        self.shared: Shared = shared_by(identity, [shard.name for shard in made.shards])
+        self._identity, self._digest = identity, identity_digest(identity)
+        names = [shard.name for shard in made.shards]
+        self.shared: Shared = shared_by(identity, names, made.outlet)
         self.mine = [*shards_of(made.shards, part)]
         self.resumed = 0
         """How many shards of this part were finished before."""
+        self._warnings: list[str] = []
         self._finished: set[str] = set()
 
     def completed(self) -> dict[str, Any] | None:
         """The report of the output if it is there, has all of its files, and is of this very plan."""
-        record = self._record_in(self.target)
-        return None if record is None else as_reported(record)
-
-    def _record_in(self, folder: Path) -> dict[str, Any] | None:
-        try:
-            if not exists(folder):
-                return None
-            record = read_record(folder / REPORT_NAME)
-            files = record["digests"]["files"]
-            sizes = {name: system.lstat(folder / name).st_size for name in files}
-            same = record["fingerprint"] == self.shared.digest
-            if not same or any(files[name]["bytes"] != size for name, size in sizes.items()):
-                return None
-        except (InputError, ReadError, WriteError, OSError, KeyError, TypeError):
-            return None
-        return record
+        return completed(self.made, self._digest)
 
     def place_completed(self) -> None:
         """Give the output its name if one who completed it was killed, or lost its disk, right before.
@@ -96,8 +84,15 @@ class Output:
             place_completed(
                 self.target,
                 overwrite=self.made.overwrite,
-                is_complete=lambda folder: self._record_in(folder) is not None,
+                is_complete=lambda folder: record_in(folder, self._digest) is not None,
             )
+
+    def _lacks_its_name(self) -> bool:
+        """Whether `place_completed` would find it complete; changes nothing."""
+        beside = places_beside(self.target)
+        moved, found = look(beside["lock"], self.target), inode_of(beside["partial"])
+        noted = moved is not None and found is not None and moved[1] == found[1]
+        return noted and record_in(beside["partial"], self._digest) is not None
 
     def check_place(self) -> None:
         """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
@@ -108,22 +103,32 @@ class Output:
 
     def _staged(self, look: Callable[..., Collection[str]]) -> Collection[str]:
         """What was taken into the folder where the output is completed, or begun there."""
-        return look(self.target, lambda: self.shared.identity, overwrite=self.made.overwrite)
+        return look(self.target, lambda: self._identity, overwrite=self.made.overwrite)
 
     def write(self, progress: Progress | None, on_step: OnStep, cluster: Cluster | None) -> None:
         """Write the shards of this part that nobody has finished."""
         mine = [shard for shard in self.mine if shard.name not in self._finished]
         with shared_parts(self.target, self.shared, overwrite=self.made.overwrite) as parts:
-            left = [shard for shard in mine if shard.name not in parts.finished]
+            settled = parts.look()
+            left = [shard for shard in mine if shard.name not in settled]
             self.resumed = len(self.mine) - len(left)
             if left:
-                fetch(read_by(left, self.made.compared.references(left), ()), on_step)
+                self._begin(parts)
+                new = [shard for shard in left if shard.name not in parts.finished]
+                fetch(read_by(new, self.made.compared.references(new), ()), on_step)
                 own = replace(self.made, shards=tuple(mine))
                 if cluster is None:
                     write_shards(own, parts, progress=progress, on_step=on_step)
                 else:
                     cluster.write(own, parts, progress, on_step)
             self._finished.update(parts.look())
+
+    def _begin(self, parts: PartsFolder) -> None:
+        """See that shards may be sent where the output goes, if it goes anywhere."""
+        outlet = self.made.outlet
+        if outlet is not None:
+            target = begin(outlet, parts, self.made.names, overwrite=self.made.overwrite)
+            self._warnings += target.warnings
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
@@ -146,11 +151,17 @@ class Output:
                 )
             raise
 
-    def look(self) -> None:
-        """Look which shards are finished by now, whoever has written them."""
+    def look(self, *, before: bool = False) -> None:
+        """Look which shards are finished by now, whoever has written them.
+
+        Before anything is done that may be all, in an output that has only to get its name.
+        """
+        if before and self._lacks_its_name():
+            self._finished.update(shard.name for shard in self.made.shards)
+            return
         with opened_parts(self.target) as parts:
             if parts is not None and parts.shared == self.shared:
-                self._finished.update(parts.finished)
+                self._finished.update(parts.look())
         try:
             self._finished.update(self._staged(check_beside))
         except BusyError:  # what whoever is at it has taken can be seen
@@ -158,9 +169,9 @@ class Output:
 
     def is_done(self) -> bool:
         """Whether others have finished all shards of this part, or the whole output."""
-        if self.completed() is not None:
-            return True
         try:
+            if self.completed() is not None:
+                return True
             self.look()
         except StreamshardError:
             return False
@@ -175,8 +186,12 @@ class Output:
         """Raise `OutputError` if the output cannot be completed."""
         missing = [s.name for s in self.made.shards if s.name not in self._finished]
         if missing:
+            outlet = self.made.outlet
             where = printable(str(self.target))
-            some = f"{len(missing)} of its {len(self.made.shards)} weight files are missing"
+            if outlet is not None and not outlet.keeps:
+                where = outlet.where
+            lack = "not uploaded" if self.shared.sends else "missing"
+            some = f"{len(missing)} of its {len(self.made.shards)} weight files are {lack}"
             raise OutputError(
                 f"{where}: cannot be completed, as {some}: {listed(missing)}. Run the parts that write "
                 "them (--part I/N; --dry-run shows who writes what), then --part finish. Those that are "
@@ -196,7 +211,24 @@ class Output:
             "finished": len(self.made.shards) if complete else len(self._finished),
             "complete": complete,
         }
-        return Report({**report, "fingerprint": self.shared.digest, "part": part})
+        told = {**report, "fingerprint": self._digest, "part": part}
+        outlet = self.made.outlet
+        if outlet is not None and told["pushed"] is None:
+            told["pushed"] = outlet.described(None, sorted(self.made.names), None)
+            told["warnings"] = [*told["warnings"], *self._warnings]
+        return Report(told)
+
+    def tidy(self, complete: Callable[[], object]) -> None:
+        """Remove what was left beside an output that is complete, unless somebody is at it."""
+        tidy(self.target)
+        beside = places_beside(self.target)
+        with contextlib.suppress(StreamshardError):
+            if self.shared.goes and exists(beside["partial"]):
+                complete()  # finds that it is done, and removes that
+            with opened_parts(self.target) as parts:
+                own = parts is not None and parts.shared == self.shared
+            if own:
+                discard_parts(self.target)
 
 
 def run_part(
@@ -232,14 +264,14 @@ def _run(
         output.place_completed()
         there = output.completed()
     if there is not None:
-        tidy(output.target)
+        output.tidy(complete)
         _log.info("the output is complete already")
     else:
         try:
             output.check_place()
             if number:
                 output.write(progress, on_step, cluster)
-        except (OutputError, WriteError):
+        except (OutputError, WriteError, ReadError, HubError):
             # Others may have finished it, and removed the folder that it was being written to.
             if not (number and output.is_done()):
                 raise
@@ -274,6 +306,7 @@ def _completed(output: Output, complete: Callable[[], Mapping[str, Any]]) -> dic
 
 def adopting(output: Output) -> Callable[[Staging], None]:
     """What takes the finished shards of all parts into the folder in which the output is completed."""
+    outlet = output.made.outlet
 
     def take(parts: PartsFolder, staging: Staging) -> None:
         if parts.shared != output.shared:
@@ -282,7 +315,15 @@ def adopting(output: Output) -> Callable[[Staging], None]:
             # Noted before it is there: what is noted and not there is written again, or found here.
             if name not in staging.finished:
                 staging.add(shard)
-            rename(parts.folder / name, staging.folder / name)
+            try:
+                rename(parts.folder / name, staging.folder / name)
+            except WriteError as error:
+                if not (output.shared.goes and is_of(error, GONE)):
+                    raise
+        if outlet is not None:
+            noted, known = parts.elsewhere(outlet.key), staging.elsewhere(outlet.key)
+            sent = {n: file for n, file in noted.sent.items() if known.sent.get(n) != file}
+            staging.add_elsewhere(outlet.key, Elsewhere(known.seen or noted.seen, sent))
         sync_folder(staging.folder)
         sync_folder(parts.folder)
 
@@ -290,6 +331,8 @@ def adopting(output: Output) -> Callable[[Staging], None]:
         with opened_parts(output.target) as parts:
             if parts is not None:
                 take(parts, staging)
+        if not staging.finished.keys() >= {shard.name for shard in output.made.shards}:
+            raise OutputError.at(output.target, "was completed or discarded by others just now.")
         discard_parts(output.target, writers=True)
 
     return adopt

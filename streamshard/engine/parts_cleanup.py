@@ -22,11 +22,12 @@ from streamshard.engine.ours import Ours
 from streamshard.engine.parts_files import (
     PLAN_FILE,
     PLAN_FOLDER,
+    SEEN_FILE,
     Shared,
+    final_names,
     lock_name,
     names_of,
     read_plan,
-    record_name,
     tokens_in,
 )
 from streamshard.errors import BusyError, StreamshardError, WriteError
@@ -141,17 +142,14 @@ def remove_own(folder: Path, token: str) -> None:
     with contextlib.suppress(OSError, StreamshardError):
         shared = read_plan(folder)
         shards = () if shared is None else shared.shards
-        remove(folder, names_of(shards, {token}) - {PLAN, lock_name(token), *_final(shards)})
-
-
-def _final(shards: Collection[str]) -> set[str]:
-    return {name for shard in shards for name in (shard, record_name(shard))}
+        remove(folder, names_of(shards, {token}) - {PLAN, lock_name(token), *final_names(shards)})
 
 
 def remove_if_unused(folder: Path) -> None:
     """Remove a folder in which nobody has finished anything, and nobody else is at work."""
     with contextlib.suppress(OSError, StreamshardError):
-        if not set(listed_in(folder)) - {PLAN_FOLDER}:
+        if not set(listed_in(folder)) - {PLAN_FOLDER, SEEN_FILE}:
+            remove(folder, {SEEN_FILE})
             remove_folder(folder)
 
 
@@ -160,7 +158,7 @@ def remove_dead(folder: Path, shards: Collection[str], target: Path) -> None:
     for token in sorted(tokens_in(listed_in(folder))):
         try:
             with locked(folder / lock_name(token), target):
-                own = {PLAN, lock_name(token), *_final(shards)}
+                own = {PLAN, lock_name(token), *final_names(shards)}
                 remove(folder, names_of(shards, {token}) - own)
         except BusyError:
             continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from streamshard.disk import folders
@@ -20,7 +20,7 @@ from streamshard.disk.new_files import write_new
 from streamshard.disk.system import system, writing
 from streamshard.engine.beside_output import places_beside
 from streamshard.engine.fingerprint import differences
-from streamshard.engine.journal import FinishedShard
+from streamshard.engine.journal import Elsewhere, FinishedShard
 from streamshard.engine.lock import locked
 from streamshard.engine.parts_cleanup import (
     PAUSE_SECONDS,
@@ -42,6 +42,7 @@ from streamshard.engine.parts_cleanup import (
 from streamshard.engine.parts_files import (
     PLAN_FILE,
     PLAN_FOLDER,
+    SEEN_FILE,
     Shared,
     fresh_token,
     lock_name,
@@ -49,8 +50,13 @@ from streamshard.engine.parts_files import (
     plan_line,
     plan_temporary,
     read_plan,
+    read_seen,
+    read_sent,
     read_shard,
     record_name,
+    seen_line,
+    sent_line,
+    sent_name,
     shard_line,
     temporary_name,
     tokens_in,
@@ -76,6 +82,8 @@ class PartsFolder:
         self._inode = folder.inode
         self._token = token
         self._finished: dict[str, FinishedShard] = {}
+        self._settled: set[str] = set()
+        self._noted = Elsewhere()
         self.look()
 
     @property
@@ -83,14 +91,31 @@ class PartsFolder:
         """The shards that were finished when that was last looked at."""
         return self._finished
 
-    def look(self) -> Mapping[str, FinishedShard]:
-        """Look which shards are finished by now, whoever has written them."""
+    def look(self) -> Collection[str]:
+        """Look which shards are finished by now, whoever has written them.
+
+        Returns those of which nothing is left to be done: which are sent, too, if they are to be.
+        """
         for name in self.shared.shards:
-            if name not in self._finished:
-                record = read_shard(self.folder, name, self.shared.digest)
-                if record is not None and self._has(record):
-                    self._finished[name] = record
-        return self._finished
+            if name not in self._settled:
+                self._look_at(name)
+        return self._settled
+
+    def _look_at(self, name: str) -> None:
+        digest, noted = self.shared.digest, self._noted
+        record = self._finished.get(name) or read_shard(self.folder, name, digest)
+        if record is None:
+            return
+        here = self._has(record)
+        if self.shared.sends:  # after the file was looked for: who removes it has noted that before
+            found = read_sent(self.folder, name, digest)
+            noted.sent.update(found.sent)
+            noted.stays.update(found.stays)
+        if not (here or (self.shared.goes and noted.has(record))):
+            return
+        self._finished[name] = record
+        if not self.shared.sends or noted.has(record) or name in noted.stays:
+            self._settled.add(name)
 
     def _has(self, record: FinishedShard) -> bool:
         path = self.folder / record.name
@@ -104,13 +129,37 @@ class PartsFolder:
 
     def add(self, shard: FinishedShard) -> None:
         """Note that a shard is finished, has its name, and is on disk."""
+        self._put(record_name(shard.name), shard_line(shard, self.shared.digest))
+        self._finished[shard.name] = shard
+        if not self.shared.sends:
+            self._settled.add(shard.name)
+
+    def elsewhere(self, key: str) -> Elsewhere:
+        """What is noted of the store that all of it is sent to: the plan says which one that is."""
+        self.look()
+        self._noted.seen = read_seen(self.folder, self.shared.digest)
+        return self._noted
+
+    def add_elsewhere(self, key: str, noted: Elsewhere) -> None:
+        """Note what was sent there, or that it is put there with all the rest."""
+        digest = self.shared.digest
+        if noted.seen is not None:
+            self._put(SEEN_FILE, seen_line(noted.seen, digest))
+        for name in (*noted.sent, *noted.stays):
+            self._put(sent_name(name), sent_line(name, noted.sent.get(name), digest))
+
+    def drop(self, name: str) -> None:
+        """Remove a shard, if it is there."""
+        with writing(self.folder / name, 0), contextlib.suppress(FileNotFoundError):
+            system.unlink(self.folder / name)
+
+    def _put(self, name: str, line: bytes) -> None:
+        """Write a record, which is there as a whole or not at all."""
         if inode_of(self.folder) != self._inode:
             raise OutputError.at(self.folder, _MOVED)
-        name = record_name(shard.name)
-        write_new(self.temporary(name), [shard_line(shard, self.shared.digest)])
+        write_new(self.temporary(name), [line])
         rename(self.temporary(name), self.folder / name)
         sync_folder(self.folder)
-        self._finished[shard.name] = shard
 
 
 _MOVED = (

@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from streamshard.checkpoint.header import total_nbytes, total_parameters
+from streamshard.checkpoint.shards import Shard
 from streamshard.disk.far import known_as, origins
 from streamshard.engine.budget import peak_rss_bytes
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.report_line import report_line
+from streamshard.errors import listed
 from streamshard.notes import noted
 from streamshard.tensors.kernel import chosen
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.rounding import Change
 from streamshard.version import __version__
 
-__all__ = ["Report", "Streamed", "exactness", "finished", "new_report"]
+__all__ = ["Report", "Streamed", "exactness", "finished", "new_report", "odd_values"]
 __all__ += ["show_reports_by", "update"]
 
 
@@ -135,6 +137,29 @@ def exactness(finished: Sequence[FinishedShard]) -> dict[str, Any] | None:
     if not change.updated:
         return None
     return {"elements": change.updated, "rechecked": change.rechecked, "kernel": chosen()}
+
+
+def odd_values(shards: Sequence[Shard], finished: Sequence[FinishedShard]) -> Iterator[str]:
+    """Warnings of values that no trained model has: what goes in damaged comes out damaged."""
+    not_finite: list[str] = []
+    zero: list[str] = []
+    for shard, found in zip(shards, finished, strict=True):
+        if found.not_finite or found.zero:
+            names = list(shard.tensors)
+            not_finite += (names[place] for place in found.not_finite)
+            # Zeros that are made here are meant, and what is no matrix or norm may begin with some.
+            copied = (n for n in map(names.__getitem__, found.zero) if shard.tensors[n].ranges())
+            zero += (name for name in copied if name.endswith(".weight"))
+    if not_finite:
+        yield (
+            f"{listed(not_finite)}: there are NaN or infinite values, as in the input: the training "
+            "diverged, or a file is damaged. Take an earlier checkpoint, or fetch it again"
+        )
+    if zero:
+        yield (
+            f"{listed(zero)}: all values are zero, as where a file was saved or fetched in part. If that "
+            "is not meant, take an earlier checkpoint, or fetch it again"
+        )
 
 
 def _change(finished: Sequence[FinishedShard]) -> Change:

@@ -29,7 +29,7 @@ from streamshard.engine.long_names import part_name
 from streamshard.engine.option_values import Part
 from streamshard.engine.parts_folder import refuse_parts
 from streamshard.engine.plan import plan
-from streamshard.engine.report import Report, Streamed, exactness, new_report, update
+from streamshard.engine.report import Report, Streamed, exactness, new_report, odd_values, update
 from streamshard.engine.report import finished as in_the_end
 from streamshard.engine.resume import check_finished
 from streamshard.engine.sending import Publishing
@@ -74,11 +74,13 @@ def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
         there = output.completed()
         if there is None:
             output.check_place()
-            output.look()
+            output.look(before=True)
             if not part.number:
                 output.refuse_unfinished()
         check_writable(made.output)
-        told = output.told(_report(made, kept=()), complete=there is not None)
+        told = output.told(
+            {**_report(made, kept=()), **_there(made, there)}, complete=there is not None
+        )
         told["plan"]["parts"] = who_does_what(made.shards, part)
         return told
     if not made.overwrite:
@@ -86,13 +88,21 @@ def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
     identity = partial(made.fingerprint.identity, made.files)
     kept = check_beside(made.output, identity, overwrite=made.overwrite)
     check_writable(made.output)
-    report = _report(made, kept=kept)
-    if made.outlet is not None:
-        names = _published(made)
-        target = made.outlet.look(names, overwrite=made.overwrite)
-        report["warnings"] += target.warnings
-        report["pushed"] = made.outlet.described(target.version, sorted(names), target)
-    return report
+    return {**_report(made, kept=kept), **_there(made)}
+
+
+def _there(made: Plan, done: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a report says of where the output is to go, or went if it is `done`."""
+    if made.outlet is None:
+        return {}
+    if done is not None:
+        return {"pushed": done["pushed"]}
+    target = made.outlet.look(made.names, overwrite=made.overwrite)
+    warnings = [*made.facts["warnings"], *target.warnings]
+    return {
+        "warnings": warnings,
+        "pushed": made.outlet.described(target.version, sorted(made.names), target),
+    }
 
 
 def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
@@ -101,7 +111,8 @@ def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
     from streamshard.engine.parts import Output, adopting, run_part
 
     with _watched(made):
-        output = Output(made, part, made.fingerprint.identity(made.files))
+        identity = made.fingerprint.identity(made.files)
+        output = Output(made, part, identity)
         report = run_part(
             output,
             lambda: _report(made),
@@ -111,6 +122,7 @@ def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
                 on_step=options.on_step,
                 on_distances=options.on_distances,
                 started=started,
+                identity=identity,
                 adopt=adopting(output),
             ),
             progress=options.progress,
@@ -127,18 +139,19 @@ def execute(
     on_step: OnStep | None = None,
     on_distances: Callable[[Mapping[str, float]], None] | None = None,
     started: float | None = None,
+    identity: Identity | None = None,
     adopt: Callable[[Staging], None] | None = None,
 ) -> Report:
     """Do what a plan says, in this process or another one, and return the report.
 
-    `started` (of `time.perf_counter`) is when the seconds of the report begin, by default now. `adopt`
-    is of the last part of an output (see `parts.py`). Raises
-    `ChangedError` if an input is no longer what was planned with.
+    `started` (of `time.perf_counter`) is when the seconds of the report begin, by default now. The
+    `identity` is worked out if it is not known yet. `adopt` is of the last part of an output (see
+    `parts.py`). Raises `ChangedError` if an input is no longer what was planned with.
     """
     started = time.perf_counter() if started is None else started
     report = _report(made)
     with _watched(made) as inputs, contextlib.ExitStack() as stack:
-        identity = made.fingerprint.identity(made.files)
+        identity = made.fingerprint.identity(made.files) if identity is None else identity
         report["fingerprint"] = identity_digest(identity)
         staging = stack.enter_context(
             output_folder(
@@ -207,7 +220,7 @@ def _fill(
     """Write everything into the folder where an output is built, and what is measured into the report."""
     publishing = None
     if made.outlet is not None:
-        publishing = Publishing(made.outlet, staging, _published(made), overwrite=made.overwrite)
+        publishing = Publishing(made.outlet, staging, made.names, overwrite=made.overwrite)
         report["warnings"] += publishing.warnings
     gone = set() if publishing is None else publishing.gone()
     resumed = len(gone) + check_finished(
@@ -227,6 +240,7 @@ def _fill(
             f"{printable(str(made.output))}: the updates change no weight: they cancel each other "
             "or are lost in rounding. Check --weight and lora_alpha. Nothing was written."
         )
+    report["warnings"] += odd_values(made.shards, finished)
     distances = _distances(made.compared, made.shards, finished)
     report |= {"resumed": resumed, "l2": distances.report(), "update": update(finished)}
     report["exactness"] = exactness(finished)
@@ -279,12 +293,6 @@ def _names(shards: Sequence[Shard], beside: Iterable[str]) -> set[str]:
     """Every file that is made on the way to an output."""
     weights = [name for shard in shards for name in (shard.name, part_name(shard.name))]
     return {*weights, *beside, INDEX_NAME, REPORT_NAME}
-
-
-def _published(made: Plan) -> set[str]:
-    """Every file of an output."""
-    index = {INDEX_NAME} if len(made.shards) > 1 else set()
-    return {*(shard.name for shard in made.shards), *made.files, *index, REPORT_NAME}
 
 
 def _write_beside(files: Mapping[str, Beside], staging: Staging, report: Mapping[str, Any]) -> None:

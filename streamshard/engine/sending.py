@@ -12,23 +12,23 @@ from typing import Any
 
 from streamshard.checkpoint.sent_files import MovedError, SentFile, described
 from streamshard.disk.folders import exists
+from streamshard.engine.destination import Destination
 from streamshard.engine.journal import Elsewhere, FinishedShard
 from streamshard.engine.outlet import Outlet, Target
-from streamshard.engine.staging import Staging
 from streamshard.engine.workers import Background, OnStep, Stop
 from streamshard.errors import ReadError
 
-__all__ = ["Publishing", "Sender"]
+__all__ = ["Publishing", "Sender", "begin"]
 
 
 class Sender:
     """One thread that sends shards, in the order in which they are finished. An error stops the run."""
 
     def __init__(
-        self, outlet: Outlet, most: int | None, staging: Staging, stop: Stop, lock: threading.Lock
+        self, outlet: Outlet, most: int | None, place: Destination, stop: Stop, lock: threading.Lock
     ) -> None:
         self._outlet, self._most = outlet, most
-        self._staging, self._stop, self._lock = staging, stop, lock
+        self._place, self._stop, self._lock = place, stop, lock
         self._held = 0
         self._room = threading.Condition()
         self._left: dict[str, int] = {}
@@ -69,36 +69,60 @@ class Sender:
             self.told(total, total - left)
 
     def _send(self, shard: FinishedShard) -> None:
-        key, folder = self._outlet.key, self._staging.folder
-        if not is_sent(shard, self._staging.elsewhere(key)):
-            file = described(folder / shard.name, shard.name, shard.sha256)
-            sent = self._outlet.send(folder / shard.name, file, self._stop.going)
-            with self._lock:
-                self._stop.check()
-                if sent:
-                    self._staging.add_elsewhere(key, Elsewhere(sent={shard.name: file}))
+        if not self._is_there(shard):
+            try:
+                self._put(shard)
+            except Exception:
+                # The same part in another process may have been faster, and have removed the file.
+                if not self._is_there(shard):
+                    raise
         with self._lock:
             self._stop.check()
-            if not self._outlet.keeps and is_sent(shard, self._staging.elsewhere(key)):
-                self._staging.drop(shard.name)
+            if not self._outlet.keeps and self._is_there(shard):
+                self._place.drop(shard.name)
         with self._room:
             self._left.pop(shard.name)
             self._held -= 1
             self._room.notify_all()
         self._tell()
 
+    def _is_there(self, shard: FinishedShard) -> bool:
+        return self._place.elsewhere(self._outlet.key).has(shard)
 
-def is_sent(shard: FinishedShard, noted: Elsewhere) -> bool:
-    """Whether a finished shard is where it is to be sent."""
-    found = noted.sent.get(shard.name)
-    return found is not None and (found.nbytes, found.sha256) == (shard.nbytes, shard.sha256)
+    def _put(self, shard: FinishedShard) -> None:
+        path = self._place.folder / shard.name
+        file = described(path, shard.name, shard.sha256)
+        sent = self._outlet.send(path, file, self._stop.going)
+        noted = Elsewhere(sent={shard.name: file}) if sent else Elsewhere(stays={shard.name})
+        with self._lock:
+            self._stop.check()
+            self._place.add_elsewhere(self._outlet.key, noted)
+
+
+def begin(outlet: Outlet, place: Destination, names: Collection[str], *, overwrite: bool) -> Target:
+    """What is there before anything is sent; that it was seen so is noted, for whoever continues."""
+    key = outlet.key
+    seen = place.elsewhere(key).seen
+    try:
+        target = outlet.begin(names, overwrite=overwrite, seen=seen)
+    except MovedError as error:
+        _note_moved(outlet, place, error)
+        raise
+    place.add_elsewhere(key, Elsewhere(seen=target.version))
+    return target
+
+
+def _note_moved(outlet: Outlet, place: Destination, error: MovedError) -> None:
+    """Those who have been told what is there now need not be told again."""
+    if error.version is not None:
+        place.add_elsewhere(outlet.key, Elsewhere(seen=error.version))
 
 
 class Publishing:
     """An output that goes to a store: what is there at the beginning, and how all is put there."""
 
     def __init__(
-        self, outlet: Outlet, staging: Staging, names: Collection[str], *, overwrite: bool
+        self, outlet: Outlet, staging: Destination, names: Collection[str], *, overwrite: bool
     ) -> None:
         self._outlet = outlet
         self._staging, self._names = staging, sorted(names)
@@ -109,12 +133,7 @@ class Publishing:
             self.version = self._outlet.find(noted.ready, noted.seen)
         self.target: Target | None = None
         if self.version is None:
-            try:
-                self.target = self._outlet.begin(self._names, overwrite=overwrite, seen=noted.seen)
-            except MovedError as error:
-                self._note_moved(error)
-                raise
-            staging.add_elsewhere(self._outlet.key, Elsewhere(seen=self.target.version))
+            self.target = begin(outlet, staging, self._names, overwrite=overwrite)
 
     @property
     def warnings(self) -> Sequence[str]:
@@ -126,7 +145,7 @@ class Publishing:
         noted = self._staging.elsewhere(self._outlet.key)
         if self._outlet.keeps:
             return set()
-        return {name for name, one in self._staging.finished.items() if is_sent(one, noted)}
+        return {name for name, one in self._staging.finished.items() if noted.has(one)}
 
     @property
     def is_ready(self) -> bool:
@@ -153,7 +172,11 @@ class Publishing:
         files = []
         for name in self._names:
             known = sent.get(name)
-            if name in shards and known is not None and is_sent(shards[name], _noted(known)):
+            if (
+                name in shards
+                and known is not None
+                and Elsewhere(sent={name: known}).has(shards[name])
+            ):
                 files.append(known)
             else:
                 files.append(described(folder / name, name))
@@ -171,15 +194,6 @@ class Publishing:
                     self._staging.folder, noted.ready, self.target, sent
                 )
             except MovedError as error:
-                self._note_moved(error)
+                _note_moved(self._outlet, self._staging, error)
                 raise
         return self._outlet.described(self.version, [one.name for one in noted.ready], self.target)
-
-    def _note_moved(self, error: MovedError) -> None:
-        """Those who have been told what is there now need not be told again."""
-        if error.version is not None:
-            self._staging.add_elsewhere(self._outlet.key, Elsewhere(seen=error.version))
-
-
-def _noted(file: SentFile) -> Elsewhere:
-    return Elsewhere(sent={file.name: file})

@@ -97,7 +97,7 @@ def output_folder(
                 if keeps:
                     yield from _built(staging, target, beside["old"], lock, replaces, adopt)
                 else:
-                    yield from _sent(staging, lock)
+                    yield from _sent(staging, lock, adopt)
     except BaseException:
         remove_empty(made)
         raise
@@ -230,10 +230,14 @@ def _placed(target: Path, old: Path, replaced: Replaceable | None) -> None:
         discard(old, replaced.inode, replaced.names, target)
 
 
-def _sent(staging: Staging, lock: Lock) -> Iterator[Staging]:
+def _sent(
+    staging: Staging, lock: Lock, adopt: Callable[[Staging], None] | None
+) -> Iterator[Staging]:
     """Have everything removed once it is elsewhere."""
     gone = False
     try:
+        if adopt is not None:
+            adopt(staging)
         yield staging
         with writing(staging.folder, 0):
             staging.check_place()

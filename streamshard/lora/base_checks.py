@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from streamshard.errors import AdapterError, InputError, listed
+from streamshard.lora.samples import samples
 from streamshard.tensor_names import factors_among
-from streamshard.tensors.arrays import Float32
+from streamshard.tensors.arrays import Float32, Float64
 from streamshard.tensors.computed import Computed
 from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, read_float32
@@ -26,13 +27,8 @@ _QUANTIZED = re.compile(
     r"weight_packed|weight_format|(?:.+_)?(?:blocks|scales))"
 )
 
-# Elements of the base that are looked at, some rows from each tensor, and tensors.
-SAMPLE_ELEMENTS = 32_000_000
-SAMPLE_ROWS = 128
-SAMPLE_TENSORS = 512
-SPAN_ROWS, SPAN_COLUMNS = 32, 4096  # looked at at a time
-# All over the model in so many rounds, of which a base that is clearly clean needs no more than one.
-ROUNDS = 8
+SPAN_ELEMENTS = 128 * 1024  # looked at at a time
+# Of so many tensors, and a noise below that, a base that is clearly clean is told.
 CLEAR_TENSORS, CLEAR_NOISE = 16, 0.02
 
 
@@ -66,19 +62,14 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
         for piece in tensor.pieces
         if isinstance(piece, Computed) and piece.terms and piece.magnitude is None
     ]
-    sizes = [min(SAMPLE_ROWS, piece.rows) * piece.columns for piece in pieces]
-    step = max(-(-sum(sizes) // SAMPLE_ELEMENTS), -(-len(pieces) // SAMPLE_TENSORS), 1)
     sums = np.zeros(3)
     each: list[float] = []
     count = 0
-    chosen = pieces[::step]
-    for first in range(ROUNDS):
-        for piece in chosen[first::ROUNDS]:
-            start = piece.rows // SAMPLE_ROWS // 2 * SAMPLE_ROWS
-            stop = min(start + SAMPLE_ROWS, piece.rows)
+    for chosen in samples(pieces, work) if pieces else ():
+        for piece, start, stop in chosen:
             own = np.zeros(3)
             for W, D in _tiles(piece, start, stop, work):
-                weight, update = W.astype(np.float64).ravel(), D.astype(np.float64).ravel()
+                weight, update = _wide("weight", W, work), _wide("update", D, work)
                 pairs = (weight, update), (weight, weight), (update, update)
                 own += [np.einsum("i,i->", *pair) for pair in pairs]
                 count += W.size
@@ -98,16 +89,22 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
     return both / updates, math.sqrt(weights / updates / count), statistics.median(each)
 
 
+def _wide(name: str, values: Float32, work: Workspace) -> Float64:
+    """The elements in fp64, in a buffer of this name."""
+    found = work.bytes(name, values.size * 8).view(np.float64)
+    np.copyto(found.reshape(values.shape), values)
+    return found
+
+
 def _tiles(
     piece: Computed, start: int, stop: int, work: Workspace
 ) -> Iterator[tuple[Float32, Float32]]:
-    for row in range(start, stop, SPAN_ROWS):
-        end = min(row + SPAN_ROWS, stop)
-        for first in range(0, piece.columns, SPAN_COLUMNS):
-            span = first, min(first + SPAN_COLUMNS, piece.columns)
-            with contextlib.suppress(NotFiniteError):  # told when it is merged
-                update = piece.update(row, end, *span, work)
-                yield read_float32(piece.source, row, end, work, span), update
+    step = max(SPAN_ELEMENTS // max(piece.columns, 1), 1)
+    for row in range(start, stop, step):
+        end = min(row + step, stop)
+        with contextlib.suppress(NotFiniteError):  # told when it is merged
+            update = piece.update(row, end, 0, piece.columns, work)
+            yield read_float32(piece.source, row, end, work), update
 
 
 def quantization_keys(config: Mapping[str, Any]) -> Iterator[str]:

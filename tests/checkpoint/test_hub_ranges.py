@@ -274,9 +274,9 @@ def test_files_that_the_hub_itself_keeps_are_read_too(hub, api):
 
 def test_the_rest_of_a_body_is_read_from_the_connection_itself(hub, opened, monkeypatch):
     found = []
-    real = hub_stream.bare_connection
+    real = hub_stream.bare_socket
     monkeypatch.setattr(
-        hub_stream, "bare_connection", lambda answer: found.append(real(answer)) or found[-1]
+        hub_stream, "bare_socket", lambda answer: found.append(real(answer)) or found[-1]
     )
     assert read(opened[0]) == DATA
     assert found

@@ -150,11 +150,6 @@ def test_offline_is_not_pushed(hub, push):
     assert not hub.requests
 
 
-def test_parts_are_not_pushed(push):
-    with pytest.raises(UsageError, match="neither `part` nor `scheduler`"):
-        push(part="1/2", output="kept")
-
-
 def test_without_a_token(hub, push, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="needs a token"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from itertools import cycle
 
 import pytest
@@ -31,7 +32,7 @@ from streamshard.checkpoint import hub_head
 from streamshard.disk import remote
 from streamshard.disk.remote_digest import WrongDigestError
 from streamshard.engine import lanes
-from streamshard.errors import HubError
+from streamshard.errors import AdapterError, HubError
 
 FILES = "*.safetensors"
 
@@ -147,12 +148,25 @@ def test_every_fault_at_every_fifth_request(command, fault, hub, made, small, tm
     assert contents(tmp_path / "out") == made[command]
 
 
+class Few:
+    """A fault that a file meets four times at most, of all kinds: the fifth in a row is the end."""
+
+    def __init__(self, fault, met):
+        self.fault, self.met = fault, met
+
+    def act(self, state, request, answer):
+        self.met[request.path] += 1
+        return answer() if self.met[request.path] > 4 else self.fault.act(state, request, answer)
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("command", ["cut anew", "fused"])
 def test_all_sorts_of_faults_together(command, seed, hub, made, small, tmp_path):
-    chance = random.Random(seed)
+    chance, met = random.Random(seed), Counter()
     for _ in range(40):
-        hub.fail(chance.choice(MENDED), FILES, port="content", nth=chance.randrange(1, 120))
+        hub.fail(
+            Few(chance.choice(MENDED), met), FILES, port="content", nth=chance.randrange(1, 120)
+        )
     for _ in range(3):
         passing = Status(chance.choice((408, 429, 500, 503)))
         hub.fail(passing, "*/resolve/" + FILES, port="hub", nth=chance.randrange(1, 8))
@@ -172,7 +186,40 @@ def test_a_file_is_one_stream_and_is_checked(workers, hub, small, tmp_path):
             one for one in hub.requests if one.port == "content" and one.path.endswith(f"/{name}")
         ]
         to_the_end = [one for one in mine if is_data(file["bytes"])(one)]
-        assert len(to_the_end) == 1, name
+        assert 1 <= len(to_the_end) <= 2, name  # some rows may have been looked at before
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_requests_of_a_file_are_few(workers, hub, small, monkeypatch, tmp_path):
+    """To the hub, for the header, to see whether the adapter is in there already, and for all of it."""
+    monkeypatch.setattr(hub_head, "FIRST_NBYTES", 4000)
+    monkeypatch.setattr(remote, "BLOCK_NBYTES", 4000)
+    report = streamed("merge", tmp_path / "out", workers=workers)
+    for name, file in report["sources"]["base"]["files"].items():
+        mine = [one for one in hub.requests if one.path.endswith(f"/{name}")]
+        assert [one.port for one in mine].count("hub") == 1, name
+        assert len(mine) == file["requests"] <= 4, name
+
+
+def test_a_base_that_has_the_update_is_refused_before_anything_is_written(
+    shop, hub, small, tmp_path
+):
+    name = "org/merged-before"
+    if not hub.exists(name):
+        done = tmp_path / "done"
+        streamshard.merge_lora(
+            base="org/base", adapter="org/lora", stream=True, output=done, max_shard_size="60KB"
+        )
+        (done / "streamshard.json").unlink()
+        hub.add_repo(name, done)
+    hub.forget()
+    with pytest.raises(AdapterError, match="already"):
+        streamshard.merge_lora(
+            base=name, adapter="org/lora", stream=True, output=tmp_path / "out", workers=1
+        )
+    assert not (tmp_path / "out").exists()
+    asked = [one.path for one in hub.requests if one.path.endswith(".safetensors")]
+    assert max(map(asked.count, asked)) <= 4
 
 
 def test_what_was_not_read_in_order_is_told(hub, small, tmp_path):

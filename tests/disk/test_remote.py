@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+import time
 
 import pytest
 
 from streamshard.disk import remote as module
+from streamshard.disk import remote_digest
 from streamshard.disk.remote import BLOCK_NBYTES, GAP_NBYTES, MOST_STREAMS, AgainError, Remote
 from streamshard.disk.remote_digest import WrongDigestError
 from streamshard.disk.waiting import wait, wait_by
@@ -40,14 +42,15 @@ class Pieces:
         self.store, self.at, self.stop, self.fault = store, at, stop, fault
         self.closed = False
 
-    def read(self, nbytes):
+    def read_into(self, out):
         assert not self.closed
-        assert nbytes > 0
-        count = min(nbytes, self.stop - self.at, self.store.piece)
+        assert len(out)
+        count = min(len(out), self.stop - self.at, self.store.piece)
         if not count and self.fault is not None and self.fault % 2:
             raise AgainError("reset")
+        out[:count] = self.store.data[self.at : self.at + count]
         self.at += count
-        return self.store.data[self.at - count : self.at]
+        return count
 
     def close(self):
         if not self.closed:
@@ -173,6 +176,23 @@ def test_three_places_are_read_forwards_by_three_streams():
     assert [start for start, _ in store.asked] == [9_000_000, 0, 5_000_000]
 
 
+def test_a_thread_has_few_streams_whatever_they_are_of():
+    """Of a hundred files; the client has no more connections than that."""
+    store = Store()
+    remotes = [remote_of(store) for _ in range(12)]
+    files = [remote.open("key") for remote in remotes]
+    for start in (0, 1_000_000, 2_000_000):
+        for file in files:
+            file.onward = True
+            out = bytearray(1000)
+            file.read_into(memoryview(out), start)
+            assert out == DATA[start : start + 1000]
+            assert store.open_now <= MOST_STREAMS
+    for file in files:
+        file.close()
+    assert store.open_now == 0
+
+
 def test_small_gaps_are_read_over_and_large_ones_are_not():
     store = Store()
     with remote_of(store).open("key") as file:
@@ -214,6 +234,44 @@ def test_one_wrong_bit_is_found_with_the_last_byte():
         read_all(remote_of(Store(bytes(wrong))))
     with pytest.raises(WrongDigestError):
         read_all(remote_of(Store(), head=bytes(wrong[:5000])))
+
+
+@pytest.mark.parametrize(("files", "threads"), [(1, 1), (2, 0)])
+def test_a_digest_has_a_thread_where_a_processor_is_left(files, threads, monkeypatch):
+    monkeypatch.setattr(remote_digest, "processors", lambda: 2)
+    before = threading.active_count()
+    opened = [remote_of(Store()).open("key") for _ in range(files)]
+    for start in range(0, 2_900_000, 100_000):
+        for file in opened:
+            file.onward = True
+            file.read_into(memoryview(bytearray(100_000)), start)
+    assert threading.active_count() == before + threads
+    for file in opened:
+        file.close()
+    assert threading.active_count() == before
+    assert not remote_digest._busy
+
+
+@pytest.mark.parametrize("processors", [1, 64])
+def test_what_is_hashed_by_another_thread_does_not_change(processors, monkeypatch):
+    """However slow that is."""
+    real = hashlib.sha256
+
+    class Slow:
+        def __init__(self):
+            self.found = real()
+            self.hexdigest = self.found.hexdigest
+
+        def update(self, block):
+            time.sleep(0.002)
+            self.found.update(block)
+
+    monkeypatch.setattr(remote_digest, "processors", lambda: processors)
+    monkeypatch.setattr(hashlib, "sha256", lambda **_: Slow())
+    data = DATA * 5
+    remote = remote_of(Store(data), f"sha256:{real(data).hexdigest()}")
+    assert read_all(remote) == data
+    assert remote.frontier.outcome()[0]
 
 
 def test_digests_of_git_are_known_too():

@@ -91,8 +91,8 @@ def pushing(
         monkeypatch.setattr(hub_sending, "pause", lambda seconds, going=bool: _noted(api, seconds))
 
         def push(**options: Any) -> Any:
-            asked = {"push_to": REPO, "commit_message": "the output", **options}
-            return streamshard.merge_lora(base=shop.base, adapter=shop.adapter, **asked)
+            asked = {"base": shop.base, "push_to": REPO, "commit_message": "the output", **options}
+            return streamshard.merge_lora(adapter=shop.adapter, **asked)
 
         push.slept = api.slept  # type: ignore[attr-defined]
         yield push
