@@ -59,7 +59,7 @@ class StreamshardWarning(UserWarning):
     report: dict[str, Any] | None = None
 
 
-class UsageError(StreamshardError):
+class UsageError(StreamshardError, ValueError):
     """The options contradict each other or the arguments."""
 
     exit_code = 2

@@ -217,11 +217,11 @@ def _legend(figure: Figure, heat: Mapping[str, Any]) -> None:
         )
 
 
-def plot_format(file: PathLike) -> str:
+def plot_format(file: PathLike, option: str = "--plot") -> str:
     """The format that a picture's name asks for; raises `UsageError` for any other."""
     kind = PurePath(file).suffix[1:].lower()
     if kind not in FORMATS:
         raise UsageError(
-            f"--plot is {printable(str(file))}: a picture's name ends in .png, .svg or .pdf."
+            f"{option} is {printable(str(file))}: a picture's name ends in .png, .svg or .pdf."
         )
     return kind
