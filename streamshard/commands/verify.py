@@ -233,6 +233,8 @@ def _sampled(names: list[str], sample: str | int | None) -> list[str]:
     count = 0.0
     if match is not None:
         count = float(match[1]) * (len(names) / 100 if match[2] else 1)
+        if not match[2] and not float(match[1]).is_integer():
+            count = 0  # a tenth, or a part of a tensor?
     if match is None or not count or math.isinf(count) or (match[2] and float(match[1]) > 100):
         raise UsageError(
             f"--sample is {printable(repr(sample))}; write it like 10% or 200 (tensors)."
