@@ -303,3 +303,34 @@ def test_biases_and_fresh_pairs_may_be_zero(tmp_path):
     base = damaged(make(tmp_path / "base", "tiny", "custom"), "mlp1.3.bias", lambda t: t.zero_())
     report = streamshard.wrap_lora(base=base, output=tmp_path / "out", llm_r=2)
     assert report["warnings"] == []
+
+
+@pytest.mark.parametrize("how", ["tail", "norm", "over-several"])
+def test_a_file_whose_end_was_never_written(how, tmp_path, cli):
+    """It has its size, and every header is right."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    assert streamshard.verify(base)["warnings"] == [
+        "no digests are recorded: there is no streamshard.json"
+    ]
+    file = base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    lost = {"tail": 4100, "over-several": 60_000}.get(how, 0)
+    if how == "norm":
+        damaged(base, "language_model.model.norm.weight", lambda t: t.zero_())
+    else:
+        content[-lost:] = bytes(lost)
+        file.write_bytes(content)
+    outcome = cli("verify", base, "--json")
+    assert outcome.code == 0
+    said = json.loads(outcome.out)["warnings"]
+    assert any("ends in" in w and f"{lost:,}" in w for w in said) == (how == "tail")
+    assert any("ends in" in w for w in said) == (how != "norm")
+    assert any("all values are zero" in w for w in said)
+
+
+def test_fresh_pairs_are_no_lost_pages(tmp_path):
+    base = make(tmp_path / "base", "tiny", "custom")
+    for kind in ("wrapped", "peft"):
+        out = tmp_path / kind
+        streamshard.wrap_lora(base=base, output=out, llm_r=8, backbone_r=8, format=kind)
+        assert streamshard.verify(out)["warnings"] == []
