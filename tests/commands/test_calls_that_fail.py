@@ -179,3 +179,22 @@ def test_plot_says_what_it_was_given(pair):
             streamshard.plot(given)
     with pytest.raises(UsageError, match=r"^`file` is x\.jpg"):
         streamshard.plot(pair.base, "x.jpg")
+
+
+# --- reports ------------------------------------------------------------------------------------------
+
+
+def test_a_report_says_its_result(pair):
+    """In its repr, which is what most people see of it."""
+    assert "4 tensors, 2 of them merged, L2 " in repr(merged(pair))
+    assert ", as it was written; " in repr(streamshard.verify(pair.output))
+    assert "no fault found, nothing recorded" in repr(streamshard.verify(pair.base))
+    assert "equal in all of 4 tensors" in repr(streamshard.diff(pair.base, pair.base))
+    said = repr(streamshard.diff(pair.base, pair.output))
+    assert f"{pair.base} against {pair.output}, 2 of 4 tensors differ, L2 " in said
+    said = repr(streamshard.diff(pair.base, pair.base, names=True))
+    assert "equal in names, shapes and dtypes" in said
+    assert "an adapter (LORA, r " in repr(streamshard.inspect(pair.adapter))
+    env = repr(streamshard.environment())
+    assert f"streamshard {streamshard.__version__}, Python 3." in env
+    assert "tensors" not in env
