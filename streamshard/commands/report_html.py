@@ -66,7 +66,7 @@ def _told(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in report.items():
         if key in _ELSEWHERE or value is None or value is False or value in ([], {}, ""):
             continue
-        if value == 0 and key in ("tensors", "parameters", "bytes", "resumed"):
+        if value == 0 and report.get("command") == "env":  # which is of no tensors
             continue
         yield key, value
 
