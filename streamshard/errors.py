@@ -27,6 +27,7 @@ __all__ = [
     "WriteError",
     "add_to",
     "argument",
+    "both_bytes",
     "bytes_text",
     "escaped",
     "listed",
@@ -203,6 +204,16 @@ def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
     # Comparing with every name of a 40,000-tensor checkpoint takes seconds: prefer a shared tail.
     pool = [k for k in known if k.rsplit(".", 2)[-2:] == tail] or list(known)
     return difflib.get_close_matches(name, pool[:2000], n=count, cutoff=0.3)
+
+
+def both_bytes(needed: float, there: float) -> tuple[str, str]:
+    """Two sizes that are compared: in full where they would look the same.
+
+    >>> both_bytes(1_880_000_000, 524_288_000), both_bytes(1_000_001, 1_000_000)
+    (('1.88 GB', '524.29 MB'), ('1,000,001 bytes', '1,000,000 bytes'))
+    """
+    texts = bytes_text(needed), bytes_text(there)
+    return texts if texts[0] != texts[1] else (f"{needed:,} bytes", f"{there:,} bytes")
 
 
 def bytes_text(count: float) -> str:

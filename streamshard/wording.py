@@ -79,6 +79,7 @@ _VALUES = "|".join(sorted({one for values in _CHOICES.values() for one in values
 _OPTION = re.compile(
     rf"(?<![\w/\\.-])--(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?![\w/\\=-])(?: (?P<value>{_VALUES})\b)?"
 )
+_EITHER = re.compile(r"(?P<one>--[a-z-]+)\|(?P<other>--[a-z-]+)")
 _ARGUMENT = re.compile(r"(?<![\w/\\.'=-])CHECKPOINT(?![\w/\\'-]|\.\w)")
 _COMMAND = re.compile(rf"`(?P<command>{'|'.join(_FUNCTIONS)})(?P<rest>(?: [^`]*)?)`")
 
@@ -113,6 +114,8 @@ def spoken(text: str, function: str = "") -> str:
     see `streamshard.merge_lora(adapter=A, layout="hf")`; `layout="hf"` (of `merge_lora`)
     """
     own = _options.get()
+    if "|--" in text:
+        text = _EITHER.sub(lambda found: _known(found, own or KEYWORDS.get(function, ())), text)
     if own is not None:
         text = _OPTION.sub(lambda found: _with_owner(found, own), text) if "--" in text else text
         return _COMMAND.sub(r"`streamshard \g<command>\g<rest>`", text) if "`" in text else text
@@ -124,6 +127,12 @@ def spoken(text: str, function: str = "") -> str:
         text = _OPTION.sub(lambda found: _keyword(found, known), text)
         text = _ARGUMENT.sub("`checkpoint`", text)
     return text
+
+
+def _known(found: re.Match[str], own: Collection[str]) -> str:
+    """Of two options the one that the running command has."""
+    one, other = found["one"], found["other"]
+    return one if one[2:].replace("-", "_") in own else other
 
 
 def _with_owner(found: re.Match[str], own: Collection[str]) -> str:

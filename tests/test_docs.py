@@ -17,6 +17,7 @@ import click
 import pytest
 from docs_world import (
     DOCS,
+    FENCE,
     ROOT,
     Block,
     blocks,
@@ -193,7 +194,7 @@ def test_a_message_that_is_not_in_the_code_would_be_noticed():
 def test_the_command_reference_has_every_command_and_option():
     from streamshard.cli.main import cli
 
-    page = site_hooks().on_page_markdown((DOCS / "reference/cli.md").read_text(encoding="utf-8"))
+    page = (DOCS / "reference/cli.md").read_text(encoding="utf-8")
     context = click.Context(cli, info_name="streamshard")
     for name, command in cli.commands.items():
         own = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
@@ -201,6 +202,43 @@ def test_the_command_reference_has_every_command_and_option():
         for parameter in command.get_params(context):
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 assert all(option in own for option in parameter.opts), (name, parameter.opts)
+
+
+def test_what_is_generated_is_of_this_version():
+    """`python docs/site_hooks.py` writes it anew."""
+    hooks = site_hooks()
+    for page in hooks.GENERATED:
+        text = page.read_text(encoding="utf-8")
+        assert hooks.generated(text) == text, f"{page.name}: run python docs/site_hooks.py"
+        assert hooks.generated(text.replace("0 done", "").replace("| 0 |", "| x |")) == text
+
+
+def test_pages_that_stand_for_files_lead_there_in_the_repository():
+    hooks, found = site_hooks(), 0
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        for mark in hooks.MARK.finditer(text):
+            (link,) = re.findall(r"\]\(([^)]+)\)", mark[0])
+            assert (page.parent / link).is_file()
+            assert link not in hooks.on_page_markdown(text) or link.endswith(".ipynb")
+            found += 1
+    assert found == 3
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub and mkdocs make them of its headings."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [README, *pages()], ids=named)
+def test_links_lead_somewhere(page):
+    """In the repository as it is, to headings too."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for link, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), f"{link}#{anchor}"
 
 
 def test_the_python_reference_has_every_public_name():
@@ -213,7 +251,7 @@ def test_the_python_reference_has_every_public_name():
     # All classes of errors are listed with their module.
     names |= set(re.findall(r"^ {8}- (\w+)$", page, re.MULTILINE))
     assert {*streamshard.__all__, *streamshard.errors.__all__} - names == {
-        *("__version__", "add_to", "argument", "bytes_text", "escaped"),
+        *("__version__", "add_to", "argument", "both_bytes", "bytes_text", "escaped"),
         *("listed", "nearest", "printable"),
     }
     for name in documented:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +43,6 @@ def custom2hf() -> None:
 
 
 def _run(name: str) -> None:
-    """Run a script as if by its path: it finds those beside it by their plain names."""
+    """Run a script under the name that was typed: it finds those beside it by their plain names."""
     sys.path.insert(0, str(_HERE))
-    runpy.run_path(str(_HERE / f"{name}.py"), run_name="__main__")
+    importlib.import_module(name).main()

@@ -12,7 +12,7 @@ from typing import cast
 from streamshard.checkpoint.adapter_folder import AdapterFolder, open_adapter
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
-from streamshard.checkpoint.no_adapter import is_training_checkpoint
+from streamshard.checkpoint.no_adapter import is_adapter_folder, is_training_checkpoint
 from streamshard.commands.bare_names import with_bare_names
 from streamshard.commands.identify import Model
 from streamshard.commands.training_checkpoint import open_wrapped
@@ -77,13 +77,20 @@ def open_inputs(asked: Asked) -> Inputs:
     return dataclasses.replace(inputs, missing=missing)
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def _training_checkpoint(asked: Asked) -> Inputs:
     if asked.base is not None or asked.adapter is not None or asked.weight:
         too = {"--adapter": asked.adapter, "--base": asked.base, "--weight": asked.weight or None}
         given = " and ".join(option for option, value in too.items() if value is not None)
+        path = printable(str(asked.checkpoint))
+        if asked.adapter is not None and is_adapter_folder(cast("PathLike", asked.checkpoint)):
+            raise UsageError(f"{path} is an adapter, too: write --adapter before each of them.")
         raise UsageError(
-            f"a training checkpoint has its base and its pairs inside, so {given} cannot be given beside "
-            "CHECKPOINT. Leave that out. An adapter in a folder of its own has a base instead: "
+            f"{path} stands where a training checkpoint does, which has its base and its pairs inside: "
+            f"{given} cannot be given with one. Leave that out, or {path}; a merge of adapters is "
             "`merge-lora --adapter ADAPTER --base MODEL`."
         )
     base, adapters = open_wrapped(

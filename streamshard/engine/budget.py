@@ -15,7 +15,7 @@ from streamshard.disk.system import system
 from streamshard.engine.option_values import MAX_WORKERS, PROCESS_NBYTES, check_workers
 from streamshard.engine.shard_task import parts_of
 from streamshard.engine.workers import SENDERS
-from streamshard.errors import UsageError
+from streamshard.errors import UsageError, both_bytes
 from streamshard.limits import fitting, group_room, processors
 from streamshard.tensors.kernel import chosen
 from streamshard.tensors.workspace import Held
@@ -92,8 +92,9 @@ def worker_count(
     count, one = _asked(workers), needs.nbytes(1, direct=direct)
     if max_memory is not None:
         if one > max_memory:
+            allowed, needed = both_bytes(max_memory, one)
             raise UsageError(
-                f"--max-memory is {max_memory:,} bytes, but one worker needs about {one:,} for "
+                f"--max-memory is {allowed}, but one worker needs about {needed} for "
                 "this model and adapter. Allow more, or leave the option out."
             )
         while needs.nbytes(count, direct=direct) > max_memory:
