@@ -45,6 +45,32 @@ def test_wrong_arguments_are_value_errors(pair):
     assert type(pickle.loads(pickle.dumps(raised.value))) is UsageError
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pair: streamshard.inspect(pair.root / "nothing"),
+        lambda pair: streamshard.verify("./nothing"),
+        lambda pair: streamshard.diff(pair.base, pair.root / "nothing"),
+        lambda pair: streamshard.merge_lora(base=pair.base, adapter="./nothing", output="o"),
+        lambda pair: streamshard.merge_lora(base="./nothing", adapter=pair.adapter, output="o"),
+    ],
+)
+def test_what_is_not_there_is_a_file_not_found(call, pair):
+    with pytest.raises(FileNotFoundError, match=r"nothing: no such .* Check the path") as raised:
+        call(pair)
+    assert type(raised.value) is streamshard.NotFoundError
+    assert isinstance(raised.value, InputError)
+    assert raised.value.exit_code == 3
+    assert type(pickle.loads(pickle.dumps(raised.value))) is streamshard.NotFoundError
+
+
+def test_what_is_broken_is_no_file_not_found(pair):
+    (pair.base / "config.json").write_text("{")
+    with pytest.raises(InputError) as raised:
+        streamshard.inspect(pair.base)
+    assert not isinstance(raised.value, OSError)
+
+
 # --- what a notebook shows ----------------------------------------------------------------------------
 
 
