@@ -26,6 +26,7 @@ from streamshard.errors import (
     NotFoundError,
     StreamshardError,
     StreamshardWarning,
+    UsageError,
     VerificationError,
 )
 from streamshard.extras import explained
@@ -52,7 +53,13 @@ def public(command: Callable[P, Report]) -> Callable[P, Report]:
     @functools.wraps(command)
     def call(*args: P.args, **kwargs: P.kwargs) -> Report:
         try:
-            placed = hub_output(name, arguments(name, signature, args, kwargs))
+            asked = arguments(name, signature, args, kwargs)
+        except TypeError as error:
+            raise error.with_traceback(None)  # noqa: B904 - it is the same
+        except UsageError as error:
+            raise _as_raised(error)  # noqa: B904 - likewise
+        try:
+            placed = hub_output(name, asked)
             with hub_inputs(name, placed) as local, with_bar(name, local) as given:
                 report = cast("Callable[..., Report]", run)(**given)
         except ImportError as error:

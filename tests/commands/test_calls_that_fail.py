@@ -85,8 +85,19 @@ def test_a_traceback_ends_at_the_call(given, kind, pair):
         streamshard.merge_lora(
             **{"base": pair.base, "adapter": pair.adapter, "output": pair.output, **given}
         )
-    frames = traceback.extract_tb(raised.value.__traceback__)
-    assert [frame.name for frame in frames if "streamshard/" in frame.filename] == ["call"]
+    assert frames_of(raised.value) == ["call"]
+
+
+@pytest.mark.parametrize("given", [{"overwite": True}, {"base": 3}, {"workers": 0}], ids=str)
+def test_so_does_that_of_wrong_arguments(given, pair):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        streamshard.merge_lora(**{"base": pair.base, "adapter": pair.adapter, **given})
+    assert frames_of(raised.value) == ["call"]
+
+
+def frames_of(error: BaseException) -> list[str]:
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame.name for frame in frames if "streamshard/" in frame.filename]
 
 
 def test_the_way_of_an_error_is_logged(pair, caplog):
