@@ -52,10 +52,15 @@ class StreamshardError(Exception):
 
 
 class StreamshardWarning(UserWarning):
-    """What a report lists under `warnings`, for the filters of Python's `warnings`."""
+    """What a report lists under `warnings`, for the filters of Python's `warnings`.
+
+    `report` is that report, if a filter has made an error of the warning.
+    """
+
+    report: dict[str, Any] | None = None
 
 
-class UsageError(StreamshardError):
+class UsageError(StreamshardError, ValueError):
     """The options contradict each other or the arguments."""
 
     exit_code = 2
@@ -136,6 +141,11 @@ class HubError(StreamshardError):
     """The hub or the network did not give what is needed."""
 
     exit_code = 9
+
+
+def __dir__() -> list[str]:
+    """The classes: all that is meant for users."""
+    return [name for name in __all__ if name[0].isupper()]
 
 
 def add_to(error: BaseException, text: str) -> None:

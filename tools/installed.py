@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["custom2hf", "hf2custom", "make_checkpoint", "merge_lora"]
+__all__ = ["custom2hf", "demo", "hf2custom", "make_checkpoint", "merge_lora"]
 
 _HERE = Path(__file__).parent
 
@@ -14,6 +15,16 @@ _HERE = Path(__file__).parent
 def make_checkpoint() -> None:
     """Run `make_checkpoint.py`."""
     _run("make_checkpoint")
+
+
+def demo(folder: str | Path) -> None:
+    """Write small models to try everything on, as `streamshard-make-checkpoint --demo FOLDER` does.
+
+    What is there from an earlier time stays.
+    """
+    if not (Path(folder) / "base").exists():
+        line = [sys.executable, str(_HERE / "make_checkpoint.py"), "--demo", str(folder)]
+        subprocess.run(line, check=True)
 
 
 def merge_lora() -> None:

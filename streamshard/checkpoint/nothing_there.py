@@ -14,6 +14,7 @@ __all__ = ["instead"]
 
 
 _HUB_ID = re.compile(r"(?:hf://)?[\w.-]+/[\w.-]+(@\S+)?")
+_IN_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[^/\s]+)?(/[^/\\]+)+", re.ASCII)
 _MOST_NAMES = 10_000  # of a folder that is searched for like ones
 
 
@@ -33,7 +34,9 @@ def instead(path: Path) -> str:
     if _HUB_ID.fullmatch(str(path)) and around == Path():
         return "Check the path; if a model on the hub is meant, give it as it is called there (org/name)."
     if around != path.parent:
-        return f"In {where} there is no '{printable(missing)}'. Check the path."
+        deep = around == Path() and _IN_HUB.fullmatch(str(path))
+        hub = f"; in a model on the hub it would be hf://{printable(str(path))}" if deep else ""
+        return f"In {where} there is no '{printable(missing)}'. Check the path{hub}."
     return "Check the path."
 
 

@@ -49,12 +49,17 @@ def what_instead(folder: Path) -> str | None:
         )
     if any(_SHARDS.fullmatch(name) for name in names):
         # What is run lies beside the states of all steps.
-        whole = folder.parent if _STEP.fullmatch(folder.absolute().name) else folder
-        script, path = argument(whole / "zero_to_fp32.py"), argument(whole)
+        step = folder.absolute().name if _STEP.fullmatch(folder.absolute().name) else None
+        whole = folder if step is None else folder.parent
+        path = argument(whole)
+        script = argument(whole / "zero_to_fp32.py")
+        if "zero_to_fp32.py" not in _names(whole):
+            script = "-m deepspeed.utils.zero_to_fp32"
         return (
             "It has states of DeepSpeed (ZeRO), of which each process wrote a part. Gather its weights "
-            "with the script that DeepSpeed left there: "
-            f"python {script} {path} {path} --safe_serialization"
+            f"with DeepSpeed's script: python {script} {path} {path} --safe_serialization"
+            + (f" --tag {step}" if step else "")
+            + f", then give {path}, with config.json and tokenizer beside them."
         )
     parts = [name for name in names if _FSDP.fullmatch(name)]
     if parts:

@@ -190,7 +190,8 @@ WRITING = with_options(
         OUTPUT,
         "--sha256",
         is_flag=True,
-        help="Keep the SHA-256 of every file in streamshard.json; files are read once more.",
+        help="Keep the SHA-256 of every file in streamshard.json, and compare inputs in the hub's cache "
+        "with that of the hub; files are read once more.",
     ),
     option(
         RUNNING,

@@ -108,10 +108,12 @@ def _folders(asked: Asked) -> Inputs:
         raise _incomplete(asked)
     if asked.alpha is not None:
         raise UsageError("--alpha is for training checkpoints; an adapter's config has its own.")
-    if asked.layout == "keep" and (asked.reference, asked.tokenizer_from) != (None, None):
+    too = {"--reference": asked.reference, "--tokenizer-from": asked.tokenizer_from}
+    if asked.layout == "keep" and any(value is not None for value in too.values()):
+        given = " and ".join(option for option, value in too.items() if value is not None)
         raise UsageError(
-            "--reference and --tokenizer-from would change nothing here: they belong to --layout "
-            "custom or hf. Give that too, or leave them out."
+            f"{given} would change nothing here: that belongs to --layout custom or hf. Give --layout "
+            "too, or leave it out."
         )
     base = with_bare_names(open_checkpoint(asked.base))
     folders = _open_adapters(asked.adapter)
@@ -161,8 +163,8 @@ def _adapters(folders: Sequence[AdapterFolder], asked: Asked) -> list[Adapter]:
     weights = [1.0] * len(folders) if not asked.weight else list(asked.weight)
     if len(weights) != len(folders):
         raise UsageError(
-            f"{_counted(len(folders), 'adapter')} but {_counted(len(weights), 'weight')}: give --weight "
-            "once per --adapter, or not at all."
+            f"{len(folders)} --adapter but {len(weights)} --weight: give one for each, in the same "
+            "order, or none at all."
         )
     if not all(math.isfinite(value) for value in weights):
         raise UsageError("--weight must be a finite number.")

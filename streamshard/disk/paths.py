@@ -17,7 +17,7 @@ from streamshard.errors import InputError, UsageError, WriteError, printable
 __all__ = ["PathLike", "input_path", "output_path"]
 
 
-PathLike: TypeAlias = "str | os.PathLike[str]"
+PathLike: TypeAlias = str | os.PathLike[str]
 
 _NOWHERE = (
     "the current folder no longer exists, and this path begins there. Go to another folder, or give "

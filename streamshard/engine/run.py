@@ -232,7 +232,8 @@ def _fill(
         sha256=made.sha256 or publishing is not None,
     )
     left = [shard for shard in made.shards if shard.name not in staging.finished]
-    fetch(read_by(left, made.compared.references(left), made.files.values()), on_step)
+    inputs = read_by(left, made.compared.references(left), made.files.values())
+    fetch(inputs, on_step, check=made.sha256)
     write_shards(made, staging, progress=progress, on_step=on_step)
     finished = [staging.finished[shard.name] for shard in made.shards]
     if made.must_change and not any(any(found.squared) for found in finished):

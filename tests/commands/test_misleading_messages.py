@@ -78,6 +78,8 @@ def test_a_typo_is_told_with_what_is_there(command, pair, cli, monkeypatch):
         ("link", "link to nothing"),
         ("bas", "'base'"),
         ("completely-else", "Check the path"),
+        ("org/name/sub/folder", "in a model on the hub it would be hf://org/name/sub/folder."),
+        ("org/name/sub", "There is no 'org' in the current folder. Check the path; in a model"),
     ],
 )
 def test_what_is_not_there(path, said, pair, monkeypatch):
@@ -183,7 +185,9 @@ def test_a_plain_model_as_a_training_checkpoint(pair, cli):
     for command in ("merge-lora", "extract-lora"):
         done = cli(command, pair.base, "--output", pair.output)
         assert done.code == 3
-        assert f"`streamshard merge-lora --adapter ADAPTER --base {pair.base}`" in done.err
+        advice = f"`streamshard merge-lora --adapter ADAPTER --base {pair.base}`"
+        assert (advice in done.err) == (command == "merge-lora")
+        assert ("what can be extracted" in done.err) == (command == "extract-lora")
         check_options(done.err, command)
 
 

@@ -303,3 +303,99 @@ def test_biases_and_fresh_pairs_may_be_zero(tmp_path):
     base = damaged(make(tmp_path / "base", "tiny", "custom"), "mlp1.3.bias", lambda t: t.zero_())
     report = streamshard.wrap_lora(base=base, output=tmp_path / "out", llm_r=2)
     assert report["warnings"] == []
+
+
+@pytest.mark.parametrize("how", ["tail", "norm", "over-several"])
+def test_a_file_whose_end_was_never_written(how, tmp_path, cli):
+    """It has its size, and every header is right."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    assert streamshard.verify(base)["warnings"] == [
+        "no digests are recorded: there is no streamshard.json"
+    ]
+    file = base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    lost = {"tail": 4100, "over-several": 60_000}.get(how, 1)
+    if how == "norm":
+        damaged(base, "language_model.model.norm.weight", lambda t: t.zero_())
+    else:
+        content[-lost:] = bytes(lost)
+        file.write_bytes(content)
+    outcome = cli("verify", base, "--json")
+    assert outcome.code == 0
+    said = json.loads(outcome.out)["warnings"]
+    assert any(f"ends in {lost:,} bytes of zeros" in w for w in said) == (how != "norm")
+    assert any("all values are zero" in w for w in said)
+
+
+def test_fresh_pairs_are_no_lost_pages(tmp_path):
+    base = make(tmp_path / "base", "tiny", "custom")
+    for kind in ("wrapped", "peft"):
+        out = tmp_path / kind
+        streamshard.wrap_lora(base=base, output=out, llm_r=8, backbone_r=8, format=kind)
+        assert streamshard.verify(out)["warnings"] == []
+
+
+# --- files as a run leaves them ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["folder", "inside"])
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_folder_with_the_name_of_a_file(count, config, given, tmp_path):
+    """Newer DeepSpeeds put shards and index into a folder `pytorch_model.bin`."""
+    run = run_of(tmp_path / "run")
+    streamshard.merge_lora(checkpoint=run, output=tmp_path / "expected")
+    content = read(run)
+    (run / "model.safetensors").unlink()
+    inside = run / "pytorch_model.bin"
+    inside.mkdir()
+    if count == 1:
+        torch.save(content, inside / "pytorch_model.bin")
+    else:
+        names, weight_map = sorted(content), {}
+        for number in range(count):
+            file = f"pytorch_model-{number + 1:05d}-of-{count:05d}.bin"
+            part = names[number::count]
+            torch.save({name: content[name] for name in part}, inside / file)
+            weight_map |= dict.fromkeys(part, file)
+        index = inside / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    if not config:
+        (run / "config.json").unlink()
+    source = run if given == "folder" else inside
+    ref = None if config else tmp_path / "plain"
+    report = streamshard.merge_lora(checkpoint=source, output=tmp_path / "out", reference=ref)
+    assert alike(tmp_path / "out", tmp_path / "expected")
+    assert config_of(tmp_path / "out") == config_of(tmp_path / "expected")
+    assert len(report["warnings"]) == (not config)
+    assert streamshard.inspect(source)["tensors"] == len(content)
+
+
+def test_shards_that_say_they_are_all_need_no_index(tmp_path, cli):
+    base = make(tmp_path / "base", "tiny", "custom", max_shard_size=100_000)
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    merge = ["merge-lora", "--adapter", tmp_path / "adapter", "--base", base, "--output"]
+    assert cli(*merge, tmp_path / "expected").code == 0
+    (base / "model.safetensors.index.json").unlink()
+    assert cli(*merge, tmp_path / "out").code == 0
+    assert alike(tmp_path / "out", tmp_path / "expected")
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert "no model.safetensors.index.json" in cli("verify", base).out
+    shards = sorted(base.glob("*.safetensors"))
+    (base / "extra.safetensors").write_bytes(shards[0].read_bytes())
+    assert "what belongs together" in refused(cli, tmp_path, 3, *merge, tmp_path / "o")
+    (base / "extra.safetensors").unlink()
+    shards[1].write_bytes(shards[0].read_bytes())
+    assert "is in both" in refused(cli, tmp_path, 3, *merge, tmp_path / "o")
+    shards[1].unlink()
+    assert "what belongs together" in refused(cli, tmp_path, 3, *merge, tmp_path / "o")
+
+
+def test_what_a_run_noted_of_itself_is_not_the_models(tmp_path):
+    base = make(tmp_path / "base", "tiny", "custom")
+    for name in ("training_log.txt", "all_results.json", "train_results.json", "eval_results.json"):
+        (base / name).write_text("{}")
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    streamshard.merge_lora(base=base, adapter=tmp_path / "adapter", output=tmp_path / "out")
+    assert not [file.name for file in (tmp_path / "out").iterdir() if "results" in file.name]
+    assert not (tmp_path / "out" / "training_log.txt").exists()
