@@ -142,7 +142,7 @@ def check_base(
     wrapped = factors_among(base)
     if wrapped:
         raise InputError(
-            f"{where}: is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. "
+            f"{where}: is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 1)}. "
             + (
                 f"Merge its pairs first, and convert the result: `merge-lora {argument(where)}`."
                 if goal == "converted"
