@@ -110,7 +110,8 @@ def spoken(text: str, function: str = "") -> str:
     """
     own = _options.get()
     if own is not None:
-        text = _OPTION.sub(lambda found: _with_owner(found, own), text) if "--" in text else text
+        if "--" in text:
+            text = _OPTION.sub(lambda found: _with_owner(found, own, function), text)
         return _COMMAND.sub(r"`streamshard \g<command>\g<rest>`", text) if "`" in text else text
     if "--" in text or "`" in text or "CHECKPOINT" in text:
         known = KEYWORDS.get(function)
@@ -120,10 +121,12 @@ def spoken(text: str, function: str = "") -> str:
     return text
 
 
-def _with_owner(found: re.Match[str], own: Collection[str]) -> str:
-    """An option, with the command that has it if the running one does not."""
+def _with_owner(found: re.Match[str], own: Collection[str], function: str) -> str:
+    """An option, with the command that has it if the running one does not; a drop-in calls a function."""
     name = found["name"].replace("-", "_")
-    owner = None if name in own or _in_command(found) else _owner(name)
+    owner = None
+    if name not in own and not _in_command(found):
+        owner = function if name in KEYWORDS.get(function, ()) else _owner(name)
     return found[0] if owner is None else f"{found[0]} (of streamshard {COMMANDS[owner]})"
 
 

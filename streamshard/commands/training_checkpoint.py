@@ -50,6 +50,23 @@ class Wrapped:
     names: Unwrapped
     ranks: Mapping[str, int]
 
+    @property
+    def has_base(self) -> bool:
+        """Whether there is anything that the pairs are added to; else only what was trained was saved."""
+        return any(
+            name.startswith(f"{module}.") for module in self.ranks for name in self.names.base
+        )
+
+    def without_base(self) -> InputError:
+        """The error for a checkpoint of nothing but what was trained."""
+        path = argument(self.checkpoint.path)
+        return InputError(
+            f"{printable(str(self.checkpoint.path))}: holds the pairs of {len(self.ranks)} modules, but "
+            "none of the weights that these are added to: only what was trained was saved. With the "
+            f"model that the training started from: `extract-lora {path} --base MODEL --output ADAPTER`, then "
+            "`merge-lora --adapter ADAPTER --base MODEL`."
+        )
+
 
 def read_wrapped(
     path: PathLike,
@@ -145,6 +162,8 @@ def open_wrapped(
         path, alpha=alpha, adapter_name=adapter_name, reference=reference, layout=layout
     )
     found, inside, ranks = wrapped.checkpoint, wrapped.names, wrapped.ranks
+    if not wrapped.has_base:
+        raise wrapped.without_base()
     config = dict(found.config) if found.config is not None else None
     if config is not None:
         config |= dict.fromkeys(FLAGS, 0)

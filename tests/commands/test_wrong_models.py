@@ -399,3 +399,65 @@ def test_what_a_run_noted_of_itself_is_not_the_models(tmp_path):
     streamshard.merge_lora(base=base, adapter=tmp_path / "adapter", output=tmp_path / "out")
     assert not [file.name for file in (tmp_path / "out").iterdir() if "results" in file.name]
     assert not (tmp_path / "out" / "training_log.txt").exists()
+
+
+LACKING = {
+    "vocabulary": (("vocab.json",), "a vocabulary"),
+    "merges": (("merges.txt",), "'merges.txt'"),
+    "settings": (("tokenizer_config.json",), "'tokenizer_config.json'"),
+    "everything": (("vocab.json", "merges.txt", "tokenizer_config.json"), "a vocabulary"),
+    "code": (("modeling_internvl_chat.py",), "'modeling_internvl_chat.py'"),
+}
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_what_loaders_need_beside_the_weights(case, tmp_path):
+    """Told once, with where it can be taken from; the reference gives it."""
+    gone, said = LACKING[case]
+    run = run_of(tmp_path / "run")
+    base = make(tmp_path / "base", "tiny", "custom")
+    names = {file.name for file in base.iterdir()}
+    for folder in (run, base):
+        for name in gone:
+            (folder / name).unlink()
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    (warning,) = streamshard.merge_lora(checkpoint=run, output=tmp_path / "a")["warnings"]
+    assert said in warning
+    assert "`reference` ORIGINAL" in warning
+    (warning,) = streamshard.merge_lora(
+        base=base, adapter=tmp_path / "adapter", output=tmp_path / "b"
+    )["warnings"]
+    assert said in warning
+    assert "Copy such files from the original model" in warning
+    report = streamshard.merge_lora(
+        checkpoint=run, output=tmp_path / "c", reference=tmp_path / "plain"
+    )
+    assert report["warnings"] == []
+    assert {file.name for file in (tmp_path / "c").iterdir()} == names | {
+        "README.md",
+        "streamshard.json",
+    }
+
+
+# --- only what was trained ---------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_nothing_but_what_was_trained(tmp_path, cli):
+    """Its pairs can be had with the model that the training started from, and fit in there."""
+    run = run_of(tmp_path / "run")
+    content = read(run)
+    content["mlp1.3.bias"] = content["mlp1.3.bias"] + 1
+    put(run, content)
+    streamshard.extract_lora(checkpoint=run, base=tmp_path / "plain", output=tmp_path / "expected")
+    put(run, {n: t for n, t in content.items() if ".lora_" in n or n.startswith("mlp1.")})
+    for command in ("merge-lora", "extract-lora"):
+        text = refused(cli, tmp_path, 3, command, run, "--output", tmp_path / "out")
+        assert "only what was trained was saved" in text
+        assert f"streamshard extract-lora {run} --base MODEL --output ADAPTER" in text
+    out = tmp_path / "out"
+    streamshard.extract_lora(checkpoint=run, base=tmp_path / "plain", output=out)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    hf = make(tmp_path / "hf", "tiny", "hf")
+    extract = ["extract-lora", run, "--base", hf, "--output", tmp_path / "o"]
+    assert "is of the hf layout" in refused(cli, tmp_path, 3, *extract)
