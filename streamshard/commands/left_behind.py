@@ -15,11 +15,11 @@ from streamshard.checkpoint.file_names import (
 )
 from streamshard.checkpoint.json_files import MAX_JSON_BYTES, json_object
 from streamshard.checkpoint.tokenizer import SETTINGS, Content, Tokenizer, modules_of
+from streamshard.commands.identify import dimensions
 from streamshard.disk.existence import is_folder, walked
 from streamshard.disk.files import read_bytes
 from streamshard.disk.system import reading
 from streamshard.errors import InputError, listed, printable
-from streamshard.internvl.model_config import config_layout
 from streamshard.notes import note
 
 __all__ = ["note_left_behind"]
@@ -74,7 +74,7 @@ def _of_tokenizer(files: Mapping[str, Content]) -> str:
         return ""
     text = config if isinstance(config, bytes) else read_bytes(config, MAX_JSON_BYTES)
     try:
-        if config_layout(json_object(text, Path(MODEL_CONFIG_NAME))) is None:
+        if dimensions(json_object(text, Path(MODEL_CONFIG_NAME))) is None:
             return ""
     except InputError:  # whoever needs it says what is wrong
         return ""

@@ -62,9 +62,9 @@ class Wrapped:
         path = argument(self.checkpoint.path)
         return InputError(
             f"{printable(str(self.checkpoint.path))}: holds the pairs of {len(self.ranks)} modules, but "
-            "none of the weights that these are added to: only what was trained was saved. With the "
-            f"model that the training started from: `extract-lora {path} --base MODEL --output ADAPTER`, then "
-            "`merge-lora --adapter ADAPTER --base MODEL`."
+            "none of the weights that these are added to: only what was trained was saved. Use the model "
+            f"that the training started from: `extract-lora {path} --base MODEL --output ADAPTER`, "
+            "then `merge-lora --adapter ADAPTER --base MODEL`."
         )
 
 
