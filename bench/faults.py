@@ -174,6 +174,8 @@ def check(scenario: Scenario, faults: Faults, inputs: Content) -> list[str]:
         wrong.append(f"{after - before} descriptors left open")
     complete = _at(scenario) == scenario.expected
     again, said_again = run(scenario.command)
+    if scenario.then and not again:
+        again, said_again = run(scenario.then)
     if again and not (complete and "--overwrite" not in scenario.command and again == 5):
         wrong.append(f"the next run ended with {again}: {said_again}")
     if _at(scenario) != scenario.expected:
@@ -191,7 +193,7 @@ def _ending(scenario: Scenario, faults: Faults, code: int, said: str) -> Iterato
     """What is wrong with the exit code and the message."""
     if "Traceback" in said or code == 1:
         yield f"exit code {code}"
-    if code == 0 and (_at(scenario) != scenario.expected or said):
+    if code == 0 and (said or _at(scenario) != (None if scenario.then else scenario.expected)):
         yield "success is told"
     if faults.kind.part:
         if code:

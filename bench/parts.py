@@ -26,7 +26,8 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=50)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--first", type=int, default=0, help="number of the first round, its seed")
+    options = parser.parse_args()
     kills = 0
     with tempfile.TemporaryDirectory(prefix="streamshard-parts-") as made:
         folder = Path(made)
@@ -39,7 +40,7 @@ def main() -> None:
         run = [sys.executable, "-m", "streamshard", *command, str(folder / "clean")]
         subprocess.run(run, check=True, capture_output=True)
         expected = content(folder / "clean")
-        for number in range(rounds):
+        for number in range(options.first, options.first + options.rounds):
             output = folder / "out" / "merged"
             output.parent.mkdir()
             kills += all_parts_with_kills([*command, str(output)], PARTS, random.Random(number))
@@ -47,7 +48,9 @@ def main() -> None:
             if left != ["merged"] or content(output) != expected:
                 sys.exit(f"round {number}: other bytes than a clean run, or {left}")
             shutil.rmtree(output.parent)
-    print(f"{rounds} rounds, {kills} kills: the bytes of a clean run each time, nothing left")
+    print(
+        f"{options.rounds} rounds, {kills} kills: the bytes of a clean run each time, nothing left"
+    )
 
 
 if __name__ == "__main__":

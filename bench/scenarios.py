@@ -30,6 +30,7 @@ from streamshard import cli  # noqa: E402
 from streamshard.commands import merge_lora  # noqa: E402, F401 - loaded before anything may fail
 from streamshard.disk.system import System  # noqa: E402
 from streamshard.engine.journal import Journal  # noqa: E402
+from streamshard.engine.parts import Output  # noqa: E402
 
 __all__ = ["CALLS", "ROOT", "Scenario", "content", "digests", "replaced", "run", "scenarios"]
 
@@ -45,6 +46,7 @@ class Scenario:
     """A command that writes `output`, and what it is to be compared with.
 
     `before` is copied to the folder around the output first; None if not even that folder is there.
+    `then` is a second command that completes the output if the first one is not to.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Scenario:
     before: Path | None
     expected: Content
     old: Content | None
+    then: Sequence[str] = ()
 
     def begin(self) -> None:
         """Put everything at its place as it is before the command."""
@@ -115,7 +118,7 @@ def _lasting(name: str, data: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def replaced(holder: object, calls: Mapping[str, Callable[..., Any]]) -> Any:
+def replaced(holder: object, calls: Mapping[str, Any]) -> Any:
     """Put other functions in the place of attributes for a while."""
     own = {name: vars(holder)[name] for name in calls if name in vars(holder)}
     try:
@@ -176,14 +179,7 @@ def scenarios(folder: Path, *, workers: int = 1) -> dict[str, Scenario]:
             None,
         ),
     ]
-    clean_parts = folder / "parts"
-    _expect(run([*at(clean_parts / "merged"), "--part", "1/2"]))
-    for name, part, before in (
-        ("merge-lora, all in a part", "1/1", None),
-        ("merge-lora, the last part", "2/2", clean_parts),
-    ):
-        command = [*at(output), "--part", part]
-        found.append(Scenario(name, command, inputs, output, before, expected, None))
+    found += _of_parts(at, folder, inputs, output, expected)
     hf, custom = _layouts(folder / "layouts")
     convert = ["hf2custom", *more, "--hf-path", str(hf), "--custom-path", str(custom)]
     clean = folder / "converted"
@@ -193,6 +189,30 @@ def scenarios(folder: Path, *, workers: int = 1) -> dict[str, Scenario]:
         Scenario("hf2custom", command, folder / "layouts", output, None, content(clean), None)
     )
     return {scenario.name: scenario for scenario in found}
+
+
+def _of_parts(
+    at: Callable[[Path], list[str]], folder: Path, inputs: Path, output: Path, expected: Content
+) -> list[Scenario]:
+    """All in one part, one that leaves the rest to another, the last one, and what completes it."""
+    half, both = folder / "one part", folder / "both parts"
+    _expect(run([*at(half / "merged"), "--part", "1/2"]))
+    with replaced(Output, {"is_finished": False}):
+        for part in ("1/2", "2/2"):
+            _expect(run([*at(both / "merged"), "--part", part]))
+
+    def scenario(name: str, part: str, before: Path | None, then: Sequence[str] = ()) -> Scenario:
+        command = [*at(output), "--part", part]
+        return Scenario(
+            f"merge-lora, {name}", command, inputs, output, before, expected, None, then
+        )
+
+    return [
+        scenario("all in a part", "1/1", None),
+        scenario("one part of two", "1/2", None, [*at(output), "--part", "2/2"]),
+        scenario("the last part", "2/2", half),
+        scenario("parts completed", "finish", both),
+    ]
 
 
 def _expect(outcome: tuple[int, str]) -> None:

@@ -5,5 +5,11 @@ python tools/internvl_hf2custom.py --custom_path C --hf_path H --save_path S
 
 from streamshard.cli import run_upstream
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Run it, and exit with the code of what happened."""
     run_upstream("hf_to_custom", __doc__)
+
+
+if __name__ == "__main__":
+    main()

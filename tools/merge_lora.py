@@ -5,5 +5,11 @@ python tools/merge_lora.py INPUT_PATH OUTPUT_PATH
 
 from streamshard.cli import run_upstream_merge
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Run it, and exit with the code of what happened."""
     run_upstream_merge(__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,13 +9,14 @@ from pathlib import Path
 from streamshard.disk.existence import is_folder, names_in
 from streamshard.errors import argument, listed, printable
 
-__all__ = ["what_instead"]
+__all__ = ["folders_of_models", "inner_instead", "what_instead"]
 
 
 _RUN = re.compile(r"checkpoint-(\d{1,9})")
 _STEP = re.compile(r"global_step\d+")
 _SHARDS = re.compile(r"global_step\d+|.*_(?:optim|model)_states\.pt|zero_to_fp32\.py")
 _FSDP = re.compile(r"pytorch_model_fsdp_\d+|.*\.distcp")
+_WEIGHTS = re.compile(r"(?:model|pytorch_model)\b.*\.(?:safetensors|bin)(?:\.index\.json)?")
 _CACHE = re.compile(r"(?:models|datasets|spaces)--.+")
 
 
@@ -68,6 +69,23 @@ def what_instead(folder: Path) -> str | None:
             f"accelerate merge-weights {argument(inside)} OUTPUT"
         )
     return None
+
+
+def folders_of_models(folder: Path) -> list[str]:
+    """The folders in a folder that have a config and weights of a model, of the first hundred."""
+    inner = sorted(_names(folder))[:100]
+    return [name for name in inner if _has_model(_names(folder / name))]
+
+
+def inner_instead(what: str, names: list[str]) -> str:
+    """That a folder has what was meant in folders of its own."""
+    if len(names) == 1:
+        return f"{what} lies in its sub-folder {listed(names)}: give that."
+    return f"{what} lies in each of its sub-folders {listed(names)}: give one of these."
+
+
+def _has_model(names: list[str]) -> bool:
+    return "config.json" in names and any(_WEIGHTS.fullmatch(name) for name in names)
 
 
 def _snapshots(folder: Path) -> str:

@@ -22,7 +22,7 @@ from streamshard.checkpoint.file_names import (
 from streamshard.checkpoint.header import Header, read_header
 from streamshard.checkpoint.json_files import MAX_JSON_BYTES, parse_index
 from streamshard.checkpoint.lfs_pointers import check_pointer
-from streamshard.checkpoint.other_folders import what_instead
+from streamshard.checkpoint.other_folders import folders_of_models, inner_instead, what_instead
 from streamshard.disk.existence import is_file, is_folder, is_link, is_there, names_in
 from streamshard.disk.files import read_bytes
 from streamshard.errors import InputError, argument, listed, printable
@@ -166,6 +166,9 @@ def _only_other(folder: Path) -> Path:
         instead = f"If they are in {printable(pickled[0])}, give that file itself."
     elif pickled and instead is None:
         instead = f"It has {listed(pickled, 3)}, but no {CHECKPOINT_NAMES[1].index_name}: add that."
+    inner = folders_of_models(folder) if instead is None else []
+    if inner:
+        instead = inner_instead("A model", inner)
     hint = instead or f"Give a folder with {names.single} or an index."
     raise InputError.at(folder, f"has no weights of a model. {hint}")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -54,4 +57,7 @@ def run_upstream(function: str, description: str | None) -> None:
 
 def _script(description: str | None) -> Callable[[Callable[..., None]], click.Command]:
     text = description and description.replace("\n\n", "\n\n\b\n")  # lines as they are
+    called = Path(sys.argv[0]).name
+    if text and not called.endswith(".py"):  # installed, under a name of its own
+        text = re.sub(r"^python \S+", called, text, flags=re.MULTILINE)
     return click.command(cls=Command, help=text, context_settings=CONTEXT)

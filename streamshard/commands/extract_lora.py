@@ -73,7 +73,8 @@ def extract_lora(
     started, chosen = time.perf_counter(), Options.of(options)
     if chosen.max_shard_size is not None:
         raise UsageError("--max-shard-size: an adapter is always one file.")
-    read = read_wrapped(checkpoint, alpha=alpha, adapter_name=adapter_name)
+    instead = "what can be extracted is in what a training with LoRA has saved: give that folder."
+    read = read_wrapped(checkpoint, alpha=alpha, adapter_name=adapter_name, instead=instead)
     source, found, ranks = read.checkpoint, read.names, read.ranks
     where = printable(str(source.path))
     base = None if base is None else input_path(base, "the base")

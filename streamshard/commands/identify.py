@@ -264,7 +264,9 @@ def _check_layout(model: Model, side: Layout, where: str, other: Model) -> None:
             + (
                 "Are the two folders swapped?"
                 if swapped
-                else f"Give {what} checkpoint of InternVL."
+                else f"Give, as {'--custom-path' if side == 'custom' else '--hf-path'}|--reference, the "
+                f"original model in the {'custom' if side == 'custom' else 'HF'} layout: it is published "
+                "under a name of its own, like InternVL3-8B and InternVL3-8B-hf."
             )
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamshard.errors import UsageError, bytes_text, escaped
+from streamshard.extras import install
 
 __all__ = ["report_html"]
 
@@ -85,6 +86,6 @@ def _picture(heat: Mapping[str, Any] | None) -> str:
     try:
         image = base64.b64encode(rendered(drawn(heat), "png")).decode()
     except UsageError:
-        return "<p>(with matplotlib there is a picture here: pip install 'streamshard[plot]')</p>"
+        return f"<p>(with matplotlib there is a picture here: {install('matplotlib')})</p>"
     source = f"data:image/png;base64,{image}"
     return f"<img style='max-width:100%' alt='relative change by layers' src='{source}'>"

@@ -75,11 +75,14 @@ def read_wrapped(
     adapter_name: str | None = None,
     reference: PathLike | None = None,
     layout: str = "keep",
+    instead: str = "",
 ) -> Wrapped:
     """Open a wrapped checkpoint; `alpha` is what the user says it is.
 
     A checkpoint without config.json has that of `reference`, if one is given that is not of the other
     `layout`, to which it is converted then.
+
+    `instead` is what to do with a checkpoint without pairs.
 
     Raises `InputError` or `AdapterError` if it has no pairs, others than its config says and `alpha`
     is not given, or more of an adapter than can be understood without its config.
@@ -91,8 +94,11 @@ def read_wrapped(
     if not is_wrapped(found.tensors):
         raise InputError(
             f"{where}: no LoRA found: it has no lora_A and lora_B tensors, so there is nothing to do. "
-            "A full fine-tune is complete as it is; for a PEFT adapter: "
-            f"`merge-lora --adapter ADAPTER --base {argument(found.path)}`."
+            "A full fine-tune is complete as it is; "
+            + (
+                instead
+                or f"for a PEFT adapter: `merge-lora --adapter ADAPTER --base {argument(found.path)}`."
+            )
         )
     empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
     if empty:

@@ -8,36 +8,36 @@ task was done by another one, and whatever is finished is kept if the scheduler 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import pickle
 import queue
 import time
 import uuid
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.engine import cluster_task
+from streamshard.engine.cluster_client import connected
 from streamshard.engine.job import Plan
 from streamshard.engine.parts_folder import PartsFolder
 from streamshard.engine.workers import OnStep, Progress
-from streamshard.errors import ClusterError, StreamshardError, UsageError, listed, printable
-from streamshard.extras import needed_for
+from streamshard.errors import ClusterError, StreamshardError, listed, printable
 
 __all__ = ["Cluster"]
 
 
 RESOURCE = "streamshard"
-CONNECT_SECONDS = 30
 WORKERS_SECONDS = 60
 """How long there may be no worker, and a finished file may not be seen here."""
 LOOK_SECONDS = 2.0
 A_THREAD = 2
 """Tasks that are given to the scheduler at a time, for each thread of a worker."""
 RETRIES = 2
+
+
+_log = logging.getLogger(__name__)
 
 
 class Cluster:
@@ -58,38 +58,12 @@ class Cluster:
         left = [shard for shard in made.shards if shard.name not in settled]
         left.sort(key=lambda shard: (-shard.nbytes, shard.name))
         on_step("connecting", 0, 0)
-        with self._client() as client:
+        with connected(self.scheduler) as client:
             run = _Run(self, client, made, parts, progress)
             run.check_workers(left)
             total = made.tensor_nbytes
             on_step("writing", total, total - sum(total_nbytes(shard.tensors) for shard in left))
             run.write(left)
-
-    @contextlib.contextmanager
-    def _client(self) -> Iterator[Any]:
-        with needed_for("--scheduler"):
-            from distributed import Client
-            from distributed.comm import resolve_address
-        for name in ["distributed", "distributed.client"]:  # each has a level of its own
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what counts is told here
-        file = Path(self.scheduler)
-        address = _address_in(file) if file.suffix == ".json" else self.scheduler
-        try:
-            resolve_address(address)  # a client that was given a wrong one takes a minute to end
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # versions are compared below
-                client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ClusterError(
-                f"{printable(self.scheduler)}: no scheduler answers there ({printable(str(error))}). "
-                "Start one (dask scheduler), and give its address, like tcp://host:8786, or the file "
-                "that it writes with --scheduler-file."
-            ) from error
-        try:
-            yield client
-        finally:
-            with contextlib.suppress(Exception):
-                client.close(timeout=2)
 
 
 class _Run:
@@ -112,19 +86,28 @@ class _Run:
         self._told: dict[str, int] = {}
         self._nbytes: dict[str, int] = {}
         self._resource = False
+        self._inputs = b""
         self._looked = self._seen = time.monotonic()
 
     def check_workers(self, shards: Sequence[Shard]) -> None:
         """Raise `ClusterError` unless there are workers, and all of them can do the tasks."""
+        self._inputs = cluster_task.inputs_bytes(self._made, shards, self._parts.shared.digest)
         try:
+            if not self._workers():
+                _log.info(
+                    "%s has no worker yet: waiting %d s for one", self._where, WORKERS_SECONDS
+                )
             self._client.wait_for_workers(1, timeout=WORKERS_SECONDS)
         except TimeoutError as error:
             raise self._no_workers() from error
+        self._resource = any(_offers(worker) for worker in self._workers().values())
+        self._cluster.workers = self._check()
+
+    def _check(self) -> int:
+        """How many workers there are; `ClusterError` if some of them cannot do the tasks."""
         found = self._workers()
-        self._resource = any(_offers(worker) for worker in found.values())
         used = [name for name, one in found.items() if _offers(one) or not self._resource]
-        inputs = cluster_task.inputs_bytes(self._made, shards, self._parts.shared.digest)
-        answers = {name: self._asked(name, inputs) for name in sorted(used)}
+        answers = {name: self._asked(name) for name in sorted(used)}
         wrong = [f"{printable(name)}: {answer}" for name, answer in answers.items() if answer]
         if wrong:
             more = f" (and {len(wrong) - 3} more workers)" if len(wrong) > 3 else ""
@@ -133,13 +116,13 @@ class _Run:
                 f"{'; '.join(wrong[:3])}{more}. Start all in the same environment as this command, "
                 "on machines that see its inputs and its output under the same paths."
             )
-        self._cluster.workers = len(used)
+        return len(used)
 
-    def _asked(self, worker: str, inputs: bytes) -> str:
+    def _asked(self, worker: str) -> str:
         """Why a worker cannot do the tasks; empty if it can."""
         check, own = cluster_task.check, self._environment
         try:
-            return str(self._client.run(check, inputs, own, workers=[worker])[worker])
+            return str(self._client.run(check, self._inputs, own, workers=[worker])[worker])
         except Exception as error:
             if self._client.status != "running":
                 raise self._lost() from error
@@ -175,11 +158,10 @@ class _Run:
         self._find([shard.name for shard in shards])
 
     def _submit(self, shard: Shard) -> Any:
+        task = cluster_task.task_bytes(self._made, shard, self._parts.shared.digest)
         future = self._client.submit(
-            cluster_task.write,
-            cluster_task.task_bytes(self._made, shard, self._parts.shared.digest),
-            self._environment,
-            self._topic,
+            pickle.loads,
+            cluster_task.call_bytes(task, self._environment, self._topic),
             key=f"{RESOURCE}-{shard.name}-{uuid.uuid4().hex}",
             pure=False,  # else a result would be remembered of a file that is gone
             retries=RETRIES,
@@ -194,6 +176,7 @@ class _Run:
             error = future.exception()
             if isinstance(error, StreamshardError):
                 raise error
+            self._check()  # a worker that came later may lack what the others have
             raise ClusterError(f"{self._where}: {printable(name)}: {_why(error)}") from error
         if future.status != "finished":
             raise self._lost()
@@ -227,7 +210,7 @@ class _Run:
                 self._progress(more, tensor)
 
     def _workers(self) -> dict[str, Any]:
-        workers: dict[str, Any] = self._client.scheduler_info()["workers"]
+        workers: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
         return workers
 
     def _room(self) -> int:
@@ -260,25 +243,6 @@ class _Run:
             f"{self._where}: the scheduler is lost, or has dropped the tasks. Start it and its workers "
             "again."
         )
-
-
-def _address_in(file: Path) -> str:
-    """The address in the file that a scheduler has written."""
-    where = f"--scheduler: {printable(str(file))}"
-    try:
-        found = json.loads(file.read_bytes())
-        if isinstance(found["address"], str):
-            return str(found["address"])
-    except FileNotFoundError as error:
-        raise UsageError(f"{where}: no such file.") from error
-    except OSError as error:
-        raise UsageError(f"{where}: cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UsageError(
-        f"{where}: has no address of a scheduler. Give the file that dask scheduler wrote "
-        "(--scheduler-file)."
-    )
 
 
 def _offers(worker: Mapping[str, Any]) -> bool:

@@ -42,11 +42,13 @@ from streamshard.errors import (
     WriteError,
     printable,
 )
+from streamshard.limits import processors
 from streamshard.tensors.lazy import Stored
 from streamshard.version import __version__
 
 __all__ = [
     "Environment",
+    "call_bytes",
     "check",
     "described",
     "environment",
@@ -186,10 +188,29 @@ def write(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
         return {"error": error}
 
 
+class _Call:
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return write, self.arguments
+
+
+def call_bytes(task: bytes, expected: Environment, topic: str) -> bytes:
+    """A call of `write`: who loads this pickle does it.
+
+    A scheduler reads what it is to have done, and need not have this package to read `pickle.loads`.
+    """
+    return pickle.dumps(_Call(task, expected, topic))
+
+
 def _written(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
     other = described(environment(), expected)
     if other:
-        raise ClusterError(f"worker {_Teller(topic, '').address}: it has {other}.")
+        raise ClusterError(
+            f"worker {_Teller(topic, '').address}: it has {other}. Start it in the same environment as "
+            "the command."
+        )
     made, digest, far = pickle.loads(task)  # noqa: S301 - as above
     (shard,), target = made.shards, made.output
     with _placed(far), watching() as inputs:
@@ -205,7 +226,7 @@ def _written(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
         with shared_parts(target, there, overwrite=False, anew=False) as parts:
             if shard.name not in parts.look():
                 teller = _Teller(topic, shard.name)
-                threads = max(min(made.workers, (os.cpu_count() or 1) // teller.tasks), 1)
+                threads = max(min(made.workers, processors() // teller.tasks), 1)
                 own = dataclasses.replace(made, workers=threads)
                 write_shards(own, parts, progress=teller)
             return parts.finished[shard.name].record()

@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamshard.disk.folders import exists, rename, resolved, sync_folder
+from streamshard.disk.folders import exists, inode_of, rename, resolved, sync_folder
+from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import check_beside, finished_beside, places_beside, tidy
 from streamshard.engine.claims import check_replaceable
 from streamshard.engine.cluster import Cluster
@@ -25,6 +26,7 @@ from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity, identity_digest
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import Elsewhere
+from streamshard.engine.lock import look
 from streamshard.engine.option_values import Part
 from streamshard.engine.parts_cleanup import GONE, is_of
 from streamshard.engine.parts_files import Shared, shared_by
@@ -86,6 +88,13 @@ class Output:
                 is_complete=lambda folder: record_in(folder, self._digest) is not None,
             )
 
+    def _lacks_its_name(self) -> bool:
+        """Whether `place_completed` would find it complete; changes nothing."""
+        beside = places_beside(self.target)
+        moved, found = look(beside["lock"], self.target), inode_of(beside["partial"])
+        noted = moved is not None and found is not None and moved[1] == found[1]
+        return noted and record_in(beside["partial"], self._digest) is not None
+
     def check_place(self) -> None:
         """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
         tidy(self.target)
@@ -107,7 +116,8 @@ class Output:
             if left:
                 self._begin(parts)
                 new = [shard for shard in left if shard.name not in parts.finished]
-                fetch(read_by(new, self.made.compared.references(new), ()), on_step)
+                inputs = read_by(new, self.made.compared.references(new), ())
+                fetch(inputs, on_step, check=self.made.sha256)
                 own = replace(self.made, shards=tuple(mine))
                 if cluster is None:
                     write_shards(own, parts, progress=progress, on_step=on_step)
@@ -143,8 +153,14 @@ class Output:
                 )
             raise
 
-    def look(self) -> None:
-        """Look which shards are finished by now, whoever has written them."""
+    def look(self, *, before: bool = False) -> None:
+        """Look which shards are finished by now, whoever has written them.
+
+        Before anything is done that may be all, in an output that has only to get its name.
+        """
+        if before and self._lacks_its_name():
+            self._finished.update(shard.name for shard in self.made.shards)
+            return
         with opened_parts(self.target) as parts:
             if parts is not None and parts.shared == self.shared:
                 self._finished.update(parts.look())
@@ -233,7 +249,11 @@ def run_part(
     `OutputError` if the part `finish` finds shards missing.
     """
     with output.telling():
-        return _run(output, report, complete, progress, on_step, cluster)
+        found = _run(output, report, complete, progress, on_step, cluster)
+        inputs = active()
+        if inputs is not None:
+            inputs.end()
+        return found
 
 
 def _run(
@@ -257,9 +277,10 @@ def _run(
             output.check_place()
             if number:
                 output.write(progress, on_step, cluster)
-        except (OutputError, WriteError, ReadError, HubError):
+        except (OutputError, WriteError, ReadError, HubError) as error:
             # Others may have finished it, and removed the folder that it was being written to.
-            if not (number and output.is_done()):
+            broken = isinstance(error, (WriteError, ReadError)) and not is_of(error, GONE)
+            if broken or not (number and output.is_done()):
                 raise
         there = output.completed()
     if there is None:

@@ -74,7 +74,7 @@ def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
         there = output.completed()
         if there is None:
             output.check_place()
-            output.look()
+            output.look(before=True)
             if not part.number:
                 output.refuse_unfinished()
         check_writable(made.output)
@@ -111,7 +111,8 @@ def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
     from streamshard.engine.parts import Output, adopting, run_part
 
     with _watched(made):
-        output = Output(made, part, made.fingerprint.identity(made.files))
+        identity = made.fingerprint.identity(made.files)
+        output = Output(made, part, identity)
         report = run_part(
             output,
             lambda: _report(made),
@@ -121,6 +122,7 @@ def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
                 on_step=options.on_step,
                 on_distances=options.on_distances,
                 started=started,
+                identity=identity,
                 adopt=adopting(output),
             ),
             progress=options.progress,
@@ -137,18 +139,19 @@ def execute(
     on_step: OnStep | None = None,
     on_distances: Callable[[Mapping[str, float]], None] | None = None,
     started: float | None = None,
+    identity: Identity | None = None,
     adopt: Callable[[Staging], None] | None = None,
 ) -> Report:
     """Do what a plan says, in this process or another one, and return the report.
 
-    `started` (of `time.perf_counter`) is when the seconds of the report begin, by default now. `adopt`
-    is of the last part of an output (see `parts.py`). Raises
-    `ChangedError` if an input is no longer what was planned with.
+    `started` (of `time.perf_counter`) is when the seconds of the report begin, by default now. The
+    `identity` is worked out if it is not known yet. `adopt` is of the last part of an output (see
+    `parts.py`). Raises `ChangedError` if an input is no longer what was planned with.
     """
     started = time.perf_counter() if started is None else started
     report = _report(made)
     with _watched(made) as inputs, contextlib.ExitStack() as stack:
-        identity = made.fingerprint.identity(made.files)
+        identity = made.fingerprint.identity(made.files) if identity is None else identity
         report["fingerprint"] = identity_digest(identity)
         staging = stack.enter_context(
             output_folder(
@@ -229,7 +232,8 @@ def _fill(
         sha256=made.sha256 or publishing is not None,
     )
     left = [shard for shard in made.shards if shard.name not in staging.finished]
-    fetch(read_by(left, made.compared.references(left), made.files.values()), on_step)
+    inputs = read_by(left, made.compared.references(left), made.files.values())
+    fetch(inputs, on_step, check=made.sha256)
     write_shards(made, staging, progress=progress, on_step=on_step)
     finished = [staging.finished[shard.name] for shard in made.shards]
     if made.must_change and not any(any(found.squared) for found in finished):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from streamshard.errors import AdapterError, InputError, listed
+from streamshard.errors import AdapterError, InputError, argument, listed
 from streamshard.lora.samples import samples
 from streamshard.tensor_names import factors_among
 from streamshard.tensors.arrays import Float32, Float64
@@ -144,9 +144,9 @@ def check_base(
         raise InputError(
             f"{where}: is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. "
             + (
-                "Merge its pairs first, and convert the result: `merge-lora CHECKPOINT --output O`."
+                f"Merge its pairs first, and convert the result: `merge-lora {argument(where)}`."
                 if goal == "converted"
                 else "Use the checkpoint that the training started from, or merge its own pairs: "
-                "`merge-lora CHECKPOINT --output O`."
+                f"`merge-lora {argument(where)}`."
             )
         )

@@ -39,3 +39,19 @@ def interrupted(pair: Pair, clean: dict[str, Any], killed_once: Path) -> Pair:
     assert (partial(pair) / FIRST).read_bytes() == clean[FIRST]
     assert not (partial(pair) / SECOND).exists()
     return pair
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A Dask cluster without workers."""
+    pytest.importorskip("distributed")
+    from dask_cluster import dask_cluster
+
+    settings = {
+        "DISTRIBUTED__SCHEDULER__WORKER_TTL": "4s",
+        "DISTRIBUTED__WORKER__HEARTBEAT_INTERVAL": "500ms",
+    }
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    with dask_cluster(folder, **settings) as found:
+        yield found

@@ -39,6 +39,7 @@ from parts_runs import (
 import streamshard
 from streamshard.engine import parts as engine_parts
 from streamshard.engine.division import divided
+from streamshard.engine.fingerprint import Fingerprint
 from streamshard.engine.parts_folder import PartsFolder
 from streamshard.errors import OutputError, UsageError, WriteError
 
@@ -113,6 +114,19 @@ def test_the_last_part_completes_the_output(order, pair, clean, cli):
     assert report["l2"] == clean["streamshard.json"]["l2"]
     assert content(pair.output) == clean
     assert alone(pair)
+
+
+def test_inputs_are_told_apart_once(pair, monkeypatch):
+    """An adapter is read whole for it."""
+    identity, seen = Fingerprint.identity, []
+
+    def counted(*given: object) -> object:
+        seen.append(given)
+        return identity(*given)
+
+    monkeypatch.setattr(Fingerprint, "identity", counted)
+    assert part(pair, "1/1")["part"]["complete"]
+    assert len(seen) == 1
 
 
 def test_finish_completes_it(pair, clean, monkeypatch):
@@ -439,6 +453,8 @@ def test_who_completes_is_killed_right_before_the_end(replaces, then, pair, clea
     killed(BETWEEN_THE_RENAMES, [*pair.command, "--part", "2/2", *["--overwrite"] * replaces])
     assert not (partial(pair) / "streamshard.journal").exists()
     before = (partial(pair) / FIRST).stat().st_ino
+    told = part(pair, then, overwrite=replaces, dry_run=True)["part"]
+    assert (told["finished"], told["complete"]) == (2, False)
     assert part(pair, then, overwrite=replaces)["part"]["complete"]
     assert (pair.output / FIRST).stat().st_ino == before
     assert content(pair.output) == clean
@@ -450,6 +466,8 @@ def test_what_is_no_longer_whole_gets_no_name(spoiled, pair, clean):
     part(pair, "1/2")
     killed(BETWEEN_THE_RENAMES, [*pair.command, "--part", "2/2"])
     (partial(pair) / spoiled).write_bytes(b"{}")
+    with contextlib.suppress(OutputError):
+        assert part(pair, "1/2", dry_run=True)["part"]["finished"] == 0
     with contextlib.suppress(OutputError):
         assert not part(pair, "1/2")["part"]["complete"]
     assert not pair.output.exists()

@@ -13,7 +13,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+from pairs import Pair, heed_interrupts
+from parts_runs import folder_of, written
+
 SECONDS = 60
+
+# A worker that is slow as soon as it has begun a shard.
+SLOW = """
+import time
+from streamshard.disk import new_files
+def slow(descriptor, nbytes, allocate=new_files._allocate, time=time):
+    allocate(descriptor, nbytes)
+    if nbytes:
+        time.sleep(3)
+new_files._allocate = slow
+"""
+# A worker of another version.
+OTHER = """
+from streamshard.engine import cluster_task
+own = cluster_task.environment
+cluster_task.environment = lambda own=own: {**own(), "streamshard": "0.0.9 (cafe)"}
+"""
+# A worker, or a scheduler, without this package.
+WITHOUT = """
+import sys
+for name in [*sys.modules]:
+    if name.partition(".")[0] == "streamshard":
+        del sys.modules[name]
+sys.modules["streamshard"] = None
+"""
 
 
 class Started:
@@ -64,11 +92,12 @@ class Started:
 class DaskCluster:
     """A scheduler, and workers without nannies, which are not started again."""
 
-    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, str], code: str = "") -> None:
         self.folder, self.settings = folder, settings
         self.workers: list[Started] = []
         self.scheduler = Started(
             "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+            *(preload(self, code) if code else []),
             folder=folder, env=settings,
         )  # fmt: skip
         self.address = self.scheduler.wait_for(r"Scheduler at:\s+(tcp://\S+)")
@@ -93,10 +122,42 @@ class DaskCluster:
 
 
 @contextlib.contextmanager
-def dask_cluster(folder: Path, **settings: str) -> Iterator[DaskCluster]:
-    """A cluster without workers, with settings of Dask by their environment's names."""
-    cluster = DaskCluster(folder, {f"DASK_{name}": value for name, value in settings.items()})
+def dask_cluster(folder: Path, code: str = "", **settings: str) -> Iterator[DaskCluster]:
+    """A cluster without workers, with settings of Dask by their environment's names.
+
+    The scheduler runs some code first.
+    """
+    names = {f"DASK_{name}": value for name, value in settings.items()}
+    cluster = DaskCluster(folder, names, code)
     try:
         yield cluster
     finally:
         cluster.close()
+
+
+def preload(cluster: DaskCluster, code: str) -> list[str]:
+    """What makes a worker run this code first."""
+    file = cluster.folder / f"preload{len(cluster.workers)}.py"
+    file.write_text(code)
+    return ["--preload", str(file)]
+
+
+def begun(pair: Pair, cluster: DaskCluster, *more: str) -> subprocess.Popen[str]:
+    """A merge by the cluster, as a process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "streamshard", *pair.command, "--scheduler", cluster.address, *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509 - before any thread
+    )
+
+
+def is_writing(pair: Pair) -> bool:
+    """Whether a worker has begun a shard."""
+    folder = folder_of(pair)
+    return folder.exists() and any(
+        name.endswith("safetensors") is False and ".part" in name
+        for name in written(pair)
+        if "safetensors" in name
+    )
