@@ -183,6 +183,28 @@ def test_names_that_are_meant_stay():
     assert bare_names(["module.foo.weight"]) == {"foo.weight": "module.foo.weight"}
 
 
+@pytest.mark.parametrize("inside", ["", "language_model."])
+def test_names_of_peft_without_pairs(inside, tmp_path, cli):
+    """The updates are in such weights, or not: nobody can tell."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    wrapped_names = {
+        f"{inside}base_model.model.{n.removeprefix(inside)}" if n.startswith(inside) else n: t
+        for n, t in read(base).items()
+    }
+    put(base, wrapped_names)
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    merge = ["merge-lora", "--base", base, "--adapter", tmp_path / "adapter"]
+    hf = without_weights(make(tmp_path / "hf", "tiny", "hf"))
+    for call in (
+        [*merge, "--output", tmp_path / "out"],
+        ["custom2hf", "--custom-path", base, "--hf-path", hf, "--save-path", tmp_path / "out"],
+        ["wrap-lora", "--base", base, "--llm-r", "2", "--output", tmp_path / "out"],
+    ):
+        text = refused(cli, tmp_path, 3, *call)
+        assert "they are lost, or were merged before" in text
+    assert cli("verify", base).code == 8
+
+
 # --- a config of another model, an incomplete one ----------------------------------------------------
 
 CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any], str], Any], str]] = {
