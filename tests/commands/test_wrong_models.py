@@ -27,7 +27,7 @@ from folders import (
 )
 from make_checkpoint import write_adapter
 from reference import read, same_tensor
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import streamshard
 from streamshard.commands.bare_names import bare_names
@@ -483,3 +483,76 @@ def test_a_checkpoint_of_nothing_but_what_was_trained(tmp_path, cli):
     hf = make(tmp_path / "hf", "tiny", "hf")
     extract = ["extract-lora", run, "--base", hf, "--output", tmp_path / "o"]
     assert "is of the hf layout" in refused(cli, tmp_path, 3, *extract)
+
+
+# --- what is said ------------------------------------------------------------------------------------
+
+
+def test_a_tensor_that_internvl_does_not_have_is_told(tmp_path):
+    base = make(tmp_path / "base", "tiny", "custom")
+    put(base, {**read(base), "my_head.weight": torch.ones(2, 2)})
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    report = streamshard.merge_lora(
+        base=base, adapter=tmp_path / "adapter", output=tmp_path / "out"
+    )
+    (warning,) = report["warnings"]
+    assert "InternVL has no tensor like 'my_head.weight'" in warning
+    assert same_tensor(read(tmp_path / "out")["my_head.weight"], torch.ones(2, 2))
+
+
+def test_a_training_checkpoint_against_the_model_it_began_with(tmp_path, cli):
+    """What was trained beside the pairs shows; that these are not in there is said."""
+    run = run_of(tmp_path / "run")
+    content = read(run)
+    put(run, {**content, "mlp1.3.bias": content["mlp1.3.bias"] + 1})
+    report = streamshard.diff(run, tmp_path / "plain")
+    assert [row["name"] for row in report["different"]] == ["mlp1.3.bias"]
+    assert report["missing"] == []
+    assert len(report["unexpected"]) == 6
+    assert any("without the updates" in warning for warning in report["warnings"])
+    again = streamshard.diff(tmp_path / "plain", run)
+    assert (again["different"][0]["name"], len(again["missing"])) == ("mlp1.3.bias", 6)
+
+
+def test_all_ranks_are_said(tmp_path, cli):
+    run = run_of(tmp_path / "run")
+    content = read(run)
+    one = next(n for n in content if ".lora_A." in n)
+    other = one.replace("lora_A", "lora_B")
+    put(run, {**content, one: content[one][:2], other: content[other][:, :2]})
+    outcome = cli("merge-lora", run, "--output", tmp_path / "out", "--alpha", "8")
+    assert "r 2 (1 modules), 4 (2 modules)" in outcome.out
+    assert "L2 from the base weights inside the checkpoint" in outcome.out
+    record = json.loads((tmp_path / "out" / "streamshard.json").read_text())
+    assert record["adapters"][0]["ranks"] == {"2": 1, "4": 2}
+
+
+def test_a_norm_that_is_numbered_as_a_layer_lacks_no_pair(tmp_path):
+    """mlp1.0 of the projector is one, beside the matrices mlp1.1 and mlp1.3."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter, "tiny", layout="hf", targets="llm")
+    content, config = (
+        load_file(adapter / "adapter_model.safetensors"),
+        adapter / "adapter_config.json",
+    )
+    settings = json.loads(config.read_text())
+    r, weights = settings["r"], read(base)
+    for number, place in ((1, 1), (2, 3)):
+        rows, columns = weights[f"mlp1.{place}.weight"].shape
+        stem = f"base_model.model.model.multi_modal_projector.linear_{number}"
+        content[f"{stem}.lora_A.weight"] = torch.ones(r, columns)
+        content[f"{stem}.lora_B.weight"] = torch.ones(rows, r)
+    save_file(content, adapter / "adapter_model.safetensors")
+    settings["target_modules"] += [f"multi_modal_projector.linear_{number}" for number in (1, 2)]
+    config.write_text(json.dumps(settings))
+    report = streamshard.merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    assert report["warnings"] == []
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-qwen3"])
+def test_the_trainers_hint_where_the_trainer_wraps(preset, tmp_path, cli):
+    base = make(tmp_path / "base", preset, "custom")
+    outcome = cli("wrap-lora", "--base", base, "--output", tmp_path / "out", "--llm-r", "2")
+    assert ("InternVL's trainer wraps by" in outcome.out) == (preset == "tiny")
+    assert ("wrap_llm_lora does not know" in outcome.err) == (preset != "tiny")
