@@ -94,10 +94,10 @@ def read_wrapped(
     if not is_wrapped(found.tensors):
         raise InputError(
             f"{where}: no LoRA found: it has no lora_A and lora_B tensors, so there is nothing to do. "
-            "A full fine-tune is complete as it is; "
+            "A full fine-tune, also of the projector alone, is complete as it is; "
             + (
                 instead
-                or f"for a PEFT adapter: `merge-lora --adapter ADAPTER --base {argument(found.path)}`."
+                or f"for an adapter of it: `merge-lora --adapter ADAPTER --base {argument(found.path)}`."
             )
         )
     empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
@@ -115,6 +115,12 @@ def read_wrapped(
     if reference is not None:
         found = _with_config(found, reference, layout)
     Model(found).check(inside.base)
+    several = sorted({*ranks.values()})
+    if alpha is not None and len(several) > 1:
+        note(
+            f"pairs have the ranks {', '.join(map(str, several))}, and --alpha {alpha:g} is taken for "
+            "all of them, so that their scales differ; without it alpha is 2 r of each"
+        )
     for part, depth in inside.depths.items():
         if depth > 1:
             note(

@@ -556,3 +556,24 @@ def test_the_trainers_hint_where_the_trainer_wraps(preset, tmp_path, cli):
     outcome = cli("wrap-lora", "--base", base, "--output", tmp_path / "out", "--llm-r", "2")
     assert ("InternVL's trainer wraps by" in outcome.out) == (preset == "tiny")
     assert ("wrap_llm_lora does not know" in outcome.err) == (preset != "tiny")
+
+
+def test_fp32_of_a_model_of_bf16_is_told(tmp_path):
+    run = run_of(tmp_path / "run")
+    put(run, {name: tensor.float() for name, tensor in read(run).items()})
+    report = streamshard.merge_lora(checkpoint=run, output=tmp_path / "out")
+    (warning,) = report["warnings"]
+    assert "`dtype` bf16 writes half of the bytes" in warning or 'dtype="bf16"' in warning
+    half = streamshard.merge_lora(checkpoint=run, output=tmp_path / "half", dtype="bf16")
+    assert half["warnings"] == []
+    assert half["bytes"] * 1.8 < report["bytes"]
+
+
+def test_one_alpha_for_several_ranks_is_told(tmp_path):
+    run = run_of(tmp_path / "run")
+    content = read(run)
+    one = next(n for n in content if ".lora_A." in n)
+    other = one.replace("lora_A", "lora_B")
+    put(run, {**content, one: content[one][:2], other: content[other][:, :2]})
+    report = streamshard.merge_lora(checkpoint=run, output=tmp_path / "out", alpha=8)
+    assert any("ranks 2, 4" in warning for warning in report["warnings"])
