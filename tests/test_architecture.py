@@ -135,7 +135,7 @@ def test_no_circles():
 
 def test_the_reader_of_imports_sees_them():
     merge = Path("commands/merge_lora.py")
-    assert {".lora.merge", ".checkpoint.folder", "typing"} <= imports(merge)
+    assert {".lora.merge", ".checkpoint.adapter_folder", "typing"} <= imports(merge)
     adapters = Path("checkpoint/adapter_folder.py")
     assert "checkpoint.pickled" in arrows(adapters)
     assert "checkpoint.pickled" not in arrows(adapters, top=True)

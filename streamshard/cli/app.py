@@ -13,6 +13,7 @@ from streamshard.cli import texts
 from streamshard.cli.command import CONTEXT, INPUTS, MEANING, OUTPUT, Group, argument, option
 from streamshard.cli.options import (
     ADAPTER_NAME,
+    ALLOWED,
     ALPHA,
     BASE,
     CARD,
@@ -67,7 +68,7 @@ def cli() -> None:
 @BASE(help="What the adapter was trained on: checkpoint folder or weight file.")
 @REFERENCE(
     help="With --layout: the original model in that layout, for config, code and tokenizer. With "
-    "CHECKPOINT: the original model, for remote code that the trainer did not save."
+    "CHECKPOINT: the original model, for what the trainer did not save: config, code, tokenizer."
 )
 @output("New, or empty, folder to write.  [default: ./<base name>-merged]")
 @option(
@@ -114,6 +115,7 @@ def cli() -> None:
     is_flag=True,
     help="Merge although the base seems to hold the adapter already.",
 )
+@ALLOWED("With --layout: w")
 @CARD
 @DRAWING
 @SPLITTING()

@@ -22,7 +22,18 @@ from streamshard.cli.command import (
     with_options,
 )
 
-__all__ = ["ADAPTER_NAME", "ALPHA", "BASE", "CACHE", "CARD", "CONVERSION", "DRAWING", "READING"]
+__all__ = [
+    "ADAPTER_NAME",
+    "ALLOWED",
+    "ALPHA",
+    "BASE",
+    "CACHE",
+    "CARD",
+    "COMPARING",
+    "CONVERSION",
+    "DRAWING",
+    "READING",
+]
 __all__ += ["REFERENCE", "REVISION", "SPLITTING", "TOKENIZER_FROM", "WORKERS", "WRITING", "output"]
 
 
@@ -51,6 +62,25 @@ TOKENIZER_FROM = partial(
     help="Whose tokenizer belongs to the weights, if the vocabularies differ.",
 )
 
+
+def ALLOWED(when: str = "") -> Decorator:  # noqa: N802 - as its neighbours
+    """What may differ from the model; `when` it matters what has no place."""
+    return with_options(
+        option(
+            OUTPUT,
+            "--allow-missing",
+            is_flag=True,
+            help="Write although tensors are missing; report them.",
+        ),
+        option(
+            OUTPUT,
+            "--allow-unexpected",
+            is_flag=True,
+            help=f"{when or 'W'}rite although the source has tensors with no place; report them.",
+        ),
+    )
+
+
 CARD = option(
     OUTPUT,
     "--card",
@@ -62,15 +92,30 @@ CARD = option(
     "none.",
 )
 
+HEATMAP = option(
+    OUTPUT,
+    "--heatmap",
+    is_flag=True,
+    help="Print the same as letters: a line a module, a column a layer.",
+)
+COMPARING = with_options(
+    option(
+        OUTPUT,
+        "--plot",
+        metavar="FILE",
+        help="Draw how much each module of each layer differs, into a .png, .svg or .pdf.",
+    ),
+    HEATMAP,
+)
 DRAWING = with_options(
     option(
         OUTPUT,
         "--plot",
         metavar="FILE",
-        help="Draw what has changed, by layers and modules, into a .png, .svg or .pdf; with --part "
-        "when the output is complete.",
+        help="Draw how much each module of each layer has changed, into a .png, .svg or .pdf; with "
+        "--part when the output is complete.",
     ),
-    option(OUTPUT, "--heatmap", is_flag=True, help="Print the like, coarsely."),
+    HEATMAP,
 )
 
 CACHE = with_options(
@@ -101,8 +146,20 @@ WORKERS = option(
 
 READING = with_options(
     option(RUNNING, "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-    option(RUNNING, "-q", "--quiet", is_flag=True, help="No progress and no messages but errors."),
-    option(RUNNING, "-v", "--verbose", is_flag=True, help="Show tracebacks of errors, and logs."),
+    option(
+        RUNNING,
+        "-q",
+        "--quiet",
+        is_flag=True,
+        help="Print nothing but errors; the exit code says the rest.",
+    ),
+    option(
+        RUNNING,
+        "-v",
+        "--verbose",
+        is_flag=True,
+        help="Show also tracebacks of errors, and what libraries log.",
+    ),
 )
 """Also of the commands that write."""
 
@@ -133,7 +190,8 @@ WRITING = with_options(
         OUTPUT,
         "--sha256",
         is_flag=True,
-        help="Keep the SHA-256 of every file in streamshard.json; files are read once more.",
+        help="Keep the SHA-256 of every file in streamshard.json, and compare inputs in the hub's cache "
+        "with that of the hub; files are read once more.",
     ),
     option(
         RUNNING,
@@ -207,18 +265,7 @@ def output(help: str, name: str = "output", **how: object) -> Decorator:  # noqa
 CONVERSION = with_options(
     output("New, or empty, folder to write.", "save_path"),
     TOKENIZER_FROM(),
-    option(
-        OUTPUT,
-        "--allow-missing",
-        is_flag=True,
-        help="Write although tensors are missing; report them.",
-    ),
-    option(
-        OUTPUT,
-        "--allow-unexpected",
-        is_flag=True,
-        help="Write although the source has tensors with no place; report them.",
-    ),
+    ALLOWED(),
     CARD,
     DRAWING,
     SPLITTING(),

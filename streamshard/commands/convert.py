@@ -11,6 +11,7 @@ from typing import Literal, Unpack
 
 from streamshard.checkpoint.folder import open_checkpoint
 from streamshard.checkpoint.shards import shard_names
+from streamshard.commands.bare_names import with_bare_names
 from streamshard.commands.carry_over import Differences, carry_over
 from streamshard.commands.drawing import Drawing
 from streamshard.commands.identify import Model
@@ -30,20 +31,22 @@ __all__ = ["ConversionOptions", "custom_to_hf", "hf_to_custom"]
 
 
 class ConversionOptions(OutputOptions, total=False):
-    """Keywords of the conversions, beside their paths."""
+    """Keywords of the conversions, beside their paths and those of `OutputOptions`.
+
+    - `tokenizer_from`: "source" or "reference": whose tokenizer is meant where the vocabularies differ.
+    - `allow_missing`: write although tensors are missing; the report lists them.
+    - `allow_unexpected`: write although the source has tensors with no place; the report lists them.
+    - `card`: the model card: "new" (default) says what was done, "base" is the reference's, "none".
+    - `plot`: a file (.png, .svg, .pdf) for a picture of the distance from the reference's weights.
+    - `heatmap`: have the relative change of each module in each layer in the report, as `heat_map`.
+    """
 
     tokenizer_from: Literal["source", "reference"] | None
-    """Whose tokenizer is meant where the vocabularies differ."""
     allow_missing: bool
-    """Write although tensors are missing; the report lists them."""
     allow_unexpected: bool
-    """Write although the source has tensors with no place; the report lists them."""
     card: Literal["new", "base", "none"]
-    """The model card: a new one that says what was done (default), the reference's, or none."""
     plot: PathLike | None
-    """A file (.png, .svg, .pdf) for a picture of the distance from the reference's weights."""
     heatmap: bool
-    """Have the relative change of each module in each layer in the report, as `heat_map`."""
 
 
 @public
@@ -108,7 +111,7 @@ def _convert(asked: _Asked, options: ConversionOptions) -> Report:
 
 def _conversion(asked: _Asked, allowed: Differences, card: str, chosen: Options) -> Job:
     started = time.perf_counter()
-    source = Model(open_checkpoint(asked.source))
+    source = Model(with_bare_names(open_checkpoint(asked.source)))
     note(*source.checkpoint.warnings)
     check_base(source.tensors, source.config, source.where, goal="converted")
     reference = Model(open_checkpoint(asked.reference, needs_weights=False))

@@ -31,7 +31,7 @@ from streamshard.internvl.relatives import check_names, no_conversion, relative_
 from streamshard.internvl.same_model import differences
 from streamshard.internvl.shapes import check_gathered, check_shapes
 from streamshard.internvl.spelling import flat_names
-from streamshard.internvl.tables import compared_names
+from streamshard.internvl.tables import UNKNOWN, compared_names
 from streamshard.internvl.tied_embeddings import embedding_and_head, tied_names
 from streamshard.notes import note
 from streamshard.tensors.lazy import Stored
@@ -138,20 +138,55 @@ class Model:
                 check_shapes(self.where, self.tensors, given, dims, layout)
         check_gathered(self.where, self.tensors)
 
-    def note_incomplete(self) -> None:
-        """Note the tensors of a known model that the config describes and that are not there."""
-        layout = self.described_layout
+    def check_described(self, inside: Mapping[str, str] | None = None) -> list[str]:
+        """Raise `InputError` if the config is of another model; answers what it has and this lacks.
+
+        Tensors that InternVL does not have are not counted, nor is what is of no known family.
+        `inside` is as in `check`.
+        """
+        by_config = config_layout(self.config or {})
+        layout = self.layout or by_config
         if layout is None or self.config is None:
-            return
-        try:
-            lacking = compared_names(self.given(layout), self.dims, layout)[1]
-        except InputError:
-            return
-        if lacking:
-            note(
-                f"{self.where}: its config describes {listed(lacking)}, which it does not have: the "
-                f"output lacks these {len(lacking):,} tensors, too"
+            return []
+        if by_config not in (None, layout) and self.relative is None:
+            raise InputError(
+                f"{self.where}: its tensors have the names of the {layout} layout, but its "
+                f"{MODEL_CONFIG_NAME} is of the {by_config} layout: no class loads both. Take "
+                f"{MODEL_CONFIG_NAME} from the original model in the {layout} layout."
             )
+        try:
+            given = flat_names(self.tensors if inside is None else inside, layout)
+            others, lacking = compared_names(given, self.dims, layout)
+        except InputError:  # merging needs no table
+            return []
+        denied = {given.get(n, n): why for n, why in others.items() if why != UNKNOWN}
+        if denied:
+            raise InputError(
+                f"{self.where}: {listed(denied, 3)}: {next(iter(denied.values()))}. A loader would drop "
+                f"such tensors ({len(denied):,} of them) without a word: correct {MODEL_CONFIG_NAME}, or "
+                "take it from the model that the weights are of."
+            )
+        strange = [given.get(name, name) for name, why in others.items() if why == UNKNOWN]
+        if strange and self.relative is None and self.detected.family is not None:
+            note(
+                f"{self.where}: InternVL has no tensor like {listed(strange, 3)}: loaders leave it out; "
+                "such are copied as they are"
+            )
+        return lacking
+
+    def check_whole(self, *, allow_missing: bool = False) -> list[str]:
+        """As `check_described`, and raise `InputError` if something lacks, unless that is allowed."""
+        lacking = self.check_described()
+        if lacking:
+            what = f"{self.where}: its config describes {listed(lacking)}, which it does not have"
+            if not allow_missing:
+                raise InputError(
+                    f"{what}: {len(lacking):,} tensors are missing, and a loader would make them up. "
+                    f"Complete the checkpoint, or correct {MODEL_CONFIG_NAME}; --allow-missing writes it "
+                    "nevertheless."
+                )
+            note(f"{what}: the output lacks these {len(lacking):,} tensors, too")
+        return lacking
 
     @cached_property
     def dims(self) -> Dims:
@@ -235,7 +270,9 @@ def _check_layout(model: Model, side: Layout, where: str, other: Model) -> None:
             + (
                 "Are the two folders swapped?"
                 if swapped
-                else f"Give {what} checkpoint of InternVL."
+                else f"Give, as {'--custom-path' if side == 'custom' else '--hf-path'}|--reference, the "
+                f"original model in the {'custom' if side == 'custom' else 'HF'} layout: it is published "
+                "under a name of its own, like InternVL3-8B and InternVL3-8B-hf."
             )
         )
 

@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder
 from streamshard.checkpoint.digests import files_digest
-from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME, SUFFIX
-from streamshard.checkpoint.folder import open_checkpoint
-from streamshard.checkpoint.tokenizer import Content
-from streamshard.commands.carry_over import Differences, carry_over
+from streamshard.checkpoint.file_names import SUFFIX
 from streamshard.commands.cross_layout import other_names
 from streamshard.commands.drawing import Drawing
 from streamshard.commands.identify import Model
 from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.merge_inputs import Asked, Inputs, open_inputs
 from streamshard.commands.merged_folder import (
-    Beside,
     beside_merged,
-    converted_shards,
-    replaced_from,
-    shard_of,
-    with_code,
 )
 from streamshard.commands.model_card import NAMED, Card, check_card, merge_card, with_card
 from streamshard.commands.provenance import check_record, other_base
 from streamshard.commands.public import public
-from streamshard.commands.whose_tokenizer import note_beyond
-from streamshard.commands.written_config import config_bytes
+from streamshard.commands.written_merge import Folded, Written, converted, kept
 from streamshard.disk.files import Files
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
-from streamshard.errors import InputError, UsageError, printable
-from streamshard.internvl.detection import layout_of
+from streamshard.errors import InputError, UsageError
 from streamshard.internvl.families import Layout
 from streamshard.internvl.model_config import OTHER
 from streamshard.lora.base_checks import check_not_merged
@@ -48,7 +37,6 @@ from streamshard.notes import note
 from streamshard.tensors import kernel
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.dtypes import FLOATS
-from streamshard.tensors.lazy import Lazy, Stored
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["merge_lora"]
@@ -58,7 +46,7 @@ __all__ = ["merge_lora"]
 def merge_lora(
     *,
     base: PathLike | None = None,
-    adapter: PathLike | Sequence[PathLike] | None = None,
+    adapter: PathLike | Sequence[PathLike] | Mapping[PathLike, float] | None = None,
     checkpoint: PathLike | None = None,
     output: PathLike | None = None,
     weight: Sequence[float] | float | None = None,
@@ -70,6 +58,8 @@ def merge_lora(
     base_is_residual: bool = False,
     expert_order: Literal["peft", "unsloth"] = "peft",
     allow_merged_base: bool = False,
+    allow_missing: bool = False,
+    allow_unexpected: bool = False,
     card: Literal["new", "base", "none"] = "new",
     plot: PathLike | None = None,
     heatmap: bool = False,
@@ -82,15 +72,17 @@ def merge_lora(
     rows that were trained replace what the base has; every other tensor and file is copied as bytes.
 
     `base` is a folder or a `.safetensors` file, `adapter` one adapter folder or several, whose
-    updates are summed; they may have been trained in another layout than the base's. Instead of both,
-    `checkpoint` is a LoRA-wrapped training checkpoint of InternVL, which has the pairs inside; their
-    `alpha` is twice the rank unless given, as in InternVL's trainer. `output` defaults to
-    `./<base name>-merged`. `layout` "custom" or "hf" converts in the same pass; config and
+    updates are summed, each times its `weight`: a number, or a list in the order of the adapters (a
+    mapping of adapters to weights says both). They may have been trained in another layout than the
+    base's. Instead of both, `checkpoint` is a LoRA-wrapped training checkpoint of InternVL, which has
+    the pairs inside; their `alpha` is twice the rank unless given, as in InternVL's trainer. `output`
+    defaults to `./<base name>-merged`. `layout` "custom" or "hf" converts in the same pass; config and
     tokenizer then come from `reference`, a folder of that layout (which also gives a training
     checkpoint the remote code that it lacks). `adapter_name` chooses among
     adapters in one file. `base_is_residual` states that the base is what PiSSA or the like left
     behind, `expert_order` ("peft" or "unsloth") how the factors of fused experts are ordered,
-    `allow_merged_base` that a base which seems to hold the adapter already is meant. `card` is "new"
+    `allow_merged_base` that a base which seems to hold the adapter already is meant, `allow_missing` and
+    `allow_unexpected` what `streamshard.ConversionOptions` says of them. `card` is "new"
     for a model card that says what was done, "base" for a copy of the base's, or "none". `plot` is a
     file (.png, .svg, .pdf) for a picture of what has changed, and with `heatmap` the report has the
     relative change of each module in each layer as `heat_map`. Further keywords are those of
@@ -99,19 +91,12 @@ def merge_lora(
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
     started, chosen = time.perf_counter(), Options.of(options)
-    given = [] if weight is None else weight
-    try:
-        weights = [float(one) for one in (given if isinstance(given, Iterable) else [given])]
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"--weight is {printable(repr(weight))}; a number was expected."
-        ) from error
     asked = Asked(
         base=base,
-        adapter=adapter,
+        adapter=cast("PathLike | Sequence[PathLike] | None", adapter),
         checkpoint=checkpoint,
         output=output,
-        weight=weights,
+        weight=list(cast("Sequence[float]", weight or [])),
         layout=layout,
         reference=reference,
         tokenizer_from=tokenizer_from,
@@ -120,6 +105,8 @@ def merge_lora(
         base_is_residual=base_is_residual,
         expert_order=expert_order,
         allow_merged_base=allow_merged_base,
+        allow_missing=allow_missing,
+        allow_unexpected=allow_unexpected,
     )
     check_card(card)
     drawing = Drawing(plot, heatmap=heatmap)
@@ -145,10 +132,15 @@ def _job(asked: Asked, card: str, chosen: Options, started: float) -> Job:
     # 5. Plan what is written: tensors, their files, and what lies beside them.
     beside = beside_merged(inputs.base, folded.merged, inputs.folders)
     if goal is None:
-        written = _kept(asked, inputs.base, folded, beside, chosen.dtype)
+        written = kept(asked, inputs, folded, beside, chosen.dtype)
     else:
-        written = _converted(asked, inputs.base, folded, beside, goal, chosen.dtype)
-    note_left_behind(written.files, [inputs.base.path, *written.donors])
+        written = converted(asked, inputs, folded, beside, goal, chosen.dtype)
+    folders = [inputs.base.path, *written.donors]
+    if asked.checkpoint is not None and asked.reference is None:
+        remedy = "--reference ORIGINAL takes it from the original model"
+        note_left_behind(written.files, folders, remedy)
+    else:
+        note_left_behind(written.files, folders)
     files = with_card(card, written.files, lambda: _card(asked, inputs, written, chosen.dtype))
     return Job(
         command="merge-lora",
@@ -167,6 +159,8 @@ def _job(asked: Asked, card: str, chosen: Options, started: float) -> Job:
             "merged": len({*folded.merged.updated, *folded.merged.replaced}),
             "base": str(inputs.base.path),
             "adapters": adapters,
+            "missing": list(written.missing),
+            "unexpected": list(written.unexpected),
         },
         choices={
             "weight": asked.weight,
@@ -175,6 +169,8 @@ def _job(asked: Asked, card: str, chosen: Options, started: float) -> Job:
             "alpha": asked.alpha,
             "adapter_name": asked.adapter_name,
             "expert_order": asked.expert_order,
+            "allow_missing": asked.allow_missing,
+            "allow_unexpected": asked.allow_unexpected,
             "card": card,
         },
     )
@@ -208,16 +204,7 @@ def _output(asked: Asked, inputs: Inputs, chosen: Options) -> Path:
     return check_places(output, read, overwrite=chosen.may_exist)
 
 
-@dataclass(frozen=True, slots=True)
-class _Folded:
-    """A base with adapters folded in; embedding and head if these were one; the adapters' facts."""
-
-    merged: Merged
-    tie: tuple[str, str] | None
-    facts: Sequence[Mapping[str, Any]]
-
-
-def _fold(asked: Asked, inputs: Inputs) -> _Folded:
+def _fold(asked: Asked, inputs: Inputs) -> Folded:
     """Fold the adapters in, unless the base seems to have one of them already."""
     base, adapters = inputs.base, inputs.adapters
     with contextlib.closing(Files(onward=True)) as opened:
@@ -233,7 +220,7 @@ def _fold(asked: Asked, inputs: Inputs) -> _Folded:
             else:
                 tensors = alone(changes, number)
             check_not_merged(adapter.where, tensors, work)
-    return _Folded(merged, tie, changes.facts)
+    return Folded(merged, tie, changes.facts)
 
 
 def _has_unmeasured(base: Model, merged: Merged) -> bool:
@@ -262,7 +249,7 @@ def _apart(base: Model) -> tuple[str, str] | None:
     return embedding, head
 
 
-def _described(folded: _Folded, folders: Sequence[AdapterFolder]) -> list[dict[str, Any]]:
+def _described(folded: Folded, folders: Sequence[AdapterFolder]) -> list[dict[str, Any]]:
     """What the report says of each adapter, and of the folder that it is from."""
     if not folders:
         return [dict(facts) for facts in folded.facts]
@@ -276,22 +263,7 @@ def _described(folded: _Folded, folders: Sequence[AdapterFolder]) -> list[dict[s
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """What is written of a merge, in the base's layout or in another one."""
-
-    tensors: Mapping[str, Lazy]
-    layout: str | None
-    shard_of: Mapping[str, str]
-    metadata: Mapping[str, Mapping[str, str]]
-    files: Mapping[str, Content]
-    reference: Mapping[str, Stored]
-    """What the base had where values were replaced."""
-    donors: Sequence[Path] = ()
-    """Other folders that files are from."""
-
-
-def _card(asked: Asked, inputs: Inputs, written: _Written, dtype: str) -> Card:
+def _card(asked: Asked, inputs: Inputs, written: Written, dtype: str) -> Card:
     """The model card of what is written."""
     return merge_card(
         inputs.base,
@@ -301,50 +273,4 @@ def _card(asked: Asked, inputs: Inputs, written: _Written, dtype: str) -> Card:
         layout=written.layout,
         dtype=dtype,
         is_training_checkpoint=asked.checkpoint is not None,
-    )
-
-
-def _converted(
-    asked: Asked,
-    base: Model,
-    folded: _Folded,
-    beside: Beside,
-    goal: tuple[Layout, PathLike],
-    dtype: str,
-) -> _Written:
-    """The result in the other layout, beside the files of the reference."""
-    reference = Model(open_checkpoint(goal[1], needs_weights=False))
-    allowed = Differences(tokenizer_from=asked.tokenizer_from)
-    tokenizer = beside.tokenizer(base.where)
-    carried = carry_over(folded.merged.tensors, base, reference, goal[0], allowed, tokenizer)
-    return _Written(
-        tensors=carried.tensors,
-        layout=layout_of(carried.tensors),
-        shard_of=converted_shards(base, folded.merged, folded.tie, carried),
-        metadata={},
-        files=carried.files(dtype),
-        reference=replaced_from(base, folded.merged, folded.tie, carried),
-        donors=[reference.path],
-    )
-
-
-def _kept(asked: Asked, base: Model, folded: _Folded, beside: Beside, dtype: str) -> _Written:
-    """The result in the layout and the files of the base."""
-    if asked.checkpoint is not None:
-        beside = with_code(base, beside, asked.reference)
-    note_beyond(beside.side_files, beside.rows, base.tokenizer)
-    files = dict(beside.side_files)
-    if beside.config is None:
-        note(f"{base.where}: has no config.json; the output has none either")
-    elif asked.checkpoint or beside.config != base.config or dtype != "keep":
-        files[MODEL_CONFIG_NAME] = config_bytes(beside.config, dtype)
-    tensors = folded.merged.tensors
-    return _Written(
-        tensors=tensors,
-        layout=base.layout,
-        shard_of=shard_of(base.checkpoint, tensors, folded.tie),
-        metadata=base.checkpoint.metadata,
-        files=files,
-        reference=replaced_from(base, folded.merged, folded.tie),
-        donors=[] if asked.reference is None else [input_path(asked.reference, "the reference")],
     )

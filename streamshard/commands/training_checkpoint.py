@@ -6,13 +6,17 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
+from streamshard.commands.bare_names import with_bare_names
 from streamshard.commands.beside_wrapped import check_beside_wrapped
 from streamshard.commands.identify import Model
 from streamshard.disk.paths import PathLike
 from streamshard.errors import AdapterError, InputError, UsageError, argument, listed, printable
+from streamshard.internvl.detection import layout_of
 from streamshard.internvl.lora_targets import FLAGS, PARTS, upstream_alpha
+from streamshard.internvl.model_config import config_layout
 from streamshard.internvl.shapes import GATHER, not_gathered
 from streamshard.lora.adapter import Adapter
 from streamshard.lora.settings import LoraSettings
@@ -46,24 +50,55 @@ class Wrapped:
     names: Unwrapped
     ranks: Mapping[str, int]
 
+    @property
+    def has_base(self) -> bool:
+        """Whether there is anything that the pairs are added to; else only what was trained was saved."""
+        return any(
+            name.startswith(f"{module}.") for module in self.ranks for name in self.names.base
+        )
+
+    def without_base(self) -> InputError:
+        """The error for a checkpoint of nothing but what was trained."""
+        path = argument(self.checkpoint.path)
+        return InputError(
+            f"{printable(str(self.checkpoint.path))}: holds the pairs of {len(self.ranks)} modules, but "
+            "none of the weights that these are added to: only what was trained was saved. Use the model "
+            f"that the training started from: `extract-lora {path} --base MODEL --output ADAPTER`, "
+            "then `merge-lora --adapter ADAPTER --base MODEL`."
+        )
+
 
 def read_wrapped(
-    path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
+    path: PathLike,
+    *,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    reference: PathLike | None = None,
+    layout: str = "keep",
+    instead: str = "",
 ) -> Wrapped:
     """Open a wrapped checkpoint; `alpha` is what the user says it is.
+
+    A checkpoint without config.json has that of `reference`, if one is given that is not of the other
+    `layout`, to which it is converted then.
+
+    `instead` is what to do with a checkpoint without pairs.
 
     Raises `InputError` or `AdapterError` if it has no pairs, others than its config says and `alpha`
     is not given, or more of an adapter than can be understood without its config.
     """
-    found = open_checkpoint(path)
+    found = with_bare_names(open_checkpoint(path))
     where = printable(str(found.path))
     if alpha is not None and not (math.isfinite(alpha) and alpha):
         raise UsageError(f"--alpha is {alpha}; a number other than 0 was expected.")
     if not is_wrapped(found.tensors):
         raise InputError(
             f"{where}: no LoRA found: it has no lora_A and lora_B tensors, so there is nothing to do. "
-            "A full fine-tune is complete as it is; for a PEFT adapter: "
-            f"`merge-lora --adapter ADAPTER --base {argument(found.path)}`."
+            "A full fine-tune, also of the projector alone, is complete as it is; "
+            + (
+                instead
+                or f"for an adapter of it: `merge-lora --adapter ADAPTER --base {argument(found.path)}`."
+            )
         )
     empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
     if empty:
@@ -75,9 +110,17 @@ def read_wrapped(
             "pairs are lost, or were merged before. Save the checkpoint again."
         )
     found = check_beside_wrapped(found, inside.base)
-    Model(found).check(inside.base)
     ranks = {module: _rank(found, pair.A, where) for module, pair in inside.pairs.items()}
     note(*found.warnings, *check_flags(found, ranks, where, alpha=alpha))
+    if reference is not None:
+        found = _with_config(found, reference, layout)
+    Model(found).check(inside.base)
+    several = sorted({*ranks.values()})
+    if alpha is not None and len(several) > 1:
+        note(
+            f"pairs have the ranks {', '.join(map(str, several))}, and --alpha {alpha:g} is taken for "
+            "all of them, so that their scales differ; without it alpha is 2 r of each"
+        )
     for part, depth in inside.depths.items():
         if depth > 1:
             note(
@@ -89,15 +132,50 @@ def read_wrapped(
     return Wrapped(found, inside, ranks)
 
 
+def _with_config(found: Checkpoint, reference: PathLike, goal: str) -> Checkpoint:
+    """The checkpoint with the config of `reference` if it has none itself; its shapes must fit that.
+
+    Raises `InputError` for a reference of the other layout, whose files fit no class of this one.
+    """
+    own = layout_of(found.tensors) or config_layout(found.config or {})
+    if goal not in ("keep", own):
+        return found
+    donor = open_checkpoint(reference, needs_weights=False)
+    where, layout = printable(str(donor.path)), config_layout(donor.config or {})
+    if own is not None and layout not in (None, own):
+        raise InputError(
+            f"{where}: is of the {layout} layout, but {printable(str(found.path))} of the {own} one: "
+            f"give the original model in the {own} layout, or --layout {layout} if that is meant."
+        )
+    if found.config is not None or donor.config is None:
+        return found
+    note(f"{printable(str(found.path))}: has no config.json; the output's is that of {where}")
+    return dataclasses.replace(found, config={**donor.config, **_no_flags(donor.config)})
+
+
+def _no_flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The LoRA flags as they are of a model whose pairs are merged: of a layout that has some."""
+    return {} if config_layout(config) == "hf" else dict.fromkeys(FLAGS, 0)
+
+
 def open_wrapped(
-    path: PathLike, *, alpha: float | None = None, adapter_name: str | None = None
+    path: PathLike,
+    *,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+    reference: PathLike | None = None,
+    layout: str = "keep",
 ) -> tuple[Checkpoint, list[Adapter]]:
     """The base inside a wrapped checkpoint, and its adapter.
 
-    The flags of the base's config are 0. Raises what `read_wrapped` does.
+    The flags of the base's config are 0. Raises what `read_wrapped` does, with the same keywords.
     """
-    wrapped = read_wrapped(path, alpha=alpha, adapter_name=adapter_name)
+    wrapped = read_wrapped(
+        path, alpha=alpha, adapter_name=adapter_name, reference=reference, layout=layout
+    )
     found, inside, ranks = wrapped.checkpoint, wrapped.names, wrapped.ranks
+    if not wrapped.has_base:
+        raise wrapped.without_base()
     config = dict(found.config) if found.config is not None else None
     if config is not None:
         config |= dict.fromkeys(FLAGS, 0)

@@ -8,14 +8,15 @@ from typing import Any
 
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
 from streamshard.checkpoint.open_anything import Opened
+from streamshard.commands.bare_names import bare_names
 from streamshard.commands.identify import dims_of
 from streamshard.commands.verify_pairs import flag_problems, pair_problems, wrapping_problems
-from streamshard.errors import AdapterError, InputError, listed
+from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.internvl.detection import dims_from_names, layout_of
 from streamshard.internvl.dims import Dims
 from streamshard.internvl.families import Layout
 from streamshard.internvl.model_config import INNER, config_layout, section_of
-from streamshard.internvl.relatives import check_names
+from streamshard.internvl.relatives import check_names, relative_of
 from streamshard.internvl.shapes import check_gathered, misfits
 from streamshard.internvl.spelling import flat_names
 from streamshard.internvl.tables import UNKNOWN, compared_names
@@ -56,6 +57,14 @@ def as_model(found: Opened) -> AsModel:
             check(where, tensors)
         except InputError as error:
             seen.problems.append(str(error))
+    by_config = config_layout(found.config or {})
+    for name, own in bare_names(tensors, is_model=by_config is not None).items():
+        if name != own:
+            seen.problems.append(
+                f"'{printable(own)}' and the like have words of training in their names: loaders look "
+                f"for '{printable(name)}', and find no weight. merge-lora writes it so."
+            )
+            break
     if not found.incomplete and not found.unread:
         seen.problems += pair_problems(tensors)
         seen.problems += flag_problems(tensors, found.config or {})
@@ -65,6 +74,12 @@ def as_model(found: Opened) -> AsModel:
         return seen.not_possible("not all files could be read")
     # Where all that tells is missing, the config still says what the model should be.
     layout = layout_of(tensors) or config_layout(found.config or {})
+    if by_config not in (None, layout) and relative_of(tensors, found.config) is None:
+        seen.problems.append(
+            f"{MODEL_CONFIG_NAME} is of the {by_config} layout, but the tensors have the names of the "
+            f"{layout} layout: no class loads both."
+        )
+        return seen.not_possible("it is of the other layout")
     if layout is None:
         return seen.not_possible("by its names this is no whole InternVL checkpoint")
     try:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Unpack
 
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME, MODEL_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
+from streamshard.commands.bare_names import with_bare_names
 from streamshard.commands.identify import Model
 from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.public import public
@@ -78,7 +79,7 @@ def wrap_lora(
     started, chosen = time.perf_counter(), Options.of(options)
     ranks, alphas = _ranks(llm_r, llm_alpha, backbone_r, backbone_alpha)
     _check_options(format, ranks, alphas, dropout, seed)
-    source = Model(open_checkpoint(base))
+    source = Model(with_bare_names(open_checkpoint(base)))
     note(*source.checkpoint.warnings)
     check_base(source.tensors, source.config, source.where, goal="wrapped")
     target = check_places(output, [source.path], overwrite=chosen.may_exist)
@@ -97,6 +98,7 @@ def wrap_lora(
         )
     dims = source.dims
     source.check()
+    source.check_described()
     check_complete(tensors, dims, layout)
     targets = target_modules(tensors, dims, layout, ranks)
     pairs = initial_pairs(tensors, {target.module: target.r for target in targets}, seed)

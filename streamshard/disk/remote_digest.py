@@ -57,6 +57,11 @@ class Frontier:
             if end == self._nbytes:
                 self._judge(self._hash.digest())
 
+    @property
+    def missing(self) -> int | None:
+        """Where the next byte is that the digest needs; None if it needs none, or there is no digest."""
+        return None if self._hash is None or self._at >= self._nbytes else self._at
+
     def rest(self) -> None:
         """Nothing comes for now."""
         with self._lock:
@@ -81,7 +86,7 @@ class Frontier:
             return False, "the hub tells no digest of its content"
         if self._farthest > self._at:
             return False, "parts of it were read, or in another order"
-        return False, f"only its first {self._at:,} bytes were read"
+        return False, f"only its first {self._at:,} bytes were read by who wrote this"
 
 
 class _Hash:

@@ -26,7 +26,7 @@ from streamshard.tensors.comparing import squared_distance
 from streamshard.tensors.computed import TILE_ROWS
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Lazy, NotFiniteError, Stored, Window
-from streamshard.tensors.rounding import Changes
+from streamshard.tensors.rounding import Changes, has_not_finite
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["WRITE_BYTES", "OnBlock", "do", "measure"]
@@ -108,6 +108,8 @@ class _Part:
         self.digest, self.distance = new_digest(), 0.0
         self.measured = 0
         """Bytes of the tensor that are in the digest."""
+        self.finite, self.zero = True, True
+        """Whether all of these are finite numbers, and whether all are zero."""
 
     def write(self) -> Result:
         """Write them all."""
@@ -124,7 +126,9 @@ class _Part:
         if not self.whole:
             return Result(b"", None, changes)
         distance = None if self.member.reference is None else self.distance
-        return Result(self.digest.digest(), distance, changes)
+        digest = self.digest.digest()
+        zero = self.zero and self.measured > 0
+        return Result(digest, distance, changes, not_finite=not self.finite, zero=zero)
 
     def _write(self, piece: Lazy, at: int, changes: Changes) -> None:
         ranges = piece.ranges()
@@ -139,6 +143,8 @@ class _Part:
             for window in piece.windows(WRITE_BYTES):
                 self._compute(piece, window, at, changes, scattered=scattered)
         except NotFiniteError as error:
+            for one in piece.inputs():  # who sent it may be to blame
+                self.work.files.prove(one.tensor.path, one.tensor.file_nbytes)
             message = f"tensor '{printable(self.member.name)}', {error}. Nothing was written."
             raise AdapterError(message) from error
         if scattered and self.whole:
@@ -220,6 +226,9 @@ class _Part:
 
     def _measure(self, block: Bytes) -> None:
         self.digest.update(block.data)
+        self.finite = self.finite and not has_not_finite(block, self.member.tensor.dtype)
+        # Most blocks tell by their first bytes.
+        self.zero = self.zero and not block[:64].any() and not block.any()
         if self.member.reference is not None:
             self.distance += self._distance(self.member.reference, block)
         self.measured += block.nbytes

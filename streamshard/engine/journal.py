@@ -37,7 +37,8 @@ class FinishedShard:
 
     `digest` is that of the file; `digests` are those of its tensors (16 bytes each), in the order of
     their bytes; `squared` are the squared distances, in the same order, and `change` is what
-    updates did in all of them. `sha256` is None unless it was asked for.
+    updates did in all of them. `sha256` is None unless it was asked for. `not_finite` are the places
+    of tensors with a NaN or infinity, `zero` those of tensors that are nothing but 0.
     """
 
     name: str
@@ -47,6 +48,8 @@ class FinishedShard:
     squared: array[float] = field(repr=False)
     change: Change
     sha256: str | None
+    not_finite: tuple[int, ...] = ()
+    zero: tuple[int, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -58,6 +61,8 @@ class FinishedShard:
             "squared": [value or 0 for value in self.squared],
             "change": list(self.change),
             "sha256": self.sha256,
+            "not_finite": list(self.not_finite),
+            "zero": list(self.zero),
         }
 
     @classmethod
@@ -65,6 +70,7 @@ class FinishedShard:
         """What `record` gave."""
         name, nbytes, digest, sha256 = (record[k] for k in ("shard", "bytes", "digest", "sha256"))
         change, squared = record["change"], array("d", record["squared"])
+        places = tuple(tuple(record[key]) for key in ("not_finite", "zero"))
         if not (
             isinstance(name, str)
             and type(nbytes) is int
@@ -72,10 +78,11 @@ class FinishedShard:
             and isinstance(sha256, str | None)
             and all(type(value) in (int, float) for value in change)
             and not any(value < 0 for value in (*change, *squared))
+            and all(type(place) is int and 0 <= place < len(squared) for place in sum(places, ()))
         ):
             raise TypeError("no record of a shard")
         tensors = bytes.fromhex(record["tensors"])
-        return cls(name, nbytes, digest, tensors, squared, Change(*change), sha256)
+        return cls(name, nbytes, digest, tensors, squared, Change(*change), sha256, *places)
 
 
 @dataclass(slots=True)

@@ -63,12 +63,15 @@ class Result:
     """What is known of a tensor, or of a part of one, that was written.
 
     `digest` is empty for a part. `distance` is the squared one from the reference, None for a part or
-    without one; `changes` are what was done to elements of the source.
+    without one; `changes` are what was done to elements of the source. `not_finite` says that numbers
+    in it are NaN or infinite, `zero` that all are 0; both False for a part.
     """
 
     digest: bytes
     distance: float | None
     changes: Changes
+    not_finite: bool = False
+    zero: bool = False
 
     @property
     def squared(self) -> float:

@@ -9,29 +9,25 @@ journal, syncs and names are told or done here and nowhere else.
 from __future__ import annotations
 
 import threading
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
 
-from streamshard.checkpoint.digests import DIGEST_NBYTES, hash_file, new_sha256, shard_digest
+from streamshard.checkpoint.digests import hash_file, new_sha256
 from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
-from streamshard.disk.direct import DirectFile
-from streamshard.disk.folders import disk_free, rename, sync_folder
+from streamshard.disk.folders import rename, sync_folder
 from streamshard.disk.inputs import active
-from streamshard.disk.new_files import OutputFile
 from streamshard.engine.destination import Destination
 from streamshard.engine.do_task import WRITE_BYTES, do, measure
 from streamshard.engine.job import Plan
-from streamshard.engine.journal import FinishedShard
 from streamshard.engine.lanes import Place, cuts_of, lanes, ordered
+from streamshard.engine.open_shard import OpenShard
 from streamshard.engine.sending import Sender
-from streamshard.engine.shard_task import Member, Result, ShardTask
+from streamshard.engine.shard_task import Member, ShardTask
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
-from streamshard.errors import WriteError, printable
-from streamshard.tensors.rounding import Change, Changes
+from streamshard.tensors.rounding import Changes
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["write_shards"]
@@ -39,57 +35,6 @@ __all__ = ["write_shards"]
 
 # What the disk is asked to begin with, and the progress is told, at a time.
 NOTED_BYTES = 8 * 1024 * 1024
-
-
-class _Open:
-    """A shard that is being written."""
-
-    def __init__(self, shard: Shard, place: Destination, senders: Senders | None) -> None:
-        folder = place.folder
-        free = disk_free(folder)
-        if free is not None and free < shard.nbytes:
-            raise WriteError(
-                f"{printable(str(folder / shard.name))}: {shard.nbytes:,} bytes are needed but {free:,} "
-                "are free. Free some space."
-            )
-        self.shard = shard
-        self.header, self.begins = shard.header()
-        self.left = len(self.begins)
-        self.digests = bytearray(DIGEST_NBYTES * self.left)
-        self.measured: dict[int, tuple[float, Change]] = {}
-        # Not yet under its name: until it is complete, nothing shall take it for a weight file.
-        path = place.temporary(shard.name)
-        if senders is None:
-            self.output = OutputFile(path, shard.nbytes)
-        else:
-            self.output = DirectFile(path, shard.nbytes, senders)
-
-    def note(self, place: int, result: Result) -> bool:
-        """Take note of a finished tensor; returns whether it was the last one."""
-        self.digests[DIGEST_NBYTES * place : DIGEST_NBYTES * (place + 1)] = result.digest
-        squared, change = result.squared, result.changes.total()
-        if squared or change.updated:
-            self.measured[place] = (squared, change)
-        self.left -= 1
-        return not self.left
-
-    def finished(self, sha256: str | None) -> FinishedShard:
-        """All that is to be known of it."""
-        squared, change = array("d", bytes(8 * len(self.begins))), Change()
-        for place in sorted(self.measured):  # sums must not depend on who was faster
-            value, changed = self.measured[place]
-            change = change.plus(changed)
-            if value:
-                squared[place] = value
-        return FinishedShard(
-            self.shard.name,
-            self.shard.nbytes,
-            shard_digest(self.header, bytes(self.digests)),
-            bytes(self.digests),
-            squared,
-            change,
-            sha256,
-        )
 
 
 class _Split:
@@ -108,7 +53,7 @@ class _Item:
     `copied` ones are of a long stretch that is only copied.
     """
 
-    opened: _Open
+    opened: OpenShard
     place: int
     task: ShardTask
     copied: bool
@@ -118,7 +63,7 @@ class _Item:
 class _Watch:
     """Told of the blocks of a task: stops it, tells progress, has the disk begin with what is written."""
 
-    def __init__(self, run: _Run, opened: _Open) -> None:
+    def __init__(self, run: _Run, opened: OpenShard) -> None:
         self._run, self._output = run, opened.output
         self._name = ""
         self._untold = 0
@@ -174,7 +119,7 @@ class _Run:
         self.sender: Sender | None = None
         if plan.outlet is not None:
             self.sender = Sender(plan.outlet, plan.on_disk, staging, self.stop, self.lock)
-        self.opened: dict[str, _Open] = {}
+        self.opened: dict[str, OpenShard] = {}
         self.copying = 0
         self.inputs = active()
 
@@ -225,13 +170,13 @@ class _Run:
         path, nbytes = self.begun(shard).output.path, shard.nbytes
         return ShardTask(path, nbytes, member.begin, member.end, (member,), self.plan.inputs)
 
-    def begun(self, shard: Shard) -> _Open:
+    def begun(self, shard: Shard) -> OpenShard:
         """A shard that is being written, from when it is first asked for."""
         with self.beginning:  # of its own: the disk may take its time
             found = self.opened.get(shard.name)
             if found is None:
                 self.stop.check()
-                found = _Open(shard, self.staging, self.senders)
+                found = OpenShard(shard, self.staging, self.senders)
                 self.opened[shard.name] = found
                 found.output.write(memoryview(found.header), 0)
         return found
@@ -265,7 +210,7 @@ class _Run:
                 if item.opened.note(item.place, result):
                     self.background.add(partial(self.finish, item.opened))
 
-    def finish(self, opened: _Open) -> None:
+    def finish(self, opened: OpenShard) -> None:
         """Wait until the disk has a shard, give it its name, and note it in the journal."""
         path = opened.output.path
         opened.output.sync()

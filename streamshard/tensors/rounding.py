@@ -19,6 +19,7 @@ __all__ = [
     "Change",
     "Changes",
     "count_not_finite",
+    "has_not_finite",
     "narrow",
     "narrowed",
     "round_block",
@@ -123,6 +124,24 @@ def count_not_finite(block: Bytes, dtype: str) -> int:
     unsigned, mask, value = NOT_FINITE[dtype]
     kind = np.dtype(unsigned).type
     return int(np.count_nonzero((block.view(kind) & kind(mask)) == kind(value)))
+
+
+def has_not_finite(block: Bytes, dtype: str) -> bool:
+    """Whether a number in the bytes of `block` is infinite or NaN, several times as fast.
+
+    Of most formats these are the numbers of the largest exponent: the largest ones of either sign, if
+    the bits are read as whole numbers.
+    """
+    if dtype not in NOT_FINITE:
+        return False
+    unsigned, mask, value = NOT_FINITE[dtype]
+    kind = np.dtype(unsigned)
+    sign = 1 << (8 * kind.itemsize - 1)
+    if mask != value or mask & sign:
+        return count_not_finite(block, dtype) > 0
+    bits = block.view(kind)
+    signed = block.view(kind.name.removeprefix("u"))
+    return bool(bits.size) and (int(signed.max()) >= mask or int(bits.max()) >= sign | mask)
 
 
 _BITS_16 = np.uint32(16)

@@ -424,20 +424,6 @@ def test_S1_presets_of_every_family_pass(tmp_path):
             assert streamshard.verify(folder)["problems"] == []
 
 
-def test_S14_an_incomplete_base_is_told(tmp_path):
-    """A merge does not need it, but its output is as incomplete."""
-    base = make(tmp_path / "base", "tiny", "custom")
-    content = read(base)
-    put(base, {n: t for n, t in content.items() if ".encoder.layers.1." not in n})
-    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
-    report = streamshard.merge_lora(
-        base=base, adapter=tmp_path / "adapter", output=tmp_path / "out"
-    )
-    (warning,) = report["warnings"]
-    assert "'vision_model.encoder.layers.1.attn.qkv.weight'" in warning
-    assert "lacks these 14 tensors" in warning
-
-
 # What is done to a wrapped checkpoint, and what `verify` says.
 PAIRS: dict[str, tuple[Callable[[dict[str, torch.Tensor], str, str], Any], str]] = {
     "lone-A": (lambda c, _, b: c.pop(b), "the partner"),

@@ -1,0 +1,62 @@
+"""Names of tensors as the model's class has them, without what a trainer put before all of them.
+
+Loaders look for the bare names only: under others they find no weight, and say little or nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Collection
+
+from streamshard.checkpoint.folder import Checkpoint
+from streamshard.errors import printable
+from streamshard.internvl.detection import layout_of
+from streamshard.internvl.model_config import config_layout
+from streamshard.notes import note
+from streamshard.tensor_names import without_wrappers
+
+__all__ = ["bare_names", "with_bare_names"]
+
+
+def with_bare_names(found: Checkpoint) -> Checkpoint:
+    """The checkpoint with `bare_names`, and a note of what was taken off, if there was something."""
+    names = bare_names(found.tensors, is_model=config_layout(found.config or {}) is not None)
+    if not names:
+        return found
+    bare, given = next((b, g) for b, g in names.items() if b != g)
+    note(
+        f"{printable(str(found.path))}: '{printable(given)}' and the like have words of training in "
+        f"their names; they are written as loaders look for them: '{printable(bare)}'"
+    )
+    return dataclasses.replace(found, tensors={b: found.tensors[g] for b, g in names.items()})
+
+
+def bare_names(names: Collection[str], *, is_model: bool = False) -> dict[str, str]:
+    """Bare names to given ones; empty if all are bare, or if two would become the same.
+
+    What torch.compile, DDP, FSDP and the like put into names goes from those of InternVL, and from
+    others if all begin with it. A beginning of another kind (Lightning's) goes if all names have it
+    and those of InternVL are behind it. `is_model` states that they are InternVL's, by the config.
+
+    >>> bare_names(["module.mlp1.0.weight", "module.language_model.lm_head.weight"])
+    {'mlp1.0.weight': 'module.mlp1.0.weight', 'language_model.lm_head.weight': \
+'module.language_model.lm_head.weight'}
+    >>> bare_names(["policy.mlp1.0.weight", "policy.language_model.lm_head.weight"]).keys()
+    dict_keys(['mlp1.0.weight', 'language_model.lm_head.weight'])
+    >>> bare_names(["mlp1.0.weight", "language_model.lm_head.weight"])
+    {}
+    """
+    bare = {without_wrappers(name): name for name in names}
+    all_changed = all(name != given for name, given in bare.items())
+    if len(bare) < len(names) or not (all_changed or is_model or layout_of(bare) is not None):
+        bare = {name: name for name in names}
+    if layout_of(bare) is None and len(bare) > 1:
+        # Whole words: a name may begin like another one.
+        first, *_, last = sorted(bare)
+        same = itertools.takewhile(lambda two: two[0] == two[1], zip(first, last, strict=False))
+        shared = "".join(one for one, _ in same).rpartition(".")[0]
+        inner = {name.removeprefix(f"{shared}."): given for name, given in bare.items()}
+        if shared and layout_of(inner) is not None:
+            bare = inner
+    return {} if all(name == given for name, given in bare.items()) else bare
