@@ -8,13 +8,15 @@ from typing import Any
 
 from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.record import read_record
-from streamshard.disk.folders import exists, resolved
+from streamshard.disk.folders import exists, inode_of, resolved
 from streamshard.disk.system import system
+from streamshard.engine.beside_output import places_beside
 from streamshard.engine.job import Plan
 from streamshard.engine.kept import as_reported
+from streamshard.engine.lock import look
 from streamshard.errors import InputError, ReadError, WriteError
 
-__all__ = ["completed", "record_in"]
+__all__ = ["completed", "lacks_its_name", "record_in"]
 
 
 def completed(made: Plan, digest: str) -> dict[str, Any] | None:
@@ -34,6 +36,14 @@ def completed(made: Plan, digest: str) -> dict[str, Any] | None:
     names = sorted([*placed.record["digests"]["files"], REPORT_NAME])
     pushed = outlet.described(placed.version, names, None)
     return {**as_reported(record or placed.record), "pushed": pushed}
+
+
+def lacks_its_name(target: Path, digest: str) -> bool:
+    """Whether an output was completed by one who was killed before it got its name; changes nothing."""
+    beside = places_beside(target)
+    moved, found = look(beside["lock"], target), inode_of(beside["partial"])
+    noted = moved is not None and found is not None and moved[1] == found[1]
+    return noted and record_in(beside["partial"], digest) is not None
 
 
 def record_in(folder: Path, digest: str) -> dict[str, Any] | None:

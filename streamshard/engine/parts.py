@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamshard.disk.folders import exists, inode_of, rename, resolved, sync_folder
+from streamshard.disk.folders import exists, rename, resolved, sync_folder
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import (
     Kept,
@@ -26,13 +26,12 @@ from streamshard.engine.beside_output import (
 )
 from streamshard.engine.claims import check_replaceable
 from streamshard.engine.cluster import Cluster
-from streamshard.engine.completed import completed, record_in
+from streamshard.engine.completed import completed, lacks_its_name, record_in
 from streamshard.engine.division import shards_of
 from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity, identity_digest
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import Elsewhere
-from streamshard.engine.lock import look
 from streamshard.engine.option_values import Part
 from streamshard.engine.parts_cleanup import GONE, is_of
 from streamshard.engine.parts_files import Shared, shared_by
@@ -93,13 +92,6 @@ class Output:
                 overwrite=self.made.overwrite,
                 is_complete=lambda folder: record_in(folder, self._digest) is not None,
             )
-
-    def _lacks_its_name(self) -> bool:
-        """Whether `place_completed` would find it complete; changes nothing."""
-        beside = places_beside(self.target)
-        moved, found = look(beside["lock"], self.target), inode_of(beside["partial"])
-        noted = moved is not None and found is not None and moved[1] == found[1]
-        return noted and record_in(beside["partial"], self._digest) is not None
 
     def check_place(self) -> None:
         """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
@@ -164,7 +156,7 @@ class Output:
 
         Before anything is done that may be all, in an output that has only to get its name.
         """
-        if before and self._lacks_its_name():
+        if before and lacks_its_name(self.target, self._digest):
             self._finished.update(shard.name for shard in self.made.shards)
             return
         with opened_parts(self.target) as parts:
