@@ -152,6 +152,8 @@ def test_another_command(shop, hub, place, push, tmp_path):
 
 def test_what_is_said_of_it(shop, hub, place):
     """Each in its words: a part, finish before all is there, the last one, and one that comes late."""
+    dry = begin(shop, hub, place, "--part", "1/2", "--dry-run").communicate(timeout=300)[0]
+    assert "At most 3 files of weights on disk at a time, of each part, " in dry
     said = {}
     for which in ("1/2", "finish", "2/2", "1/2 again"):
         found = begin(shop, hub, place, "--part", which.split()[0])
