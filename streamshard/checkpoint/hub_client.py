@@ -205,6 +205,14 @@ class Repository:
                 )
             )
 
+    def place(self, file: Listed) -> str:
+        """Where the content of a file is in the cache, as people are told to remove it."""
+        path = Path(system.realpath(self.cached(file) or self.folder / "blobs" / file.blob))
+        cache = Path(system.realpath(self.client.cache))
+        with contextlib.suppress(ValueError):
+            path = path.relative_to(cache)
+        return f"{printable(path.as_posix())} in the cache ({printable(str(self.client.cache))})"
+
     def drop(self, file: Listed) -> None:
         """Take out of the cache what was downloaded and is not what it should be."""
         for path in (self.snapshot / file.name, self.folder / "blobs" / file.blob):

@@ -99,8 +99,7 @@ class ViewFile:
         if file.nbytes != self.nbytes:
             file.close()
             raise HubError(
-                f"{printable(str(local))}: has {file.nbytes:,} bytes, but the hub's file has "
-                f"{self.nbytes:,}. The cache is damaged: remove that file, and run the command again."
+                self._damaged(f"has {file.nbytes:,} bytes, but the hub's file has {self.nbytes:,}")
             )
         return file
 
@@ -122,6 +121,24 @@ class ViewFile:
             self._check(found)
             self._check_head(found)
             self._local = found
+
+    def wrong(self, told: Callable[[int], None]) -> str | None:
+        """What is wrong with a copy that was in the cache before, by the digest of the hub."""
+        local = self.local()
+        kind, _, expected = self.digest.partition(":")
+        if local is None or self.checked is not None or kind not in ("sha256", "git"):
+            return None
+        if content_digest(local, kind, told) != expected:
+            return self._damaged(f"is not what the hub says that it is ({self.digest})")
+        self.checked = "it was in the cache before, and is equal to the digest of the hub"
+        return None
+
+    def _damaged(self, why: str) -> str:
+        return (
+            f"{self._repository.asked}/{printable(self.listed.name)}: its copy in the cache {why}: the "
+            f"cache is damaged. Remove {self._repository.place(self.listed)}, and run the same command "
+            "again: it downloads that file."
+        )
 
     def _check(self, found: Path) -> None:
         kind, _, expected = self.digest.partition(":")

@@ -14,6 +14,7 @@ __all__ = ["instead"]
 
 
 _HUB_ID = re.compile(r"(?:hf://)?[\w.-]+/[\w.-]+(@\S+)?")
+_IN_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[^/\s]+)?(/[^/\\]+)+", re.ASCII)
 _MOST_NAMES = 10_000  # of a folder that is searched for like ones
 
 
@@ -22,9 +23,9 @@ def instead(path: Path) -> str:
     if _dangles(path):
         return "It is a link to nothing. Fetch what it led to, or remove the link."
     around, missing = _nearest(path)
-    where = printable(str(around))
+    where = "this folder" if around == Path() else printable(str(around))
     if not is_folder(around):
-        return f"{where} is a file, and no folder. Check the path."
+        return f"{printable(str(around))} is a file, and no folder. Check the path."
     names = _names(around)
     lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(missing.lower(), lower, n=2, cutoff=0.6)
@@ -33,7 +34,9 @@ def instead(path: Path) -> str:
     if _HUB_ID.fullmatch(str(path)) and around == Path():
         return "Check the path; if a model on the hub is meant, give it as it is called there (org/name)."
     if around != path.parent:
-        return f"There is no '{printable(missing)}' in {where}. Check the path."
+        deep = around == Path() and _IN_HUB.fullmatch(str(path))
+        hub = f"; in a model on the hub it would be hf://{printable(str(path))}" if deep else ""
+        return f"In {where} there is no '{printable(missing)}'. Check the path{hub}."
     return "Check the path."
 
 

@@ -123,11 +123,9 @@ class _Views:
         from streamshard.checkpoint.hub import View
 
         if self._around is None:
-            import shutil
-            import tempfile
+            from streamshard.disk.temporary import temporary_folder
 
-            self._around = Path(tempfile.mkdtemp(prefix="streamshard-")).resolve()
-            self._stack.callback(shutil.rmtree, self._around, ignore_errors=True)
+            self._around = self._stack.enter_context(temporary_folder())
         view = View(
             asked,
             self.client,
@@ -156,8 +154,7 @@ def _ids(value: Any) -> list[HubId | None]:
 def _id(value: object) -> HubId | None:
     if not isinstance(value, str):
         return None
-    found = hub_id(value)
-    return None if found is None or has_name(value) else found
+    return None if has_name(value) else hub_id(value)
 
 
 def _published(text: object) -> HubId:

@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from streamshard.checkpoint.file_names import REPORT_NAME
@@ -17,10 +18,12 @@ from streamshard.checkpoint.weight_files import is_weight_file
 from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
 from streamshard.commands.verify_model import AsModel, as_model
+from streamshard.commands.verify_zeros import zero_warnings
+from streamshard.disk.far import Far, far_at, is_any
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
-from streamshard.engine.fetching import fetch, stored
+from streamshard.engine.fetching import fetch, stored, wrong
 from streamshard.engine.job import BaseOptions
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import OnStep, Progress, share
@@ -71,6 +74,7 @@ def verify(
     names = _sampled(list(tensors), sample)
     if sample is None:
         fetch({t.path for name in names for t in stored(tensors[name])}, on_step)
+    damaged = [] if sample is not None else wrong(_copies(found), on_step)
     watching = progress if callable(progress) else None
     check = Comparison(found, watching)
     hub = _against(found, against, watching)
@@ -85,6 +89,7 @@ def verify(
         hub.run(workers_or_default(workers))
     coverage = _coverage(found, check)
     model = as_model(found)
+    note(*zero_warnings(found.headers, check.zeros))
     if not found.listing.usable and found.listing.record == "missing":
         reason = _why_uncomparable(found)
         note(f"no digests are recorded: {reason}")
@@ -114,6 +119,7 @@ def verify(
         "unreadable": sorted(found.unreadable | check.unreadable),
         "problems": [
             *found.problems,
+            *damaged,
             *sorted(check.problems),
             *model.problems,
             *coverage["problems"],
@@ -212,6 +218,15 @@ def _why_uncomparable(found: Opened) -> str:
     return f"there is no {REPORT_NAME}"
 
 
+def _copies(found: Opened) -> list[Far]:
+    """The files that are of the hub, of which the cache may have copies."""
+    if not is_any():
+        return []
+    paths = {found.folder / entry.name for entry in contents(found.folder)}
+    paths |= {Path(tensor.path) for each in found.tensors.values() for tensor in stored(each)}
+    return [file for path in sorted(paths) if (file := far_at(path)) is not None]
+
+
 def _sampled(names: list[str], sample: str | int | None) -> list[str]:
     """So many of the names, at least one; raises `UsageError` for what is no such number."""
     if sample is None:
@@ -220,6 +235,8 @@ def _sampled(names: list[str], sample: str | int | None) -> list[str]:
     count = 0.0
     if match is not None:
         count = float(match[1]) * (len(names) / 100 if match[2] else 1)
+        if not match[2] and not float(match[1]).is_integer():
+            count = 0  # a tenth, or a part of a tensor?
     if match is None or not count or math.isinf(count) or (match[2] and float(match[1]) > 100):
         raise UsageError(
             f"--sample is {printable(repr(sample))}; write it like 10% or 200 (tensors)."

@@ -61,6 +61,9 @@ class Far(Protocol):
     def fetch(self, told: Callable[[int], None]) -> None:
         """Make a copy, unless there is one; `told` is told the bytes of each piece."""
 
+    def wrong(self, told: Callable[[int], None]) -> str | None:
+        """What is wrong with a copy that was here, by its digest; None if nothing, or without one."""
+
 
 class Origin(Protocol):
     """Where files are from."""

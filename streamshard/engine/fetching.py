@@ -13,11 +13,11 @@ from streamshard.disk.existence import found
 from streamshard.disk.far import Far, far_at, is_any
 from streamshard.disk.folders import disk_free, exists
 from streamshard.disk.waiting import together
-from streamshard.engine.workers import Stop
-from streamshard.errors import WriteError, printable
+from streamshard.engine.workers import OnStep, Stop
+from streamshard.errors import HubError, WriteError, both_bytes, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["Fetching", "fetch", "fetching", "read_by", "stored"]
+__all__ = ["Fetching", "fetch", "fetching", "read_by", "stored", "wrong"]
 
 AT_ONCE = 4
 
@@ -48,32 +48,44 @@ class Fetching:
         needed = self.nbytes + (output_nbytes if both else 0)
         if needed > free:
             beside = f" and written to {printable(str(output))}, on the same disk," if both else ""
+            wanted, there = both_bytes(needed, free)
             raise WriteError(
-                f"{printable(str(store))}: {needed:,} bytes are to be downloaded{beside} but {free:,} "
+                f"{printable(str(store))}: {wanted} are to be downloaded{beside} but {there} "
                 "are free. Free some space, choose another cache with --cache-dir, or read a base "
                 "without storing it (--stream)."
             )
 
-    def run(self, on_step: Callable[[str, int, int], None] | None) -> None:
+    def run(self, on_step: OnStep | None) -> None:
         """Fetch them, several at once; `on_step` is told how many of all bytes are done."""
-        if not self.files:
-            return
-        total, done, lock, stop = self.nbytes, 0, threading.Lock(), Stop()
+        _each(self.files, lambda file, told: file.fetch(told), "downloading", on_step)
 
-        def told(nbytes: int) -> None:
-            nonlocal done
-            stop.check()  # whoever is interrupted does not wait for the rest of a file
-            with lock:
-                done += nbytes
-                if on_step is not None:
-                    on_step("downloading", total, done)
 
-        told(0)
-        try:
-            together(self.files, lambda file: file.fetch(told), min(AT_ONCE, len(self.files)))
-        except BaseException as error:
-            stop.fail(error)
-            raise
+def _each(
+    files: Sequence[Far],
+    do: Callable[[Far, Callable[[int], None]], None],
+    step: str,
+    on_step: OnStep | None,
+) -> None:
+    """Do something with files, several at once, which tells of the bytes of each."""
+    if not files:
+        return
+    total, done = sum(file.nbytes for file in files), 0
+    lock, stop = threading.Lock(), Stop()
+
+    def told(nbytes: int) -> None:
+        nonlocal done
+        stop.check()  # whoever is interrupted does not wait for the rest of a file
+        with lock:
+            done += nbytes
+            if on_step is not None:
+                on_step(step, total, done)
+
+    told(0)
+    try:
+        together(files, lambda file: do(file, told), min(AT_ONCE, len(files)))
+    except BaseException as error:
+        stop.fail(error)
+        raise
 
 
 def stored(tensor: Lazy) -> Iterator[Stored]:
@@ -93,17 +105,42 @@ def read_by(
 
 def fetching(paths: Iterable[str | Path]) -> Fetching:
     """Which of the files at these paths are to be fetched before much of them is read."""
+    return Fetching([file for file in _far(paths) if file.kept])
+
+
+def fetch(paths: Iterable[str | Path], on_step: OnStep | None, *, check: bool = False) -> None:
+    """Fetch what is far of the files at these paths, if there is room for it.
+
+    With `check` copies that were here before are read whole, and must be what they are copies of;
+    raises `HubError` if not.
+    """
+    files = _far(paths)
+    wanted = Fetching([file for file in files if file.kept])
+    wanted.check_room()
+    wanted.run(on_step)
+    if check:
+        for problem in wrong(files, on_step):
+            raise HubError(problem)
+
+
+def wrong(files: Iterable[Far], on_step: OnStep | None) -> list[str]:
+    """What is wrong with copies that were here before."""
+    found: list[str] = []
+
+    def look(file: Far, told: Callable[[int], None]) -> None:
+        problem = file.wrong(told)
+        if problem is not None:
+            found.append(problem)
+
+    _each([file for file in files if file.local() is not None], look, "checking", on_step)
+    return sorted(found)
+
+
+def _far(paths: Iterable[str | Path]) -> list[Far]:
+    """The files that these paths stand for."""
     if not is_any():  # then no path is asked for: there are some of each tensor
-        return Fetching()
-    files = {str(path): file for path in paths if (file := far_at(path)) is not None}
-    return Fetching([file for file in files.values() if file.kept])
-
-
-def fetch(paths: Iterable[str | Path], on_step: Callable[[str, int, int], None] | None) -> None:
-    """Fetch what is far of the files at these paths, if there is room for it."""
-    files = fetching(paths)
-    files.check_room()
-    files.run(on_step)
+        return []
+    return [*{str(path): file for path in paths if (file := far_at(path)) is not None}.values()]
 
 
 def _device(path: Path) -> int | None:

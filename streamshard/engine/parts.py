@@ -16,7 +16,14 @@ from dataclasses import replace
 from typing import Any
 
 from streamshard.disk.folders import exists, inode_of, rename, resolved, sync_folder
-from streamshard.engine.beside_output import check_beside, finished_beside, places_beside, tidy
+from streamshard.disk.inputs import active
+from streamshard.engine.beside_output import (
+    Kept,
+    check_beside,
+    finished_beside,
+    places_beside,
+    tidy,
+)
 from streamshard.engine.claims import check_replaceable
 from streamshard.engine.cluster import Cluster
 from streamshard.engine.completed import completed, record_in
@@ -101,9 +108,9 @@ class Output:
             check_replaceable(self.target, overwrite=self.made.overwrite)
         self._finished.update(self._staged(check_beside))
 
-    def _staged(self, look: Callable[..., Collection[str]]) -> Collection[str]:
+    def _staged(self, look: Callable[..., Kept]) -> Collection[str]:
         """What was taken into the folder where the output is completed, or begun there."""
-        return look(self.target, lambda: self._identity, overwrite=self.made.overwrite)
+        return look(self.target, lambda: self._identity, overwrite=self.made.overwrite).finished
 
     def write(self, progress: Progress | None, on_step: OnStep, cluster: Cluster | None) -> None:
         """Write the shards of this part that nobody has finished."""
@@ -115,7 +122,8 @@ class Output:
             if left:
                 self._begin(parts)
                 new = [shard for shard in left if shard.name not in parts.finished]
-                fetch(read_by(new, self.made.compared.references(new), ()), on_step)
+                inputs = read_by(new, self.made.compared.references(new), ())
+                fetch(inputs, on_step, check=self.made.sha256)
                 own = replace(self.made, shards=tuple(mine))
                 if cluster is None:
                     write_shards(own, parts, progress=progress, on_step=on_step)
@@ -186,10 +194,8 @@ class Output:
         """Raise `OutputError` if the output cannot be completed."""
         missing = [s.name for s in self.made.shards if s.name not in self._finished]
         if missing:
-            outlet = self.made.outlet
-            where = printable(str(self.target))
-            if outlet is not None and not outlet.keeps:
-                where = outlet.where
+            outlet = self.made.outlet if self.shared.goes else None
+            where = printable(str(self.target)) if outlet is None else outlet.where
             lack = "not uploaded" if self.shared.sends else "missing"
             some = f"{len(missing)} of its {len(self.made.shards)} weight files are {lack}"
             raise OutputError(
@@ -247,7 +253,11 @@ def run_part(
     `OutputError` if the part `finish` finds shards missing.
     """
     with output.telling():
-        return _run(output, report, complete, progress, on_step, cluster)
+        found = _run(output, report, complete, progress, on_step, cluster)
+        inputs = active()
+        if inputs is not None:
+            inputs.end()
+        return found
 
 
 def _run(
@@ -271,9 +281,10 @@ def _run(
             output.check_place()
             if number:
                 output.write(progress, on_step, cluster)
-        except (OutputError, WriteError, ReadError, HubError):
+        except (OutputError, WriteError, ReadError, HubError) as error:
             # Others may have finished it, and removed the folder that it was being written to.
-            if not (number and output.is_done()):
+            broken = isinstance(error, (WriteError, ReadError)) and not is_of(error, GONE)
+            if broken or not (number and output.is_done()):
                 raise
         there = output.completed()
     if there is None:

@@ -34,6 +34,33 @@ from streamshard.errors import UsageError
         ),
         ("hf://org/name@refs/pr/3/sub", HubId("org/name", "refs/pr/3", "sub")),
         ("hf://org/name@a%2Fb", HubId("org/name", "a/b")),
+        ("org/name/", HubId("org/name")),
+        ("org/name@v1/", HubId("org/name", "v1")),
+        *(
+            (text, HubId("org/name"))
+            for text in (
+                "https://huggingface.co/org/name",
+                "https://huggingface.co/org/name/",
+                "https://huggingface.co/org/name.git",
+                "https://huggingface.co/org/name?library=transformers#usage",
+                "http://www.huggingface.co/org/name",
+                "huggingface.co/org/name",
+                "https://hf.co/org/name",
+                "https://hub.example:8080/mirror/org/name",
+            )
+        ),
+        *(
+            (f"https://hub.example:8080/mirror/org/name/{rest}", HubId("org/name", *found))
+            for rest, found in {
+                "tree/main": ("main",),
+                "tree/v1/": ("v1",),
+                "tree/refs%2Fpr%2F3": ("refs/pr/3",),
+                "tree/refs/pr/3/sub": ("refs/pr/3", "sub"),
+                "tree/main/sub/of%20it": ("main", "sub/of it"),
+                "blob/main/model.safetensors": ("main", "model.safetensors"),
+                "resolve/main/model.safetensors?download=true": ("main", "model.safetensors"),
+            }.items()
+        ),
         *(
             (text, None)
             for text in ("name", "a/b/c", "./a/b", "../b", "~/b", "/a/b", "a/", "/", "")
@@ -50,6 +77,7 @@ from streamshard.errors import UsageError
 )
 def test_what_an_argument_means(text, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example:8080/mirror/")
     assert hub_id(text) == expected
 
 
@@ -73,11 +101,46 @@ def test_what_begins_here_is_a_path(tmp_path, monkeypatch):
         "hf://org/n//x",
         "hf://o o/n",
         "hf://./n",
+        "https://huggingface.co/name",
+        "https://huggingface.co/org/name/discussions/3",
+        "https://huggingface.co/org/name/tree/main/../x",
+        "https://huggingface.co/org/name/tree/main/%2e%2e/x",
+        "https://huggingface.co/",
+        "huggingface.co/",
     ],
 )
 def test_addresses_that_are_none(text):
-    with pytest.raises(UsageError, match="no address"):
+    with pytest.raises(
+        UsageError, match=r"no address of a model on the hub; they are like org/name"
+    ):
         hub_id(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("https://huggingface.co/datasets/org/name", "is no model: that is among the datasets of"),
+        ("https://huggingface.co/spaces/org/name", "is no model: that is among the spaces of"),
+        ("hf://datasets/org/name@main", "is no model: that is among the datasets of the hub"),
+        ("https://example.com/org/name", "something else than the hub"),
+        ("org/name:v1", "is given as org/name@v1"),
+        ("hf://org/name:v1", "no address"),
+    ],
+)
+def test_what_is_meant_for_the_hub_and_is_no_model(text, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with pytest.raises(UsageError, match=words) as refused:
+        hub_id(text)
+    assert "org/name" in str(refused.value)
+
+
+def test_of_addresses_too_a_path_that_is_here_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "huggingface.co" / "org").mkdir(parents=True)
+    (tmp_path / "org").mkdir()
+    assert hub_id("huggingface.co/org/name") is None
+    assert hub_id("org/name:v1") is None
 
 
 @pytest.fixture

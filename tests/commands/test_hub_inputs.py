@@ -207,6 +207,8 @@ def test_a_folder_and_a_file_in_a_repository(shop, hub, home):
     plain = streamshard(hub, home, "inspect", shop["custom"], "--json")
     assert same({**report(inside), "path": None}, {**report(plain), "path": None})
     assert report(inside)["path"] == "org/nested/sub/er"
+    pasted = streamshard(hub, home, "inspect", f"{hub.url}/org/nested/tree/main/sub/er", "--json")
+    assert report(pasted)["path"] == "org/nested@main/sub/er"
     one = min(shop["custom"].glob("*.safetensors")).name
     got = report(streamshard(hub, home, "inspect", f"hf://org/nested@main/sub/er/{one}", "--json"))
     assert (
@@ -294,8 +296,9 @@ def test_resumed_in_another_way(large, hub, home, tmp_path):
         hub.faults.rules.remove(rule)
     hub.forget()
     done = report(streamshard(hub, home, "merge-lora", *far, *out, "--json"))
-    assert done["resumed"] == 2
-    assert not [r for r in of_content(hub) if r.status == 200 and "-00003-" not in r.path]
+    assert done["resumed"] in (1, 2)  # the second may have been on its way to the disk
+    kept = ("-00001-", "-00002-")[: done["resumed"]]
+    assert not [r for r in of_content(hub) if r.status == 200 and any(k in r.path for k in kept)]
     whole = streamshard(hub, home, "merge-lora", *near, "--output", tmp_path / "local")
     assert whole.code == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "local")

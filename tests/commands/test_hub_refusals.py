@@ -15,6 +15,8 @@ from hub_commands import of_content, report, streamshard
 from hub_faults import Drop, Flip, Status
 from pairs import new_pair
 
+from streamshard.errors import bytes_text
+
 
 @pytest.fixture
 def pair(tmp_path):
@@ -230,7 +232,7 @@ main()
     assert done.returncode == 6, done.stderr
     message = json.loads(done.stdout)["error"]["message"]
     needed = (large / "model.safetensors").stat().st_size
-    for word in (f"{needed:,} bytes", "100,000 are free", "--cache-dir", str(home)):
+    for word in (bytes_text(needed), "100.00 KB are free", "--cache-dir", str(home)):
         assert word in message
     assert most(hub) <= 128 * 1024
     assert not [*home.rglob("*.safetensors")]
@@ -266,12 +268,49 @@ def test_a_header_of_other_bytes(hub, home, tmp_path):
     refused(got, 9, "org/one", "its header", "same command again")
 
 
+def in_cache(hub, home, name: str) -> Path:
+    """The file of the cache that has the content of one of the base."""
+    (path,) = home.rglob(f"blobs/{hub.files('org/base')[name].sha256}")
+    return path
+
+
 def test_a_cache_that_is_damaged(hub, home, tmp_path):
     report(merge(hub, home, tmp_path / "1"))
-    (blob,) = [path for path in home.rglob("blobs/*") if path.stat().st_size == 7968]
+    blob = in_cache(hub, home, "model-00001-of-00002.safetensors")
+    size = f"{blob.stat().st_size:,}"
     blob.write_bytes(b"x")
+    told = f"Remove {blob.relative_to(home / 'hub')} in the cache ({home / 'hub'})"
     got = merge(hub, home, tmp_path / "2")
-    refused(got, 9, "has 1 bytes", "7,968", "cache is damaged", "remove that file")
+    refused(got, 9, "org/base/model-00001-of", "has 1 bytes", size, "cache is damaged", told)
+
+
+def test_a_damaged_file_of_the_right_size_is_found_by_who_asks(hub, home, tmp_path):
+    """The cache is believed, as every tool does; `verify` and `--sha256` compare it with the hub."""
+    name = "model-00001-of-00002.safetensors"
+    done = report(merge(hub, home, tmp_path / "1"))
+    assert all(file["checked"] for file in done["sources"]["base"]["files"].values())
+    sound = merge(hub, home, tmp_path / "2", "--sha256")
+    files = report(sound)["sources"]["base"]["files"].values()
+    assert {(file["checked"], file["how"]) for file in files} == {
+        (True, "it was in the cache before, and is equal to the digest of the hub")
+    }
+    assert report(streamshard(hub, home, "verify", "org/base", "--json"))["problems"] == []
+    blob = in_cache(hub, home, name)
+    data = bytearray(blob.read_bytes())
+    data[-7] ^= 1
+    blob.write_bytes(data)
+    told = f"Remove {blob.relative_to(home / 'hub')} in the cache ({home / 'hub'})"
+    words = (f"org/base/{name}: its copy in the cache is not what the hub says", told)
+    refused(merge(hub, home, tmp_path / "3", "--sha256"), 9, *words)
+    assert not (tmp_path / "3").exists()
+    for more in ((), ("--offline",)):
+        found = streamshard(hub, home, "verify", "org/base", "--json", *more)
+        assert found.code == 8
+        (problem,) = json.loads(found.out)["problems"]
+        assert all(word in problem for word in words)
+    report(merge(hub, home, tmp_path / "4"))  # nobody asked
+    blob.unlink()
+    report(merge(hub, home, tmp_path / "5", "--sha256"))
 
 
 def test_offline_is_refused_where_the_cache_lacks_what_loaders_read(pair, hub, home, tmp_path):
