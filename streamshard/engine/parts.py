@@ -189,10 +189,8 @@ class Output:
         """Raise `OutputError` if the output cannot be completed."""
         missing = [s.name for s in self.made.shards if s.name not in self._finished]
         if missing:
-            outlet = self.made.outlet
-            where = printable(str(self.target))
-            if outlet is not None and not outlet.keeps:
-                where = outlet.where
+            outlet = self.made.outlet if self.shared.goes else None
+            where = printable(str(self.target)) if outlet is None else outlet.where
             lack = "not uploaded" if self.shared.sends else "missing"
             some = f"{len(missing)} of its {len(self.made.shards)} weight files are {lack}"
             raise OutputError(
