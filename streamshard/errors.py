@@ -16,6 +16,7 @@ __all__ = [
     "ClusterError",
     "HubError",
     "InputError",
+    "NotFoundError",
     "OutOfMemoryError",
     "OutputError",
     "ReadError",
@@ -70,6 +71,24 @@ class InputError(StreamshardError):
     """A checkpoint, header, index or config is malformed or not supported."""
 
     exit_code = 3
+    is_missing = False
+    """Whether it is that nothing is at a path."""
+
+    @classmethod
+    def missing(cls, path: object, problem: str) -> Self:
+        """The error of a path at which nothing is; to users of Python it is a `NotFoundError`."""
+        made = cls.at(path, problem)
+        made.is_missing = True
+        return made
+
+
+class NotFoundError(InputError, FileNotFoundError):
+    """Nothing is at the path of an input.
+
+    Raised to users of Python only: within the package an `OSError` is what the system said.
+    """
+
+    is_missing = True
 
 
 class AdapterError(StreamshardError):

@@ -129,7 +129,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 def no_such(path: Path, what: str) -> InputError:
     """The error for a path at which nothing is."""
-    return InputError.at(path, f"no such {what}. {instead(path)}")
+    return InputError.missing(path, f"no such {what}. {instead(path)}")
 
 
 def _checkpoint(

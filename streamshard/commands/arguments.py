@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from streamshard.errors import UsageError, printable
-from streamshard.wording import FLAGS, KEYWORDS
+from streamshard.wording import FLAGS, KEYWORDS, is_command_line
 
 __all__ = ["arguments", "signature_of"]
 
@@ -104,8 +104,8 @@ def arguments(
     needed = [one.name for one in known if one.default is one.empty]
     if len(args) > len(places):
         raise TypeError(
-            f"{name}() takes {len(places) or 'no'} arguments by position, but {len(args)} are given: "
-            f"name them, {_example(name)}."
+            f"{name}() takes {len(places) or 'no'} arguments by position, not {len(args)}: name them, "
+            f"{_example(name)}."
         )
     for keyword in kwargs:
         if keyword not in signature.parameters:
@@ -164,7 +164,8 @@ def _check(keyword: str, value: object, *, may_be_none: bool) -> None:
 
 
 def _check_path(keyword: str, value: object) -> None:
-    if isinstance(value, (str, bytes)) and not value:
+    # The command line has words of its own for that, where paths are read.
+    if isinstance(value, (str, bytes)) and not value and not is_command_line():
         raise UsageError(f"`{keyword}` is empty; a path was expected.")
     if isinstance(value, (str, bytes, os.PathLike)):
         return

@@ -62,12 +62,12 @@ def _heat(report: Mapping[str, Any] | PathLike) -> Mapping[str, Any]:
             )
         folder = input_path(report, "an output")
         if not has_name(folder / REPORT_NAME):
-            there = f"is no output of streamshard: it has no {REPORT_NAME}. "
+            if not is_there(folder):
+                raise InputError.missing(folder, f"no such folder. {instead(folder)}")
             raise InputError.at(
                 folder,
-                f"{there}What has changed in it tells `diff {argument(folder)} OTHER`."
-                if is_there(folder)
-                else f"no such folder. {instead(folder)}",
+                f"is no output of streamshard: it has no {REPORT_NAME}. What has changed in it tells "
+                f"`diff {argument(folder)} OTHER`.",
             )
         report = read_json_object(folder / REPORT_NAME, MAX_RECORD_BYTES) | {"output": folder}
     heat: Mapping[str, Any] | None = report.get("heat_map")

@@ -21,7 +21,14 @@ from streamshard.commands.hub_output import hub_output
 from streamshard.commands.report_html import report_html
 from streamshard.disk.inputs import watched
 from streamshard.engine.report import Report, show_reports_by
-from streamshard.errors import StreamshardError, StreamshardWarning, VerificationError
+from streamshard.errors import (
+    InputError,
+    NotFoundError,
+    StreamshardError,
+    StreamshardWarning,
+    UsageError,
+    VerificationError,
+)
 from streamshard.extras import explained
 from streamshard.limits import told
 from streamshard.notes import noting
@@ -46,7 +53,13 @@ def public(command: Callable[P, Report]) -> Callable[P, Report]:
     @functools.wraps(command)
     def call(*args: P.args, **kwargs: P.kwargs) -> Report:
         try:
-            placed = hub_output(name, arguments(name, signature, args, kwargs))
+            asked = arguments(name, signature, args, kwargs)
+        except TypeError as error:
+            raise error.with_traceback(None)  # noqa: B904 - it is the same
+        except UsageError as error:
+            raise _as_raised(error)  # noqa: B904 - likewise
+        try:
+            placed = hub_output(name, asked)
             with hub_inputs(name, placed) as local, with_bar(name, local) as given:
                 report = cast("Callable[..., Report]", run)(**given)
         except ImportError as error:
@@ -62,7 +75,7 @@ def public(command: Callable[P, Report]) -> Callable[P, Report]:
             if is_command_line():
                 raise
             _LOG.debug("%s raised this", name, exc_info=True)
-            raise error.with_traceback(None)  # noqa: B904 - it is the same; its cause stays
+            raise _as_raised(error)  # noqa: B904 - it is the same; its cause stays
         except BaseException as error:
             if not isinstance(error, Exception) and not is_command_line():
                 _say_what_is_left(error, name)
@@ -72,6 +85,18 @@ def public(command: Callable[P, Report]) -> Callable[P, Report]:
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
+
+
+def _as_raised(error: StreamshardError) -> StreamshardError:
+    """An error without the way that it took, and of a class that Python has for it, too."""
+    if type(error) is not InputError or not error.is_missing:
+        return error.with_traceback(None)
+    found = NotFoundError(*error.args)
+    for note in getattr(error, "__notes__", ()):
+        found.add_note(note)
+    found.__cause__ = error.__cause__
+    found.__suppress_context__ = True
+    return found
 
 
 def _say_what_is_left(error: BaseException, name: str) -> None:

@@ -216,7 +216,7 @@ def reading(path: AnyPath) -> Iterator[None]:
         with _told_by_system(path):
             yield
     except FileNotFoundError as error:
-        raise InputError.at(_path_of(error, path), "no such file. Check the path.") from error
+        raise InputError.missing(_path_of(error, path), "no such file. Check the path.") from error
     except IsADirectoryError as error:
         problem = "is a folder, a file was expected."
         raise InputError.at(_path_of(error, path), problem) from error

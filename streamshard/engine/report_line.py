@@ -45,7 +45,8 @@ def result_of(report: Mapping[str, Any]) -> list[str]:
     if isinstance(l2, Mapping) and l2.get("global") is not None:
         facts.append(f"L2 {l2['global']:.4g} from {_path(l2.get('reference'))}")
     if "recorded" in report and not report.get("problems"):
-        facts.append("as it was written" if report["recorded"] else "sound, as far as is known")
+        unknown = "no fault found, nothing recorded to compare with"
+        facts.append("as it was written" if report["recorded"] else unknown)
     lora = report.get("lora") or {}
     if lora.get("wrapped"):
         facts.append(f"a training checkpoint with {lora['pairs']:,} LoRA pairs")

@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--weight", "1", "--weight", "2"], "give one for each, in the same order"),
+        (["--weight", "1", "--weight", "2"], "1 --adapter but 2 --weight: give one for each"),
         (["--weight", "nan"], "finite"),
         (["--weight", "inf"], "finite"),
         (["--weight", "x"], "--weight"),

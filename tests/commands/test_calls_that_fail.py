@@ -45,6 +45,32 @@ def test_wrong_arguments_are_value_errors(pair):
     assert type(pickle.loads(pickle.dumps(raised.value))) is UsageError
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pair: streamshard.inspect(pair.root / "nothing"),
+        lambda pair: streamshard.verify("./nothing"),
+        lambda pair: streamshard.diff(pair.base, pair.root / "nothing"),
+        lambda pair: streamshard.merge_lora(base=pair.base, adapter="./nothing", output="o"),
+        lambda pair: streamshard.merge_lora(base="./nothing", adapter=pair.adapter, output="o"),
+    ],
+)
+def test_what_is_not_there_is_a_file_not_found(call, pair):
+    with pytest.raises(FileNotFoundError, match=r"nothing: no such .* Check the path") as raised:
+        call(pair)
+    assert type(raised.value) is streamshard.NotFoundError
+    assert isinstance(raised.value, InputError)
+    assert raised.value.exit_code == 3
+    assert type(pickle.loads(pickle.dumps(raised.value))) is streamshard.NotFoundError
+
+
+def test_what_is_broken_is_no_file_not_found(pair):
+    (pair.base / "config.json").write_text("{")
+    with pytest.raises(InputError) as raised:
+        streamshard.inspect(pair.base)
+    assert not isinstance(raised.value, OSError)
+
+
 # --- what a notebook shows ----------------------------------------------------------------------------
 
 
@@ -59,8 +85,19 @@ def test_a_traceback_ends_at_the_call(given, kind, pair):
         streamshard.merge_lora(
             **{"base": pair.base, "adapter": pair.adapter, "output": pair.output, **given}
         )
-    frames = traceback.extract_tb(raised.value.__traceback__)
-    assert [frame.name for frame in frames if "streamshard/" in frame.filename] == ["call"]
+    assert frames_of(raised.value) == ["call"]
+
+
+@pytest.mark.parametrize("given", [{"overwite": True}, {"base": 3}, {"workers": 0}], ids=str)
+def test_so_does_that_of_wrong_arguments(given, pair):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        streamshard.merge_lora(**{"base": pair.base, "adapter": pair.adapter, **given})
+    assert frames_of(raised.value) == ["call"]
+
+
+def frames_of(error: BaseException) -> list[str]:
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame.name for frame in frames if "streamshard/" in frame.filename]
 
 
 def test_the_way_of_an_error_is_logged(pair, caplog):
@@ -179,3 +216,22 @@ def test_plot_says_what_it_was_given(pair):
             streamshard.plot(given)
     with pytest.raises(UsageError, match=r"^`file` is x\.jpg"):
         streamshard.plot(pair.base, "x.jpg")
+
+
+# --- reports ------------------------------------------------------------------------------------------
+
+
+def test_a_report_says_its_result(pair):
+    """In its repr, which is what most people see of it."""
+    assert "4 tensors, 2 of them merged, L2 " in repr(merged(pair))
+    assert ", as it was written; " in repr(streamshard.verify(pair.output))
+    assert "no fault found, nothing recorded" in repr(streamshard.verify(pair.base))
+    assert "equal in all of 4 tensors" in repr(streamshard.diff(pair.base, pair.base))
+    said = repr(streamshard.diff(pair.base, pair.output))
+    assert f"{pair.base} against {pair.output}, 2 of 4 tensors differ, L2 " in said
+    said = repr(streamshard.diff(pair.base, pair.base, names=True))
+    assert "equal in names, shapes and dtypes" in said
+    assert "an adapter (LORA, r " in repr(streamshard.inspect(pair.adapter))
+    env = repr(streamshard.environment())
+    assert f"streamshard {streamshard.__version__}, Python 3." in env
+    assert "tensors" not in env

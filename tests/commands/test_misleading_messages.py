@@ -79,7 +79,7 @@ def test_a_typo_is_told_with_what_is_there(command, pair, cli, monkeypatch):
         ("bas", "'base'"),
         ("completely-else", "Check the path"),
         ("org/name/sub/folder", "in a model on the hub it would be hf://org/name/sub/folder."),
-        ("org/name/sub", "There is no 'org' in the current folder. Check the path; in a model"),
+        ("org/name/sub", "In this folder there is no 'org'. Check the path; in a model"),
     ],
 )
 def test_what_is_not_there(path, said, pair, monkeypatch):
