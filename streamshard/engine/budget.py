@@ -37,6 +37,7 @@ MAX_WORKERS = 64
 # and fp64.
 _PROCESS_NBYTES = 45_000_000
 _TENSOR_NBYTES = 1000
+_CLIENT_NBYTES = 35_000_000  # of a hub, with its connections and what comes by them
 _WORKER_NBYTES = 4_000_000
 _READER_NBYTES = 6_000_000
 # Where writing goes around the page cache: chunks that are being written, and those that have a place
@@ -57,8 +58,8 @@ class Needs:
     """What single workers need for a tensor or a part of one, the largest first."""
 
     @classmethod
-    def of(cls, shards: Sequence[Shard]) -> Needs:
-        """Those of all tensors of these files."""
+    def of(cls, shards: Sequence[Shard], *, hub: bool = False) -> Needs:
+        """Those of all tensors of these files; `hub` if inputs are from one, or the output goes there."""
         held: dict[int, int] = {}
         tensors = 0
         # There may be fewer parts of large ones than workers.
@@ -73,7 +74,7 @@ class Needs:
                 for node in tensor.held():
                     held[id(node)] = node.nbytes
         shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
-        process = _PROCESS_NBYTES + tensors * _TENSOR_NBYTES
+        process = _PROCESS_NBYTES + tensors * _TENSOR_NBYTES + hub * _CLIENT_NBYTES
         return cls(process, tuple(shared), tuple(sorted(own, reverse=True)))
 
     def nbytes(self, workers: int, *, direct: bool = False) -> int:
