@@ -171,10 +171,10 @@ def _of_attention(preset: Any, layout: str, **how: Any) -> list[Any]:
     ]
 
 
-def _sparse(path: Path, tensors: Iterable[Any], dtype: str, seed: int) -> None:
+def _sparse(path: Path, tensors: Iterable[Any], dtype: str, seed: int, tell: Any) -> None:
     """Write a file with a hole in the place of its data, but for a 1 at the begin of what LoRA has."""
     own = sorted(tensors, key=lambda tensor: tensor.name)
-    write_safetensors(path, own, dtype, seed)
+    write_safetensors(path, own, dtype, seed, tell)
     width, end = maker.DTYPES[dtype].width, path.stat().st_size
     with path.open("r+b") as file:
         for tensor in own:

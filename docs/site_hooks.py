@@ -1,8 +1,11 @@
-"""What the pages have from elsewhere, put in when the site is built, so that no copy is kept by hand.
+"""What the pages have from elsewhere, so that no copy is kept by hand.
 
-`<!-- commands -->` becomes all commands and options, from click; `<!-- exit codes -->` their table;
-`<!-- file NAME -->` a Markdown file of the repository, without its title; `<!-- notebook NAME -->` the
-cells of a notebook.
+`python docs/site_hooks.py` writes what is between `<!-- commands -->` or `<!-- exit codes -->` and
+`<!-- end -->` anew: all commands and options, from click, and the table of exit codes. They are kept, so
+that they can be read in the repository, too; a test compares.
+
+When the site is built, a line that ends in `<!-- file NAME -->` becomes a Markdown file of the
+repository, without its title, and one in `<!-- notebook NAME -->` the cells of a notebook.
 """
 
 from __future__ import annotations
@@ -16,19 +19,29 @@ from typing import Any
 import click
 
 DOCS = Path(__file__).parent
-MARK = re.compile(r"^<!-- (commands|exit codes|file|notebook) ?(\S*) -->$", re.MULTILINE)
+GENERATED = (DOCS / "reference/cli.md",)
+MARK = re.compile(r"^.*<!-- (file|notebook) (\S+) -->$", re.MULTILINE)
+KEPT = re.compile(r"(?<=<!-- )(commands|exit codes) -->\n.*?(?=\n<!-- end -->)", re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_site: Any) -> str:
-    """The page with every mark replaced; mkdocs calls this for each one."""
+    """The page with every line that stands for something replaced; mkdocs calls this for each page."""
     return MARK.sub(lambda found: MADE[found[1]](found[2]), markdown)
 
 
-def commands(_: str = "") -> str:
+def generated(markdown: str) -> str:
+    """The page with what is kept in it made anew."""
+    return KEPT.sub(lambda found: f"{found[1]} -->\n\n{KEPT_OF[found[1]]()}", markdown)
+
+
+def commands() -> str:
     """All commands with their usage, explanation, examples and options."""
     from streamshard.cli.main import cli
 
-    context = click.Context(cli, info_name="streamshard")
+    # As wide everywhere, whatever the terminal is.
+    context = click.Context(
+        cli, info_name="streamshard", **(cli.context_settings | {"terminal_width": 100})
+    )
     return "\n".join(
         line
         for name in cli.list_commands(context)
@@ -69,7 +82,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\*_<>\[\]`#])", r"\\\1", text)
 
 
-def exit_codes(_: str = "") -> str:
+def exit_codes() -> str:
     """The table of exit codes."""
     from streamshard.cli.command import EXIT_CODES
 
@@ -92,4 +105,10 @@ def notebook(name: str) -> str:
     )
 
 
-MADE = {"commands": commands, "exit codes": exit_codes, "file": file, "notebook": notebook}
+MADE = {"file": file, "notebook": notebook}
+KEPT_OF = {"commands": commands, "exit codes": exit_codes}
+
+
+if __name__ == "__main__":
+    for page in GENERATED:
+        page.write_text(generated(page.read_text(encoding="utf-8")), encoding="utf-8")

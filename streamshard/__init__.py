@@ -11,11 +11,25 @@ from streamshard.version import __version__
 
 __all__ = [
     "DTYPES",
+    "AdapterError",
+    "BusyError",
+    "ChangedError",
+    "ClusterError",
     "ConversionOptions",
+    "HubError",
+    "InputError",
+    "NotFoundError",
+    "OutOfMemoryError",
+    "OutputError",
     "OutputOptions",
+    "ReadError",
     "Report",
     "StreamshardError",
     "StreamshardWarning",
+    "UnreadError",
+    "UsageError",
+    "VerificationError",
+    "WriteError",
     "__version__",
     "compute_l2_distance",
     "convert_keys_back",
@@ -23,6 +37,7 @@ __all__ = [
     "custom_to_hf",
     "diff",
     "environment",
+    "errors",
     "extract_lora",
     "hf_to_custom",
     "inspect",
@@ -35,6 +50,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from streamshard import errors
     from streamshard.commands.convert import ConversionOptions, custom_to_hf, hf_to_custom
     from streamshard.commands.diff import diff
     from streamshard.commands.environment import environment
@@ -52,18 +68,33 @@ if TYPE_CHECKING:
     from streamshard.commands.wrap_lora import wrap_lora
     from streamshard.engine.job import OutputOptions
     from streamshard.engine.report import Report
-    from streamshard.errors import StreamshardError, StreamshardWarning
+    from streamshard.errors import (
+        AdapterError,
+        BusyError,
+        ChangedError,
+        ClusterError,
+        HubError,
+        InputError,
+        NotFoundError,
+        OutOfMemoryError,
+        OutputError,
+        ReadError,
+        StreamshardError,
+        StreamshardWarning,
+        UnreadError,
+        UsageError,
+        VerificationError,
+        WriteError,
+    )
     from streamshard.tensors.dtypes import DTYPES
 
-_LIGHT = {"errors", "tensors.dtypes"}
+_LIGHT = {"tensors.dtypes"}
 """What needs no numpy."""
 _HOMES = {
     "DTYPES": "tensors.dtypes",
     "ConversionOptions": "commands.convert",
     "OutputOptions": "engine.job",
     "Report": "engine.report",
-    "StreamshardError": "errors",
-    "StreamshardWarning": "errors",
     "compute_l2_distance": "commands.state_dicts",
     "convert_keys_back": "commands.state_dicts",
     "convert_keys_to_hf": "commands.state_dicts",
@@ -80,13 +111,17 @@ _HOMES = {
     "wrap_llm_lora": "commands.live_models",
     "wrap_lora": "commands.wrap_lora",
 }
+_ERRORS = {one for one in __all__ if one.endswith(("Error", "Warning"))}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'streamshard' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "errors" or name in _ERRORS:
+        errors = import_module("streamshard.errors")
+        return errors if name == "errors" else getattr(errors, name)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'streamshard' has no attribute {name!r}")
     from streamshard import errors, extras, limits, wording
 
     try:

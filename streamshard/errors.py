@@ -16,6 +16,7 @@ __all__ = [
     "ClusterError",
     "HubError",
     "InputError",
+    "NotFoundError",
     "OutOfMemoryError",
     "OutputError",
     "ReadError",
@@ -27,6 +28,7 @@ __all__ = [
     "WriteError",
     "add_to",
     "argument",
+    "both_bytes",
     "bytes_text",
     "escaped",
     "listed",
@@ -51,10 +53,15 @@ class StreamshardError(Exception):
 
 
 class StreamshardWarning(UserWarning):
-    """What a report lists under `warnings`, for the filters of Python's `warnings`."""
+    """What a report lists under `warnings`, for the filters of Python's `warnings`.
+
+    `report` is that report, if a filter has made an error of the warning.
+    """
+
+    report: dict[str, Any] | None = None
 
 
-class UsageError(StreamshardError):
+class UsageError(StreamshardError, ValueError):
     """The options contradict each other or the arguments."""
 
     exit_code = 2
@@ -64,6 +71,24 @@ class InputError(StreamshardError):
     """A checkpoint, header, index or config is malformed or not supported."""
 
     exit_code = 3
+    is_missing = False
+    """Whether it is that nothing is at a path."""
+
+    @classmethod
+    def missing(cls, path: object, problem: str) -> Self:
+        """The error of a path at which nothing is; to users of Python it is a `NotFoundError`."""
+        made = cls.at(path, problem)
+        made.is_missing = True
+        return made
+
+
+class NotFoundError(InputError, FileNotFoundError):
+    """Nothing is at the path of an input.
+
+    Raised to users of Python only: within the package an `OSError` is what the system said.
+    """
+
+    is_missing = True
 
 
 class AdapterError(StreamshardError):
@@ -137,6 +162,11 @@ class HubError(StreamshardError):
     exit_code = 9
 
 
+def __dir__() -> list[str]:
+    """The classes: all that is meant for users."""
+    return [name for name in __all__ if name[0].isupper()]
+
+
 def add_to(error: BaseException, text: str) -> None:
     """Add something to what an error says."""
     if text:
@@ -193,6 +223,16 @@ def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
     # Comparing with every name of a 40,000-tensor checkpoint takes seconds: prefer a shared tail.
     pool = [k for k in known if k.rsplit(".", 2)[-2:] == tail] or list(known)
     return difflib.get_close_matches(name, pool[:2000], n=count, cutoff=0.3)
+
+
+def both_bytes(needed: float, there: float) -> tuple[str, str]:
+    """Two sizes that are compared: in full where they would look the same.
+
+    >>> both_bytes(1_880_000_000, 524_288_000), both_bytes(1_000_001, 1_000_000)
+    (('1.88 GB', '524.29 MB'), ('1,000,001 bytes', '1,000,000 bytes'))
+    """
+    texts = bytes_text(needed), bytes_text(there)
+    return texts if texts[0] != texts[1] else (f"{needed:,} bytes", f"{there:,} bytes")
 
 
 def bytes_text(count: float) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from streamshard.errors import UsageError
 
-__all__ = ["EXTRAS", "NAMED", "NEEDED", "explained", "needed_for"]
+__all__ = ["EXTRAS", "NEEDED", "explained", "install", "needed_for"]
 
 
 EXTRAS = {
@@ -21,8 +21,13 @@ EXTRAS = {
     "distributed": "--scheduler",
 }
 """The packages of extras, and what each is for."""
-NAMED = {"matplotlib": "plot", "distributed": "dask"}
-"""Extras that are not named like their package."""
+_SINCE = {
+    "torch": "torch>=2.10",
+    "peft": "peft>=0.10",
+    "matplotlib": "matplotlib>=3.8",
+    "distributed": "distributed>=2024.8",
+}
+"""Which releases of them will do, as `pyproject.toml` has it."""
 _ALWAYS = {
     **dict.fromkeys(("click", "huggingface_hub", "numpy", "psutil", "safetensors"), ""),
     **dict.fromkeys(("tqdm", "xxhash"), ""),
@@ -35,6 +40,15 @@ _CPU = (
     " On a machine without a GPU install torch's CPU build first, as its install page shows: the usual "
     "build brings gigabytes of CUDA."
 )
+
+
+def install(package: str) -> str:
+    """The command that installs a package, which does not depend on where this one is from.
+
+    >>> install("matplotlib"), install("numpy")
+    ("pip install 'matplotlib>=3.8'", 'pip install numpy')
+    """
+    return f"pip install '{_SINCE[package]}'" if package in _SINCE else f"pip install {package}"
 
 
 @contextlib.contextmanager
@@ -53,17 +67,16 @@ def explained(error: ImportError, purpose: str = "") -> UsageError | None:
     """The error of a package that is missing or cannot be imported; None if it is none of ours.
 
     >>> print(explained(ModuleNotFoundError(name="peft"), "this"))
-    this needs peft, which is not installed: pip install 'streamshard[peft]'
+    this needs peft, which is not installed: pip install 'peft>=0.10'
     """
     package = (error.name or "").partition(".")[0]
     if package not in EXTRAS and package not in _ALWAYS:
         return None
     what = purpose or EXTRAS.get(package, "streamshard")
     package = _ALWAYS.get(package) or package
-    wanted = f"'streamshard[{NAMED.get(package, package)}]'" if package in EXTRAS else package
     problem = "which is not installed"
     if not isinstance(error, ModuleNotFoundError):
         problem = f"which cannot be imported ({error})"
     advice = _CPU if package == "torch" else ""
     end = "." if advice else ""
-    return UsageError(f"{what} needs {package}, {problem}: pip install {wanted}{end}{advice}")
+    return UsageError(f"{what} needs {package}, {problem}: {install(package)}{end}{advice}")

@@ -79,8 +79,11 @@ _VALUES = "|".join(sorted({one for values in _CHOICES.values() for one in values
 _OPTION = re.compile(
     rf"(?<![\w/\\.-])--(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?![\w/\\=-])(?: (?P<value>{_VALUES})\b)?"
 )
+_EITHER = re.compile(r"(?P<one>--[a-z-]+)\|(?P<other>--[a-z-]+)")
 _ARGUMENT = re.compile(r"(?<![\w/\\.'=-])CHECKPOINT(?![\w/\\'-]|\.\w)")
 _COMMAND = re.compile(rf"`(?P<command>{'|'.join(_FUNCTIONS)})(?P<rest>(?: [^`]*)?)`")
+
+_AGAIN = re.compile(r"\b([Rr])un the same command (again|as then)")
 
 _options: ContextVar[Collection[str] | None] = ContextVar("options", default=None)
 
@@ -105,13 +108,20 @@ def spoken(text: str, function: str = "") -> str:
 
     >>> print(spoken("exists. Choose another output, or pass --overwrite.", "merge_lora"))
     exists. Choose another output, or pass `overwrite=True`.
+    >>> print(spoken("Run the same command again."))
+    Call it again.
     >>> print(spoken("see `merge-lora --adapter A --layout hf`; --layout hf", "diff"))
     see `streamshard.merge_lora(adapter=A, layout="hf")`; `layout="hf"` (of `merge_lora`)
     """
     own = _options.get()
+    if "|--" in text:
+        text = _EITHER.sub(lambda found: _known(found, own or KEYWORDS.get(function, ())), text)
     if own is not None:
-        text = _OPTION.sub(lambda found: _with_owner(found, own), text) if "--" in text else text
+        if "--" in text:
+            text = _OPTION.sub(lambda found: _with_owner(found, own, function), text)
         return _COMMAND.sub(r"`streamshard \g<command>\g<rest>`", text) if "`" in text else text
+    if "un the same command" in text:
+        text = _AGAIN.sub(lambda f: f"{'Call' if f[1] == 'R' else 'call'} it {f[2]}", text)
     if "--" in text or "`" in text or "CHECKPOINT" in text:
         known = KEYWORDS.get(function)
         text = _COMMAND.sub(_call, text)
@@ -120,10 +130,18 @@ def spoken(text: str, function: str = "") -> str:
     return text
 
 
-def _with_owner(found: re.Match[str], own: Collection[str]) -> str:
-    """An option, with the command that has it if the running one does not."""
+def _known(found: re.Match[str], own: Collection[str]) -> str:
+    """Of two options the one that the running command has."""
+    one, other = found["one"], found["other"]
+    return one if one[2:].replace("-", "_") in own else other
+
+
+def _with_owner(found: re.Match[str], own: Collection[str], function: str) -> str:
+    """An option, with the command that has it if the running one does not; a drop-in calls a function."""
     name = found["name"].replace("-", "_")
-    owner = None if name in own or _in_command(found) else _owner(name)
+    owner = None
+    if name not in own and not _in_command(found):
+        owner = function if name in KEYWORDS.get(function, ()) else _owner(name)
     return found[0] if owner is None else f"{found[0]} (of streamshard {COMMANDS[owner]})"
 
 
@@ -140,7 +158,7 @@ def _keyword(found: re.Match[str], known: Collection[str] | None) -> str:
     if owner is None:
         return found[0]
     said = name
-    if name in FLAGS:
+    if name in FLAGS and not found.string.startswith(" is ", found.end()):
         said = f"{name}=True"
     elif value is not None and value in _CHOICES.get(name, "").split("|"):
         said, value = f'{name}="{value}"', None

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
 from docs_world import (
     DOCS,
+    FENCE,
     ROOT,
     Block,
     blocks,
@@ -191,7 +194,7 @@ def test_a_message_that_is_not_in_the_code_would_be_noticed():
 def test_the_command_reference_has_every_command_and_option():
     from streamshard.cli.main import cli
 
-    page = site_hooks().on_page_markdown((DOCS / "reference/cli.md").read_text(encoding="utf-8"))
+    page = (DOCS / "reference/cli.md").read_text(encoding="utf-8")
     context = click.Context(cli, info_name="streamshard")
     for name, command in cli.commands.items():
         own = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
@@ -199,6 +202,43 @@ def test_the_command_reference_has_every_command_and_option():
         for parameter in command.get_params(context):
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 assert all(option in own for option in parameter.opts), (name, parameter.opts)
+
+
+def test_what_is_generated_is_of_this_version():
+    """`python docs/site_hooks.py` writes it anew."""
+    hooks = site_hooks()
+    for page in hooks.GENERATED:
+        text = page.read_text(encoding="utf-8")
+        assert hooks.generated(text) == text, f"{page.name}: run python docs/site_hooks.py"
+        assert hooks.generated(text.replace("0 done", "").replace("| 0 |", "| x |")) == text
+
+
+def test_pages_that_stand_for_files_lead_there_in_the_repository():
+    hooks, found = site_hooks(), 0
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        for mark in hooks.MARK.finditer(text):
+            (link,) = re.findall(r"\]\(([^)]+)\)", mark[0])
+            assert (page.parent / link).is_file()
+            assert link not in hooks.on_page_markdown(text) or link.endswith(".ipynb")
+            found += 1
+    assert found == 3
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub and mkdocs make them of its headings."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [README, *pages()], ids=named)
+def test_links_lead_somewhere(page):
+    """In the repository as it is, to headings too."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for link, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), f"{link}#{anchor}"
 
 
 def test_the_python_reference_has_every_public_name():
@@ -211,7 +251,7 @@ def test_the_python_reference_has_every_public_name():
     # All classes of errors are listed with their module.
     names |= set(re.findall(r"^ {8}- (\w+)$", page, re.MULTILINE))
     assert {*streamshard.__all__, *streamshard.errors.__all__} - names == {
-        *("__version__", "add_to", "argument", "bytes_text", "escaped"),
+        *("__version__", "add_to", "argument", "both_bytes", "bytes_text", "escaped"),
         *("listed", "nearest", "printable"),
     }
     for name in documented:
@@ -246,12 +286,15 @@ def test_the_page_on_the_record_has_every_key_that_there_is(world, tmp_path):
     assert {key for first in firsts for key in re.findall(r"`([^`]+)`", first)} == keys
 
 
-def test_the_notebook_runs(world, tmp_path, monkeypatch):
-    """Every cell; what a cell ends with can be shown, as text and, where it has one, as HTML."""
-    folder = copied(world, tmp_path / "page")
-    monkeypatch.chdir(folder)
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Every cell, in an empty folder; what one ends with is shown as text, HTML or a picture."""
+    monkeypatch.chdir(tmp_path)
+    installed = ModuleType("streamshard_tools")
+    installed.__path__ = [str(ROOT / "tools")]
+    monkeypatch.setitem(sys.modules, "streamshard_tools", installed)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     names: dict[str, object] = {"__name__": "__main__"}
-    shown = []
+    shown: dict[str, list[object]] = {"text": [], "html": [], "png": []}
     for cell in cells(DOCS / "example.ipynb"):
         tree = ast.parse(cell)
         *before, last = tree.body
@@ -261,8 +304,15 @@ def test_the_notebook_runs(world, tmp_path, monkeypatch):
             exec(compile(ast.Module(before, []), "cell", "exec"), names)
             if last is not None:
                 value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)
-                shown.append(repr(value) + (getattr(value, "_repr_html_", str)() or ""))
-    assert any("<table" in text for text in shown)
+                shown["text"].append(repr(value))
+                for kind in ("html", "png"):
+                    method = getattr(value, f"_repr_{kind}_", None)
+                    found = None if method is None else method()
+                    shown[kind] += [] if found is None else [found]
+    assert sum("<table" in text for text in shown["html"]) >= 3
+    if importlib.util.find_spec("matplotlib") is not None:
+        (picture,) = shown["png"]
+        assert picture.startswith(b"\x89PNG")
 
 
 def test_the_citation_is_of_this_version():

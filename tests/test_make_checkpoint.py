@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import make_checkpoint
 import pytest
-from make_checkpoint import PRESETS, main, tensor_shapes, write_adapter, write_checkpoint
+from make_checkpoint import PRESETS, tensor_shapes, write_adapter, write_checkpoint
 from presets import SPELLINGS, model_config
-
-import streamshard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -370,42 +368,6 @@ def test_adapter_parameter_counts(preset: str, r: int, count: int) -> None:
     assert sum(tensor.elements for tensor in tensors) == count
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base_folder, lora = tmp_path / "base", tmp_path / "lora"
-    common = ["--preset", "tiny", "--layout", "hf"]
-    options = ["--max-shard-size", "100KB", "--seed", "7", "--dtype", "fp32", "--tied"]
-    adapter = ["--adapter", str(lora), "--adapter-r", "8", "--bin", "no", "--rslora"]
-    assert main([*common, *options, "--output", str(base_folder), *adapter]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    assert "language_model.lm_head.weight" not in read(base_folder)
-    config = json.loads((lora / "adapter_config.json").read_bytes())
-    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (8, 32, True)
-    assert config["base_model_name_or_path"] == str(base_folder)
-    assert main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(PRESETS)
-    with pytest.raises(SystemExit):  # adapter only, but the folder is taken
-        main([*common, "--adapter", str(lora)])
-    assert "is not empty" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--preset", "huge", "--layout", "hf"], "'huge' is unknown"),
-        (["--preset", "tiny", "--layout", "custom", "--tied"], "only in the hf layout"),
-        (["--preset", "tiny", "--layout", "hf", "--max-shard-size", "5 potatoes"], "not a size"),
-        (["--preset", "tiny"], "needs --demo; or --preset, --layout"),
-    ],
-)
-def test_mistakes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit):
-        main([*arguments, "--output", str(tmp_path / "new")])
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
 def test_importing_needs_only_numpy() -> None:
     code = "import sys, make_checkpoint; print(*sys.modules)"
     tools = Path(make_checkpoint.__file__).parent
@@ -414,16 +376,3 @@ def test_importing_needs_only_numpy() -> None:
     )
     heavy = {"torch", "transformers", "safetensors", "streamshard", "click"}
     assert not heavy & set(run.stdout.split())
-
-
-def test_a_demo_is_one_model_in_both_layouts_an_adapter_and_a_training_checkpoint(tmp_path):
-    assert make_checkpoint.main(["--demo", str(tmp_path)]) == 0
-    found = streamshard.diff(tmp_path / "base", tmp_path / "base-hf")
-    assert (found["different"], found["missing"], found["unexpected"]) == ([], [], [])
-    merged = streamshard.merge_lora(
-        base=tmp_path / "base", adapter=tmp_path / "lora", output=tmp_path / "merged"
-    )
-    trained = streamshard.merge_lora(checkpoint=tmp_path / "trained", output=tmp_path / "folded")
-    assert merged["merged"] > 0
-    assert trained["merged"] > 0
-    assert trained["update"]["effected"] > 0

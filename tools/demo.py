@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from make_checkpoint import write_adapter, write_checkpoint
+from make_checkpoint import removed_unless_done, write_adapter, write_checkpoint
 
 import streamshard
 
@@ -16,14 +17,43 @@ __all__ = ["write_demo"]
 RANK = 8
 
 
-def write_demo(folder: Path, preset: str, seed: int = 0) -> dict[str, str]:
+WHAT = {
+    "base": "the model in the custom layout",
+    "base-hf": "the same model in the HF layout",
+    "lora": "an adapter for it, as PEFT saves one",
+    "trained": "a training checkpoint: the model with LoRA pairs inside",
+}
+
+
+def write_demo(folder: Path, preset: str, seed: int = 0, **telling: Any) -> dict[str, str]:
     """Write the folders of a demo; returns their names with what they are.
 
     `base` and `base-hf` are one model, `lora` is an adapter of it, and `trained` is it with pairs inside,
-    as InternVL's trainer saves it.
+    as InternVL's trainer saves it. `telling` is as `write_checkpoint` has it. Raises `FileExistsError` if
+    one of these is there. If it does not succeed, nothing of it stays.
     """
+    there = [name for name in WHAT if (folder / name).exists()]
+    if there:
+        msg = (
+            f"{folder}: has {', '.join(there)}, a demo already. Use that, or choose a new folder, or "
+            "remove that one first."
+        )
+        raise FileExistsError(msg)
+    was_there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with removed_unless_done(folder):
+            _write(folder, preset, seed, **telling)
+    except BaseException:
+        if not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return WHAT
+
+
+def _write(folder: Path, preset: str, seed: int, **telling: Any) -> None:
     base, hf, trained = folder / "base", folder / "base-hf", folder / "trained"
-    write_checkpoint(base, preset, layout="custom", seed=seed)
+    write_checkpoint(base, preset, layout="custom", seed=seed, **telling)
     write_adapter(
         folder / "lora", preset, layout="custom", r=RANK, seed=seed, base_model_name="base"
     )
@@ -36,12 +66,6 @@ def write_demo(folder: Path, preset: str, seed: int = 0) -> dict[str, str]:
         _train(file, seed)
     for made in (hf, trained):
         (made / "streamshard.json").unlink()  # as if others had saved it
-    return {
-        "base": "the model in the custom layout",
-        "base-hf": "the same model in the HF layout",
-        "lora": "an adapter for it, as PEFT saves one",
-        "trained": "a training checkpoint: the model with LoRA pairs inside",
-    }
 
 
 def _train(file: Path, seed: int) -> None:

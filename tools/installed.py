@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib
+import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["custom2hf", "hf2custom", "make_checkpoint", "merge_lora"]
+__all__ = ["custom2hf", "demo", "hf2custom", "make_checkpoint", "merge_lora"]
 
 _HERE = Path(__file__).parent
 
@@ -14,6 +15,16 @@ _HERE = Path(__file__).parent
 def make_checkpoint() -> None:
     """Run `make_checkpoint.py`."""
     _run("make_checkpoint")
+
+
+def demo(folder: str | Path) -> None:
+    """Write small models to try everything on, as `streamshard-make-checkpoint --demo FOLDER` does.
+
+    What is there from an earlier time stays.
+    """
+    if not (Path(folder) / "base").exists():
+        line = [sys.executable, str(_HERE / "make_checkpoint.py"), "--demo", str(folder)]
+        subprocess.run(line, check=True)
 
 
 def merge_lora() -> None:
@@ -32,6 +43,6 @@ def custom2hf() -> None:
 
 
 def _run(name: str) -> None:
-    """Run a script as if by its path: it finds those beside it by their plain names."""
+    """Run a script under the name that was typed: it finds those beside it by their plain names."""
     sys.path.insert(0, str(_HERE))
-    runpy.run_path(str(_HERE / f"{name}.py"), run_name="__main__")
+    importlib.import_module(name).main()

@@ -1,29 +1,23 @@
-r"""Write synthetic InternVL checkpoints and LoRA adapters with true names, shapes and configs.
+"""Synthetic InternVL checkpoints and LoRA adapters with true names, shapes and configs.
 
 Nothing is downloaded and nothing large is held in memory: values are keyed slices of one random
 block, streamed to disk. A tensor's bytes depend on its name, the seed and the dtype, not on the
-sharding. Examples:
-
-  python tools/make_checkpoint.py --preset tiny --layout hf --output tiny-hf
-  python tools/make_checkpoint.py --preset InternVL3-8B --layout custom --output base
-  python tools/make_checkpoint.py --preset InternVL3-8B --layout hf --adapter adapter
-  python tools/make_checkpoint.py --preset tiny --layout hf --output tied --tied \
-      --max-shard-size 100KB --adapter tied-lora --adapter-r 4 --adapter-targets all
-  python tools/make_checkpoint.py --demo demo
-  python tools/make_checkpoint.py --list
+sharding. `python tools/make_checkpoint.py --help` says what can be asked for.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import difflib
 import functools
 import hashlib
 import json
 import math
 import re
+import shutil
 import struct
 import sys
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +27,6 @@ import numpy as np
 from presets import (
     LAYOUTS,
     PRESETS,
-    SPELLINGS,
     Linear,
     Preset,
     Shape,
@@ -47,7 +40,7 @@ from presets import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -181,7 +174,9 @@ def parse_size(size: str | int) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
-def _write_safetensors(path: Path, tensors: Iterable[Tensor], dtype: str, seed: int) -> None:
+def _write_safetensors(
+    path: Path, tensors: Iterable[Tensor], dtype: str, seed: int, tell: Callable[[int, str], object]
+) -> None:
     """Write a file, byte for byte as `safetensors.torch.save_file` orders, pads and labels it."""
     # The reference writer sorts by dtype, then by name; here a file has only one dtype.
     ordered = sorted(tensors, key=lambda tensor: tensor.name)
@@ -201,9 +196,12 @@ def _write_safetensors(path: Path, tensors: Iterable[Tensor], dtype: str, seed: 
         for tensor in ordered:
             for chunk in tensor_chunks(tensor, dtype, seed):
                 file.write(chunk.data)
+                tell(chunk.nbytes, tensor.name)
 
 
-def _write_bin(path: Path, tensors: Iterable[Tensor], dtype: str, seed: int) -> None:
+def _write_bin(
+    path: Path, tensors: Iterable[Tensor], dtype: str, seed: int, tell: Callable[[int, str], object]
+) -> None:
     """Pickle the tensors as a state dict; torch needs all of them in memory."""
     import torch
 
@@ -212,6 +210,7 @@ def _write_bin(path: Path, tensors: Iterable[Tensor], dtype: str, seed: int) -> 
     for tensor in tensors:
         data = bytearray().join(chunk.tobytes() for chunk in tensor_chunks(tensor, dtype, seed))
         state[tensor.name] = torch.frombuffer(data, dtype=torch_dtype).reshape(tensor.shape)
+        tell(len(data), tensor.name)
     torch.save(state, path)
 
 
@@ -234,20 +233,39 @@ def _split(tensors: Sequence[Tensor], width: int, max_shard_size: int) -> list[l
 
 
 def _write_shards(
-    folder: Path, tensors: Sequence[Tensor], *, dtype: str, seed: int, max_shard_size: int
+    folder: Path,
+    tensors: Sequence[Tensor],
+    *,
+    dtype: str,
+    seed: int,
+    max_shard_size: int,
+    progress: Callable[[int, str], object],
 ) -> Written:
     width = DTYPES[dtype].width
     shards = _split(tensors, width, max_shard_size)
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    with ThreadPoolExecutor(max_workers=2) as pool:  # nearly all the time is spent in the kernel
+    stop = threading.Event()
+
+    def tell(nbytes: int, name: str) -> None:
+        if stop.is_set():
+            raise InterruptedError
+        progress(nbytes, name)
+
+    pool = ThreadPoolExecutor(max_workers=2)  # nearly all the time is spent in the kernel
+    try:
         jobs = [
-            pool.submit(_write_safetensors, folder / name, shard, dtype, seed)
+            pool.submit(_write_safetensors, folder / name, shard, dtype, seed, tell)
             for name, shard in zip(names, shards, strict=True)
         ]
-    for job in jobs:
-        job.result()
+        for job in jobs:
+            job.result()
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     parameters = sum(tensor.elements for tensor in tensors)
     if len(shards) > 1:
         index = {
@@ -268,14 +286,40 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _new_folder(path: str | Path) -> Path:
-    """Create a folder; one that holds files is refused, as a stray shard would be loaded."""
+@contextlib.contextmanager
+def _new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder for the block to fill, which is empty again, or gone, if that does not succeed.
+
+    One that holds files is refused, as a stray shard would be loaded.
+    """
     folder = Path(path).expanduser()
+    was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        msg = f"{folder} is not empty; choose a new folder or remove its files first"
+        msg = f"{folder}: is not empty. Choose a new folder, or remove that one first."
         raise FileExistsError(msg)
-    return folder
+    with removed_unless_done(folder):
+        try:
+            yield folder
+        except BaseException:
+            if not was_there:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def removed_unless_done(folder: Path) -> Iterator[None]:
+    """Remove what the block puts into a folder, if it does not succeed."""
+    before = set(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        for new in set(folder.iterdir()) - before if folder.exists() else ():
+            if new.is_dir():
+                shutil.rmtree(new, ignore_errors=True)
+            else:
+                new.unlink(missing_ok=True)
+        raise
 
 
 # --- side files -----------------------------------------------------------------------------------
@@ -433,10 +477,17 @@ def _resolve(preset: Preset | str, layout: str, dtype: str) -> Preset:
             raise ValueError(msg)
     if isinstance(preset, Preset):
         return preset
-    if preset not in PRESETS:
-        msg = f"preset {preset!r} is unknown; --list shows all of them"
+    lower = {name.lower(): found for name, found in PRESETS.items()}
+    if preset.lower() not in lower:
+        near = difflib.get_close_matches(preset.lower(), lower, n=2)
+        like = f", such as {' and '.join(lower[name].name for name in near)}" if near else ""
+        msg = f"preset {preset!r} is unknown; --list shows all of them{like}"
         raise ValueError(msg)
-    return PRESETS[preset]
+    return lower[preset.lower()]
+
+
+def _ignored(*_: object) -> None:
+    """What is told, where nobody asked."""
 
 
 def write_checkpoint(
@@ -449,6 +500,8 @@ def write_checkpoint(
     max_shard_size: str | int = "5GB",
     tied: bool = False,
     spelling: str = "flat",
+    on_total: Callable[[int], object] = _ignored,
+    progress: Callable[[int, str], object] = _ignored,
 ) -> Written:
     """Write a checkpoint folder: weights, index, configs, tokenizer and processor files.
 
@@ -459,6 +512,9 @@ def write_checkpoint(
 
     Only for hf: `tied` leaves out the head and sets `tie_word_embeddings` at both levels of the
     config; `spelling` (see `presets.SPELLINGS`) changes the names, never the values.
+
+    `on_total` is told the bytes of all tensors, and `progress` those of each piece, and its tensor.
+    If it does not succeed, nothing of it stays.
     """
     preset = _resolve(preset, layout, dtype)
     shapes = tensor_shapes(preset, layout, tied=tied, spelling=spelling)
@@ -467,9 +523,17 @@ def write_checkpoint(
         _weight(name, key, shape) for (name, shape), key in zip(shapes.items(), flat, strict=True)
     ]
     max_shard_size = parse_size(max_shard_size)
-    folder = _new_folder(path)
-    _write_side_files(folder, preset, layout, dtype, tied=tied)
-    return _write_shards(folder, tensors, dtype=dtype, seed=seed, max_shard_size=max_shard_size)
+    with _new_folder(path) as folder:
+        on_total(sum(tensor.elements for tensor in tensors) * DTYPES[dtype].width)
+        _write_side_files(folder, preset, layout, dtype, tied=tied)
+        return _write_shards(
+            folder,
+            tensors,
+            dtype=dtype,
+            seed=seed,
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
 
 
 # --- adapters -------------------------------------------------------------------------------------
@@ -578,6 +642,8 @@ def write_adapter(
     use_rslora: bool = False,
     base_model_name: str = "",
     bin: bool = False,  # noqa: A002 - the extension of the file
+    on_total: Callable[[int], object] = _ignored,
+    progress: Callable[[int, str], object] = _ignored,
 ) -> Written:
     """Write a PEFT adapter folder for a preset, with a nonzero `lora_B`.
 
@@ -606,122 +672,23 @@ def write_adapter(
         base_model_name=base_model_name,
     )
     tensors = list(_adapter_tensors(preset, groups, r))
-    folder = _new_folder(path)
-    _write_json(folder / "adapter_config.json", config)
-    file = folder / f"adapter_model.{'bin' if bin else 'safetensors'}"
-    (_write_bin if bin else _write_safetensors)(file, tensors, dtype, seed)
     parameters_written = sum(tensor.elements for tensor in tensors)
     nbytes = parameters_written * DTYPES[dtype].width
+    with _new_folder(path) as folder:
+        on_total(nbytes)
+        _write_json(folder / "adapter_config.json", config)
+        file = folder / f"adapter_model.{'bin' if bin else 'safetensors'}"
+        (_write_bin if bin else _write_safetensors)(file, tensors, dtype, seed, progress)
     return Written(len(tensors), parameters_written, nbytes, (file,))
 
 
-# --- command line ---------------------------------------------------------------------------------
+def main() -> None:
+    """Run the command line, and exit with the code of what happened."""
+    from checkpoint_command import run
 
-
-def _parser() -> argparse.ArgumentParser:
-    summary, _, examples = (__doc__ or "").partition("Examples:")
-    parser = argparse.ArgumentParser(
-        description=summary.strip(),
-        epilog="examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--list", action="store_true", help="list all presets with their sizes and stop")
-    add("--demo", type=Path, metavar="DIR",
-        help="write base, base-hf, lora and trained into this folder: one model in both layouts, an "
-        "adapter, a training checkpoint (of the preset tiny, or of --preset)")  # fmt: skip
-    add("--preset", metavar="NAME", help="tiny, InternVL3-8B, ...; --list shows all")
-    add("--layout", choices=LAYOUTS, help="custom: InternVLChatModel; hf: transformers' own class")
-    add("--seed", type=int, default=0, help="other values of the same model (default 0)")
-    group = parser.add_argument_group("checkpoint")
-    add = group.add_argument
-    add("--output", type=Path, metavar="DIR", help="write a checkpoint into this new folder")
-    add("--max-shard-size", default="5GB", metavar="SIZE", help="decimal units (default 5GB)")
-    add("--dtype", choices=DTYPES, default="bf16", help="of all tensors (default bf16)")
-    add("--tied", action="store_true", help="hf only: no head, tie_word_embeddings true")
-    add("--spelling", choices=SPELLINGS, default="flat", help="hf only: names (default flat)")
-    group = parser.add_argument_group("adapter")
-    add = group.add_argument
-    add("--adapter", type=Path, metavar="DIR", help="write a PEFT adapter into this new folder")
-    add("--adapter-r", type=int, default=16, metavar="R", help="rank (default 16)")
-    add("--adapter-alpha", type=float, default=32.0, metavar="ALPHA", help="default 32")
-    add("--adapter-targets", choices=TARGETS, default="llm", help="default llm")
-    add("--adapter-dtype", choices=DTYPES, default="fp32", help="default fp32, as PEFT writes")
-    add("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead of alpha/r")
-    add("--bin", choices=("yes", "no"), nargs="?", const="yes", default="no",
-        help="write adapter_model.bin, which needs torch (default no)")  # fmt: skip
-    return parser
-
-
-def _list_presets() -> str:
-    lines = []
-    for name, preset in PRESETS.items():
-        parameters = sum(map(math.prod, tensor_shapes(preset, "custom").values()))
-        lines.append(f"{name:36}{parameters / 1e9:9.3f}B  {preset.arch}\n")
-    return "".join(lines)
-
-
-def _report(folder: Path, written: Written, seconds: float) -> None:
-    sys.stdout.write(
-        f"{folder}: {written.tensors} tensors, {written.parameters:,} parameters, "
-        f"{written.nbytes:,} bytes in {len(written.files)} file(s), {seconds:.1f} s "
-        f"({written.nbytes / seconds / 1e6:.0f} MB/s)\n"
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.list:
-        sys.stdout.write(_list_presets())
-        return 0
-    if args.demo is not None:
-        from demo import write_demo
-
-        try:
-            made = write_demo(args.demo, args.preset or "tiny", args.seed)
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
-        sys.stdout.writelines(f"{args.demo / name}: {what}\n" for name, what in made.items())
-        return 0
-    if not (args.preset and args.layout and (args.output or args.adapter)):
-        parser.error("needs --demo; or --preset, --layout, and --output or --adapter (or both)")
-    alpha = int(args.adapter_alpha) if args.adapter_alpha.is_integer() else args.adapter_alpha
-    try:
-        if args.output:
-            started = time.perf_counter()
-            written = write_checkpoint(
-                args.output,
-                args.preset,
-                layout=args.layout,
-                seed=args.seed,
-                dtype=args.dtype,
-                max_shard_size=args.max_shard_size,
-                tied=args.tied,
-                spelling=args.spelling,
-            )
-            _report(args.output, written, time.perf_counter() - started)
-        if args.adapter:
-            started = time.perf_counter()
-            written = write_adapter(
-                args.adapter,
-                args.preset,
-                layout=args.layout,
-                r=args.adapter_r,
-                lora_alpha=alpha,
-                targets=args.adapter_targets,
-                dtype=args.adapter_dtype,
-                seed=args.seed,
-                use_rslora=args.rslora,
-                base_model_name=str(args.output or args.preset),
-                bin=args.bin == "yes",
-            )
-            _report(args.adapter, written, time.perf_counter() - started)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return 0
+    run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.modules["make_checkpoint"] = sys.modules["__main__"]  # it is imported once
+    main()

@@ -20,13 +20,13 @@ from streamshard.checkpoint.folder import no_such
 from streamshard.checkpoint.header import read_header
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.checkpoint.no_adapter import checkpoint_instead
-from streamshard.checkpoint.other_folders import what_instead
+from streamshard.checkpoint.other_folders import inner_instead, what_instead
 from streamshard.checkpoint.trained_beside import TrainedFile, trained_beside
 from streamshard.checkpoint.weight_files import find_weights, has, open_listed
-from streamshard.disk.existence import is_file, is_folder, is_there, names_in
+from streamshard.disk.existence import is_file, is_folder, names_in
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
-from streamshard.errors import AdapterError, InputError, listed
+from streamshard.errors import AdapterError, InputError
 from streamshard.tensors.lazy import Lazy
 
 __all__ = ["AdapterFolder", "is_adapter", "open_adapter"]
@@ -88,7 +88,7 @@ def _open_adapter(path: Path) -> AdapterFolder:
     if not has(path / ADAPTER_CONFIG_NAME):
         inner = list(_folders_of_adapters(path))
         hint = (
-            f"Adapters lie in its sub-folders {listed(inner)}: give one of these."
+            inner_instead("An adapter", inner)
             if inner
             else what_instead(path)
             or checkpoint_instead(path)
@@ -123,10 +123,14 @@ def _opened(file: Path) -> _File:
     return _File(read_pickled(file))
 
 
+_WEIGHTS = {names.single for names in ADAPTER_NAMES} | {names.index_name for names in ADAPTER_NAMES}
+
+
 def _folders_of_adapters(path: Path) -> Iterator[str]:
     """Folders in a folder that hold adapters, as far as they can be looked at."""
     with contextlib.suppress(PermissionError):
         for name in names_in(path):
             with contextlib.suppress(PermissionError):
-                if is_there(path / name / ADAPTER_CONFIG_NAME):
+                inside = names_in(path / name) if is_folder(path / name) else []
+                if ADAPTER_CONFIG_NAME in inside and {*inside} & _WEIGHTS:
                     yield name

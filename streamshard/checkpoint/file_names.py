@@ -117,10 +117,15 @@ _KNOWN_WEIGHTS = "safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx"
 NOT_CARRIED = re.compile(
     rf".*\.({_KNOWN_WEIGHTS})|.*\.index\.json|{re.escape(ADAPTER_CONFIG_NAME)}"
     r"|trainer_state\.json|zero_to_fp32\.py|latest"
+    r"|training_log\.txt|trainer_log\.jsonl|(?:all|train|eval|test|predict)_results\.json"
     rf"|{re.escape(REPORT_NAME)}|{re.escape(JOURNAL_NAME)}",
     re.IGNORECASE | re.DOTALL,
 )
-NOT_ENTERED = re.compile(r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb", re.DOTALL)
+# A folder with the name of a file is DeepSpeed's, and has nothing but weights.
+NOT_ENTERED = re.compile(
+    r"\..*|__pycache__|global_step\d+|checkpoint-\d+|runs|wandb|pytorch_model\.bin|model\.safetensors",
+    re.DOTALL,
+)
 TOKENIZER = re.compile(
     r"tokenizer.*|vocab\.(?:json|txt|bpe)|merges\.txt|added_tokens\.json|special_tokens_map\.json"
     r"|tokenization_.*\.py|spiece\.model|sentencepiece.*|tekken\.json|[^/]*tiktoken[^/]*",

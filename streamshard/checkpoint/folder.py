@@ -54,6 +54,10 @@ from streamshard.tensors.lazy import Stored
 __all__ = ["Checkpoint", "no_such", "open_checkpoint", "outside", "tokenizer_files"]
 
 
+# Names of files that DeepSpeed makes folders of.
+_FILES = [names.single for names in CHECKPOINT_NAMES]
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint as found on disk.
@@ -103,6 +107,10 @@ def open_checkpoint(path: PathLike, *, needs_weights: bool = True) -> Checkpoint
         if not is_folder(path):
             raise InputError.at(path, "is neither a file nor a folder.")
         config = _read_config(path)
+        if config is None and path.name in _FILES and is_file(path.parent / MODEL_CONFIG_NAME):
+            # As of a file of this name, what lies beside goes with it.
+            config, beside = _read_config(path.parent), _beside(path.parent)[0]
+            return _checkpoint(path, open_weights(path), config, beside, [])
         if not needs_weights and not has_weights(path):
             return Checkpoint(path, {}, {}, config, _beside(path)[0])
         return _checkpoint(path, open_weights(path), config, *_beside(path))
@@ -121,7 +129,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 def no_such(path: Path, what: str) -> InputError:
     """The error for a path at which nothing is."""
-    return InputError.at(path, f"no such {what}. {instead(path)}")
+    return InputError.missing(path, f"no such {what}. {instead(path)}")
 
 
 def _checkpoint(

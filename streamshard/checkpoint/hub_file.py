@@ -198,7 +198,7 @@ class ViewFile:
 
     def described(self) -> dict[str, Any]:
         """What the report says of it."""
-        checked, how = self.checked is not None, self.checked or "not read"
+        checked, how = self.checked is not None, self.checked or "not read by who wrote this"
         if self._remote is not None and not checked:
             checked, how = self._remote.frontier.outcome()
         elif self.local() is not None and not checked:

@@ -110,7 +110,11 @@ def _told(file: object) -> Iterator[None]:
     except RecursionError as error:
         raise InputError.at(file, "is nested too deeply.") from error
     except ValueError as error:
-        raise InputError.at(file, f"is not valid JSON: {printable(str(error))}.") from error
+        raise InputError.at(
+            file,
+            f"is not valid JSON: {printable(str(error))}. Correct it there, "
+            "or fetch or save the file again.",
+        ) from error
 
 
 def _interned(_name: str, text: str, at: int) -> tuple[Any, int]:

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
-from streamshard.disk.existence import is_folder
-from streamshard.disk.paths import PathLike
-from streamshard.errors import InputError, ReadError, UsageError, argument, printable
+from streamshard.disk.existence import is_file, is_folder
+from streamshard.disk.paths import PathLike, input_path
+from streamshard.errors import (
+    InputError,
+    ReadError,
+    StreamshardError,
+    UsageError,
+    argument,
+    printable,
+)
 from streamshard.tensor_names import is_wrapped
 
-__all__ = ["checkpoint_instead", "is_training_checkpoint"]
+__all__ = ["checkpoint_instead", "is_adapter_folder", "is_training_checkpoint"]
 
 
 def is_training_checkpoint(path: PathLike) -> bool:
@@ -19,6 +27,14 @@ def is_training_checkpoint(path: PathLike) -> bool:
     try:
         return _is_wrapped(open_checkpoint(path).tensors)
     except (InputError, ReadError, UsageError):
+        return False
+
+
+def is_adapter_folder(path: PathLike) -> bool:
+    """Whether it is a folder with the config of an adapter, as far as it can be looked at."""
+    try:
+        return is_file(input_path(path, "an adapter") / ADAPTER_CONFIG_NAME)
+    except (StreamshardError, OSError):
         return False
 
 

@@ -23,9 +23,9 @@ def instead(path: Path) -> str:
     if _dangles(path):
         return "It is a link to nothing. Fetch what it led to, or remove the link."
     around, missing = _nearest(path)
-    where = printable(str(around))
+    where = "this folder" if around == Path() else printable(str(around))
     if not is_folder(around):
-        return f"{where} is a file, and no folder. Check the path."
+        return f"{printable(str(around))} is a file, and no folder. Check the path."
     names = _names(around)
     lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(missing.lower(), lower, n=2, cutoff=0.6)
@@ -34,10 +34,9 @@ def instead(path: Path) -> str:
     if _HUB_ID.fullmatch(str(path)) and around == Path():
         return "Check the path; if a model on the hub is meant, give it as it is called there (org/name)."
     if around != path.parent:
-        here = "the current folder" if around == Path() else where
         deep = around == Path() and _IN_HUB.fullmatch(str(path))
         hub = f"; in a model on the hub it would be hf://{printable(str(path))}" if deep else ""
-        return f"There is no '{printable(missing)}' in {here}. Check the path{hub}."
+        return f"In {where} there is no '{printable(missing)}'. Check the path{hub}."
     return "Check the path."
 
 

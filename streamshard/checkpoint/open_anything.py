@@ -172,5 +172,14 @@ def _open_checkpoint(found: Opened, names: list[str]) -> None:
             found.header(name)
     else:
         _check_total(found, names)
+        if (
+            len(found.headers) > 1
+            and INDEX_NAME not in names
+            and is_shard(next(iter(found.headers)))
+        ):
+            found.add(
+                f"{printable(str(found.folder))}: has {len(found.headers)} weight files but no "
+                f"{INDEX_NAME}, by which loaders find them: fetch or save it again."
+            )
     if not found.headers and not found.unread and not found.problems:
         found.add(f"{printable(str(found.folder))}: holds no tensors.")

@@ -9,13 +9,14 @@ from pathlib import Path
 from streamshard.disk.existence import is_folder, names_in
 from streamshard.errors import argument, listed, printable
 
-__all__ = ["what_instead"]
+__all__ = ["folders_of_models", "inner_instead", "what_instead"]
 
 
 _RUN = re.compile(r"checkpoint-(\d{1,9})")
 _STEP = re.compile(r"global_step\d+")
 _SHARDS = re.compile(r"global_step\d+|.*_(?:optim|model)_states\.pt|zero_to_fp32\.py")
 _FSDP = re.compile(r"pytorch_model_fsdp_\d+|.*\.distcp")
+_WEIGHTS = re.compile(r"(?:model|pytorch_model)\b.*\.(?:safetensors|bin)(?:\.index\.json)?")
 _CACHE = re.compile(r"(?:models|datasets|spaces)--.+")
 
 
@@ -48,12 +49,17 @@ def what_instead(folder: Path) -> str | None:
         )
     if any(_SHARDS.fullmatch(name) for name in names):
         # What is run lies beside the states of all steps.
-        whole = folder.parent if _STEP.fullmatch(folder.absolute().name) else folder
-        script, path = argument(whole / "zero_to_fp32.py"), argument(whole)
+        step = folder.absolute().name if _STEP.fullmatch(folder.absolute().name) else None
+        whole = folder if step is None else folder.parent
+        path = argument(whole)
+        script = argument(whole / "zero_to_fp32.py")
+        if "zero_to_fp32.py" not in _names(whole):
+            script = "-m deepspeed.utils.zero_to_fp32"
         return (
             "It has states of DeepSpeed (ZeRO), of which each process wrote a part. Gather its weights "
-            "with the script that DeepSpeed left there: "
-            f"python {script} {path} {path} --safe_serialization"
+            f"with DeepSpeed's script: python {script} {path} {path} --safe_serialization"
+            + (f" --tag {step}" if step else "")
+            + f", then give {path}, with config.json and tokenizer beside them."
         )
     parts = [name for name in names if _FSDP.fullmatch(name)]
     if parts:
@@ -63,6 +69,23 @@ def what_instead(folder: Path) -> str | None:
             f"accelerate merge-weights {argument(inside)} OUTPUT"
         )
     return None
+
+
+def folders_of_models(folder: Path) -> list[str]:
+    """The folders in a folder that have a config and weights of a model, of the first hundred."""
+    inner = sorted(_names(folder))[:100]
+    return [name for name in inner if _has_model(_names(folder / name))]
+
+
+def inner_instead(what: str, names: list[str]) -> str:
+    """That a folder has what was meant in folders of its own."""
+    if len(names) == 1:
+        return f"{what} lies in its sub-folder {listed(names)}: give that."
+    return f"{what} lies in each of its sub-folders {listed(names)}: give one of these."
+
+
+def _has_model(names: list[str]) -> bool:
+    return "config.json" in names and any(_WEIGHTS.fullmatch(name) for name in names)
 
 
 def _snapshots(folder: Path) -> str:

@@ -28,6 +28,7 @@ from streamshard.checkpoint.zip_entries import Entries, NoArchiveError, read_ent
 from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.errors import InputError, printable
+from streamshard.extras import install
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Array, Lazy, Stored
 
@@ -287,7 +288,7 @@ def _no_tensor(file: Path, name: str, value: object) -> InputError:
 
 
 def _again(file: Path) -> str:
-    return f"To convert it (with torch: pip install 'streamshard[torch]'): {rewritten(file)}"
+    return f"To convert it (with torch: {install('torch')}): {rewritten(file)}"
 
 
 def _damaged(file: Path, problem: str) -> InputError:

@@ -22,7 +22,7 @@ from streamshard.checkpoint.file_names import (
 from streamshard.checkpoint.header import Header, read_header
 from streamshard.checkpoint.json_files import MAX_JSON_BYTES, parse_index
 from streamshard.checkpoint.lfs_pointers import check_pointer
-from streamshard.checkpoint.other_folders import what_instead
+from streamshard.checkpoint.other_folders import folders_of_models, inner_instead, what_instead
 from streamshard.disk.existence import is_file, is_folder, is_link, is_there, names_in
 from streamshard.disk.files import read_bytes
 from streamshard.errors import InputError, argument, listed, printable
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 
+_SHARD = re.compile(rf"(.+)-(\d{{5}})-of-(\d{{5}}){re.escape(SUFFIX)}")
 MAX_NAME_NBYTES = 255  # what file systems take
 
 
@@ -69,8 +70,14 @@ def read_weights(file: Path) -> Header:
 
 
 def open_weights(folder: Path) -> dict[str, Header]:
-    """The headers of a checkpoint's weight files, by name: those that its index lists, if it has one."""
+    """The headers of a checkpoint's weight files, by name: those that its index lists, if it has one.
+
+    Without one, the files of which each says that it is the I-th of N, if all N are there.
+    """
     found = find_weights(folder, CHECKPOINT_NAMES)
+    shards = [] if found else _all_of_them(folder)
+    if shards:
+        return _without_index(folder, shards)
     return open_listed(found or _only_other(folder), read_weights)
 
 
@@ -82,8 +89,15 @@ def has_weights(folder: Path) -> bool:
 
 
 def find_weights(folder: Path, kinds: Sequence[Names]) -> Path | None:
-    """The index, or the one file, of the first kind that a folder has."""
+    """The index, or the one file, of the first kind that a folder has.
+
+    Newer DeepSpeeds make a folder with the name of the file, and put index and shards there.
+    """
     for index, single in kinds:
+        if is_folder(folder / single) and not is_file(folder / index):
+            inside = find_weights(folder / single, kinds)
+            if inside is not None:
+                return inside
         both = [name for name in (index, single) if has(folder / name)]
         if len(both) > 1 and set(_weight_map(folder / index).values()) != {single}:
             raise InputError.at(
@@ -94,6 +108,31 @@ def find_weights(folder: Path, kinds: Sequence[Names]) -> Path | None:
         if both:
             return folder / both[0]
     return None
+
+
+def _all_of_them(folder: Path) -> list[str]:
+    """The shards of a checkpoint by their names, if these say that none is missing and none too many."""
+    names = [name for name in names_in(folder) if name.endswith(SUFFIX) and is_file(folder / name)]
+    places = [found for name in names if (found := _SHARD.fullmatch(name))]
+    stems, counts = {found[1] for found in places}, {int(found[3]) for found in places}
+    whole = len(places) == len(names) > 1 and len(stems) == len(counts) == 1
+    return names if whole and {int(p[2]) for p in places} == {*range(1, *counts)} | counts else []
+
+
+def _without_index(folder: Path, shards: Sequence[str]) -> dict[str, Header]:
+    """The headers of shards, whose names must be different."""
+    opened = {name: read_weights(folder / name) for name in shards}
+    seen: dict[str, str] = {}
+    for name, header in opened.items():
+        twice = next((tensor for tensor in header.tensors if tensor in seen), None)
+        if twice is not None:
+            raise InputError.at(
+                folder,
+                f"has no {CHECKPOINT_NAMES[0].index_name}, and '{printable(twice)}' is in both "
+                f"{printable(seen[twice])} and {printable(name)}: which counts is not known.",
+            )
+        seen |= dict.fromkeys(header.tensors, name)
+    return opened
 
 
 def _only_other(folder: Path) -> Path:
@@ -113,7 +152,7 @@ def _only_other(folder: Path) -> Path:
         raise InputError.at(
             folder,
             f"has {len(others)} .safetensors files but no {names.index_name}, "
-            "so what belongs together is not known. Add the index, or give one file.",
+            "so what belongs together is not known. Fetch or save the index again, or give one file.",
         )
     instead = what_instead(folder)
     if instead is None and is_file(folder / ADAPTER_CONFIG_NAME):
@@ -127,6 +166,9 @@ def _only_other(folder: Path) -> Path:
         instead = f"If they are in {printable(pickled[0])}, give that file itself."
     elif pickled and instead is None:
         instead = f"It has {listed(pickled, 3)}, but no {CHECKPOINT_NAMES[1].index_name}: add that."
+    inner = folders_of_models(folder) if instead is None else []
+    if inner:
+        instead = inner_instead("A model", inner)
     hint = instead or f"Give a folder with {names.single} or an index."
     raise InputError.at(folder, f"has no weights of a model. {hint}")
 

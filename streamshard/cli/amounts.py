@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["files_text", "number_text", "shortened"]
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["files_text", "l2_text", "number_text", "shortened"]
 
 
 def files_text(count: int) -> str:
@@ -19,3 +22,11 @@ def shortened(names: list[str], limit: int = 12) -> str:
 def number_text(value: float | None, how: str = ".6g") -> str:
     """A number of a report, which has None for NaN and infinities as JSON has none of these."""
     return "not finite" if value is None else format(value, how)
+
+
+def l2_text(l2: Mapping[str, Any]) -> str:
+    """The three numbers of a distance, everywhere in these words and this order."""
+    return (
+        f"{number_text(l2['global'])} (sum over tensors {number_text(l2['sum'])}, per parameter "
+        f"{number_text(l2['per_parameter'])})"
+    )

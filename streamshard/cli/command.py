@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import click
+
+from streamshard.cli.misuse import given_twice, missing, too_many, unknown_command, unknown_option
 
 __all__ = [
     "CHECKS",
@@ -57,6 +59,20 @@ EXIT_CODES = (
     ("143", "terminated; likewise"),
 )
 
+_SHORT = {
+    "0": "done",
+    "2": "usage",
+    "3": "input invalid",
+    "4": "adapter does not fit",
+    "5": "output exists",
+    "6": "no space, no memory or write error",
+    "7": "read error",
+    "8": "verification failed",
+    "9": "hub, network or cluster",
+    "130": "interrupted",
+    "143": "terminated",
+}
+
 Decorator: TypeAlias = Callable[[Callable[..., None]], Callable[..., None]]
 
 
@@ -85,7 +101,12 @@ class _Argument(click.Argument):
 
 
 def option(group: str, *names: str, **how: Any) -> Decorator:
-    """An option of a group."""
+    """An option of a group; where the name of its value lists values, shells complete these."""
+    values = how.get("metavar", "").split("|")
+    if "type" not in how and len(values) > 1:
+        how["shell_complete"] = lambda _context, _parameter, begun: [
+            value for value in values if value.islower() and value.startswith(begun)
+        ]
     return click.option(*names, cls=_Option, group=group, **how)
 
 
@@ -106,7 +127,14 @@ def with_options(*options: Decorator) -> Decorator:
 
 
 class Command(click.Command):
-    """A command with grouped options. A size may have a space before its unit: `5 GB`."""
+    """A command with grouped options. A size may have a space before its unit: `5 GB`.
+
+    `codes` are the exit codes that it can end with.
+    """
+
+    def __init__(self, *of: Any, codes: Collection[str] = tuple(_SHORT), **how: Any) -> None:
+        super().__init__(*of, **how)
+        self.codes = codes
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
@@ -114,22 +142,39 @@ class Command(click.Command):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 rows.setdefault(getattr(parameter, "group", RUNNING), []).append(record)
-        for group, records in rows.items():
-            if records:
+        for group in sorted(rows, key=lambda group: group == RUNNING):  # that is the last one
+            if records := rows[group]:
                 with formatter.section(group):
                     formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        told = ", ".join(f"{code} {what}" for code, what in _SHORT.items() if code in self.codes)
+        more = "; streamshard --help says more" if len(self.codes) == len(_SHORT) else ""
         formatter.write_paragraph()
-        formatter.write_text(
-            "Exit codes: 0 done, 2 usage, 3 input invalid, 4 adapter does not fit, 5 output exists, "
-            "6 no space, no memory or write error, 7 read error, 8 verification failed, 9 hub, "
-            "network or cluster, 130 and 143 interrupted and terminated; streamshard --help says more."
-        )
+        formatter.write_text(f"Exit codes: {told}{more}.")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         names = {name for one in self.get_params(ctx) if one.type is SIZE for name in one.opts}
-        return super().parse_args(ctx, _joined(args, names))
+        joined = _joined(args, names)
+        twice = given_twice(joined, self, ctx)
+        if twice is not None:
+            raise twice
+        rest = joined.copy()  # the parser takes from what it is given
+        try:
+            # Whether anything is left over is asked here, to be told better.
+            allowed, ctx.allow_extra_args = ctx.allow_extra_args, True
+            left = super().parse_args(ctx, joined)
+            ctx.allow_extra_args = allowed
+        except click.NoSuchOption as error:
+            raise unknown_option(error.option_name, ctx) from None
+        except click.MissingParameter:
+            given, _, _ = self.make_parser(ctx).parse_args(rest)
+            there = {name for name, value in given.items() if isinstance(value, str) and value}
+            required = [one for one in self.get_params(ctx) if one.required]
+            raise missing([one for one in required if one.name not in there], ctx) from None
+        if left and not allowed and not ctx.resilient_parsing:
+            raise too_many(left, ctx)
+        return left
 
 
 def _joined(arguments: list[str], names: set[str]) -> list[str]:
@@ -153,6 +198,22 @@ class Group(click.Group):
     """The commands, and the exit codes."""
 
     command_class = Command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["help"]:  # as many tools have it
+            args = [*args[1:], "--help"]
+        try:
+            return super().parse_args(ctx, args.copy())
+        except click.NoSuchOption as error:
+            raise unknown_option(error.option_name, ctx, args) from None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0].replace("_", "-")
+        if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
+            raise unknown_command(args[0], ctx, self.commands)
+        return super().resolve_command(ctx, args)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Exit codes"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import io
 import signal
 from dataclasses import dataclass
 
 import click
 
 from streamshard.cli.console import unprinted
+from streamshard.cli.misuse import explained_misuse
 from streamshard.errors import StreamshardError, UsageError, escaped
 from streamshard.extras import explained
 
@@ -51,7 +51,7 @@ def ending(error: BaseException, signalled: int | None) -> Ending:
         error = unprinted(error)  # --help, --version
     message = str(error)
     if isinstance(error, StreamshardError):
-        text = "error: " + "\n".join(map(escaped, message.split("\n")))
+        text = f"error: {_escaped_lines(message)}"
         return Ending(type(error).__name__, error.exit_code, message, text)
     kind = type(error).__name__
     text = (
@@ -62,6 +62,11 @@ def ending(error: BaseException, signalled: int | None) -> Ending:
     return Ending(kind, StreamshardError.exit_code, message, text)
 
 
+def _escaped_lines(text: str) -> str:
+    """Text whose lines stay lines, with nothing else that moves the cursor."""
+    return "\n".join(map(escaped, text.split("\n")))
+
+
 def _ended(how: str, error: BaseException, code: int) -> Ending:
     # Whoever was writing has added what is kept.
     kept = str(error) if isinstance(error, (KeyboardInterrupt, Terminated)) else ""
@@ -70,8 +75,6 @@ def _ended(how: str, error: BaseException, code: int) -> Ending:
 
 
 def _misused(error: click.ClickException) -> Ending:
-    shown = io.StringIO()
-    error.show(shown)
     kind = UsageError.__name__ if isinstance(error, click.UsageError) else type(error).__name__
-    text = shown.getvalue().rstrip("\n")
-    return Ending(kind, error.exit_code, error.format_message(), text, is_error=False)
+    message, text = explained_misuse(error)
+    return Ending(kind, error.exit_code, message, _escaped_lines(text), is_error=False)

@@ -23,5 +23,5 @@ def environment_text(report: dict[str, Any]) -> str:
             lines.append(f"  {name} {package['version']}")
             continue
         purpose = f"; {package['for']}" if package["for"] else ""
-        lines.append(f"  {name}: missing{purpose}: pip install '{package['install']}'")
+        lines.append(f"  {name}: missing{purpose}: {package['install']}")
     return "\n".join(lines)

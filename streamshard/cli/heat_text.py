@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streamshard.errors import escaped
@@ -13,6 +13,7 @@ from streamshard.errors import escaped
 __all__ = ["heat_text"]
 
 COLUMNS, LABEL = 80, 26
+MANY_TIMES = 30.0  # the smallest: from here on a scale is logarithmic, as in pictures
 SHADES = ".:-=+*#%@"
 # Of the 256 colours of terminals, those nearest to viridis.
 COLOURS = (54, 60, 24, 31, 37, 36, 71, 113, 226)
@@ -28,19 +29,35 @@ def heat_text(heat: Mapping[str, Any]) -> str:
         for cell in row
         if isinstance(cell, float) and cell > 0
     ]
-    low, high = (math.log(min(values)), math.log(max(values))) if values else (0.0, 0.0)
+    part, marks = _scale(values)
     lines = [f"{escaped(heat['title'])}: relative change of modules (down) by layers (across)"]
     for panel in heat["panels"]:
-        lines += _panel(panel, low, high, coloured=coloured)
+        lines += _panel(panel, part, coloured=coloured)
     lines.append("")
     if values:
         scale = "".join(_mark(number, coloured=coloured) for number in range(len(SHADES)))
-        lines.append(f"{min(values):.1e} {scale} {max(values):.1e} (logarithmic scale)")
+        lines.append(marks.format(scale))
     lines.append("blank: unchanged, or no such module; !: not finite; 0: changed from all zeros")
     return "\n".join(lines)
 
 
-def _panel(panel: Mapping[str, Any], low: float, high: float, *, coloured: bool) -> list[str]:
+def _scale(values: Sequence[float]) -> tuple[Callable[[float], float], str]:
+    """Which part of the scale a change is, as in the picture; and the line that explains the scale."""
+    if not values:
+        return lambda _: 0.0, ""
+    low, high = min(values), max(values)
+    if high > MANY_TIMES * low:
+        span = math.log(high / low)
+        return (
+            lambda value: math.log(value / low) / span,
+            f"{low:.2g} {{}} {high:.2g} (logarithmic scale)",
+        )
+    return lambda value: value / high, f"0 {{}} {high:.2g} (linear scale)"
+
+
+def _panel(
+    panel: Mapping[str, Any], part: Callable[[float], float], *, coloured: bool
+) -> list[str]:
     layers = panel["layers"] or 1
     each = -(-layers // (COLUMNS - LABEL - 2))
     title = panel["part"] if panel["layers"] else f"{panel['part']}, outside of layers"
@@ -49,9 +66,11 @@ def _panel(panel: Mapping[str, Any], low: float, high: float, *, coloured: bool)
     if not any(cell for row in panel["cells"] for cell in row):
         return ["", f"{title}: unchanged"]
     lines = ["", title]
+    if panel["layers"]:
+        lines.append(f"{'layer':>{LABEL}} {_ruler(layers, each)}")
     for module, cells in zip(panel["modules"], panel["cells"], strict=True):
         text = "".join(
-            _cell(cells[start : start + each], low, high, coloured=coloured)
+            _cell(cells[start : start + each], part, coloured=coloured)
             for start in range(0, len(cells), each)
         )
         name = escaped(module)
@@ -60,7 +79,21 @@ def _panel(panel: Mapping[str, Any], low: float, high: float, *, coloured: bool)
     return lines
 
 
-def _cell(cells: Sequence[Any], low: float, high: float, *, coloured: bool) -> str:
+def _ruler(layers: int, each: int) -> str:
+    """The numbers of layers above their columns: every tenth one, or as there is room."""
+    text = ""
+    for first in range(0, layers, each):
+        column = first // each
+        if (column == 0 or first % 10 < each) and len(text) <= column:
+            text = f"{text:<{column}}{first}" + " "
+    last = (layers - 1) // each
+    text = text.rstrip()
+    if last > len(text):
+        text = f"{text:<{last}}{layers - 1}"
+    return text[: COLUMNS - LABEL - 1]
+
+
+def _cell(cells: Sequence[Any], part: Callable[[float], float], *, coloured: bool) -> str:
     """The largest change of some layers."""
     for text, mark in (("not finite", "!"), ("from zero", "0")):
         if text in cells:
@@ -68,8 +101,7 @@ def _cell(cells: Sequence[Any], low: float, high: float, *, coloured: bool) -> s
     largest = max((cell for cell in cells if cell), default=0.0)
     if not largest:
         return " "
-    part = (math.log(largest) - low) / (high - low) if high > low else 1.0
-    return _mark(min(int(part * len(SHADES)), len(SHADES) - 1), coloured=coloured)
+    return _mark(min(int(part(largest) * len(SHADES)), len(SHADES) - 1), coloured=coloured)
 
 
 def _mark(number: int, *, coloured: bool) -> str:

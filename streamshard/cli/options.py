@@ -29,6 +29,7 @@ __all__ = [
     "BASE",
     "CACHE",
     "CARD",
+    "COMPARING",
     "CONVERSION",
     "DRAWING",
     "READING",
@@ -91,15 +92,30 @@ CARD = option(
     "none.",
 )
 
+HEATMAP = option(
+    OUTPUT,
+    "--heatmap",
+    is_flag=True,
+    help="Print the same as letters: a line a module, a column a layer.",
+)
+COMPARING = with_options(
+    option(
+        OUTPUT,
+        "--plot",
+        metavar="FILE",
+        help="Draw how much each module of each layer differs, into a .png, .svg or .pdf.",
+    ),
+    HEATMAP,
+)
 DRAWING = with_options(
     option(
         OUTPUT,
         "--plot",
         metavar="FILE",
-        help="Draw what has changed, by layers and modules, into a .png, .svg or .pdf; with --part "
-        "when the output is complete.",
+        help="Draw how much each module of each layer has changed, into a .png, .svg or .pdf; with "
+        "--part when the output is complete.",
     ),
-    option(OUTPUT, "--heatmap", is_flag=True, help="Print the like, coarsely."),
+    HEATMAP,
 )
 
 CACHE = with_options(
@@ -130,8 +146,20 @@ WORKERS = option(
 
 READING = with_options(
     option(RUNNING, "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-    option(RUNNING, "-q", "--quiet", is_flag=True, help="No progress and no messages but errors."),
-    option(RUNNING, "-v", "--verbose", is_flag=True, help="Show tracebacks of errors, and logs."),
+    option(
+        RUNNING,
+        "-q",
+        "--quiet",
+        is_flag=True,
+        help="Print nothing but errors; the exit code says the rest.",
+    ),
+    option(
+        RUNNING,
+        "-v",
+        "--verbose",
+        is_flag=True,
+        help="Show also tracebacks of errors, and what libraries log.",
+    ),
 )
 """Also of the commands that write."""
 

@@ -95,6 +95,7 @@ def part_text(report: dict[str, Any]) -> str:
     """What a part prints that was not the last one."""
     part, files = report["part"], len(report["part"]["files"])
     again = f", {part['resumed']} of these before" if part["resumed"] else ""
+    done = "is written" if report["pushed"] is None else "is uploaded"
     end = (
         "It is being completed by another process, or by --part finish."
         if part["finished"] == report["shards"]
@@ -102,7 +103,7 @@ def part_text(report: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"Part {part['part']} of {report['output']} is written: {files} of {report['shards']} files "
+            f"Part {part['part']} of {place_text(report)} {done}: {files} of {report['shards']} files "
             f"({bytes_text(part['bytes'])}){again}, in {report['seconds']:.1f} s",
             f"  {_how_far(report)} {end}",
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 import click
@@ -11,18 +12,21 @@ import streamshard
 from streamshard.cli import texts
 from streamshard.cli.app import cli
 from streamshard.cli.command import CHECKS, argument, option
+from streamshard.cli.diff_text import diff_text
 from streamshard.cli.environment_text import environment_text
 from streamshard.cli.heat_text import heat_text
-from streamshard.cli.options import CACHE, DRAWING, READING, REVISION, WORKERS
-from streamshard.cli.screen import begin
+from streamshard.cli.options import CACHE, COMPARING, READING, REVISION, WORKERS
+from streamshard.cli.screen import begin, with_picture
+from streamshard.cli.terminal_text import columns_of
 from streamshard.errors import VerificationError
 from streamshard.wording import KEYWORDS, command_line
 
 _PATH = "Checkpoint or adapter folder, or a weight file; or a model on the hub (org/name)."
+_READING_CODES = ("0", "2", "3", "4", "7", "8", "9", "130", "143")
 _REVISION = "Branch, tag or commit, if it is on the hub."
 
 
-@cli.command("diff", short_help="Compare two checkpoints.")
+@cli.command("diff", codes=_READING_CODES, short_help="Compare two checkpoints.")
 @argument("a", metavar="A", help="Checkpoint folder or weight file (.safetensors, .bin).")
 @argument("b", metavar="B", help="Another one; names are as in its layout.")
 @option(
@@ -32,7 +36,7 @@ _REVISION = "Branch, tag or commit, if it is on the hub."
     help="Exit with 8 if they differ, or if a tensor could not be compared.",
 )
 @option(CHECKS, "--names", is_flag=True, help="Read headers only: names, shapes, dtypes; no L2.")
-@DRAWING
+@COMPARING
 @CACHE
 @WORKERS
 @READING
@@ -74,12 +78,13 @@ def diff(
         )
     if heatmap and report["heat_map"] is not None:
         screen.heat = heat_text(report["heat_map"])
-    screen.result(report, texts.diff_text)
+    columns = columns_of(sys.stdout)
+    screen.result(report, with_picture(lambda shown: diff_text(shown, columns), plot))
     if exit_code and report["differ"]:
         raise click.exceptions.Exit(VerificationError.exit_code)
 
 
-@cli.command("inspect", short_help="Say what a checkpoint or adapter is.")
+@cli.command("inspect", codes=_READING_CODES, short_help="Say what a checkpoint or adapter is.")
 @argument("path", metavar="PATH", help=_PATH)
 @REVISION(help=_REVISION)
 @CACHE
@@ -102,7 +107,11 @@ def inspect(
     screen.result(report, texts.inspect_text)
 
 
-@cli.command("verify", short_help="Read a checkpoint again and say what is wrong with it.")
+@cli.command(
+    "verify",
+    codes=_READING_CODES,
+    short_help="Read a checkpoint again and say what is wrong with it.",
+)
 @argument("path", metavar="PATH", help=_PATH)
 @REVISION(help=_REVISION)
 @CACHE
@@ -171,11 +180,15 @@ def verify(
             )
     except VerificationError as error:
         screen.result(error.report, texts.verify_text, error)
+        seen = not (output["quiet"] or output["as_json"]) and columns_of(sys.stdout) is not None
+        if seen:  # each problem, just above
+            found = len(error.report["problems"])
+            error.args = (f"{path}: {found} {'problem' if found == 1 else 'problems'} found.",)
         raise
     screen.result(report, texts.verify_text)
 
 
-@cli.command("env", short_help="Say what runs here, for a bug report.")
+@cli.command("env", codes=("0", "2"), short_help="Say what runs here, for a bug report.")
 @READING
 def env(**output: Any) -> None:
     """Say what runs here, for a bug report: versions, kernel, processor, and what is not installed.

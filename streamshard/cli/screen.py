@@ -18,10 +18,14 @@ from streamshard.cli.progress import Progress
 from streamshard.errors import StreamshardError, escaped
 from streamshard.wording import command_line
 
-__all__ = ["begin", "write"]
+__all__ = ["begin", "with_picture", "write"]
 
 
 _NONE_FINISHED = "No file was finished, so nothing is kept: run the same command again."
+_REPLACING = (
+    "No file was finished, so nothing of it is kept, and an earlier output is as it was: run the same "
+    "command again."
+)
 
 
 def begin(writing: str = "", *, as_json: bool, quiet: bool, verbose: bool) -> Screen:
@@ -48,7 +52,8 @@ def write(
 ) -> None:
     """Run a writing command of the Python API and print its report."""
     screen = begin(writing, as_json=as_json, quiet=quiet, verbose=verbose)
-    none = "" if options.get("dry_run") else _NONE_FINISHED
+    none = _REPLACING if options.get("overwrite") else _NONE_FINISHED
+    none = "" if options.get("dry_run") else none
     with (
         _said_if_ended(none),
         contextlib.closing(screen.progress) as progress,
@@ -62,8 +67,18 @@ def write(
         screen.heat = heat_text(report["heat_map"])
     done = is_complete(report)
     place = escaped(str(report["output"] or (report["pushed"] or {}).get("url")))
+    text = with_picture(text, options.get("plot"))
     with _said_if_ended(f"{place} is complete." if done else ""):
         screen.result(report, text if done else plan_text if report["dry_run"] else part_text)
+
+
+def with_picture(
+    text: Callable[[dict[str, Any]], str], file: str | None
+) -> Callable[[dict[str, Any]], str]:
+    """A text that also says where a picture is, if one was drawn."""
+    if file is None:
+        return text
+    return lambda report: f"{text(report)}\n  picture: {escaped(file)}"
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import os
 import re
 from typing import TextIO
 
-__all__ = ["columns_of", "fitted", "shortened", "width"]
+__all__ = ["columns_of", "cut", "fitted", "shortened", "width"]
 
 
 def columns_of(stream: TextIO) -> int | None:
@@ -78,3 +78,16 @@ def shortened(name: str, columns: int, mark: str = "…") -> str:
         if width(end) <= columns:
             return end
     return ""
+
+
+def cut(name: str, columns: int, mark: str = "…") -> str:
+    """A name with beginning and end, and a mark for what is left out between them.
+
+    >>> cut("language_model.model.layers.3.mlp.up_proj.weight", 30)
+    'language_…3.mlp.up_proj.weight'
+    """
+    room = max(columns, 12) - width(mark)
+    if width(name) <= columns:
+        return name
+    start = room // 3
+    return name[:start] + mark + name[start - room :]

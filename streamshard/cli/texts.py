@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamshard.cli.amounts import files_text, number_text, shortened
+from streamshard.cli.amounts import files_text, l2_text, number_text, shortened
 from streamshard.cli.push_text import place_text, pushed_text
-from streamshard.errors import bytes_text, escaped
+from streamshard.errors import argument, bytes_text, escaped
 
 __all__ = [
     "conversion_text",
-    "diff_text",
     "extract_text",
     "inspect_text",
     "merge_text",
@@ -46,26 +45,34 @@ def merge_text(report: dict[str, Any]) -> str:
         )
         facts = [", ".join(adapter["kinds"])]
         if scales:
-            facts += [f"r {adapter['r']}, alpha {adapter['lora_alpha']:g}", f"scale {scales}"]
+            facts += [_rank_text(adapter), f"scale {scales}"]
         facts += [f"weight {adapter['weight']:g}"] if adapter["weight"] != 1 else []
         lines.append(f"  {adapter['file']}: {'; '.join(facts)}")
     if update is not None:
         lines.append(
-            f"  update: norm {number_text(update['intended'])}, {number_text(update['effected'])} after "
-            f"rounding; {update['unchanged']:.1%} of its elements change nothing"
+            f"  update: norm {number_text(update['intended'])}, after rounding "
+            f"{number_text(update['effected'])}; {update['unchanged']:.1%} of elements did not change"
         )
-    lines.append(
-        f"  L2 from the base: {number_text(l2['global'])} (sum over tensors {number_text(l2['sum'])}, "
-        f"per parameter {number_text(l2['per_parameter'])})"
-    )
+    # Of a training checkpoint what else was trained is in there already.
+    inside = any(adapter["file"] == report["base"] for adapter in report["adapters"])
+    base = "base weights inside the checkpoint" if inside else "base"
+    lines.append(f"  L2 from the {base}: {l2_text(l2)}")
     return "\n".join([*lines, *_exactness_text(report.get("exactness"))])
+
+
+def _rank_text(adapter: Mapping[str, Any]) -> str:
+    """Rank and alpha of an adapter; all ranks where they differ, and alpha with them."""
+    ranks = adapter["ranks"]
+    if len(ranks) < 2:
+        return f"r {adapter['r']}, alpha {adapter['lora_alpha']:g}"
+    return "r " + ", ".join(f"{rank} ({count} modules)" for rank, count in ranks.items())
 
 
 def _exactness_text(exact: Mapping[str, Any] | None) -> list[str]:
     """That all elements are right, and how many of them a second look was needed for."""
     if exact is None:
         return []
-    again = f"{exact['rechecked']:,} of them computed again near a rounding boundary"
+    again = f"{exact['rechecked']:,} computed twice to be sure"
     return [f"  exact: {exact['elements']:,} elements rounded once, {again} ({exact['kernel']})"]
 
 
@@ -81,11 +88,11 @@ def conversion_text(report: dict[str, Any]) -> str:
     if l2 is None:
         lines.append("  L2: not computed, the reference has no weights")
     else:
-        lines.append(
-            f"  L2 from {l2['reference']}: total {number_text(l2['sum'])}, "
-            f"average {number_text(l2['per_parameter'])} (global {number_text(l2['global'])}; "
-            f"{l2['compared']} tensors compared)"
-        )
+        lines.append(f"  L2 from {l2['reference']}: {l2_text(l2)}")
+        if l2["global"] != 0:
+            lines.append(
+                "    So far are the source's weights from the reference's: that is no error."
+            )
     return "\n".join(lines)
 
 
@@ -96,7 +103,7 @@ def wrap_text(report: dict[str, Any]) -> str:
         lines.append(f"  {part}: {_trainable_text(count)}")
     if report["format"] == "peft":
         lines.append(f"  An adapter: load or merge it together with {report['base']}")
-    else:
+    elif not any("wrap_llm_lora does not know" in warning for warning in report["warnings"]):
         lines.append(
             "  InternVL's trainer wraps by the ranks in this config: start it without --use_llm_lora and "
             "--use_backbone_lora, which would wrap once more and begin anew, and with --freeze_llm "
@@ -127,69 +134,17 @@ def extract_text(report: dict[str, Any]) -> str:
 
 
 def _effort_text(report: dict[str, Any]) -> str:
+    done = report.get("resumed") or 0
+    speed = (
+        f"{done} of these before"  # so that what this run did in its time is not known
+        if done
+        else f"{bytes_text(report['bytes'] / report['seconds'])}/s"
+    )
     return (
         f"  {bytes_text(report['bytes'])} in {files_text(report['shards'])}, {report['seconds']:.1f} s, "
-        f"{bytes_text(report['bytes'] / report['seconds'])}/s, peak memory "
-        f"{bytes_text(report['peak_rss_bytes'])}"
+        f"{speed}, peak memory {bytes_text(report['peak_rss_bytes'])}"
         + "".join(f"\n{line}" for line in pushed_text(report))
     )
-
-
-def diff_text(report: dict[str, Any]) -> str:
-    """What `diff` prints; its first line says whether they differ."""
-    l2 = report["l2"]
-    lines = [_verdict(report), f"  A: {report['a']}", f"  B: {report['b']}"]
-    if l2 is None:
-        lines.append("  L2: not measured, only headers were read")
-    elif not l2["compared"]:
-        lines.append("  L2: none, since no tensor could be compared")
-    else:
-        lines.append(
-            f"  L2: total {number_text(l2['sum'])}, average {number_text(l2['per_parameter'])}, "
-            f"global {number_text(l2['global'])} ({l2['compared']} tensors compared)"
-        )
-    for title, key in (("only in B", "missing"), ("only in A", "unexpected")):
-        lines += [f"  {title}: {name}" for name in report[key][:10]]
-    for title, key in (("shapes", "shapes"), ("dtypes", "dtypes")):
-        lines += [
-            f"  {title} differ: {name}: {left} and {right}"
-            for name, (left, right) in list(report[key].items())[:10]
-        ]
-    if report["different"]:
-        lines.append(f"  {'L2':>12} {'relative':>12}  largest differences")
-    for row in report["different"][:15]:
-        relative = "" if row["relative"] is None else f"{row['relative']:.4g}"
-        lines.append(f"  {number_text(row['l2']):>12} {relative:>12}  {row['name']}")
-    return "\n".join(lines)
-
-
-def _verdict(report: dict[str, Any]) -> str:
-    kinds = {
-        "different": "other values",
-        "shapes": "another shape",
-        "dtypes": "another dtype",
-    }
-    found = [
-        f"{len(report[key])} {'has' if len(report[key]) == 1 else 'have'} {what}"
-        for key, what in kinds.items()
-        if report[key]
-    ]
-    found += [
-        f"{len(report[key])} {'is' if len(report[key]) == 1 else 'are'} only in {side}"
-        for key, side in (("unexpected", "A"), ("missing", "B"))
-        if report[key]
-    ]
-    if found:
-        return f"They differ: of the tensors {', '.join(found)}; {report['equal']} are equal"
-    if report["l2"] is None:
-        return f"Names, shapes and dtypes do not differ: {report['equal']} tensors; values were not read"
-    skipped = len(report["l2"]["skipped"])
-    if skipped:
-        return (
-            f"No difference found: {report['equal']} tensors are equal, {skipped} could not be "
-            "compared (their dtype is none that is understood)"
-        )
-    return f"They do not differ: all {report['equal']} tensors are equal"
 
 
 def inspect_text(report: dict[str, Any]) -> str:
@@ -200,24 +155,34 @@ def inspect_text(report: dict[str, Any]) -> str:
         f"{bytes_text(report['bytes'])} in {files_text(report['shards'])}"
     )
     if "adapter" in report:
-        facts = ", ".join(f"{k} {v}" for k, v in report["adapter"].items() if v is not None)
-        return f"PEFT adapter {report['path']}\n  {facts}\n  {size}"
+        known = {k: v for k, v in report["adapter"].items() if v not in (None, False, [], {})}
+        targets = known.pop("target_modules", None)
+        facts = [k if v is True else f"{k} {_value_text(v)}" for k, v in known.items()]
+        lines = [f"PEFT adapter {report['path']}", f"  {', '.join(facts)}"]
+        lines += [f"  target_modules {_value_text(targets)}"] if targets else []
+        return "\n".join([*lines, f"  {size}"])
     lora = report["lora"]
     lines = [
         f"{report['path']}",
-        f"  layout {report['layout']}, spelling {report.get('spelling') or '-'}, "
-        f"language model {report.get('family') or 'unknown'}",
+        f"  layout {report['layout']}, "
+        + (f"spelling {report['spelling']}, " if report.get("spelling") else "")
+        + f"language model {report.get('family') or 'unknown'}",
         f"  {size}",
     ]
     if report["dimensions"]:
         known = {k: v for k, v in report["dimensions"].items() if v is not None}
         lines.append("  " + ", ".join(f"{k} {v}" for k, v in known.items()))
     lines.append(
-        f"  LoRA: {lora['pairs']} pairs inside, ranks {lora['ranks']}"
+        f"  LoRA: {lora['pairs']} pairs inside, ranks {_value_text(lora['ranks'])}: fold them in by "
+        f"`streamshard merge-lora {argument(report['path'])}`"
         if lora["wrapped"]
         else "  LoRA: none inside"
     )
     return "\n".join(lines)
+
+
+def _value_text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def verify_text(report: dict[str, Any]) -> str:
@@ -265,7 +230,8 @@ def _conclusion(report: dict[str, Any]) -> str:
         what = "damaged or not what was written" if known else "damaged, or cannot be confirmed"
         if report["against"] is not None:
             what = "damaged, or another model than the one on the hub"
-        return f" is {what}; {count} found"
+        again = ", or write all again with --overwrite" if known else ""
+        return f" is {what}; {count} found. Fetch or copy anew what is named{again}."
     if not report["recorded"]:
         return ": no problem found; no digests to compare"
     if report["not_checked"]:

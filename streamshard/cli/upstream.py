@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,19 +13,26 @@ import click
 from streamshard.cli import texts
 from streamshard.cli.command import CONTEXT, INPUTS, OUTPUT, Command, argument, option
 from streamshard.cli.main import main
+from streamshard.cli.options import ALPHA, REFERENCE
 from streamshard.cli.screen import write
 
 __all__ = ["run_upstream", "run_upstream_merge"]
 
 
 def run_upstream_merge(description: str | None) -> None:
-    """InternVL's merge script: its two arguments, our engine."""
+    """InternVL's merge script: its two arguments, and what our messages name; our engine."""
 
     @_script(description)
     @argument("input_path", metavar="INPUT_PATH", help="Training checkpoint with LoRA inside.")
     @argument("output_path", metavar="OUTPUT_PATH", group=OUTPUT, help="New folder to write.")
-    def merge(input_path: str, output_path: str) -> None:
-        write("merge_lora", "merging", texts.merge_text, checkpoint=input_path, output=output_path)
+    @REFERENCE(
+        help="The original model, for config, code and tokenizer that the trainer did not save."
+    )
+    @ALPHA()
+    @option(OUTPUT, "--allow-missing", is_flag=True, help="Write although tensors are missing.")
+    def merge(input_path: str, output_path: str, **options: Any) -> None:
+        options |= {"checkpoint": input_path, "output": output_path}
+        write("merge_lora", "merging", texts.merge_text, **options)
 
     main(merge)
 
@@ -47,4 +57,7 @@ def run_upstream(function: str, description: str | None) -> None:
 
 def _script(description: str | None) -> Callable[[Callable[..., None]], click.Command]:
     text = description and description.replace("\n\n", "\n\n\b\n")  # lines as they are
+    called = Path(sys.argv[0]).name
+    if text and not called.endswith(".py"):  # installed, under a name of its own
+        text = re.sub(r"^python \S+", called, text, flags=re.MULTILINE)
     return click.command(cls=Command, help=text, context_settings=CONTEXT)

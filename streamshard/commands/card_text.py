@@ -180,10 +180,12 @@ def _use(facts: Facts) -> list[str]:
     remote = facts.layout == "custom" or facts.loader != "AutoModelForImageTextToText"
     trust = ", trust_remote_code=True" if remote else ""
     other = "AutoTokenizer" if facts.layout == "custom" else "AutoProcessor"
+    vision = "" if facts.layout == "custom" else ", and torchvision for images"
     variable = "tokenizer" if facts.layout == "custom" else "processor"
     code = [
         "## Use",
-        "With transformers (4.56 or later; `path` is this folder, or the id of this repository):",
+        f"With transformers (4.56 or later{vision}; `path` is this folder, or the id of this "
+        "repository):",
         "```python\n"
         f"from transformers import {', '.join(sorted((facts.loader, other)))}\n\n"
         'path = "."\n'

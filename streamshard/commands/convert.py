@@ -31,20 +31,22 @@ __all__ = ["ConversionOptions", "custom_to_hf", "hf_to_custom"]
 
 
 class ConversionOptions(OutputOptions, total=False):
-    """Keywords of the conversions, beside their paths."""
+    """Keywords of the conversions, beside their paths and those of `OutputOptions`.
+
+    - `tokenizer_from`: "source" or "reference": whose tokenizer is meant where the vocabularies differ.
+    - `allow_missing`: write although tensors are missing; the report lists them.
+    - `allow_unexpected`: write although the source has tensors with no place; the report lists them.
+    - `card`: the model card: "new" (default) says what was done, "base" is the reference's, "none".
+    - `plot`: a file (.png, .svg, .pdf) for a picture of the distance from the reference's weights.
+    - `heatmap`: have the relative change of each module in each layer in the report, as `heat_map`.
+    """
 
     tokenizer_from: Literal["source", "reference"] | None
-    """Whose tokenizer is meant where the vocabularies differ."""
     allow_missing: bool
-    """Write although tensors are missing; the report lists them."""
     allow_unexpected: bool
-    """Write although the source has tensors with no place; the report lists them."""
     card: Literal["new", "base", "none"]
-    """The model card: a new one that says what was done (default), the reference's, or none."""
     plot: PathLike | None
-    """A file (.png, .svg, .pdf) for a picture of the distance from the reference's weights."""
     heatmap: bool
-    """Have the relative change of each module in each layer in the report, as `heat_map`."""
 
 
 @public

@@ -13,8 +13,9 @@ import time
 from streamshard.commands.public import public
 from streamshard.disk.system import system
 from streamshard.engine.report import Report, finished, new_report
-from streamshard.extras import EXTRAS, NAMED, NEEDED
+from streamshard.extras import EXTRAS, NEEDED, install
 from streamshard.tensors.kernel import VARIABLE, available, chosen
+from streamshard.wording import spoken
 
 __all__ = ["environment"]
 
@@ -31,12 +32,14 @@ def environment() -> Report:
     if it is optional, and the command that would `install` it. Nothing of them is imported.
     """
     started = time.perf_counter()
-    packages = {name: {"version": _version(name), "for": None, "install": name} for name in NEEDED}
+    packages = {
+        name: {"version": _version(name), "for": None, "install": install(name)} for name in NEEDED
+    }
     packages |= {
         name: {
             "version": _version(name),
-            "for": purpose,
-            "install": f"streamshard[{NAMED.get(name, name)}]",
+            "for": spoken(purpose),
+            "install": install(name),
         }
         for name, purpose in EXTRAS.items()
     }

@@ -166,6 +166,12 @@ class Model:
                 f"such tensors ({len(denied):,} of them) without a word: correct {MODEL_CONFIG_NAME}, or "
                 "take it from the model that the weights are of."
             )
+        strange = [given.get(name, name) for name, why in others.items() if why == UNKNOWN]
+        if strange and self.relative is None and self.detected.family is not None:
+            note(
+                f"{self.where}: InternVL has no tensor like {listed(strange, 3)}: loaders leave it out; "
+                "such are copied as they are"
+            )
         return lacking
 
     def check_whole(self, *, allow_missing: bool = False) -> list[str]:
@@ -264,7 +270,9 @@ def _check_layout(model: Model, side: Layout, where: str, other: Model) -> None:
             + (
                 "Are the two folders swapped?"
                 if swapped
-                else f"Give {what} checkpoint of InternVL."
+                else f"Give, as {'--custom-path' if side == 'custom' else '--hf-path'}|--reference, the "
+                f"original model in the {'custom' if side == 'custom' else 'HF'} layout: it is published "
+                "under a name of its own, like InternVL3-8B and InternVL3-8B-hf."
             )
         )
 

@@ -75,7 +75,10 @@ def inspect(path: PathLike, **_cache: Unpack[BaseOptions]) -> Report:
 def _inspect_adapter(folder: Path, started: float) -> Report:
     adapter = open_adapter(folder)
     note(*adapter.warnings, *_beside(adapter))
-    keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path")
+    keys = (
+        *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules"),
+        "base_model_name_or_path",
+    )
     report = {
         **new_report("inspect", adapter.tensors, layout_of(adapter.tensors)),
         "path": str(folder),

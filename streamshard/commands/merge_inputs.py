@@ -12,7 +12,7 @@ from typing import cast
 from streamshard.checkpoint.adapter_folder import AdapterFolder, open_adapter
 from streamshard.checkpoint.file_names import ADAPTER_CONFIG_NAME
 from streamshard.checkpoint.folder import open_checkpoint
-from streamshard.checkpoint.no_adapter import is_training_checkpoint
+from streamshard.checkpoint.no_adapter import is_adapter_folder, is_training_checkpoint
 from streamshard.commands.bare_names import with_bare_names
 from streamshard.commands.identify import Model
 from streamshard.commands.training_checkpoint import open_wrapped
@@ -77,13 +77,20 @@ def open_inputs(asked: Asked) -> Inputs:
     return dataclasses.replace(inputs, missing=missing)
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def _training_checkpoint(asked: Asked) -> Inputs:
     if asked.base is not None or asked.adapter is not None or asked.weight:
         too = {"--adapter": asked.adapter, "--base": asked.base, "--weight": asked.weight or None}
         given = " and ".join(option for option, value in too.items() if value is not None)
+        path = printable(str(asked.checkpoint))
+        if asked.adapter is not None and is_adapter_folder(cast("PathLike", asked.checkpoint)):
+            raise UsageError(f"{path} is an adapter, too: write --adapter before each of them.")
         raise UsageError(
-            f"a training checkpoint has its base and its pairs inside, so {given} cannot be given with "
-            "CHECKPOINT. Leave that out; or, for an adapter in a folder of its own, CHECKPOINT: "
+            f"{path} stands where a training checkpoint does, which has its base and its pairs inside: "
+            f"{given} cannot be given with one. Leave that out, or {path}; a merge of adapters is "
             "`merge-lora --adapter ADAPTER --base MODEL`."
         )
     base, adapters = open_wrapped(
@@ -101,10 +108,12 @@ def _folders(asked: Asked) -> Inputs:
         raise _incomplete(asked)
     if asked.alpha is not None:
         raise UsageError("--alpha is for training checkpoints; an adapter's config has its own.")
-    if asked.layout == "keep" and (asked.reference, asked.tokenizer_from) != (None, None):
+    too = {"--reference": asked.reference, "--tokenizer-from": asked.tokenizer_from}
+    if asked.layout == "keep" and any(value is not None for value in too.values()):
+        given = " and ".join(option for option, value in too.items() if value is not None)
         raise UsageError(
-            "--reference and --tokenizer-from would change nothing here: they belong to --layout "
-            "custom or hf. Give that too, or leave them out."
+            f"{given} would change nothing here: that belongs to --layout custom or hf. Give --layout "
+            "too, or leave it out."
         )
     base = with_bare_names(open_checkpoint(asked.base))
     folders = _open_adapters(asked.adapter)
@@ -154,8 +163,8 @@ def _adapters(folders: Sequence[AdapterFolder], asked: Asked) -> list[Adapter]:
     weights = [1.0] * len(folders) if not asked.weight else list(asked.weight)
     if len(weights) != len(folders):
         raise UsageError(
-            f"{len(folders)} adapters but {len(weights)} weights: give --weight once per --adapter, "
-            "or not at all."
+            f"{len(folders)} --adapter but {len(weights)} --weight: give one for each, in the same "
+            "order, or none at all."
         )
     if not all(math.isfinite(value) for value in weights):
         raise UsageError("--weight must be a finite number.")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder
 from streamshard.checkpoint.digests import files_digest
@@ -28,7 +28,7 @@ from streamshard.disk.paths import PathLike, input_path
 from streamshard.engine.job import Job, Options, OutputOptions
 from streamshard.engine.output_path import check_places
 from streamshard.engine.report import Report
-from streamshard.errors import InputError, UsageError, printable
+from streamshard.errors import InputError, UsageError
 from streamshard.internvl.families import Layout
 from streamshard.internvl.model_config import OTHER
 from streamshard.lora.base_checks import check_not_merged
@@ -46,7 +46,7 @@ __all__ = ["merge_lora"]
 def merge_lora(
     *,
     base: PathLike | None = None,
-    adapter: PathLike | Sequence[PathLike] | None = None,
+    adapter: PathLike | Sequence[PathLike] | Mapping[PathLike, float] | None = None,
     checkpoint: PathLike | None = None,
     output: PathLike | None = None,
     weight: Sequence[float] | float | None = None,
@@ -72,10 +72,11 @@ def merge_lora(
     rows that were trained replace what the base has; every other tensor and file is copied as bytes.
 
     `base` is a folder or a `.safetensors` file, `adapter` one adapter folder or several, whose
-    updates are summed; they may have been trained in another layout than the base's. Instead of both,
-    `checkpoint` is a LoRA-wrapped training checkpoint of InternVL, which has the pairs inside; their
-    `alpha` is twice the rank unless given, as in InternVL's trainer. `output` defaults to
-    `./<base name>-merged`. `layout` "custom" or "hf" converts in the same pass; config and
+    updates are summed, each times its `weight`: a number, or a list in the order of the adapters (a
+    mapping of adapters to weights says both). They may have been trained in another layout than the
+    base's. Instead of both, `checkpoint` is a LoRA-wrapped training checkpoint of InternVL, which has
+    the pairs inside; their `alpha` is twice the rank unless given, as in InternVL's trainer. `output`
+    defaults to `./<base name>-merged`. `layout` "custom" or "hf" converts in the same pass; config and
     tokenizer then come from `reference`, a folder of that layout (which also gives a training
     checkpoint the remote code that it lacks). `adapter_name` chooses among
     adapters in one file. `base_is_residual` states that the base is what PiSSA or the like left
@@ -90,19 +91,12 @@ def merge_lora(
     Raises a `StreamshardError`; its class says what is wrong (`streamshard.errors`).
     """
     started, chosen = time.perf_counter(), Options.of(options)
-    given = [] if weight is None else weight
-    try:
-        weights = [float(one) for one in (given if isinstance(given, Iterable) else [given])]
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"--weight is {printable(repr(weight))}; a number was expected."
-        ) from error
     asked = Asked(
         base=base,
-        adapter=adapter,
+        adapter=cast("PathLike | Sequence[PathLike] | None", adapter),
         checkpoint=checkpoint,
         output=output,
-        weight=weights,
+        weight=list(cast("Sequence[float]", weight or [])),
         layout=layout,
         reference=reference,
         tokenizer_from=tokenizer_from,
@@ -141,7 +135,12 @@ def _job(asked: Asked, card: str, chosen: Options, started: float) -> Job:
         written = kept(asked, inputs, folded, beside, chosen.dtype)
     else:
         written = converted(asked, inputs, folded, beside, goal, chosen.dtype)
-    note_left_behind(written.files, [inputs.base.path, *written.donors])
+    folders = [inputs.base.path, *written.donors]
+    if asked.checkpoint is not None and asked.reference is None:
+        remedy = "--reference ORIGINAL takes it from the original model"
+        note_left_behind(written.files, folders, remedy)
+    else:
+        note_left_behind(written.files, folders)
     files = with_card(card, written.files, lambda: _card(asked, inputs, written, chosen.dtype))
     return Job(
         command="merge-lora",

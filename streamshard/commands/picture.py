@@ -6,12 +6,12 @@ the legend. A scale is logarithmic where the largest is many times the smallest,
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from streamshard.commands.figure_file import rendered
 from streamshard.commands.heat_map import FROM_ZERO, NOT_FINITE
 from streamshard.disk.paths import PathLike
 from streamshard.errors import UsageError, printable
@@ -34,7 +34,9 @@ FONT = 8
 def drawn(heat: Mapping[str, Any]) -> Figure:
     """The figure of the `heat_map` of a report; every panel's image holds the cells that it shows."""
     with needed_for("--plot"):
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401 - the next one may have been imported before
+
+        from streamshard.commands.change_figure import ChangeFigure
     layered = [panel for panel in heat["panels"] if panel["layers"]]
     others = [panel for panel in heat["panels"] if not panel["layers"]]
     longest = max((panel["layers"] for panel in layered), default=24)
@@ -45,7 +47,7 @@ def drawn(heat: Mapping[str, Any]) -> Figure:
         10.5, min(2.9 + COLUMN * 2 * min(longest, 48) + COLUMN * max(longest - 48, 0), 16.0)
     )
     height = 1.15 + sum(heights) + below + 0.75
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = ChangeFigure(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(_title(heat), fontsize=FONT + 3, fontweight="bold")
     grid = figure.add_gridspec(len(heights) + 1, 1, height_ratios=[*heights, below])
     norm, label = _scale(list(_numbers(heat)))
@@ -68,17 +70,6 @@ def drawn(heat: Mapping[str, Any]) -> Figure:
         bar.ax.tick_params(labelsize=FONT - 1)
     _legend(figure, heat)
     return figure
-
-
-def rendered(figure: Figure, kind: str) -> bytes:
-    """The file of a figure, the same whenever it is made."""
-    buffer = io.BytesIO()
-    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    from matplotlib import rc_context
-
-    with rc_context({"svg.hashsalt": "streamshard", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=kind, metadata=dates.get(kind))
-    return buffer.getvalue()
 
 
 def _title(heat: Mapping[str, Any]) -> str:
@@ -226,11 +217,11 @@ def _legend(figure: Figure, heat: Mapping[str, Any]) -> None:
         )
 
 
-def plot_format(file: PathLike) -> str:
+def plot_format(file: PathLike, option: str = "--plot") -> str:
     """The format that a picture's name asks for; raises `UsageError` for any other."""
     kind = PurePath(file).suffix[1:].lower()
     if kind not in FORMATS:
         raise UsageError(
-            f"--plot is {printable(str(file))}: a picture's name ends in .png, .svg or .pdf."
+            f"{option} is {printable(str(file))}: a picture's name ends in .png, .svg or .pdf."
         )
     return kind

@@ -1,174 +1,110 @@
 """What every public command has around it: how it is called, and how what it says reaches the caller.
 
-A misspelt keyword is told with the one that is meant, and a value of another type with its keyword;
-`progress=True` shows a bar; a missing package is told with the command that installs it; messages are in
-the caller's words (`wording`); and warnings go to `logging` and `warnings` as well, but not if the
-command line calls, which prints them.
+What it is given is looked at (`arguments`); `progress=True` shows a bar; a missing package is told with
+the command that installs it; messages are in the caller's words (`wording`), without the way that an
+error took inside of us; and warnings go to `logging` and `warnings` as well. But if the command line
+calls, it prints all of that itself.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import functools
 import logging
-import numbers
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, ParamSpec, cast
 
+from streamshard.commands.arguments import arguments, signature_of
+from streamshard.commands.bar_of_calls import with_bar
 from streamshard.commands.hub_inputs import hub_inputs
 from streamshard.commands.hub_output import hub_output
 from streamshard.commands.report_html import report_html
 from streamshard.disk.inputs import watched
-from streamshard.engine.report import Report
+from streamshard.engine.report import Report, show_reports_by
 from streamshard.errors import (
+    InputError,
+    NotFoundError,
     StreamshardError,
     StreamshardWarning,
     UsageError,
     VerificationError,
-    printable,
 )
-from streamshard.extras import explained, needed_for
+from streamshard.extras import explained
 from streamshard.limits import told
 from streamshard.notes import noting
-from streamshard.wording import FLAGS, KEYWORDS, is_command_line, spoken
+from streamshard.wording import KEYWORDS, is_command_line, spoken
 
 __all__ = ["public"]
 
 P = ParamSpec("P")
 
-Report.as_html = staticmethod(report_html)
+show_reports_by(report_html)
 
 _LOG = logging.getLogger("streamshard")
 _LOG.addHandler(logging.NullHandler())  # else Python prints what `warnings` shows already
-
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    # "no" and "false" would mean yes.
-    **dict.fromkeys(FLAGS, ((numbers.Integral, type(None)), "True or False")),
-    **dict.fromkeys(
-        ("workers", "llm_r", "backbone_r"), ((numbers.Integral, type(None)), "a whole number")
-    ),
-    "seed": ((numbers.Integral,), "a whole number"),
-    **dict.fromkeys(
-        ("alpha", "llm_alpha", "backbone_alpha", "dropout"),
-        ((numbers.Real, type(None)), "a number"),
-    ),
-    "adapter_name": ((str, type(None)), "a name"),
-    "part": ((str, type(None)), "I/N or finish"),
-    "scheduler": ((str, type(None)), "an address, or the name of a file,"),
-    **dict.fromkeys(
-        ("progress", "on_plan", "on_step", "on_total"),
-        ((Callable, bool, type(None)), "a function"),  # type: ignore[arg-type]
-    ),
-}
-"""What values are, of the keywords that do not say so themselves where they are read."""
 
 
 def public(command: Callable[P, Report]) -> Callable[P, Report]:
     """A command of the Python API, which returns its report."""
     name = command.__name__
     run = told(noting(watched(command)))
-    code = command.__code__
-    places = code.co_varnames[: code.co_argcount]
+    signature = signature_of(command)
 
     @functools.wraps(command)
     def call(*args: P.args, **kwargs: P.kwargs) -> Report:
-        _check_keywords(name, kwargs)
         try:
-            _check_values(kwargs)
-            arguments = {**dict(zip(places, args, strict=False)), **kwargs}
-            if len(args) > len(places) or len(arguments) < len(args) + len(kwargs):
-                run(*args, **kwargs)  # which says what is wrong with that
-            placed = hub_output(name, arguments)
-            with hub_inputs(name, placed) as local, _progress(name, local) as given:
+            asked = arguments(name, signature, args, kwargs)
+        except TypeError as error:
+            raise error.with_traceback(None)  # noqa: B904 - it is the same
+        except UsageError as error:
+            raise _as_raised(error)  # noqa: B904 - likewise
+        try:
+            placed = hub_output(name, asked)
+            with hub_inputs(name, placed) as local, with_bar(name, local) as given:
                 report = cast("Callable[..., Report]", run)(**given)
         except ImportError as error:
             missing = explained(error)
             if missing is None:
                 raise
+            missing.args = (spoken(str(missing), name),)
             raise missing from error
         except StreamshardError as error:
             error.args = (spoken(str(error), name), *error.args[1:])
             if isinstance(error, VerificationError):
-                _warn(_in_words(error.report, name))
+                _warn(_in_words(error.report, name), error.report)
+            if is_command_line():
+                raise
+            _LOG.debug("%s raised this", name, exc_info=True)
+            raise _as_raised(error)  # noqa: B904 - it is the same; its cause stays
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_command_line():
+                _say_what_is_left(error, name)
             raise
-        _warn(_in_words(report, name))
+        _warn(_in_words(report, name), report)
         return report
 
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 
 
-def _check_keywords(name: str, given: Mapping[str, object]) -> None:
-    """Raise `TypeError` for a keyword that there is none of, with the one that may be meant."""
-    known = KEYWORDS[name]
-    for keyword in given:
-        if keyword not in known:
-            plain = keyword.replace("-", "_").lower()
-            near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-            hint = (
-                f"Did you mean '{near[0]}'?" if near else f"It knows {', '.join(known) or 'none'}."
-            )
-            raise TypeError(f"{name}() got an unexpected keyword argument '{keyword}'. {hint}")
+def _as_raised(error: StreamshardError) -> StreamshardError:
+    """An error without the way that it took, and of a class that Python has for it, too."""
+    if type(error) is not InputError or not error.is_missing:
+        return error.with_traceback(None)
+    found = NotFoundError(*error.args)
+    for note in getattr(error, "__notes__", ()):
+        found.add_note(note)
+    found.__cause__ = error.__cause__
+    found.__suppress_context__ = True
+    return found
 
 
-def _check_values(given: Mapping[str, object]) -> None:
-    """Raise `UsageError` for a value that is of no type that its keyword takes."""
-    for keyword, value in given.items():
-        types, what = _KINDS.get(keyword, ((object,), ""))
-        if not isinstance(value, types):
-            option = keyword.replace("_", "-")
-            raise UsageError(f"--{option} is {printable(repr(value), 60)}; {what} was expected.")
-
-
-@contextlib.contextmanager
-def _progress(name: str, given: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The keywords with functions in place of `progress=True`, which is a bar, and of False."""
-    progress = given.get("progress")
-    if not isinstance(progress, bool):
-        yield given
-        return
-    if not progress:
-        yield {**given, "progress": None}
-        return
-    begins = "on_plan" if "on_plan" in KEYWORDS[name] else "on_total"
-    with contextlib.closing(_Bar(name, given.get(begins))) as bar:
-        yield {**given, begins: bar.begin, "progress": bar.update}
-
-
-class _Bar:
-    """A bar of `tqdm.auto`; where it cannot be shown, the work goes on without it."""
-
-    def __init__(self, name: str, also: Callable[[Any], None] | None) -> None:
-        with needed_for("progress=True"):
-            from tqdm.auto import tqdm
-        self._also = also
-        self._bar: Any = None
-        if sys.stderr is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._bar = tqdm(unit="B", unit_scale=True, desc=name)
-
-    def begin(self, what: Any) -> None:
-        """The total is known: bytes, or those of a plan."""
-        self._do("reset", total=what if isinstance(what, int) else what.tensor_nbytes)
-        if self._also is not None:
-            self._also(what)
-
-    def update(self, nbytes: int, _name: str) -> None:
-        """So many bytes more are done."""
-        self._do("update", nbytes)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._do("close")
-
-    def _do(self, method: str, *values: Any, **more: Any) -> None:
-        try:
-            if self._bar is not None:
-                getattr(self._bar, method)(*values, **more)
-        except (OSError, ValueError):  # the stream is closed, or the terminal gone
-            self._bar = None
+def _say_what_is_left(error: BaseException, name: str) -> None:
+    """What an interrupt leaves of an output, in the caller's words."""
+    if any(map(str, error.args)):
+        error.args = (spoken(str(error.args[0]), name), *error.args[1:])
+    elif "dry_run" in KEYWORDS[name]:
+        error.add_note("No weight file was finished, so nothing is kept: call it again.")
 
 
 def _in_words(report: dict[str, Any], name: str) -> list[str]:
@@ -179,10 +115,17 @@ def _in_words(report: dict[str, Any], name: str) -> list[str]:
     return list(report["warnings"])
 
 
-def _warn(found: list[str]) -> None:
+def _warn(found: list[str], report: dict[str, Any]) -> None:
+    """Log and warn; whoever has made errors of warnings gets the report with the first one."""
     if is_command_line():
         return
     for text in found:
         _LOG.warning("%s", text)
-        # At the line that called the command: of this function, and of `call`.
-        warnings.warn(text, StreamshardWarning, stacklevel=3)
+    for text in found:
+        try:
+            # At the line that called the command: of this function, and of `call`.
+            warnings.warn(text, StreamshardWarning, stacklevel=3)
+        except StreamshardWarning as warning:
+            warning.report = report
+            warning.add_note("The command itself is done; `report` of this warning is its report.")
+            raise

@@ -18,6 +18,7 @@ from streamshard.checkpoint.weight_files import is_weight_file
 from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
 from streamshard.commands.verify_model import AsModel, as_model
+from streamshard.commands.verify_zeros import zero_warnings
 from streamshard.disk.far import Far, far_at, is_any
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
@@ -88,6 +89,7 @@ def verify(
         hub.run(workers_or_default(workers))
     coverage = _coverage(found, check)
     model = as_model(found)
+    note(*zero_warnings(found.headers, check.zeros))
     if not found.listing.usable and found.listing.record == "missing":
         reason = _why_uncomparable(found)
         note(f"no digests are recorded: {reason}")
@@ -233,6 +235,8 @@ def _sampled(names: list[str], sample: str | int | None) -> list[str]:
     count = 0.0
     if match is not None:
         count = float(match[1]) * (len(names) / 100 if match[2] else 1)
+        if not match[2] and not float(match[1]).is_integer():
+            count = 0  # a tenth, or a part of a tensor?
     if match is None or not count or math.isinf(count) or (match[2] and float(match[1]) > 100):
         raise UsageError(
             f"--sample is {printable(repr(sample))}; write it like 10% or 200 (tensors)."

@@ -18,6 +18,8 @@ from streamshard.checkpoint.header import header_text
 from streamshard.checkpoint.new_header import framed
 from streamshard.checkpoint.open_anything import Opened, is_shard
 from streamshard.checkpoint.recorded_files import FileRecord, link_problem
+from streamshard.commands.verify_zeros import trailing_zeros
+from streamshard.disk.existence import has_name
 from streamshard.disk.files import open_source
 from streamshard.disk.system import is_unread
 from streamshard.engine.workers import Stop
@@ -48,6 +50,7 @@ class Comparison:
         self.different: list[str] = []
         self.unread: set[str] = set()
         self.nonfinite: dict[str, int] = {}
+        self.zeros: dict[str, int] = {}
         self.problems: list[str] = []
         self.unreadable: set[str] = set()
         self.seen = {
@@ -92,12 +95,13 @@ class Comparison:
 
     def tensor(self, file: str, place: int, name: str, tensor: Lazy, work: Workspace) -> None:
         """Compare a tensor with its digest, and count what is not finite."""
-        digest, count = new_digest(), 0
+        digest, count, zeros = new_digest(), 0, 0
         try:
             for (block,) in blocks(work, tensor):
                 self.stop.check()
                 digest.update(block.data)
                 count += count_not_finite(block, tensor.dtype)
+                zeros = trailing_zeros(block, zeros)
         except (InputError, ReadError) as error:
             self.add(name, error)
             with self.lock:
@@ -113,6 +117,8 @@ class Comparison:
                 self.problems.append(
                     f"tensor '{printable(name)}': its bytes in {printable(file)} have changed"
                 )
+            if zeros:
+                self.zeros[name] = zeros
             if count:
                 self.nonfinite[name] = count
                 self.problems.append(
@@ -138,7 +144,8 @@ class Comparison:
                 told = partial(self._tell, name) if sha256 is not None else lambda _: None
                 hash_file(path, *hashes, going=self.stop.going, told=told)
         except (InputError, ReadError) as error:
-            self.add(name, error)
+            gone = "is missing: it is recorded, and no such file is there"
+            self.add(name, error if has_name(path) else gone)
             with self.lock:
                 self.uncompared[name] = "it cannot be read"
             return

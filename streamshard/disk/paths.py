@@ -17,7 +17,7 @@ from streamshard.errors import InputError, UsageError, WriteError, printable
 __all__ = ["PathLike", "input_path", "output_path"]
 
 
-PathLike: TypeAlias = "str | os.PathLike[str]"
+PathLike: TypeAlias = str | os.PathLike[str]
 
 _NOWHERE = (
     "the current folder no longer exists, and this path begins there. Go to another folder, or give "
@@ -50,7 +50,9 @@ def _given(path: PathLike, what: str) -> str:
         raise UsageError(f"the path of {what} is {path!r}, which is no path.") from error
     # As of a shell variable that is not set; a Path would be the folder ".".
     if not text:
-        raise UsageError(f"the path of {what} is empty.")
+        raise UsageError(
+            f"the path of {what} is empty, as where a variable of a shell is not set. Give a path."
+        )
     if "\0" in text:
         raise UsageError(f"the path of {what} has a zero byte: {printable(text)}.")
     try:

@@ -86,7 +86,7 @@ class Frontier:
             return False, "the hub tells no digest of its content"
         if self._farthest > self._at:
             return False, "parts of it were read, or in another order"
-        return False, f"only its first {self._at:,} bytes were read"
+        return False, f"only its first {self._at:,} bytes were read by who wrote this"
 
 
 class _Hash:

@@ -23,6 +23,7 @@ from streamshard.errors import (
     OutOfMemoryError,
     ReadError,
     WriteError,
+    bytes_text,
 )
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def reading(path: AnyPath) -> Iterator[None]:
         with _told_by_system(path):
             yield
     except FileNotFoundError as error:
-        raise InputError.at(_path_of(error, path), "no such file. Check the path.") from error
+        raise InputError.missing(_path_of(error, path), "no such file. Check the path.") from error
     except IsADirectoryError as error:
         problem = "is a folder, a file was expected."
         raise InputError.at(_path_of(error, path), problem) from error
@@ -251,13 +252,24 @@ def writing(path: AnyPath, nbytes: int) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             problem = (
-                f"no space left ({nbytes:,} bytes to write). "
+                f"no space left ({bytes_text(nbytes)} to write). "
                 "Free some space, or choose an output on another disk."
             )
         else:
             advice = _ADVICE.get(error.errno, "Check permissions and disk.")
             problem = f"cannot be written: {error.strerror}. {advice}"
-        raise WriteError.at(_path_of(error, path), problem) from error
+        raise WriteError.at(_refused_place(error, _path_of(error, path)), problem) from error
+
+
+def _refused_place(error: OSError, path: object) -> object:
+    """The folder, where it is that which nothing may be made in: the file is not there yet."""
+    file = Path(os.fsdecode(path) if isinstance(path, bytes) else str(path))
+    if error.errno in (errno.EACCES, errno.EROFS):
+        try:
+            system.lstat(file)
+        except OSError:
+            return file.parent
+    return path
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from streamshard.disk.direct import CHUNK_NBYTES
 from streamshard.disk.system import system
+from streamshard.engine.option_values import MAX_WORKERS, PROCESS_NBYTES, check_workers
 from streamshard.engine.shard_task import parts_of
 from streamshard.engine.workers import SENDERS
-from streamshard.errors import UsageError
+from streamshard.errors import UsageError, both_bytes
 from streamshard.limits import fitting, group_room, processors
 from streamshard.tensors.kernel import chosen
 from streamshard.tensors.workspace import Held
@@ -32,10 +33,7 @@ __all__ = [
 
 
 DEFAULT_WORKERS = 8
-MAX_WORKERS = 64
-# Measured: interpreter and numpy with BLAS, what a plan has of each tensor, and a worker's blocks in fp32
-# and fp64.
-_PROCESS_NBYTES = 45_000_000
+# Measured: what a plan has of each tensor, and a worker's blocks in fp32 and fp64.
 _TENSOR_NBYTES = 1000
 _CLIENT_NBYTES = 35_000_000  # of a hub, with its connections and what comes by them
 _WORKER_NBYTES = 4_000_000
@@ -74,7 +72,7 @@ class Needs:
                 for node in tensor.held():
                     held[id(node)] = node.nbytes
         shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
-        process = _PROCESS_NBYTES + tensors * _TENSOR_NBYTES + hub * _CLIENT_NBYTES
+        process = PROCESS_NBYTES + tensors * _TENSOR_NBYTES + hub * _CLIENT_NBYTES
         return cls(process, tuple(shared), tuple(sorted(own, reverse=True)))
 
     def nbytes(self, workers: int, *, direct: bool = False) -> int:
@@ -95,8 +93,9 @@ def worker_count(
     count, one = _asked(workers), needs.nbytes(1, direct=direct)
     if max_memory is not None:
         if one > max_memory:
+            allowed, needed = both_bytes(max_memory, one)
             raise UsageError(
-                f"--max-memory is {max_memory:,} bytes, but one worker needs about {one:,} for "
+                f"--max-memory is {allowed}, but one worker needs about {needed} for "
                 "this model and adapter. Allow more, or leave the option out."
             )
         while needs.nbytes(count, direct=direct) > max_memory:
@@ -113,8 +112,7 @@ def workers_or_default(workers: int | None) -> int:
 
 
 def _asked(workers: int | None) -> int:
-    if workers is not None and not 1 <= workers <= MAX_WORKERS:
-        raise UsageError(f"--workers is {workers}; 1 to {MAX_WORKERS} can be chosen.")
+    check_workers(workers)
     return workers or min(processors(), DEFAULT_WORKERS)
 
 

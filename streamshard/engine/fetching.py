@@ -14,7 +14,7 @@ from streamshard.disk.far import Far, far_at, is_any
 from streamshard.disk.folders import disk_free, exists
 from streamshard.disk.waiting import together
 from streamshard.engine.workers import OnStep, Stop
-from streamshard.errors import HubError, WriteError, printable
+from streamshard.errors import HubError, WriteError, both_bytes, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = ["Fetching", "fetch", "fetching", "read_by", "stored", "wrong"]
@@ -48,8 +48,9 @@ class Fetching:
         needed = self.nbytes + (output_nbytes if both else 0)
         if needed > free:
             beside = f" and written to {printable(str(output))}, on the same disk," if both else ""
+            wanted, there = both_bytes(needed, free)
             raise WriteError(
-                f"{printable(str(store))}: {needed:,} bytes are to be downloaded{beside} but {free:,} "
+                f"{printable(str(store))}: {wanted} are to be downloaded{beside} but {there} "
                 "are free. Free some space, choose another cache with --cache-dir, or read a base "
                 "without storing it (--stream)."
             )

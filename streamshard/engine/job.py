@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 from streamshard.checkpoint.file_names import INDEX_NAME, REPORT_NAME, SINGLE_NAME
 from streamshard.checkpoint.header import total_nbytes
@@ -13,9 +13,16 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.disk.paths import PathLike
 from streamshard.engine.fingerprint import Fingerprint
-from streamshard.engine.option_values import Part, dtype_option, part_option, size_option
+from streamshard.engine.option_values import (
+    Part,
+    check_memory,
+    check_workers,
+    dtype_option,
+    part_option,
+    size_option,
+)
 from streamshard.engine.outlet import Outlet
-from streamshard.errors import UsageError, printable
+from streamshard.errors import UsageError, bytes_text, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = ["BaseOptions", "Beside", "CacheOptions", "Compared", "Job", "Made", "Options"]
@@ -61,7 +68,7 @@ class Compared:
                 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Plan:
     """All that a run will do, known before any weight is read; a value that can be kept and sent.
 
@@ -110,6 +117,14 @@ class Plan:
         """Bytes of tensor data to write, headers not counted: what progress adds up to."""
         return sum(total_nbytes(shard.tensors) for shard in self.shards)
 
+    def __repr__(self) -> str:
+        """What would be written, in one line."""
+        files = f"{len(self.shards):,} weight file{'s' if len(self.shards) > 1 else ''}"
+        return (
+            f"<Plan of {self.command}: {printable(str(self.output))}, {files}, "
+            f"{bytes_text(self.nbytes)}, {self.workers} worker{'s' if self.workers > 1 else ''}>"
+        )
+
     @property
     def names(self) -> set[str]:
         """Every file of the output."""
@@ -134,68 +149,95 @@ class Plan:
 _IO = ("auto", "buffered", "direct")
 
 
+class TorchDtype(Protocol):
+    """What a dtype of torch is to a type checker that does not know torch."""
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it is of floats."""
+
+
+DtypeChoice: TypeAlias = (
+    Literal["keep", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32"] | TorchDtype
+)
+"""What a type checker takes for `dtype`; any case, and `torch.…` in text, are understood as well."""
+
+
 class CacheOptions(TypedDict, total=False):
-    """Keywords of every function that reads models: how those on the hub are got."""
+    """Keywords of every function that reads models: how those on the hub are got.
+
+    - `cache_dir`: the hub's cache, as `HF_HUB_CACHE` is; by default what the environment says.
+    - `offline`: ask the hub nothing, and use what is in the cache.
+    """
 
     cache_dir: PathLike | None
-    """The hub's cache, as `HF_HUB_CACHE` is; by default what the environment says."""
     offline: bool
-    """Ask the hub nothing, and use what is in the cache."""
 
 
 class BaseOptions(CacheOptions, total=False):
-    """The like, of those that read one model above all."""
+    """The like, of those that read one model above all.
+
+    - `revision`: branch, tag or commit of the base, if that is on the hub.
+    """
 
     revision: str | None
-    """Branch, tag or commit of the base, if that is on the hub."""
 
 
 class OutputOptions(BaseOptions, total=False):
-    """Keywords of every function that writes: how to write."""
+    """Keywords of every function that writes: how to write.
+
+    - `max_shard_size`: like "5GB", or a number of bytes, to split the output anew; by default files are
+      those of the source.
+    - `dtype`: "keep" (default), "bf16", "fp16" or "fp32", or what torch calls these: round every float
+      tensor, once.
+    - `workers`: threads; by default one a processor, at most 8.
+    - `max_memory`: like "512MB", or a number of bytes: fewer threads, to stay below.
+    - `overwrite`: replace an output that exists once the new one is complete, and discard what an
+      interrupted run with other inputs or options left.
+    - `sha256`: keep the SHA-256 of all files in `streamshard.json`, too.
+    - `io`: "buffered" writes through the page cache, "direct" around it where the file system can; by
+      default ("auto") around it if the output is large against the memory that is free. The bytes are
+      the same.
+    - `part`: "I/N" (I from 1) writes the I-th of N parts of the output, in one of several processes on
+      machines that share its disk (with `push_to` alone, the folder that they run in); the last one
+      completes it, or "finish" does.
+    - `scheduler`: address of a Dask scheduler, like "tcp://host:8786", or the file that it has written:
+      its workers, on machines that share the disks, write the output.
+    - `dry_run`: check everything and write nothing.
+    - `push_to`: a repository on the hub, as "org/name": each finished weight file is uploaded while
+      others are written, and one commit at the end puts all in place. Without an output folder nothing
+      stays here.
+    - `private`: have the repository be private, if it is made.
+    - `commit_message`: of that commit.
+    - `stream`: read models on the hub by ranges, as they are needed, and never store their weights.
+    - `revision`: branch, tag or commit of the base, if that is on the hub.
+    - `cache_dir`: the hub's cache, as `HF_HUB_CACHE` is; by default what the environment says.
+    - `offline`: ask the hub nothing, and use what is in the cache.
+    - `progress`: True shows a bar; a function is called with the bytes and the tensor of each finished
+      piece.
+    - `on_plan`: called with the plan, once, before anything is written.
+    - `on_step`: called whenever something else is begun ("downloading", "checking" what an earlier run
+      has finished, "comparing", "writing", "hashing", "syncing"), with its bytes and how many of these
+      are done; while downloading also whenever more are.
+    """
 
     stream: bool
-    """Read models on the hub by ranges, as they are needed, and never store their weights."""
-
     max_shard_size: int | str | None
-    """Bytes, or like "5GB", to split the output anew; by default files are those of the source."""
-    dtype: str
-    """"keep", "bf16", "fp16" or "fp32", or what torch calls these: round every float tensor, once."""
+    dtype: DtypeChoice
     workers: int | None
-    """Threads; by default one a processor, at most 8."""
     max_memory: int | str | None
-    """Bytes, or like "512MB": fewer threads, to stay below."""
     overwrite: bool
-    """Replace an output that exists once the new one is complete, and discard what an interrupted
-    run with other inputs or options left."""
     sha256: bool
-    """Keep the SHA-256 of all files in `streamshard.json`, too."""
-    io: str
-    """"buffered" writes through the page cache, "direct" around it where the file system can; by default
-    ("auto") around it if the output is large against the memory that is free. The bytes are the same."""
+    io: Literal["auto", "buffered", "direct"]
     part: str | None
-    """"I/N" (I from 1) writes the I-th of N parts of the output, in one of several processes on machines
-    that share its disk (with `push_to` alone, the folder that they run in); the last one completes it,
-    or "finish" does."""
     scheduler: str | None
-    """Address of a Dask scheduler, like "tcp://host:8786", or the file that it has written: its workers,
-    on machines that share the disks, write the output."""
     dry_run: bool
-    """Check everything and write nothing."""
     push_to: str | None
-    """A repository on the hub, as "org/name": each finished weight file is uploaded while others are
-    written, and one commit at the end puts all in place. Without an output folder nothing stays here."""
     private: bool
-    """Have the repository be private, if it is made."""
     commit_message: str | None
-    """Of that commit."""
     on_plan: Callable[[Plan], None] | None
-    """Called once, before anything is written."""
     on_step: Callable[[str, int, int], None] | None
-    """Called whenever something else is begun ("downloading", "checking" what an earlier run has
-    finished, "comparing", "writing", "hashing", "syncing"), with its bytes and how many of these are
-    done; while downloading also whenever more are."""
     progress: Callable[[int, str], None] | bool | None
-    """Called with the bytes and the tensor of each finished piece; True shows a bar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,11 +274,12 @@ class Options:
             raise UsageError(f"--io is {printable(repr(self.io))}; choose one of {', '.join(_IO)}.")
         object.__setattr__(self, "dtype", dtype_option(self.dtype))
         part_option(self.part)
+        check_workers(self.workers)
         if self.scheduler is not None and self.part is not None:
             raise UsageError(
                 "--part and --scheduler exclude each other: a scheduler gives every worker its own parts."
             )
-        size_option(self.max_memory, "--max-memory")
+        check_memory(self.max_memory_nbytes)
         size_option(self.max_shard_size, "--max-shard-size")
 
     @property

@@ -189,6 +189,11 @@ def _is_named(path: Path, descriptor: int) -> bool:
 
 
 def _refusal(path: Path, target: Path, record: dict[str, Any]) -> BusyError:
+    if record and (record["pid"], record["host"]) == (os.getpid(), platform.node()):
+        return BusyError(
+            f"{printable(str(target))}: another call in this process is writing it. Wait for that to "
+            "end, or choose another output."
+        )
     who = f" (process {record['pid']} on {printable(str(record['host']))})" if record else ""
     return BusyError(
         f"{printable(str(target))}: another run{who} is writing it. Wait for that to end, or choose "

@@ -13,7 +13,7 @@ from streamshard.engine.destination import Destination
 from streamshard.engine.journal import FinishedShard
 from streamshard.engine.shard_task import Result
 from streamshard.engine.workers import Senders
-from streamshard.errors import WriteError, printable
+from streamshard.errors import WriteError, both_bytes, printable
 from streamshard.tensors.rounding import Change
 
 __all__ = ["OpenShard"]
@@ -26,9 +26,10 @@ class OpenShard:
         folder = place.folder
         free = disk_free(folder)
         if free is not None and free < shard.nbytes:
+            needed, there = both_bytes(shard.nbytes, free)
             raise WriteError(
-                f"{printable(str(folder / shard.name))}: {shard.nbytes:,} bytes are needed but {free:,} "
-                "are free. Free some space."
+                f"{printable(str(folder / shard.name))}: {needed} are needed but {there} are free. "
+                "Free some space."
             )
         self.shard = shard
         self.header, self.begins = shard.header()

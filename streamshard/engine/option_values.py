@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.dtypes import DTYPES, TORCH_DTYPES
 
-__all__ = ["Part", "dtype_option", "parse_size", "part_option", "size_option"]
+__all__ = ["MAX_WORKERS", "PROCESS_NBYTES", "Part", "check_memory", "check_workers"]
+__all__ += ["dtype_option", "parse_size", "part_option", "size_option"]
 
 
+MAX_WORKERS = 64
+PROCESS_NBYTES = 45_000_000
+"""Measured: what interpreter and numpy with BLAS take of memory, whatever is done."""
 _NO_SIZE = 2**63  # bytes that no system can count
+_NO_NUMBER = 1000  # bytes that nobody means
 
 _UNITS = {"": 0, "B": 1}
 for _place, _letter in enumerate("KMGT", start=1):
@@ -25,10 +30,11 @@ for _option, _name in DTYPES.items():
 def parse_size(size: int | str) -> int:
     """Bytes of "5GB", "500 MB" (decimal) or "1GiB" (binary), in any case; a number is bytes already.
 
-    Text without a unit is refused: people mean gigabytes by it, and programs bytes.
+    Text without a unit is refused: people mean gigabytes by it, and programs bytes. So are numbers
+    below a thousand, by which nobody means bytes.
 
-    >>> parse_size("1.5GB"), parse_size("1 kib"), parse_size(7)
-    (1500000000, 1024, 7)
+    >>> parse_size("1.5GB"), parse_size("1 kib"), parse_size(5_000_000_000)
+    (1500000000, 1024, 5000000000)
     """
     count: float = -1
     if isinstance(size, str):
@@ -45,6 +51,8 @@ def parse_size(size: int | str) -> int:
         raise ValueError(f"{printable(str(size))} is more than any disk has")
     if not count >= 1:  # NaN is not, either
         raise ValueError(f"{size!r} is no size greater than 0")
+    if not isinstance(size, str) and count < _NO_NUMBER:
+        raise ValueError(f'{size!r} would be bytes; write "{size}GB" or "{size}MB"')
     return int(count)
 
 
@@ -70,6 +78,21 @@ def dtype_option(dtype: object) -> str:
             f"--dtype is {printable(repr(dtype))}; keep, {', '.join(DTYPES)} can be chosen."
         )
     return known
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise `UsageError` for a number of threads that is absurd."""
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise UsageError(f"--workers is {workers}; 1 to {MAX_WORKERS} can be chosen.")
+
+
+def check_memory(nbytes: int | None) -> None:
+    """Raise `UsageError` for less memory than any run takes; how much this one does is known later."""
+    if nbytes is not None and nbytes < PROCESS_NBYTES:
+        raise UsageError(
+            f"--max-memory is {nbytes:,} bytes, but one worker needs {PROCESS_NBYTES:,} at least, and "
+            "more for a large model. Allow more, or leave the option out."
+        )
 
 
 @dataclass(frozen=True, slots=True)

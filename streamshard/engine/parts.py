@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamshard.disk.folders import exists, inode_of, rename, resolved, sync_folder
+from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import (
     Kept,
     check_beside,
@@ -254,7 +255,11 @@ def run_part(
     `OutputError` if the part `finish` finds shards missing.
     """
     with output.telling():
-        return _run(output, report, complete, progress, on_step, cluster)
+        found = _run(output, report, complete, progress, on_step, cluster)
+        inputs = active()
+        if inputs is not None:
+            inputs.end()
+        return found
 
 
 def _run(
@@ -278,9 +283,10 @@ def _run(
             output.check_place()
             if number:
                 output.write(progress, on_step, cluster)
-        except (OutputError, WriteError, ReadError, HubError):
+        except (OutputError, WriteError, ReadError, HubError) as error:
             # Others may have finished it, and removed the folder that it was being written to.
-            if not (number and output.is_done()):
+            broken = isinstance(error, (WriteError, ReadError)) and not is_of(error, GONE)
+            if broken or not (number and output.is_done()):
                 raise
         there = output.completed()
     if there is None:

@@ -150,8 +150,9 @@ class PartsFolder:
 
     def drop(self, name: str) -> None:
         """Remove a shard, if it is there."""
-        with writing(self.folder / name, 0), contextlib.suppress(FileNotFoundError):
-            system.unlink(self.folder / name)
+        path = self.folder / name
+        with writing(path, 0), contextlib.suppress(FileNotFoundError):
+            system.unlink(path)
 
     def _put(self, name: str, line: bytes) -> None:
         """Write a record, which is there as a whole or not at all."""

@@ -23,7 +23,7 @@ from streamshard.engine.fingerprint import fingerprint
 from streamshard.engine.job import Beside, Compared, Job, Options, Plan
 from streamshard.engine.outlet import AT_ONCE
 from streamshard.engine.output_path import check_inputs
-from streamshard.errors import InputError, WriteError, printable
+from streamshard.errors import InputError, WriteError, both_bytes, printable
 from streamshard.notes import noted
 from streamshard.tensors.comparing import is_comparable
 from streamshard.tensors.constructors import cast
@@ -147,8 +147,9 @@ def _room(job: Job, shards: Sequence[Shard], *, keeps: bool) -> _Room:
         if needed <= most:
             return _Room(free, needed, None if keeps else count)
     what = "" if keeps else ", for one file at a time,"
+    wanted, there = both_bytes(needed, free or 0)
     raise WriteError(
-        f"{printable(str(job.output))}: {needed:,} bytes are needed{what} but {free:,} are free. "
+        f"{printable(str(job.output))}: {wanted} are needed{what} but {there} are free. "
         "Free some space, or choose an output on another disk."
     )
 

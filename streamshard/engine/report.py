@@ -5,47 +5,48 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from streamshard.checkpoint.header import total_nbytes, total_parameters
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.far import known_as, origins
 from streamshard.engine.budget import peak_rss_bytes
 from streamshard.engine.journal import FinishedShard
-from streamshard.errors import listed, printable
+from streamshard.engine.report_line import report_line
+from streamshard.errors import listed
 from streamshard.notes import noted
 from streamshard.tensors.kernel import chosen
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.rounding import Change
 from streamshard.version import __version__
 
-__all__ = ["Report", "Streamed", "exactness", "finished", "new_report", "odd_values", "update"]
+__all__ = ["Report", "Streamed", "exactness", "finished", "new_report", "odd_values"]
+__all__ += ["show_reports_by", "update"]
 
 
 class Report(dict[str, Any]):
     """What a command returns: a mapping, and the document that `--json` prints."""
 
-    as_html: ClassVar[Callable[[Mapping[str, Any]], str] | None] = None
-    """How notebooks show it: the commands set that, which know pictures."""
-
     def __repr__(self) -> str:
         """What was done, in one line; all of it is in the items."""
-        command, output = self.get("command"), self.get("output") or self.get("path")
-        facts = [] if output is None else [printable(str(output))]
-        facts += [f"{self['tensors']:,} tensors"] if "tensors" in self else []
-        for key in ("problem", "warning"):
-            count = len(self.get(f"{key}s", ()))
-            facts += [f"{count:,} {key}{'s' if count > 1 else ''}"] if count else []
-        facts += ["dry run"] if self.get("dry_run") else []
-        return f"<Report of {command}: {', '.join(facts)}; {len(self)} keys>"
+        said = ": ".join(filter(None, (str(self.get("command")), report_line(self))))
+        return f"<Report of {said}; {len(self)} keys>"
 
     def _repr_html_(self) -> str | None:
         """What notebooks show: a table, and the picture of a change where there is one."""
-        return None if Report.as_html is None else Report.as_html(dict(self))
+        return _shown_by[0](dict(self)) if _shown_by else None
 
     def copy(self) -> Report:
         """A report of its own with the same items."""
         return Report(self)
+
+
+_shown_by: list[Callable[[Mapping[str, Any]], str]] = []
+
+
+def show_reports_by(show: Callable[[Mapping[str, Any]], str]) -> None:
+    """Say how notebooks show reports: the commands do, which know pictures."""
+    _shown_by[:] = [show]
 
 
 def new_report(command: str, tensors: Mapping[str, Lazy], layout: str | None) -> dict[str, Any]:

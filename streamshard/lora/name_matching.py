@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 from streamshard.errors import AdapterError, listed, nearest, printable
 from streamshard.lora.name_rewrites import REWRITES, part_rewrites
+from streamshard.lora.too_deep import too_deep
 from streamshard.tensors.lazy import Lazy
 
 __all__ = ["Homes", "OtherNames", "Place", "Wanted", "find_homes", "refuse_overlap"]
@@ -307,16 +308,17 @@ def _no_home(
     best: tuple[int, str, list[str]],
 ) -> AdapterError:
     matched, how, homeless = best
+    deeper = too_deep(wanted, homeless)
+    if deeper is not None:
+        return AdapterError(f"{where}: {deeper}")
     lines = [
         f"{where}: {len(homeless)} of {len(wanted)} modules are not in the base "
         f"({matched} are, {how}):"
     ]
     for name in homeless[:3]:
-        near = nearest(name, base.keys())
-        lines.append(
-            f"  '{printable(wanted[name].key)}': nearest in the base: "
-            + (listed(near) if near else "nothing like it")
-        )
+        near = nearest(name, base.keys(), count=1)
+        lines.append(f"  '{printable(wanted[name].key)}'")
+        lines.append(f"    nearest in the base: {listed(near) if near else 'nothing like it'}")
     if all(".lora_" not in wanted[name].key for name in homeless):
         lines.append(
             "These are whole tensors, as of a new head (modules_to_save): a base that has no such "

@@ -290,7 +290,10 @@ def _token_indices(value: object, where: str, kind: str = "LORA") -> dict[str, t
 def _rank(value: object, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         found = printable(repr(value), 60)
-        raise AdapterError(f"{where} is {found}; a positive whole number was expected.")
+        raise AdapterError(
+            f"{where} is {'missing' if value is None else found}; a positive whole number was expected. "
+            "Save the adapter again, or correct its config."
+        )
     return value
 
 

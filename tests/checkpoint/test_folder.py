@@ -126,7 +126,11 @@ BASES: dict[str, tuple[Callable[[Pair], None], int, list[str]]] = {
         3,
         [INDEX, "has both", "model.safetensors"],
     ),
-    "no-index": (lambda p: (p.base / INDEX).unlink(), 3, ["2 .safetensors files", INDEX]),
+    "no-index": (
+        lambda p: ((p.base / INDEX).unlink(), (p.base / FIRST).rename(p.base / "a.safetensors")),
+        3,
+        ["2 .safetensors files", INDEX],
+    ),
     "no-weights": (single(drop=(Q, K)), 4, ["not in the base"]),
     "only-pickles": (
         lambda p: [(p.base / f).unlink() for f in (INDEX, FIRST, SECOND)]

@@ -78,11 +78,11 @@ CASES: dict[str, tuple[Callable[[Pair], object], int, list[str]]] = {
     "utf-16": (lambda p: wide(p.adapter / "adapter_config.json"), 3, ["UTF-8"]),
     "zero": (
         lambda p: touched(emptied(p.base) / "global_step100" / "mp_rank_00_model_states.pt"),
-        3, ["DeepSpeed", "python /", "base/zero_to_fp32.py /", "base --safe_serialization"],
+        3, ["DeepSpeed", "python -m deepspeed.utils.zero_to_fp32 /", "base --safe_serialization"],
     ),
     "inside-zero": (
         lambda p: touched(emptied(p.base) / "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
-        3, ["DeepSpeed", "zero_to_fp32.py"],
+        3, ["DeepSpeed", "zero_to_fp32"],
     ),
     "fsdp": (
         lambda p: touched(emptied(p.base) / "pytorch_model_fsdp_0" / "__0_0.distcp"),
@@ -101,7 +101,7 @@ CASES: dict[str, tuple[Callable[[Pair], object], int, list[str]]] = {
             (p.adapter / "adapter_model.safetensors").unlink(),
             touched(p.adapter / "global_step5" / "mp_rank_00_model_states.pt"),
         ),
-        3, ["zero_to_fp32.py"],
+        3, ["zero_to_fp32"],
     ),
     "cache": (lambda p: cached(p.base), 3, ["cache of the hub", "snapshots/abc"]),
     "cache-of-an-adapter": (lambda p: cached(p.adapter), 3, ["cache of the hub", "snapshots/abc"]),
@@ -126,7 +126,12 @@ def test_part_4_what_gathers_a_zero_save_can_be_pasted(name, tmp_path):
     touched(tmp_path / "run 1" / "global_step7" / "mp_rank_00_model_states.pt")
     whole = tmp_path / "run 1"
     said = what_instead(tmp_path / name)
-    assert f"python '{whole}/zero_to_fp32.py' '{whole}' '{whole}' --safe_serialization" in said
+    command = f"'{whole}' '{whole}' --safe_serialization"
+    tag = " --tag global_step7" if name.endswith("step7") else ""
+    assert f"python -m deepspeed.utils.zero_to_fp32 {command}{tag}, then give '{whole}'" in said
+    (whole / "zero_to_fp32.py").touch()
+    said = what_instead(tmp_path / name)
+    assert f"python '{whole}/zero_to_fp32.py' {command}{tag}, then give '{whole}'" in said
 
 
 @pytest.mark.parametrize("name", ["models--org--name", "models--org--name/snapshots"])

@@ -12,6 +12,7 @@ import pytest
 from interrupted_runs import AFTER_A_SHARD, KILL, killed
 from make_checkpoint import write_adapter, write_checkpoint
 from pairs import wrap_as_the_trainer
+from reference import digests
 from terminals import in_terminal
 
 import streamshard
@@ -268,3 +269,20 @@ Progress.piece = stop
     assert seen.code == 130
     assert seen.lines[-2] == "Interrupted. Nothing was written: run the same command again."
     assert "%" in seen.lines[-3]
+
+
+def test_an_interrupt_of_a_replacement_says_that_the_old_output_stays(pair):
+    assert run(*pair.command).returncode == 0
+    before = digests(pair.output)
+    code = """
+from streamshard.cli.progress import Progress
+import os, signal, time
+def stop(self, *of):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+Progress.piece = stop
+"""
+    done = run(*pair.command, "--overwrite", "--dtype", "fp32", code=code)
+    assert done.returncode == 130, done.stderr
+    assert "nothing of it is kept, and an earlier output is as it was: run the same" in done.stderr
+    assert digests(pair.output) == before

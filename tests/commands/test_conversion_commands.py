@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -37,8 +38,8 @@ def test_the_command_says_what_it_did(folders, tmp_path, cli):
     assert outcome.code == 0
     assert "Converted 85 tensors" in outcome.out
     assert "missing: none" in outcome.out
-    assert "total" in outcome.out
-    assert "average" in outcome.out
+    assert f"L2 from {folders['hf']}: " in outcome.out
+    assert re.search(r": \S+ \(sum over tensors \S+, per parameter \S+\)\n    So far", outcome.out)
 
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])

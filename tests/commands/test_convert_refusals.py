@@ -41,7 +41,10 @@ def test_swapped_folders(layout, folders, tmp_path, cli):
 def test_one_folder_for_both_is_not_swapped(layout, folders, tmp_path, cli):
     own = folders[OTHER[layout]]
     text = refused(cli, tmp_path, 3, *command(layout, own, own, tmp_path / "out"))
-    assert f"Give {'a custom' if layout == 'custom' else 'an HF'} checkpoint of InternVL" in text
+    option = "--custom-path" if layout == "custom" else "--hf-path"
+    kind = "custom" if layout == "custom" else "HF"
+    assert f"Give, as {option}, the original model in the {kind} layout" in text
+    assert "--reference" not in text
     assert "swapped" not in text
 
 

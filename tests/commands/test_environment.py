@@ -6,11 +6,13 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 
 import streamshard
-from streamshard.extras import EXTRAS
+from streamshard.extras import EXTRAS, install
 
 
 def test_it_says_what_is_here(monkeypatch):
@@ -23,7 +25,7 @@ def test_it_says_what_is_here(monkeypatch):
     assert report["packages"]["numpy"]["version"] == np.__version__
     assert report["packages"]["pyyaml"]["version"] == importlib.metadata.version("pyyaml")
     assert report["packages"].keys() >= EXTRAS.keys()
-    assert report["packages"]["matplotlib"]["install"] == "streamshard[plot]"
+    assert report["packages"]["matplotlib"]["install"] == "pip install 'matplotlib>=3.8'"
     assert (report["kernel"], report["kernels"][-1]) == ("numpy", "numpy")
     assert report["variables"] == {"STREAMSHARD_KERNEL": "numpy"}
     assert "hf_secret" not in json.dumps(report)
@@ -40,11 +42,22 @@ def test_what_is_missing_is_told_with_its_command(monkeypatch, cli):
     monkeypatch.setattr(importlib.metadata, "version", version)
     outcome = cli("env")
     assert outcome.code == 0, outcome.err
-    assert "matplotlib: missing; drawing pictures: pip install 'streamshard[plot]'" in outcome.out
+    assert "matplotlib: missing; drawing pictures: pip install 'matplotlib>=3.8'" in outcome.out
     assert f"numpy {np.__version__}" in outcome.out
     assert f"streamshard {streamshard.__version__}" in outcome.out
     document = json.loads(cli("env", "--json").out)
     assert document["packages"]["peft"]["version"] is None
+
+
+def test_commands_that_install_are_those_of_the_project():
+    """Each package alone, in the releases that the project's own extras ask for."""
+    text = (Path(streamshard.__file__).parents[1] / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    asked = {one for name in ("torch", "peft", "dask", "plot") for one in extras[name]}
+    assert {install(package) for package in EXTRAS} == {f"pip install '{one}'" for one in asked}
+    packages = streamshard.environment()["packages"]
+    assert all(one["install"].startswith("pip install ") for one in packages.values())
+    assert packages["distributed"]["for"] == "`scheduler`"
 
 
 def test_it_imports_none_of_the_packages():

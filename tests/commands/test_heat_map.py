@@ -353,17 +353,28 @@ def test_places_that_cannot_be_written_are_refused_before_the_run(pair):
     pytest.importorskip("matplotlib")
     (pair.root / "folder.png").mkdir()
     call = {"base": pair.base, "adapter": pair.adapter, "output": pair.output}
-    for name, said in (("folder.png", "no file"), ("nowhere/x.png", "no such folder")):
-        with pytest.raises(WriteError, match=said):
-            merge_lora(**call, plot=pair.root / name)
-        with pytest.raises(WriteError, match=said):
-            diff(pair.base, pair.base, plot=pair.root / name)
+    with pytest.raises(WriteError, match="no file"):
+        merge_lora(**call, plot=pair.root / "folder.png")
+    with pytest.raises(WriteError, match="no file"):
+        diff(pair.base, pair.base, plot=pair.root / "folder.png")
     with pytest.raises(WriteError, match=r"is no folder|Not a directory"):
         merge_lora(**call, plot=pair.base / "config.json" / "x.png")
     pair.output.mkdir()
     with pytest.raises(UsageError, match="in the output"):
         merge_lora(**call, plot=pair.output / "x.png")
     assert [*pair.output.iterdir()] == []
+
+
+def test_the_folder_of_a_picture_is_made_and_the_picture_is_told(pair, cli):
+    pytest.importorskip("matplotlib")
+    picture = pair.root / "new" / "folder" / "x.png"
+    done = cli(*pair.command, "--plot", picture)
+    assert done.code == 0, done.err
+    assert picture.is_file()
+    assert done.out.endswith(f"\n  picture: {picture}\n")
+    other = picture.parent / "more" / "y.svg"
+    assert f"  picture: {other}\n" in cli("diff", pair.output, pair.base, "--plot", other).out
+    assert other.is_file()
 
 
 def test_an_old_picture_stays_until_the_new_one_is_there(pair, monkeypatch):
@@ -445,6 +456,37 @@ def test_a_letter_is_the_largest_change_of_its_layers():
     assert sorted(range(47), key=lambda n: (order.index(marks[n]), n)) == sorted(
         range(47), key=lambda n: (changes[n], n)
     )
+
+
+def test_the_scale_is_that_of_the_picture():
+    """Linear from zero, unless the largest is many times the smallest."""
+    from streamshard.cli import heat_text
+    from streamshard.commands import picture
+
+    assert heat_text.MANY_TIMES == picture.MANY_TIMES
+    name = "language_model.model.layers.{}.mlp.up_proj.weight"
+    for factor, scale in ((29, "0 .:-=+*#%@ 29 (linear scale)"), (31, "1 .:-=+*#%@ 31 (logarithm")):
+        squared = {name.format(n): float(n**2) for n in (1, factor)}
+        lines = text_of(heat_map("a against b", squared, dict.fromkeys(squared, 1.0)))
+        assert any(line.startswith(scale) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("layers", "ruler"),
+    [
+        (3, "0 2"),
+        (24, "0         10        20 23"),
+        (94, "0    10   20   30   40   50   60   70   80   90"),
+    ],
+)
+def test_layers_have_their_numbers(layers, ruler):
+    name = "language_model.model.layers.{}.mlp.up_proj.weight"
+    squared = {name.format(n): 1.0 for n in range(layers)}
+    lines = text_of(heat_map("a against b", squared, dict.fromkeys(squared, 1.0)))
+    (line,) = (line for line in lines if line.strip().startswith("layer "))
+    (row,) = (line for line in lines if "mlp.up_proj" in line)
+    assert line[line.index("layer") + 6 :] == ruler
+    assert line.index("0") == row.index("@")
 
 
 def test_on_the_command_line(pair, cli):

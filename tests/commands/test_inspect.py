@@ -90,7 +90,9 @@ def test_a_wrapped_checkpoint_is_told(tmp_path, cli):
         "wrapped": True, "pairs": 3, "ranks": [4], "use_llm_lora": 16, "use_backbone_lora": 0,
     }  # fmt: skip
     assert (report["layout"], report["family"]) == ("custom", "qwen2")
-    assert "3 pairs inside, ranks [4]" in cli("inspect", folder).out
+    said = cli("inspect", folder).out
+    assert f"3 pairs inside, ranks 4: fold them in by `streamshard merge-lora {folder}`" in said
+    assert "spelling" not in said
 
 
 def test_an_adapter_is_told(tmp_path, cli):

@@ -73,13 +73,13 @@ def test_a_typo_is_told_with_what_is_there(command, pair, cli, monkeypatch):
         ("nothing/like-it", "hub"),
         ("Nothing/Like-it@main", "hub"),
         ("base/config.json/x", "is a file"),
-        ("base/no/such/folder", "no 'no' in"),
+        ("base/no/such/folder", "there is no 'no'"),
         ("./nothing/like-it", "Check the path"),
         ("link", "link to nothing"),
         ("bas", "'base'"),
         ("completely-else", "Check the path"),
         ("org/name/sub/folder", "in a model on the hub it would be hf://org/name/sub/folder."),
-        ("org/name/sub", "There is no 'org' in the current folder. Check the path; in a model"),
+        ("org/name/sub", "In this folder there is no 'org'. Check the path; in a model"),
     ],
 )
 def test_what_is_not_there(path, said, pair, monkeypatch):
@@ -157,8 +157,8 @@ def test_a_training_checkpoint_as_an_adapter(trained, cli):
         ([], "nothing to merge"),
         (["adapter"], "--base is missing"),
         (["base"], "--adapter is missing"),
-        (["checkpoint", "base"], "so --base cannot be given"),
-        (["checkpoint", "adapter", "base"], "so --adapter and --base cannot be given"),
+        (["checkpoint", "base"], ": --base cannot be given"),
+        (["checkpoint", "adapter", "base"], ": --adapter and --base cannot be given"),
     ],
     ids=str,
 )
@@ -185,7 +185,9 @@ def test_a_plain_model_as_a_training_checkpoint(pair, cli):
     for command in ("merge-lora", "extract-lora"):
         done = cli(command, pair.base, "--output", pair.output)
         assert done.code == 3
-        assert f"`streamshard merge-lora --adapter ADAPTER --base {pair.base}`" in done.err
+        advice = f"`streamshard merge-lora --adapter ADAPTER --base {pair.base}`"
+        assert (advice in done.err) == (command == "merge-lora")
+        assert ("what can be extracted" in done.err) == (command == "extract-lora")
         check_options(done.err, command)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import reference
 
-from streamshard.extras import EXTRAS, NAMED, explained, needed_for
+from streamshard.extras import EXTRAS, explained, needed_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,7 +106,7 @@ def test_c3_a_live_model_says_what_it_needs():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert "needs peft" in done.stdout
-    assert "pip install 'streamshard[peft]'" in done.stdout
+    assert "pip install 'peft>=" in done.stdout
 
 
 def test_c3_a_bar_says_what_it_needs(pair):
@@ -126,7 +126,7 @@ def test_c3_a_bar_says_what_it_needs(pair):
 
 def test_what_is_missing_is_explained():
     said = str(explained(ModuleNotFoundError(name="torch.nn")))
-    assert "pip install 'streamshard[torch]'" in said
+    assert "pip install 'torch>=" in said
     assert "http" not in said
     broken = ImportError("libfoo.so: cannot open", name="torch")
     assert "libfoo.so" in str(explained(broken))
@@ -140,7 +140,6 @@ def test_extras_are_those_that_can_be_installed():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     for name in EXTRAS:
-        assert f"\n{NAMED.get(name, name)} = [" in section
         assert f'"{name}>=' in section
     always = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     assert "huggingface_hub" in always

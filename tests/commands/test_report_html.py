@@ -47,10 +47,11 @@ def test_a_table_of_what_a_report_says(pair):
     parsed = Parsed(report._repr_html_())
     assert parsed.texts[0] == f"merge-lora (streamshard {streamshard.__version__})"
     rows = parsed.rows()
-    assert rows["merged"] == "2"
+    assert rows["result"].startswith("4 tensors, 2 of them merged, L2 ")
+    assert rows["merged tensors"] == "2"
     assert rows["tensors"] == "4"
-    assert f"global {report['l2']['global']:.6g}" in rows["l2"]
-    assert re.fullmatch(r"[\d.]+ [KM]?B", rows["bytes"])
+    assert f"global: {report['l2']['global']:.6g}" in rows["L2 distance"]
+    assert re.fullmatch(r"[\d.]+ [KM]?B", rows["size"])
     assert "missing" not in rows  # as it is empty
     assert "img" not in parsed.tags
 
@@ -68,6 +69,36 @@ def test_of_every_command(pair):
         streamshard.Report(),
     ):
         assert Parsed(report._repr_html_()).tags.count("table") == 1
+
+
+def test_the_verdict_of_a_check_comes_first(pair):
+    made = streamshard.merge_lora(base=pair.base, adapter=pair.adapter, output=pair.output)
+    assert made["warnings"] == []
+    rows = Parsed(streamshard.verify(pair.output)._repr_html_()).rows()
+    assert rows["result"] == "4 tensors, as it was written"
+    rows = Parsed(streamshard.verify(pair.base)._repr_html_()).rows()
+    assert rows["result"] == "4 tensors, no fault found, nothing recorded to compare with"
+    (pair.output / "config.json").write_text("{}")
+    with pytest.raises(streamshard.VerificationError) as raised:
+        streamshard.verify(pair.output)
+    rows = Parsed(streamshard.Report(raised.value.report)._repr_html_()).rows()
+    assert re.fullmatch(r"4 tensors, \d+ problems?", rows["result"])
+    rows = Parsed(streamshard.diff(pair.base, pair.output)._repr_html_()).rows()
+    assert re.fullmatch(r"2 of 4 tensors differ, L2 [\d.e-]+", rows["result"])
+    assert (rows["first"], rows["second"]) == (str(pair.base), str(pair.output))
+
+
+def test_packages_are_listed_with_their_versions():
+    import numpy as np
+
+    packages = {
+        **streamshard.environment()["packages"],
+        "peft": {"version": None, "for": "x", "install": "pip install peft"},
+    }
+    shown = streamshard.Report(command="env", packages=packages)
+    rows = Parsed(shown._repr_html_()).rows()
+    assert f"numpy {np.__version__}" in rows["packages"]
+    assert "peft is missing (pip install peft)" in rows["packages"]
 
 
 def test_names_are_no_html():
@@ -92,7 +123,7 @@ def test_the_picture_of_a_change(pair):
     )
     text = report._repr_html_()
     if importlib.util.find_spec("matplotlib") is None:
-        assert "streamshard[plot]" in text
+        assert "pip install" in text
         return
     image = re.search(r"src='data:image/png;base64,([^']+)'", text)
     assert image is not None
@@ -110,12 +141,12 @@ def test_no_picture_without_matplotlib(pair, monkeypatch):
     assert report["heat_map"] is not None
     parsed = Parsed(report._repr_html_())
     assert "img" not in parsed.tags
-    assert any("pip install 'streamshard[plot]'" in text for text in parsed.texts)
+    assert any("pip install 'matplotlib>=" in text for text in parsed.texts)
 
 
 @pytest.mark.parametrize("value", [0, 999, 1000, 10**12 * 5])
 def test_sizes_have_units(value):
-    shown = Parsed(streamshard.Report(command="x", bytes=value)._repr_html_()).rows()["bytes"]
+    shown = Parsed(streamshard.Report(command="x", bytes=value)._repr_html_()).rows()["size"]
     number, unit = shown.split()
     factor = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
     assert float(number) * factor == value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -325,3 +327,72 @@ def test_modules_are_converted_like_their_state_dicts():
     made, same = convert_keys_back(model), convert_keys_back(model.state_dict())
     assert made.keys() == same.keys()
     assert compute_l2_distance(made, same) == 0.0
+
+
+# --- what is no state dict, or none of this layout --------------------------------------------------
+
+
+def test_tensors_that_are_not_compared_are_counted():
+    import numpy as np
+
+    one = {"a": np.ones(3), "b": np.ones(2), "c": np.ones(2)}
+    other = {"a": np.ones(3), "b": np.ones(4), "d": np.ones(2), "x._extra_state": b"1"}
+    with pytest.warns(streamshard.StreamshardWarning, match=r"only 1 of 4 .* 2 names .* 1 have"):
+        assert streamshard.compute_l2_distance(one, other) == 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert streamshard.compute_l2_distance(one, dict(one)) == 0.0
+
+
+@pytest.mark.parametrize("convert", ["convert_keys_back", "convert_keys_to_hf"])
+def test_a_state_dict_of_the_other_layout_is_told_what_converts_it(convert):
+    import numpy as np
+
+    other = {"convert_keys_back": "convert_keys_to_hf", "convert_keys_to_hf": "convert_keys_back"}
+    name = {
+        "convert_keys_back": "vision_model.encoder.layers.0.attn.qkv.weight",
+        "convert_keys_to_hf": "model.vision_tower.encoder.layer.0.attention.q_proj.weight",
+    }[convert]
+    with pytest.raises(streamshard.InputError, match=other[convert]) as raised:
+        getattr(streamshard, convert)({name: np.ones((2, 2))})
+    assert "folders" not in str(raised.value)
+
+
+@pytest.mark.parametrize("convert", ["convert_keys_back", "convert_keys_to_hf"])
+def test_a_wrapped_state_dict_is_told_at_once(convert):
+    import numpy as np
+
+    names = [f"language_model.base_model.model.model.layers.{n}.mlp.up_proj" for n in range(20)]
+    wrapped = {f"{n}.lora_{side}.default.weight": np.ones((2, 2)) for n in names for side in "AB"}
+    with pytest.raises(streamshard.InputError, match=r"^this is the state dict .* merge its pairs"):
+        getattr(streamshard, convert)(wrapped)
+
+
+@pytest.mark.parametrize("convert", ["convert_keys_back", "convert_keys_to_hf"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({1: 2}, "1 is no name of a tensor"),
+        ({"a": 0}, "'a' is 0; a tensor was expected"),
+        ({"a": None}, "'a' is None; a tensor was expected"),
+        ({"a": [1]}, "'a' is of type list; a tensor was expected"),
+        (3, "was expected, not 3"),
+    ],
+    ids=str,
+)
+def test_what_is_no_state_dict(convert, given, said):
+    with pytest.raises(TypeError, match=said):
+        getattr(streamshard, convert)(given)
+
+
+def test_a_config_of_transformers_is_taken(folders):
+    """As `model.config` is: it has `to_dict`, and is no mapping."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    tensors = load_file(folders["hf"] / "model.safetensors")
+    plain = json.loads((folders["hf"] / "config.json").read_text())
+    found = streamshard.convert_keys_back(tensors, config=AutoConfig.from_pretrained(folders["hf"]))
+    assert found.keys() == streamshard.convert_keys_back(tensors, config=plain).keys()
+    with pytest.raises(TypeError, match="`config` is of type PosixPath"):
+        streamshard.convert_keys_back(tensors, config=folders["hf"])

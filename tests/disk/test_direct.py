@@ -268,7 +268,7 @@ def test_when_it_is_chosen(pair, monkeypatch):
     monkeypatch.setattr(budget, "group_room", lambda: 100)
     assert direct()
     assert not direct(io="buffered")
-    assert not direct(max_memory=budget._PROCESS_NBYTES + 10_000_000)
+    assert not direct(max_memory=budget.PROCESS_NBYTES + 10_000_000)
     monkeypatch.setattr(budget, "group_room", lambda: None)
     assert not direct()
     with pytest.raises(streamshard.errors.UsageError, match="`io` is 'fast'; choose one of auto"):

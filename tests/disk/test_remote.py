@@ -294,7 +294,10 @@ def test_what_could_not_be_checked_is_told():
         "the hub tells no digest of its content",
     )
     remote = remote_of(Store(), head=DATA[:2000])
-    assert remote.frontier.outcome() == (False, "only its first 2,000 bytes were read")
+    assert remote.frontier.outcome() == (
+        False,
+        "only its first 2,000 bytes were read by who wrote this",
+    )
 
 
 def test_threads_have_their_own_streams():

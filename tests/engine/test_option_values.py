@@ -24,9 +24,15 @@ def test_R13_sizes(text):
     assert parse_size(text) == SIZES[text]
 
 
-@pytest.mark.parametrize("number", [5, 5 * 10**9, 5e9])
+@pytest.mark.parametrize("number", [1000, 5 * 10**9, 5e9])
 def test_R13_numbers_are_bytes_in_python(number):
     assert parse_size(number) == number
+
+
+@pytest.mark.parametrize("number", [1, 5, 999, 2.5])
+def test_numbers_that_nobody_means_as_bytes_ask_for_a_unit(number):
+    with pytest.raises(ValueError, match=f'{number} would be bytes; write "{number}GB"'):
+        parse_size(number)
 
 
 @pytest.mark.parametrize("text", ["5", "5000000000", "0.5", " 5 "])

@@ -10,8 +10,10 @@ import threading
 import hub_commands
 import pytest
 from fake_hub import Hub
-from hub_faults import First, LoseAnswer, Status
-from marks import slow
+from hub_faults import First, LoseAnswer, NoAnswer, Status
+from interrupted_runs import killed
+from marks import slow, slow_but
+from parts_runs import AFTER_A_RECORD, AFTER_ADOPTING, WHILE_ADOPTING
 from pushes import (
     RECORD,
     REPO,
@@ -148,6 +150,20 @@ def test_another_command(shop, hub, place, push, tmp_path):
     assert [*place.iterdir()] == []
 
 
+def test_what_is_said_of_it(shop, hub, place):
+    """Each in its words: a part, finish before all is there, the last one, and one that comes late."""
+    said = {}
+    for which in ("1/2", "finish", "2/2", "1/2 again"):
+        found = begin(shop, hub, place, "--part", which.split()[0])
+        said[which] = (*found.communicate(timeout=300), found.returncode)
+    assert f"Part 1/2 of {REPO} is uploaded: " in said["1/2"][0]
+    assert "of 5 files of the output are finished. The last part completes it" in said["1/2"][0]
+    assert "of its 5 weight files are not uploaded: 'model-" in said["finish"][1]
+    assert f"files in one commit, {hub.url}/{REPO}/tree/{hub.head(REPO)}" in said["2/2"][0]
+    assert "the output is complete already" in said["1/2 again"][1]
+    assert [code for _, _, code in said.values()] == [0, 5, 0, 0]
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -227,6 +243,17 @@ def test_without_a_token(hub, place, push, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="needs a token"):
         push(part="1/2")
+    assert [*place.iterdir()] == []
+
+
+@pytest.mark.parametrize("fault", [Status(500), Status(403), NoAnswer()], ids=repr)
+@pytest.mark.parametrize("which", ["1/2", "finish"])
+def test_a_hub_that_does_not_answer(which, fault, hub, place, push):
+    """What is there cannot be told: nothing is begun."""
+    hub.fail(fault, f"/api/models/{REPO}*", times=None)
+    with pytest.raises(HubError, match=REPO) as caught:
+        push(part=which)
+    assert caught.value.exit_code == 9
     assert [*place.iterdir()] == []
 
 
@@ -383,6 +410,81 @@ def test_a_kill_at_a_stage(stage, done, keeps, shop, hub, place):
     assert running[0].returncode == -signal.SIGKILL
     for number in (1, 2):
         ends_well(begin(shop, hub, place, *more, "--part", f"{number}/2"))
+    assert pushed(hub) == shop.right
+    assert commits_of(hub, "the output") == 1
+    assert sent_twice(hub) == []
+    if keeps:
+        assert contents(place / "kept") == shop.right
+    assert [one.name for one in place.iterdir()] == ["kept"] * keeps
+
+
+# Where a part, or who completes the output, is killed, beside requests of the hub.
+MOMENTS = {
+    "written": AFTER_A_RECORD,
+    "sent": """
+from streamshard.engine.parts_folder import PartsFolder
+drop = PartsFolder.drop
+PartsFolder.drop = lambda self, name: kill()
+""",
+    "noted": """
+from streamshard.engine.parts_folder import PartsFolder
+add = PartsFolder.add_elsewhere
+def last(self, key, noted):
+    add(self, key, noted)
+    if noted.sent:
+        kill()
+PartsFolder.add_elsewhere = last
+""",
+    "adopting": WHILE_ADOPTING,
+    "adopted but not what was sent": """
+from streamshard.engine.journal import Journal
+Journal.add_elsewhere = lambda self, key, noted: kill()
+""",
+    "adopted": AFTER_ADOPTING,
+    "discarding": """
+from streamshard.engine import parts_cleanup, parts_folder
+remove = parts_folder.remove
+def some(folder, names):
+    remove(folder, {name for name in names if name.endswith(".sent")})
+    kill()
+parts_folder.remove = some
+""",
+    "ready": """
+from streamshard.engine.sending import Publishing
+Publishing.finish = lambda self, on_step: kill()
+""",
+    "committed": """
+from streamshard.engine.staging_folder import Staging
+Staging.discard = lambda self: kill()
+Staging.remove_journal = lambda self: kill()
+""",
+}
+
+
+@pytest.mark.parametrize("then", slow_but(["2/2", "1/3", "finish"], "2/2"))
+@pytest.mark.parametrize(
+    ("moment", "keeps"),
+    slow_but(
+        [(m, keeps) for m in MOMENTS for keeps in (False, True) if not (keeps and m == "sent")],
+        ("sent", False),
+        ("adopted but not what was sent", False),
+    ),
+)
+def test_a_kill_at_a_moment(moment, keeps, then, shop, hub, place, push, monkeypatch):
+    more = {"output": "kept"} if keeps else {}
+    push(part="1/2", **more)
+    asked = ["--adapter", shop.adapter, "--base", shop.base, "--push-to", REPO]
+    asked += ["--commit-message", "the output", *(["--output", "kept"] if keeps else [])]
+    killed(MOMENTS[moment], ["merge-lora", *map(str, asked), "--part", "2/2"])
+    if then == "finish" and moment in ("written", "sent", "noted"):
+        with pytest.raises(OutputError, match="not uploaded"):
+            push(part="finish", **more)
+        push(part="2/2", **more)
+    if then == "1/3":  # who does other shards ends well, and whoever is last completes it
+        for number in (1, 2):
+            push(part=f"{number}/3", **more)
+        then = "3/3"
+    assert push(part=then, **more)["part"]["complete"]
     assert pushed(hub) == shop.right
     assert commits_of(hub, "the output") == 1
     assert sent_twice(hub) == []

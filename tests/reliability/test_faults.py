@@ -31,6 +31,10 @@ NAMES = [
     "merge-lora --overwrite",
     "merge-lora, resumed",
     "merge-lora, direct",
+    "merge-lora, all in a part",
+    "merge-lora, one part of two",
+    "merge-lora, the last part",
+    "merge-lora, parts completed",
     "hf2custom",
 ]
 
@@ -137,6 +141,44 @@ def test_an_open_descriptor_is_noticed(scenarios, made, monkeypatch):
 
 
 # --- what the harness has found -------------------------------------------------------------------
+
+
+def test_a_part_whose_sync_fails_is_no_success(pair, cli, monkeypatch):
+    """Though all that it had to do is there by then."""
+    fsync, rename, done = system.fsync, system.rename, []
+
+    def noting(path: Path, other: Path) -> None:
+        rename(path, other)
+        done.extend([path] * (other.suffix == ".done"))
+
+    def failing(descriptor: int) -> None:
+        if done:
+            raise OSError(errno.EIO, "not on the disk")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "rename", noting)
+        patch.setattr(system, "fsync", failing)
+        outcome = cli(*pair.command, "--part", "1/2")
+    assert outcome.code == 6
+    assert "run the same command again" in outcome.err
+    assert cli(*pair.command, "--part", "2/2").code == 0
+
+
+def test_what_a_part_has_finished_is_told_when_an_input_cannot_be_looked_at(pair, cli, monkeypatch):
+    stat, file = system.stat, pair.adapter / "adapter_config.json"
+    folder = pair.output.with_name(".merged.parts")
+
+    def failing(path: Path) -> os.stat_result:
+        if str(path) == str(file) and [*folder.glob("*.done")]:
+            raise OSError(errno.EIO, "broken", str(path))
+        return stat(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "stat", failing)
+        outcome = cli(*pair.command, "--part", "1/2")
+    assert outcome.code == 7
+    assert str(folder) in outcome.err
 
 
 @pytest.mark.parametrize("where", ["adapter_model.safetensors", "vocab.json"])

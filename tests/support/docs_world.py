@@ -47,7 +47,7 @@ assert [*folder.glob("tokenizer*")], folder
     "pip": """
 import re, tomllib
 project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-named = [word for word in sys.argv[1:] if "streamshard" in word or word.startswith(".[")]
+named = [word for word in sys.argv[1:] if "streamshard" in word or word.startswith(".")]
 assert named, sys.argv
 for word in named:
     extras = re.search(r"\\[(.*)\\]", word)

@@ -14,7 +14,12 @@ slow = pytest.mark.slow
 
 def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
     """Parameters of which the quick test command tries only a few."""
-    return [value if value in quick else pytest.param(value, marks=slow) for value in values]
+    return [
+        value
+        if value in quick
+        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=slow)
+        for value in values
+    ]
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and peaks are those of Linux")
