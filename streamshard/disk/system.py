@@ -157,6 +157,10 @@ class System:
         with _inside(path) as (name, folder):
             os.rmdir(name, dir_fd=folder)
 
+    def remove_tree(self, path: AnyPath) -> None:
+        """Remove a folder with all that is in it, as far as that goes."""
+        shutil.rmtree(path, ignore_errors=True)
+
     def unlink(self, path: AnyPath) -> None:
         with _inside(path) as (name, folder):
             os.unlink(name, dir_fd=folder)

@@ -36,9 +36,9 @@ def temporary_folder() -> Iterator[Path]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        system.remove_tree(path)
         if lock is not None:
-            os.close(lock)
+            system.close(lock)
 
 
 def _remove_left(around: Path) -> None:
@@ -46,7 +46,7 @@ def _remove_left(around: Path) -> None:
     if not hasattr(os, "geteuid") or not shutil.rmtree.avoids_symlink_attacks:
         return
     with contextlib.suppress(OSError):
-        mode = os.stat(around).st_mode
+        mode = system.stat(around).st_mode
         if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
             return  # others could put a folder of ours in its place
         for entry in system.scandir(around):
@@ -56,7 +56,7 @@ def _remove_left(around: Path) -> None:
 
 
 def _remove_if_left(path: Path) -> None:
-    found = os.lstat(path)
+    found = system.lstat(path)
     if not (
         stat.S_ISDIR(found.st_mode)
         and found.st_uid == os.geteuid()
@@ -67,11 +67,11 @@ def _remove_if_left(path: Path) -> None:
     if lock is None:
         return
     try:
-        there = os.fstat(lock)
+        there = system.fstat(lock)
         if (there.st_dev, there.st_ino) == (found.st_dev, found.st_ino):
-            shutil.rmtree(path, ignore_errors=True)
+            system.remove_tree(path)
     finally:
-        os.close(lock)
+        system.close(lock)
 
 
 def _locked(path: Path) -> int | None:
@@ -79,12 +79,12 @@ def _locked(path: Path) -> int | None:
     if not hasattr(os, "O_DIRECTORY"):
         return None
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        descriptor = system.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
         system.lock(descriptor)
     except OSError:
-        os.close(descriptor)
+        system.close(descriptor)
         return None
     return descriptor

@@ -35,6 +35,7 @@ __all__ = [
 DEFAULT_WORKERS = 8
 # Measured: what a plan has of each tensor, and a worker's blocks in fp32 and fp64.
 _TENSOR_NBYTES = 1000
+_CLIENT_NBYTES = 35_000_000  # of a hub, with its connections and what comes by them
 _WORKER_NBYTES = 4_000_000
 _READER_NBYTES = 6_000_000
 # Where writing goes around the page cache: chunks that are being written, and those that have a place
@@ -55,8 +56,8 @@ class Needs:
     """What single workers need for a tensor or a part of one, the largest first."""
 
     @classmethod
-    def of(cls, shards: Sequence[Shard]) -> Needs:
-        """Those of all tensors of these files."""
+    def of(cls, shards: Sequence[Shard], *, hub: bool = False) -> Needs:
+        """Those of all tensors of these files; `hub` if inputs are from one, or the output goes there."""
         held: dict[int, int] = {}
         tensors = 0
         # There may be fewer parts of large ones than workers.
@@ -71,7 +72,7 @@ class Needs:
                 for node in tensor.held():
                     held[id(node)] = node.nbytes
         shared = heapq.nlargest(Held.count_for(MAX_WORKERS), held.values())
-        process = PROCESS_NBYTES + tensors * _TENSOR_NBYTES
+        process = PROCESS_NBYTES + tensors * _TENSOR_NBYTES + hub * _CLIENT_NBYTES
         return cls(process, tuple(shared), tuple(sorted(own, reverse=True)))
 
     def nbytes(self, workers: int, *, direct: bool = False) -> int:

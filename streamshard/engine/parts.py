@@ -50,7 +50,6 @@ from streamshard.errors import (
 
 __all__ = ["Output", "adopting", "run_part"]
 
-
 TRIES = 10
 PAUSE_SECONDS = 0.3
 
@@ -109,9 +108,9 @@ class Output:
             if left:
                 self._begin(parts)
                 new = [shard for shard in left if shard.name not in parts.finished]
-                inputs = read_by(new, self.made.compared.references(new), ())
-                fetch(inputs, on_step, check=self.made.sha256)
-                own = replace(self.made, shards=tuple(mine))
+                read = read_by(new, self.made.compared.references(new), ())
+                fetch(read, on_step, check=self.made.sha256)
+                own = replace(self.made, shards=(*mine,))
                 if cluster is None:
                     write_shards(own, parts, progress=progress, on_step=on_step)
                 else:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from streamshard.checkpoint.file_names import INDEX_NAME, JOURNAL_NAME, REPORT_NAME
 from streamshard.checkpoint.recorded_files import name_problem
 from streamshard.checkpoint.shards import Shard, plan_shards
+from streamshard.disk.far import is_any
 from streamshard.disk.files import file_nbytes
 from streamshard.disk.folders import disk_free
 from streamshard.disk.inputs import active
@@ -63,7 +64,7 @@ def plan(job: Job, options: Options) -> Plan:
     _check_names(job.files, shards)
     nbytes = sum(shard.nbytes for shard in shards)
     room = _room(job, shards, keeps=options.outlet is None or options.outlet.keeps)
-    needs = Needs.of(shards)
+    needs = Needs.of(shards, hub=is_any() or options.outlet is not None)
     known, own = job.reference or {}, shards_of(shards, options.wanted)
     reference = (known[name] for shard in own for name in shard.tensors if name in known)
     download = fetching(read_by(own, reference, job.files.values()))

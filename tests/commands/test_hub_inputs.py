@@ -255,6 +255,8 @@ def test_the_plan_says_what_is_downloaded(shop, hub, home, tmp_path):
     weights = [path.stat().st_size for path in shop["custom"].glob("*.safetensors")]
     assert plan["download_bytes"] == sum(weights)
     assert plan["download_free_bytes"] > 0
+    local = report(streamshard(hub, home, *line("merge", shop, out, "--dry-run")))["plan"]
+    assert plan["memory_bytes"] >= local["memory_bytes"] + 25_000_000  # the client of the hub
     assert not out.exists()
 
 
