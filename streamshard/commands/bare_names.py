@@ -14,7 +14,7 @@ from streamshard.errors import printable
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.model_config import config_layout
 from streamshard.notes import note
-from streamshard.tensor_names import without_wrappers
+from streamshard.tensor_names import has_words_of_training, without_wrappers
 
 __all__ = ["bare_names", "with_bare_names"]
 
@@ -47,6 +47,8 @@ def bare_names(names: Collection[str], *, is_model: bool = False) -> dict[str, s
     >>> bare_names(["mlp1.0.weight", "language_model.lm_head.weight"])
     {}
     """
+    if layout_of(names) is not None and not any(map(has_words_of_training, names)):
+        return {}  # as nearly always, without a mapping of 40,000 names
     bare = {without_wrappers(name): name for name in names}
     all_changed = all(name != given for name, given in bare.items())
     if len(bare) < len(names) or not (all_changed or is_model or layout_of(bare) is not None):
