@@ -150,7 +150,12 @@ class Faults:
         if not self.kind.error:
             return call() if self.kind.part else 0
         if self.kind.late or name == "close":  # a descriptor is closed even if that fails
-            call()
+            try:
+                call()
+            except OSError:
+                with self._lock:  # an error of its own, that who calls may expect
+                    self.failed[self.failed.index((name, paths))] = (f"own {name}", paths)
+                raise
         error = OSError(self.kind.error, os.strerror(self.kind.error))
         if named:
             error.filename = paths.split("\n", maxsplit=1)[0]

@@ -624,4 +624,65 @@ MUTANTS = (
         "updates that are lost in rounding are a success",
         ("test_updates_that_cancel_are_an_error",),
     ),
+    # --- parts of an output, and clusters ---
+    Mutant(
+        "parts-by-count",
+        "heapq.heapreplace(loads, (load + shards[place].nbytes, part))",
+        "heapq.heapreplace(loads, (load + 1, part))",
+        "parts have the same number of files, and not of bytes",
+        ("test_shards_are_divided_by_bytes",),
+    ),
+    Mutant(
+        "record-of-others",
+        'return record if isinstance(record, dict) and record.get("of") == digest else None',
+        "return record",
+        "the record of another plan counts as one of this",
+        ("test_the_record_of_another_plan",),
+    ),
+    Mutant(
+        "record-without-file",
+        "            return system.lstat(path).st_size == record.nbytes\n        return False",
+        "            return system.lstat(path).st_size == record.nbytes\n        return True",
+        "a record counts though its file is gone",
+        ("test_damage_is_noticed",),
+    ),
+    Mutant(
+        "plans-not-compared",
+        "found = differences(there.identity, shared.identity)",
+        "found: list[str] = []",
+        "parts of different inputs and options are put together",
+        ("test_another_plan", "test_another_input"),
+    ),
+    Mutant(
+        "finish-at-once",
+        "missing = [s.name for s in self.made.shards if s.name not in self._finished]",
+        "missing: list[str] = []",
+        "what completes an output does not demand all parts",
+        ("test_finish_before_all_are_there",),
+    ),
+    Mutant(
+        "part-broken-is-done",
+        "            if broken or not (number and output.is_done()):",
+        "            if not (number and output.is_done()):",
+        "a part whose disk failed is a success",
+        ("test_a_part_whose_sync_fails_is_no_success",),
+    ),
+    Mutant(
+        "moved-parts",
+        "        if inode_of(self.folder) != self._inode:",
+        "        if False:",
+        "a part notes what it has finished in a folder that was put in the place of its own",
+        ("test_the_folder_is_put_elsewhere",),
+    ),
+    Mutant(
+        "late-workers-believed",
+        """    other = described(environment(), expected)
+    if other:
+        raise ClusterError(""",
+        """    other = described(environment(), expected)
+    if False:
+        raise ClusterError(""",
+        "a worker of another version that comes late writes shards",
+        ("test_another_worker_that_comes_late",),
+    ),
 )

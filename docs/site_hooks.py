@@ -39,7 +39,9 @@ def commands() -> str:
     from streamshard.cli.main import cli
 
     # As wide everywhere, whatever the terminal is.
-    context = click.Context(cli, info_name="streamshard", terminal_width=100)
+    context = click.Context(
+        cli, info_name="streamshard", **(cli.context_settings | {"terminal_width": 100})
+    )
     return "\n".join(
         line
         for name in cli.list_commands(context)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from streamshard.errors import OutOfMemoryError
+from streamshard.errors import OutOfMemoryError, bytes_text
 
 if sys.platform != "win32":
     import resource
@@ -191,16 +191,18 @@ def _advice(need: Need | None = None) -> str:
     for name, option, limit in _limits():
         key, kind = known[name]
         taken = _status(key)
-        part = f"{name} (ulimit {option}) is {limit:,} bytes"
+        part = f"{name} (ulimit {option}) is {bytes_text(limit)}"
         if taken is not None:
-            part += f", {taken:,} are taken"
+            part += f", {bytes_text(taken)} are taken"
             if need is not None:
-                part += f", and about {taken + getattr(need, kind):,} must be allowed"
+                part += f", and about {bytes_text(taken + getattr(need, kind))} must be allowed"
         parts.append(part)
     room = group_room()
     if room is not None:
-        part = f"the control group of this process has room for {room:,} bytes"
-        parts.append(part if need is None else f"{part}, about {need.resident:,} are needed")
+        part = f"the control group of this process has room for {bytes_text(room)}"
+        parts.append(
+            part if need is None else f"{part}, about {bytes_text(need.resident)} are needed"
+        )
     told_limits = "".join(f" {part[:1].upper()}{part[1:]}." for part in parts)
     return (
         f"{told_limits} Allow more, or use fewer --workers, and run the same command again.".strip()

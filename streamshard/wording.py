@@ -117,7 +117,8 @@ def spoken(text: str, function: str = "") -> str:
     if "|--" in text:
         text = _EITHER.sub(lambda found: _known(found, own or KEYWORDS.get(function, ())), text)
     if own is not None:
-        text = _OPTION.sub(lambda found: _with_owner(found, own), text) if "--" in text else text
+        if "--" in text:
+            text = _OPTION.sub(lambda found: _with_owner(found, own, function), text)
         return _COMMAND.sub(r"`streamshard \g<command>\g<rest>`", text) if "`" in text else text
     if "un the same command" in text:
         text = _AGAIN.sub(lambda f: f"{'Call' if f[1] == 'R' else 'call'} it {f[2]}", text)
@@ -135,10 +136,12 @@ def _known(found: re.Match[str], own: Collection[str]) -> str:
     return one if one[2:].replace("-", "_") in own else other
 
 
-def _with_owner(found: re.Match[str], own: Collection[str]) -> str:
-    """An option, with the command that has it if the running one does not."""
+def _with_owner(found: re.Match[str], own: Collection[str], function: str) -> str:
+    """An option, with the command that has it if the running one does not; a drop-in calls a function."""
     name = found["name"].replace("-", "_")
-    owner = None if name in own or _in_command(found) else _owner(name)
+    owner = None
+    if name not in own and not _in_command(found):
+        owner = function if name in KEYWORDS.get(function, ()) else _owner(name)
     return found[0] if owner is None else f"{found[0]} (of streamshard {COMMANDS[owner]})"
 
 

@@ -3,7 +3,14 @@
 python tools/internvl_hf2custom.py --custom_path C --hf_path H --save_path S
 """
 
-from streamshard.cli import run_upstream
+try:
+    from streamshard.cli import run_upstream
+except ModuleNotFoundError as error:
+    if error.name != "streamshard":
+        raise
+    raise SystemExit(
+        "error: streamshard is not installed: pip install PATH_TO_ITS_REPOSITORY"
+    ) from None
 
 
 def main() -> None:

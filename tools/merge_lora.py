@@ -3,7 +3,14 @@
 python tools/merge_lora.py INPUT_PATH OUTPUT_PATH
 """
 
-from streamshard.cli import run_upstream_merge
+try:
+    from streamshard.cli import run_upstream_merge
+except ModuleNotFoundError as error:
+    if error.name != "streamshard":
+        raise
+    raise SystemExit(
+        "error: streamshard is not installed: pip install PATH_TO_ITS_REPOSITORY"
+    ) from None
 
 
 def main() -> None:

@@ -99,6 +99,11 @@ class Tokenizer:
         """Whether there is a vocabulary, without which no loader can build a tokenizer."""
         return any(VOCABULARIES.fullmatch(name) for name in self.files)
 
+    @property
+    def lacks_merges(self) -> bool:
+        """Whether the vocabulary is in two files, of which the second one is not there."""
+        return "vocab.json" in self.files and not {"merges.txt", JSON} & self.files.keys()
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """`tokenizer_config.json`."""

@@ -68,7 +68,7 @@ def cli() -> None:
 @BASE(help="What the adapter was trained on: checkpoint folder or weight file.")
 @REFERENCE(
     help="With --layout: the original model in that layout, for config, code and tokenizer. With "
-    "CHECKPOINT: the original model, for remote code that the trainer did not save."
+    "CHECKPOINT: the original model, for what the trainer did not save: config, code, tokenizer."
 )
 @output("New, or empty, folder to write.  [default: ./<base name>-merged]")
 @option(

@@ -101,7 +101,12 @@ class _Argument(click.Argument):
 
 
 def option(group: str, *names: str, **how: Any) -> Decorator:
-    """An option of a group."""
+    """An option of a group; where the name of its value lists values, shells complete these."""
+    values = how.get("metavar", "").split("|")
+    if "type" not in how and len(values) > 1:
+        how["shell_complete"] = lambda _context, _parameter, begun: [
+            value for value in values if value.islower() and value.startswith(begun)
+        ]
     return click.option(*names, cls=_Option, group=group, **how)
 
 

@@ -23,6 +23,11 @@ def pushed_text(report: dict[str, Any]) -> list[str]:
     files = files_text(len(pushed["files"]))
     if plan is None:
         return [f"  pushed: {files} in one commit, {pushed['url']}"]
+    if plan["committed"] is not None:
+        return [
+            f"  Pushed to {pushed['repository']} already, by the run that was interrupted: "
+            f"{pushed['url']}. The same command ends that run, and sends nothing."
+        ]
     new = (
         "a new repository" if pushed["commit"] is None else f"on its commit {pushed['commit'][:12]}"
     )
@@ -31,7 +36,7 @@ def pushed_text(report: dict[str, Any]) -> list[str]:
     if plan["on_disk"] is not None:
         lines.append(
             f"  At most {files_text(plan['on_disk'])} of weights on disk at a time, "
-            f"{bytes_text(plan['disk_bytes'])}; nothing stays here."
+            f"{bytes_text(min(plan['disk_bytes'], report['bytes']))}; nothing stays here."
         )
     lines += [
         f"  There {_are(pushed[what])} {what}: {shortened(pushed[what])}."

@@ -45,7 +45,7 @@ def merge_text(report: dict[str, Any]) -> str:
         )
         facts = [", ".join(adapter["kinds"])]
         if scales:
-            facts += [f"r {adapter['r']}, alpha {adapter['lora_alpha']:g}", f"scale {scales}"]
+            facts += [_rank_text(adapter), f"scale {scales}"]
         facts += [f"weight {adapter['weight']:g}"] if adapter["weight"] != 1 else []
         lines.append(f"  {adapter['file']}: {'; '.join(facts)}")
     if update is not None:
@@ -53,8 +53,19 @@ def merge_text(report: dict[str, Any]) -> str:
             f"  update: norm {number_text(update['intended'])}, after rounding "
             f"{number_text(update['effected'])}; {update['unchanged']:.1%} of elements did not change"
         )
-    lines.append(f"  L2 from the base: {l2_text(l2)}")
+    # Of a training checkpoint what else was trained is in there already.
+    inside = any(adapter["file"] == report["base"] for adapter in report["adapters"])
+    base = "base weights inside the checkpoint" if inside else "base"
+    lines.append(f"  L2 from the {base}: {l2_text(l2)}")
     return "\n".join([*lines, *_exactness_text(report.get("exactness"))])
+
+
+def _rank_text(adapter: Mapping[str, Any]) -> str:
+    """Rank and alpha of an adapter; all ranks where they differ, and alpha with them."""
+    ranks = adapter["ranks"]
+    if len(ranks) < 2:
+        return f"r {adapter['r']}, alpha {adapter['lora_alpha']:g}"
+    return "r " + ", ".join(f"{rank} ({count} modules)" for rank, count in ranks.items())
 
 
 def _exactness_text(exact: Mapping[str, Any] | None) -> list[str]:
@@ -92,7 +103,7 @@ def wrap_text(report: dict[str, Any]) -> str:
         lines.append(f"  {part}: {_trainable_text(count)}")
     if report["format"] == "peft":
         lines.append(f"  An adapter: load or merge it together with {report['base']}")
-    else:
+    elif not any("wrap_llm_lora does not know" in warning for warning in report["warnings"]):
         lines.append(
             "  InternVL's trainer wraps by the ranks in this config: start it without --use_llm_lora and "
             "--use_backbone_lora, which would wrap once more and begin anew, and with --freeze_llm "

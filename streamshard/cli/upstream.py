@@ -13,19 +13,26 @@ import click
 from streamshard.cli import texts
 from streamshard.cli.command import CONTEXT, INPUTS, OUTPUT, Command, argument, option
 from streamshard.cli.main import main
+from streamshard.cli.options import ALPHA, REFERENCE
 from streamshard.cli.screen import write
 
 __all__ = ["run_upstream", "run_upstream_merge"]
 
 
 def run_upstream_merge(description: str | None) -> None:
-    """InternVL's merge script: its two arguments, our engine."""
+    """InternVL's merge script: its two arguments, and what our messages name; our engine."""
 
     @_script(description)
     @argument("input_path", metavar="INPUT_PATH", help="Training checkpoint with LoRA inside.")
     @argument("output_path", metavar="OUTPUT_PATH", group=OUTPUT, help="New folder to write.")
-    def merge(input_path: str, output_path: str) -> None:
-        write("merge_lora", "merging", texts.merge_text, checkpoint=input_path, output=output_path)
+    @REFERENCE(
+        help="The original model, for config, code and tokenizer that the trainer did not save."
+    )
+    @ALPHA()
+    @option(OUTPUT, "--allow-missing", is_flag=True, help="Write although tensors are missing.")
+    def merge(input_path: str, output_path: str, **options: Any) -> None:
+        options |= {"checkpoint": input_path, "output": output_path}
+        write("merge_lora", "merging", texts.merge_text, **options)
 
     main(merge)
 

@@ -22,10 +22,11 @@ from streamshard.engine.fetching import fetch, stored
 from streamshard.engine.job import CacheOptions
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import OnStep, collect
-from streamshard.errors import UsageError, argument, printable
+from streamshard.errors import AdapterError, InputError, UsageError, argument, printable
 from streamshard.internvl.families import Layout
 from streamshard.internvl.layouts import convert
 from streamshard.internvl.model_config import Dims
+from streamshard.lora.wrapped_names import unwrap
 from streamshard.notes import note
 from streamshard.tensor_names import factors_among
 from streamshard.tensors.comparing import Distances, is_comparable, tensor_distance
@@ -69,8 +70,12 @@ def diff(
     if wrapped[0] != wrapped[1]:
         path = (one if wrapped[0] else other).path
         note(
-            f"{printable(str(path))}: is a LoRA-wrapped training checkpoint, whose names are others: "
-            f"compare what `merge-lora {argument(path)}` makes of it"
+            f"{printable(str(path))}: is a LoRA-wrapped training checkpoint: the weights under its pairs "
+            f"are compared, without the updates: see what `merge-lora {argument(path)}` makes of it"
+        )
+        one, other = (
+            _inside(model) if is_it else model
+            for model, is_it in zip((one, other), wrapped, strict=True)
         )
     ours, theirs = _reconciled(one, other)
     both = [] if names else [name for name in theirs if name in ours]
@@ -120,6 +125,18 @@ def diff(
         "heat_map": heat,
     }
     return finished(report, started)
+
+
+def _inside(wrapped: Model) -> Model:
+    """A wrapped checkpoint with the names of the model inside, and its pairs under their own."""
+    tensors = wrapped.tensors
+    try:
+        names = unwrap(tensors)
+    except (AdapterError, InputError):  # whoever merges it says what is wrong
+        return wrapped
+    plain = {name: tensors[given] for name, given in names.base.items()}
+    others = {given: tensors[given] for given in names.tensors.values()}
+    return Model(replace(wrapped.checkpoint, tensors={**plain, **others}))
 
 
 def _reconciled(one: Model, other: Model) -> tuple[Mapping[str, Lazy], Mapping[str, Lazy]]:

@@ -81,20 +81,28 @@ def extract_lora(
     inputs = [source.path, *([] if base is None else [base])]
     target = check_places(output, inputs, overwrite=chosen.may_exist)
     Model(source).check_described(found.base)
-    _check_shapes(source, found)
+    if base is None and not read.has_base:
+        raise read.without_base()
     layout: Layout = layout_of(source.tensors) or "custom"
+    own = None if base is None else _started_from(base, layout, where)
+    weights_of: dict[str, Lazy] = {
+        name: source.tensors[given] for name, given in found.base.items()
+    }
+    if own is not None and not read.has_base:  # by what it had when the training began
+        weights_of = {**{n: own.tensors[g] for n, g in own.given(layout).items()}, **weights_of}
+    _check_shapes(source, found, weights_of)
     tokenizer: dict[str, Content] = {}
     plain = flat_names(found.base, layout)
     trained = {flat_name(n) if layout == "hf" else n for n in found.saved}
-    if base is None:
+    if own is None:
         note(*_left_out(plain, trained, found.depths, where))
     else:
-        own = Model(with_bare_names(open_checkpoint(base)))
-        note(*own.checkpoint.warnings)
         tokenizer = for_adapter(own.tokenizer, Model(source).tokenizer)
         theirs = own.given(layout)
         mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
         given = {name: own.tensors[n] for name, n in theirs.items()}
+        if not read.has_base:
+            given = {name: tensor for name, tensor in given.items() if name in mine}
         if not chosen.dry_run:
             both = (*mine.values(), *given.values())
             fetch({one.path for tensor in both for one in stored(tensor)}, chosen.on_step)
@@ -115,7 +123,8 @@ def extract_lora(
         if any(name.startswith(f"{module}.") for module in saved):
             given_name = found.saved.get(plain[name], found.base[plain[name]])
             tensors[PREFIX + in_memory(name)] = source.tensors[given_name]
-    weights = [in_memory(n).removesuffix(".weight") for n in plain if n.endswith(".weight")]
+    names = plain if read.has_base else flat_names(weights_of, layout)
+    weights = [in_memory(n).removesuffix(".weight") for n in names if n.endswith(".weight")]
     alphas = {
         m: float(upstream_alpha(r)) if alpha is None else alpha for m, r in live_ranks.items()
     }
@@ -154,18 +163,31 @@ def extract_lora(
     return run(job, chosen)
 
 
-def _check_shapes(source: Checkpoint, found: Unwrapped) -> None:
-    """Raise `AdapterError` for a pair that does not fit the weight beside it, or has none."""
+def _started_from(base: PathLike, layout: Layout, where: str) -> Model:
+    """The model that a training started from; raises `InputError` if it is of the other layout."""
+    own = Model(with_bare_names(open_checkpoint(base)))
+    note(*own.checkpoint.warnings)
+    if own.layout not in (None, layout):
+        to = {"custom": "hf2custom", "hf": "custom2hf"}[layout]
+        raise InputError(
+            f"{own.where}: is of the {own.layout} layout, but {where} of the {layout} one: tensors are "
+            f"compared by their bytes, so give it in the {layout} layout (`{to}` converts it)."
+        )
+    return own
+
+
+def _check_shapes(source: Checkpoint, found: Unwrapped, weights_of: Mapping[str, Lazy]) -> None:
+    """Raise `AdapterError` for a pair that does not fit its weight, or has none."""
     where = printable(str(source.path))
     for module, pair in found.pairs.items():
         A, B = source.tensors[pair.A], source.tensors[pair.B]
-        weight = found.base.get(f"{module}.weight")
-        if weight is None:
+        weight = f"{module}.weight"
+        if weight not in weights_of:
             raise AdapterError(
                 f"{where}: '{printable(pair.A)}' has no weight beside it ('{printable(module)}.weight'); "
                 "pairs of fused experts (target_parameters) cannot be extracted."
             )
-        W = source.tensors[weight]
+        W = weights_of[weight]
         for name, factor in ((pair.A, A), (pair.B, B)):
             if factor.dtype not in FLOATS:
                 raise AdapterError(

@@ -166,6 +166,12 @@ class Model:
                 f"such tensors ({len(denied):,} of them) without a word: correct {MODEL_CONFIG_NAME}, or "
                 "take it from the model that the weights are of."
             )
+        strange = [given.get(name, name) for name, why in others.items() if why == UNKNOWN]
+        if strange and self.relative is None and self.detected.family is not None:
+            note(
+                f"{self.where}: InternVL has no tensor like {listed(strange, 3)}: loaders leave it out; "
+                "such are copied as they are"
+            )
         return lacking
 
     def check_whole(self, *, allow_missing: bool = False) -> list[str]:

@@ -7,9 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.file_names import NOT_CARRIED, NOT_ENTERED, WEIGHTS
+from streamshard.checkpoint.file_names import (
+    MODEL_CONFIG_NAME,
+    NOT_CARRIED,
+    NOT_ENTERED,
+    WEIGHTS,
+)
 from streamshard.checkpoint.json_files import MAX_JSON_BYTES, json_object
-from streamshard.checkpoint.tokenizer import Content, modules_of
+from streamshard.checkpoint.tokenizer import SETTINGS, Content, Tokenizer, modules_of
+from streamshard.commands.identify import dimensions
 from streamshard.disk.existence import is_folder, walked
 from streamshard.disk.files import read_bytes
 from streamshard.disk.system import reading
@@ -23,10 +29,15 @@ _RELATIVE = re.compile(rb"^\s*from\s+\.(\w+)\s+import\b|^\s*import\s+\.(\w+)\s*$
 _CONFIGS = re.compile(r"(?:.*_)?config\.json")
 
 
-def note_left_behind(files: Mapping[str, Content], folders: Iterable[Path]) -> None:
+def note_left_behind(
+    files: Mapping[str, Content],
+    folders: Iterable[Path],
+    remedy: str = "Copy such files from the original model",
+) -> None:
     """Note what is named in the `files` of an output and not among them, and weights in sub-folders.
 
-    `folders` are those that the files or the tensors are from.
+    What loaders need of a tokenizer counts as named by the config of an InternVL. `folders` are those
+    that the files or the tensors are from; `remedy` says where what lacks can be taken from.
     """
     missing: dict[str, str] = {}
     for name, content in files.items():
@@ -42,8 +53,11 @@ def note_left_behind(files: Mapping[str, Content], folders: Iterable[Path]) -> N
         by = sorted(set(missing.values()))
         note(
             f"the output lacks {listed(missing)}, to which {listed(by)} refer{'s' * (len(by) == 1)}: it "
-            "cannot be loaded with trust_remote_code. Copy such files from the original model"
+            f"cannot be loaded with trust_remote_code. {remedy}"
         )
+    lacking = _of_tokenizer(files)
+    if lacking:
+        note(f"the output lacks {lacking}, so that no tokenizer can be loaded from it. {remedy}")
     for folder in dict.fromkeys(folders):
         weights = list(_in_subfolders(folder))
         if weights:
@@ -51,6 +65,24 @@ def note_left_behind(files: Mapping[str, Content], folders: Iterable[Path]) -> N
                 f"{printable(str(folder))}: {listed(weights)}: weights in sub-folders are not carried, "
                 "though other files beside them may be. Copy them into the output if loaders need them"
             )
+
+
+def _of_tokenizer(files: Mapping[str, Content]) -> str:
+    """What the output of an InternVL lacks of a tokenizer; empty if that is nothing."""
+    config = files.get(MODEL_CONFIG_NAME)
+    if config is None:
+        return ""
+    text = config if isinstance(config, bytes) else read_bytes(config, MAX_JSON_BYTES)
+    try:
+        if dimensions(json_object(text, Path(MODEL_CONFIG_NAME))) is None:
+            return ""
+    except InputError:  # whoever needs it says what is wrong
+        return ""
+    own = Tokenizer.of(MODEL_CONFIG_NAME, files)
+    if not own.is_whole:
+        return "a vocabulary (tokenizer.json, or vocab.json and merges.txt, or tokenizer.model)"
+    lacking = {SETTINGS: SETTINGS not in files, "merges.txt": own.lacks_merges}
+    return listed([name for name, lacks in lacking.items() if lacks])
 
 
 def _named(name: str, content: Content) -> Iterator[str]:

@@ -135,7 +135,12 @@ def _job(asked: Asked, card: str, chosen: Options, started: float) -> Job:
         written = kept(asked, inputs, folded, beside, chosen.dtype)
     else:
         written = converted(asked, inputs, folded, beside, goal, chosen.dtype)
-    note_left_behind(written.files, [inputs.base.path, *written.donors])
+    folders = [inputs.base.path, *written.donors]
+    if asked.checkpoint is not None and asked.reference is None:
+        remedy = "--reference ORIGINAL takes it from the original model"
+        note_left_behind(written.files, folders, remedy)
+    else:
+        note_left_behind(written.files, folders)
     files = with_card(card, written.files, lambda: _card(asked, inputs, written, chosen.dtype))
     return Job(
         command="merge-lora",

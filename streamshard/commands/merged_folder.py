@@ -58,10 +58,15 @@ def with_code(base: Model, beside: Beside, reference: PathLike | None) -> Beside
         if config is not None and code is not None:
             config = {**config, "auto_map": config.get("auto_map", code)}
         own = beside.tokenizer(base.where)
+        merges = donor.checkpoint.side_files.get("merges.txt")
+        if merges is not None and own.lacks_merges and own.print == donor.tokenizer.print:
+            side_files = {**side_files, "merges.txt": merges}
+            own = Tokenizer.of(base.where, side_files)
         others = {n: c for n, c in side_files.items() if n not in own.files}
         theirs = {**donor.checkpoint.side_files, **others}
         return Beside(config, for_checkpoint(theirs, donor.tokenizer, own), beside.rows)
-    if not any(n.endswith(".py") for n in side_files) and config_layout(config or {}) != "hf":
+    coded = any(n.endswith(".py") for n in side_files) or (config or {}).get("auto_map")
+    if not coded and config_layout(config or {}) != "hf":
         note(
             "the checkpoint's folder has no remote code (*.py), so the output cannot be loaded with "
             "trust_remote_code; --reference ORIGINAL takes what is missing from the original model"

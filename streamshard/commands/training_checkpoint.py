@@ -50,6 +50,23 @@ class Wrapped:
     names: Unwrapped
     ranks: Mapping[str, int]
 
+    @property
+    def has_base(self) -> bool:
+        """Whether there is anything that the pairs are added to; else only what was trained was saved."""
+        return any(
+            name.startswith(f"{module}.") for module in self.ranks for name in self.names.base
+        )
+
+    def without_base(self) -> InputError:
+        """The error for a checkpoint of nothing but what was trained."""
+        path = argument(self.checkpoint.path)
+        return InputError(
+            f"{printable(str(self.checkpoint.path))}: holds the pairs of {len(self.ranks)} modules, but "
+            "none of the weights that these are added to: only what was trained was saved. Use the model "
+            f"that the training started from: `extract-lora {path} --base MODEL --output ADAPTER`, "
+            "then `merge-lora --adapter ADAPTER --base MODEL`."
+        )
+
 
 def read_wrapped(
     path: PathLike,
@@ -77,10 +94,10 @@ def read_wrapped(
     if not is_wrapped(found.tensors):
         raise InputError(
             f"{where}: no LoRA found: it has no lora_A and lora_B tensors, so there is nothing to do. "
-            "A full fine-tune is complete as it is; "
+            "A full fine-tune, also of the projector alone, is complete as it is; "
             + (
                 instead
-                or f"for a PEFT adapter: `merge-lora --adapter ADAPTER --base {argument(found.path)}`."
+                or f"for an adapter of it: `merge-lora --adapter ADAPTER --base {argument(found.path)}`."
             )
         )
     empty = [name for name, tensor in found.tensors.items() if not tensor.nbytes]
@@ -98,6 +115,12 @@ def read_wrapped(
     if reference is not None:
         found = _with_config(found, reference, layout)
     Model(found).check(inside.base)
+    several = sorted({*ranks.values()})
+    if alpha is not None and len(several) > 1:
+        note(
+            f"pairs have the ranks {', '.join(map(str, several))}, and --alpha {alpha:g} is taken for "
+            "all of them, so that their scales differ; without it alpha is 2 r of each"
+        )
     for part, depth in inside.depths.items():
         if depth > 1:
             note(
@@ -151,6 +174,8 @@ def open_wrapped(
         path, alpha=alpha, adapter_name=adapter_name, reference=reference, layout=layout
     )
     found, inside, ranks = wrapped.checkpoint, wrapped.names, wrapped.ranks
+    if not wrapped.has_base:
+        raise wrapped.without_base()
     config = dict(found.config) if found.config is not None else None
     if config is not None:
         config |= dict.fromkeys(FLAGS, 0)

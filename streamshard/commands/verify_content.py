@@ -19,6 +19,7 @@ from streamshard.checkpoint.new_header import framed
 from streamshard.checkpoint.open_anything import Opened, is_shard
 from streamshard.checkpoint.recorded_files import FileRecord, link_problem
 from streamshard.commands.verify_zeros import trailing_zeros
+from streamshard.disk.existence import has_name
 from streamshard.disk.files import open_source
 from streamshard.disk.system import is_unread
 from streamshard.engine.workers import Stop
@@ -143,7 +144,8 @@ class Comparison:
                 told = partial(self._tell, name) if sha256 is not None else lambda _: None
                 hash_file(path, *hashes, going=self.stop.going, told=told)
         except (InputError, ReadError) as error:
-            self.add(name, error)
+            gone = "is missing: it is recorded, and no such file is there"
+            self.add(name, error if has_name(path) else gone)
             with self.lock:
                 self.uncompared[name] = "it cannot be read"
             return

@@ -31,6 +31,8 @@ from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = ["Folded", "Written", "converted", "kept"]
 
+_OPTIONS = {"bfloat16": "bf16", "float16": "fp16"}
+
 
 @dataclass(frozen=True, slots=True)
 class Folded:
@@ -104,6 +106,8 @@ def kept(asked: Asked, inputs: Inputs, folded: Folded, beside: Beside, dtype: st
     elif asked.checkpoint or beside.config != base.config or dtype != "keep":
         files[MODEL_CONFIG_NAME] = config_bytes(beside.config, dtype)
     tensors = folded.merged.tensors
+    if asked.checkpoint is not None and dtype == "keep":
+        _note_width(base, tensors)
     return Written(
         tensors=tensors,
         layout=base.layout,
@@ -114,3 +118,14 @@ def kept(asked: Asked, inputs: Inputs, folded: Folded, beside: Beside, dtype: st
         donors=[] if asked.reference is None else [input_path(asked.reference, "the reference")],
         missing=inputs.missing,
     )
+
+
+def _note_width(base: Model, tensors: Mapping[str, Lazy]) -> None:
+    """Note that weights are wider than the model was."""
+    config = base.config or {}
+    stated = str(config.get("torch_dtype") or config.get("dtype"))
+    if stated in _OPTIONS and all(tensor.dtype == "F32" for tensor in tensors.values()):
+        note(
+            "the checkpoint is fp32, as DeepSpeed's zero_to_fp32 writes it, and so is the output, though "
+            f"its config.json says {stated}: --dtype {_OPTIONS[stated]} writes half of the bytes"
+        )

@@ -72,7 +72,7 @@ def has_name(path: AnyPath) -> bool:
     """Whether something, be it a link to nothing, can be seen to have this name."""
     try:
         system.lstat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file can have it
         return False
     return True
 

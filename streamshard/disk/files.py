@@ -160,6 +160,10 @@ class InputFile:
             )
         return done
 
+    def prove(self) -> None:
+        """The like: what a file of this machine holds is what somebody has put there."""
+        self.check()
+
     def mapping(self) -> Mapped | None:
         """The file in memory, mapped when it is first asked for; None if it is to be read."""
         if self._unmapped:
@@ -285,6 +289,10 @@ class Files:
     def check(self, source: ByteRange) -> None:
         """Raise `ChangedError` if the file of `source` has changed since it was planned."""
         self.source(source.path, source.file_nbytes).check()
+
+    def prove(self, path: str, file_nbytes: int) -> None:
+        """Raise if a file does not hold what it should, as far as that can be known."""
+        self.source(path, file_nbytes).prove()
 
     def read_into(self, source: ByteRange, out: memoryview) -> None:
         """Fill `out` (`source.nbytes` long) with the bytes of `source`."""

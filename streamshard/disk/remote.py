@@ -19,7 +19,7 @@ from typing import Protocol
 from streamshard.disk.files import as_stream
 from streamshard.disk.inputs import Stamp
 from streamshard.disk.mapped import Mapped
-from streamshard.disk.remote_digest import Frontier
+from streamshard.disk.remote_digest import Frontier, WrongDigestError
 from streamshard.disk.sources import Abilities
 from streamshard.disk.system import AnyPath
 from streamshard.disk.waiting import check_going, wait
@@ -158,6 +158,21 @@ class RemoteFile:
 
     def check(self) -> None:
         """It does not change: its content has this digest, or it is another one."""
+
+    def prove(self) -> None:
+        """Read what is missing for its digest; `WrongDigestError` if that is another one."""
+        frontier, onward = self._remote.frontier, self.onward
+        buffer = memoryview(bytearray(MOST_NBYTES))
+        self.onward = True
+        try:
+            while (at := frontier.missing) is not None:
+                self.read_into(buffer, at)
+        except WrongDigestError:
+            raise
+        except HubError:  # what was found is told then
+            return
+        finally:
+            self.onward = onward
 
     def mapping(self) -> Mapped | None:
         """None: it must be read."""

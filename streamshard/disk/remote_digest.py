@@ -57,6 +57,11 @@ class Frontier:
             if end == self._nbytes:
                 self._judge(self._hash.digest())
 
+    @property
+    def missing(self) -> int | None:
+        """Where the next byte is that the digest needs; None if it needs none, or there is no digest."""
+        return None if self._hash is None or self._at >= self._nbytes else self._at
+
     def rest(self) -> None:
         """Nothing comes for now."""
         with self._lock:

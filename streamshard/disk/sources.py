@@ -64,6 +64,9 @@ class Source(Protocol):
     def check(self) -> None:
         """Raise `ChangedError` if it is no longer what it was when it was opened."""
 
+    def prove(self) -> None:
+        """The like, before it is blamed for what it holds: may read all of it."""
+
     def close(self) -> None:
         """Close it; harmless if it is closed already."""
 

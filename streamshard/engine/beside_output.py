@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from streamshard.disk.folders import exists, held, inode_of, resolved
 from streamshard.disk.system import system, writing
 from streamshard.engine import long_names
 from streamshard.engine.fingerprint import Identity
+from streamshard.engine.journal import Elsewhere
 from streamshard.engine.leftovers import changed, left_in, refuse_strangers
 from streamshard.engine.lock import Moved, locked, look
 from streamshard.engine.ours import Ours
@@ -22,6 +24,7 @@ from streamshard.engine.swap import recover, refuse_old
 from streamshard.errors import InputError, StreamshardError, WriteError
 
 __all__ = [
+    "Kept",
     "check_beside",
     "check_writable",
     "finished_beside",
@@ -29,6 +32,15 @@ __all__ = [
     "staged_nbytes",
     "tidy",
 ]
+
+
+class Kept(NamedTuple):
+    """What an interrupted run has left that the same run would keep."""
+
+    finished: Collection[str] = ()
+    """Files that are finished, by name."""
+    elsewhere: Mapping[str, Elsewhere] = {}
+    """What was noted of stores that they are sent to."""
 
 
 def places_beside(target: Path) -> dict[str, Path]:
@@ -61,10 +73,8 @@ def tidy(target: Path) -> None:
                 recover(target, beside, lock)
 
 
-def check_beside(
-    target: Path, identity: Callable[[], Identity], *, overwrite: bool
-) -> Collection[str]:
-    """The files that an interrupted run has finished and a run with this identity would keep.
+def check_beside(target: Path, identity: Callable[[], Identity], *, overwrite: bool) -> Kept:
+    """What an interrupted run has finished and a run with this identity would keep.
 
     Changes nothing. Raises `OutputError` as that run would: if something that is not ours is in the way,
     if another run is at it, or if what an interrupted run has left cannot be continued.
@@ -81,7 +91,7 @@ def check_beside(
 
 def finished_beside(
     target: Path, identity: Callable[[], Identity], *, overwrite: bool, moved: Moved | None = None
-) -> Collection[str]:
+) -> Kept:
     """The like of the folder alone in which the output is built, whoever is at it just now."""
     beside = places_beside(resolved(target))
     with _nobody_else():
@@ -95,8 +105,8 @@ def finished_beside(
                 if left.journal.plan is not None and not changed(
                     target, beside["partial"], left.journal.plan, identity(), overwrite=overwrite
                 ):
-                    return left.journal.finished
-    return ()
+                    return Kept(left.journal.finished, left.journal.elsewhere)
+    return Kept()
 
 
 @contextlib.contextmanager

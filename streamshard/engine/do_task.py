@@ -143,6 +143,8 @@ class _Part:
             for window in piece.windows(WRITE_BYTES):
                 self._compute(piece, window, at, changes, scattered=scattered)
         except NotFiniteError as error:
+            for one in piece.inputs():  # who sent it may be to blame
+                self.work.files.prove(one.tensor.path, one.tensor.file_nbytes)
             message = f"tensor '{printable(self.member.name)}', {error}. Nothing was written."
             raise AdapterError(message) from error
         if scattered and self.whole:

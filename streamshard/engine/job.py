@@ -138,6 +138,7 @@ class Plan:
             "free_bytes": self.free_nbytes,
             "disk_bytes": self.disk_nbytes,
             "on_disk": self.on_disk,
+            "committed": None,
             "download_bytes": self.download_nbytes,
             "download_free_bytes": self.download_free_nbytes,
             "workers": self.workers,

@@ -17,7 +17,13 @@ from typing import Any
 
 from streamshard.disk.folders import exists, inode_of, rename, resolved, sync_folder
 from streamshard.disk.inputs import active
-from streamshard.engine.beside_output import check_beside, finished_beside, places_beside, tidy
+from streamshard.engine.beside_output import (
+    Kept,
+    check_beside,
+    finished_beside,
+    places_beside,
+    tidy,
+)
 from streamshard.engine.claims import check_replaceable
 from streamshard.engine.cluster import Cluster
 from streamshard.engine.completed import completed, record_in
@@ -102,9 +108,9 @@ class Output:
             check_replaceable(self.target, overwrite=self.made.overwrite)
         self._finished.update(self._staged(check_beside))
 
-    def _staged(self, look: Callable[..., Collection[str]]) -> Collection[str]:
+    def _staged(self, look: Callable[..., Kept]) -> Collection[str]:
         """What was taken into the folder where the output is completed, or begun there."""
-        return look(self.target, lambda: self._identity, overwrite=self.made.overwrite)
+        return look(self.target, lambda: self._identity, overwrite=self.made.overwrite).finished
 
     def write(self, progress: Progress | None, on_step: OnStep, cluster: Cluster | None) -> None:
         """Write the shards of this part that nobody has finished."""

@@ -18,7 +18,12 @@ from streamshard.checkpoint.shards import Shard, index_pieces
 from streamshard.disk.folders import resolved, sync_folder
 from streamshard.disk.inputs import Inputs, active, watching
 from streamshard.disk.new_files import copy_file, write_new
-from streamshard.engine.beside_output import check_beside, check_writable, places_beside
+from streamshard.engine.beside_output import (
+    Kept,
+    check_beside,
+    check_writable,
+    places_beside,
+)
 from streamshard.engine.division import who_does_what
 from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity, identity_digest
@@ -88,7 +93,19 @@ def _dry(made: Plan, part: Part | None) -> dict[str, Any]:
     identity = partial(made.fingerprint.identity, made.files)
     kept = check_beside(made.output, identity, overwrite=made.overwrite)
     check_writable(made.output)
-    return {**_report(made, kept=kept), **_there(made)}
+    report = _report(made, kept=kept.finished)
+    if (done := _committed(made, kept)) is None:
+        return {**report, **_there(made)}
+    report["plan"]["committed"] = done["commit"]
+    return {**report, "pushed": done}
+
+
+def _committed(made: Plan, kept: Kept) -> dict[str, Any] | None:
+    """What an interrupted run has put in its place and did not hear of; None if it has not."""
+    if made.outlet is None or (noted := kept.elsewhere.get(made.outlet.key)) is None:
+        return None
+    version = made.outlet.find(noted.ready, noted.seen) if noted.ready else None
+    return None if version is None else made.outlet.described(version, sorted(made.names), None)
 
 
 def _there(made: Plan, done: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -112,10 +112,12 @@ def factors_of(plan: AdapterPlan, name: str) -> tuple[Lazy, Lazy]:
     return tuple(t.reshape((t.rows, t.columns)) for t in (tensors[module.A], tensors[module.B]))  # type: ignore[return-value]
 
 
-def facts_of(plan: AdapterPlan, idle: Sequence[str], scalings: Mapping[str, int]) -> dict[str, Any]:
+def facts_of(
+    plan: AdapterPlan, idle: Sequence[str], scalings: Mapping[str, int], ranks: Mapping[int, int]
+) -> dict[str, Any]:
     """What the report says of an adapter; `idle` are further keys that change nothing.
 
-    `scalings` is how many pairs have which, as it is to be shown.
+    `scalings` and `ranks` are how many pairs have which, as it is to be shown.
     """
     settings, adapter = plan.adapter.settings, plan.adapter
     pairs = [module for module in plan.keys.modules.values() if module.A]
@@ -139,6 +141,7 @@ def facts_of(plan: AdapterPlan, idle: Sequence[str], scalings: Mapping[str, int]
         "use_rslora": settings.use_rslora,
         "kinds": [kind for kind, has in kinds.items() if has],
         "scalings": dict(scalings),
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "inert": [*plan.keys.inert, *idle],
     }
 

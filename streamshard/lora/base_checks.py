@@ -12,7 +12,7 @@ import numpy as np
 
 from streamshard.errors import AdapterError, InputError, argument, listed
 from streamshard.lora.samples import samples
-from streamshard.tensor_names import factors_among
+from streamshard.tensor_names import factors_among, is_wrapped
 from streamshard.tensors.arrays import Float32, Float64
 from streamshard.tensors.computed import Computed
 from streamshard.tensors.dtypes import FLOATS
@@ -122,7 +122,7 @@ def check_base(
     where: str,
     goal: str = "merged into",
 ) -> None:
-    """Raise `InputError` if a checkpoint is quantized or wrapped by LoRA, and so cannot be `goal`."""
+    """Raise `InputError` if a checkpoint is quantized or wrapped by PEFT, and so cannot be `goal`."""
     quantized = [name for name in base if _QUANTIZED.fullmatch(name)]
     key = next(quantization_keys(config or {}), None)
     if key is not None and not quantized:
@@ -142,11 +142,18 @@ def check_base(
     wrapped = factors_among(base)
     if wrapped:
         raise InputError(
-            f"{where}: is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 3)}. "
+            f"{where}: is a LoRA-wrapped training checkpoint: it has {listed(wrapped, 1)}. "
             + (
                 f"Merge its pairs first, and convert the result: `merge-lora {argument(where)}`."
                 if goal == "converted"
                 else "Use the checkpoint that the training started from, or merge its own pairs: "
                 f"`merge-lora {argument(where)}`."
             )
+        )
+    named = [name for name in base if is_wrapped([name])]
+    if named:
+        raise InputError(
+            f"{where}: its names are those of a model that PEFT has wrapped, as {listed(named, 2)}, but "
+            "it has no lora_A and lora_B: they are lost, or were merged before, and nothing says which. "
+            "Save the model itself (`get_base_model()` or `merge_and_unload()` of PEFT)."
         )

@@ -19,7 +19,8 @@ def check_depth(plan: AdapterPlan, base: Mapping[str, Lazy]) -> list[str]:
     PEFT adapts what the config selects: layers that are selected and have no updates were not there.
     Returns warnings.
     """
-    there = _layers(base)
+    # A pair is of a matrix: norms that are numbered like those (mlp1.0) have none anywhere.
+    there = _layers(name for name, tensor in base.items() if len(tensor.shape) > 1)
     here: dict[str, dict[int, str]] = {}
     """Names of the base with their layer's number taken out: number to the adapter's module."""
     for module, keys in plan.keys.modules.items():

@@ -111,7 +111,7 @@ def changes_of(
         dropped = tie[1] if follows and tie is not None else None
         updates.append([(target, one) for target, one in made.found if target != dropped])
         warnings += [*plan.warnings, *made.warnings, *check_depth(plan, base)]
-        facts.append(facts_of(plan, replaced.idle, made.scalings))
+        facts.append(facts_of(plan, replaced.idle, made.scalings, made.ranks))
     return Changes(
         base, adapters, whole, replacements, updates, tie, any(followed), facts, warnings
     )

@@ -68,6 +68,8 @@ class Updates:
     warnings: Sequence[str]
     scalings: Mapping[str, int]
     """How many pairs have which scale, as it is shown."""
+    ranks: Mapping[int, int]
+    """How many have which rank."""
 
     @property
     def causes(self) -> str:
@@ -79,7 +81,7 @@ class Updates:
 def updates_of(plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace) -> Updates:
     """What the pairs of an adapter add to which target; exact zeros are left out."""
     adapter = plan.adapter
-    turned, scalings = _turned(plan, tensors), Counter[str]()
+    turned, scalings, ranks = _turned(plan, tensors), Counter[str](), Counter[int]()
     found: list[tuple[str, Update]] = []
     idle, scaled = {}, []
     weight = adapter.weight
@@ -88,6 +90,7 @@ def updates_of(plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace) 
             continue
         scale = adapter.settings.scaling(pattern_key(plan, name))
         scalings[f"{scale:g}"] += 1
+        ranks[adapter.settings.rank(pattern_key(plan, name))] += 1
         # All factors are read in any case: a zero must not hide a NaN.
         peaks = {key: largest(adapter, key, work) for key in filter(None, _of_pair(module))}
         if name in plan.parameters:
@@ -114,7 +117,7 @@ def updates_of(plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace) 
             "update itself is exactly zero"
         )
     pairs = scalings.total()
-    made = Updates(found, idle, pairs, warnings, scalings)
+    made = Updates(found, idle, pairs, warnings, scalings, ranks)
     if idle and found:
         warnings.append(
             f"{adapter.where}: {len(idle)} of {pairs} updates are exactly zero and leave "

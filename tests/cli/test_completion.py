@@ -33,6 +33,9 @@ def test_the_script_for_a_shell(shell):
         ("streamshard mer", "merge-lora"),
         ("streamshard merge-lora --bas", "--base-is-residual"),
         ("streamshard merge-lora --layout c", "custom"),
+        ("streamshard merge-lora --dtype b", "bf16"),
+        ("streamshard merge-lora --io d", "direct"),
+        ("streamshard merge-lora --part f", "finish"),
     ],
 )
 def test_what_is_completed(words, expected):

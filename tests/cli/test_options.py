@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--weight", "1", "--weight", "2"], "once per --adapter"),
+        (["--weight", "1", "--weight", "2"], "1 --adapter but 2 --weight: give one for each"),
         (["--weight", "nan"], "finite"),
         (["--weight", "inf"], "finite"),
         (["--weight", "x"], "--weight"),
@@ -24,7 +24,7 @@ import pytest
         (["--workers", "-1"], "--workers"),
         (["--dtype", "fp8"], "--dtype"),
         (["--frobnicate"], "--frobnicate"),
-        (["stray"], "CHECKPOINT"),
+        (["stray"], "stray stands where a training checkpoint does"),
         (["--alpha", "3"], "--alpha"),
         (["--expert-order", "other"], "--expert-order"),
     ],

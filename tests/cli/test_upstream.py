@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from folders import OTHER, config_of, convert, make, put, without_weights
+from folders import OTHER, config_of, convert, make, put, without_weights, wrapped
 from reference import digests, read
 from scripts import TOOLS
 
@@ -70,3 +70,25 @@ def test_the_scripts_explain_themselves(layout):
         [sys.executable, TOOLS / name, "--help"], capture_output=True, text=True, check=True
     )
     assert f"tools/{name} --custom_path" in done.stdout
+
+
+def test_the_merge_script_takes_what_its_messages_name(tmp_path):
+    run, ref = make(tmp_path / "run", "tiny", "custom"), make(tmp_path / "ref", "tiny", "custom")
+    put(run, wrapped(read(run)))
+    (run / "config.json").unlink()
+    call = [sys.executable, TOOLS / "merge_lora.py", run, tmp_path / "out"]
+    more = ["--reference", ref, "--alpha", "4"]
+    done = subprocess.run([*call, *more], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert config_of(tmp_path / "out") == config_of(ref)
+    assert "alpha 4" in done.stdout
+
+
+def test_a_script_names_the_command_that_it_stands_for(tmp_path):
+    made = {side: make(tmp_path / side, "tiny", side) for side in ("custom", "hf")}
+    content = read(made["custom"])
+    put(made["custom"], {n: t for n, t in content.items() if not n.startswith("mlp1.1.")})
+    paths = {"custom_path": made["custom"], "hf_path": made["hf"], "save_path": tmp_path / "out"}
+    done = script("hf", **paths)
+    assert done.returncode == 3
+    assert "--allow-missing (of streamshard custom2hf)" in done.stderr

@@ -94,7 +94,6 @@ def test_one_weight_of_torch_or_numpy(pair):
         ({"adapter": "a", "weight": {1: 2}}, "`weight` is of type dict; a number was expected"),
         ({"adapter": ["a", "b"], "weight": {0.5, 2}}, "`weight` is of type set"),
     ],
-    ids=str,
 )
 def test_adapters_and_weights_that_say_something_else(given, said, pair):
     with pytest.raises(UsageError, match=said):

@@ -15,6 +15,8 @@ from hub_commands import of_content, report, streamshard
 from hub_faults import Drop, Flip, Status
 from pairs import new_pair
 
+from streamshard.errors import bytes_text
+
 
 @pytest.fixture
 def pair(tmp_path):
@@ -230,7 +232,7 @@ main()
     assert done.returncode == 6, done.stderr
     message = json.loads(done.stdout)["error"]["message"]
     needed = (large / "model.safetensors").stat().st_size
-    for word in (f"{needed:,} bytes", "100,000 are free", "--cache-dir", str(home)):
+    for word in (bytes_text(needed), "100.00 KB are free", "--cache-dir", str(home)):
         assert word in message
     assert most(hub) <= 128 * 1024
     assert not [*home.rglob("*.safetensors")]

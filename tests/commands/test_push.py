@@ -11,7 +11,8 @@ from hub_faults import CutUpload, Drop, First, LoseAnswer, NoAnswer, Status
 from pushes import OF_HUB, RECORD, REPO, commits_of, contents, new_shop, pushed, pushing, sent_twice
 
 from streamshard import verify
-from streamshard.errors import HubError, OutputError, UsageError
+from streamshard.cli.push_text import pushed_text
+from streamshard.errors import HubError, OutputError, UsageError, bytes_text
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,12 @@ def test_nothing_stays_that_loaders_would_read_with_the_output(name, shop, hub, 
 
 def test_a_dry_run_says_what_would_be_and_makes_nothing(shop, hub, push, place):
     report = push(dry_run=True)
+    assert report["plan"]["committed"] is None
+    whole = bytes_text(report["bytes"])
+    assert (
+        f"of weights on disk at a time, {whole}; nothing stays"
+        in pushed_text({**report, "plan": {**report["plan"], "disk_bytes": 1 << 60}})[1]
+    )
     assert not hub.exists(REPO)
     assert [*place.iterdir()] == []
     assert report["pushed"]["commit"] is None
@@ -261,6 +268,10 @@ def test_a_commit_whose_answer_is_lost_for_good(shop, hub, place, push):
     assert commits_of(hub, "the output") == 1
     hub.faults.rules.clear()
     hub.forget()
+    looked = push(dry_run=True)
+    assert looked["plan"]["committed"] == looked["pushed"]["commit"] == hub.head(REPO)
+    (text,) = pushed_text(looked)
+    assert f"Pushed to {REPO} already, by the run that was interrupted" in text
     report = push()
     right_in_the_end(shop, hub, place)
     assert report["pushed"]["commit"] == hub.head(REPO)

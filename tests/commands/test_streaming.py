@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import Counter
@@ -124,6 +125,13 @@ def made(shop):
     return shop[1]
 
 
+def header_of(blob):
+    """The header of a file of safetensors, and where its data begins."""
+    data = blob.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    return {k: v for k, v in json.loads(data[8:begin]).items() if k != "__metadata__"}, begin
+
+
 def streamed(command, output, **options):
     return run(command, output, "org/{}".format, stream=True, **options)
 
@@ -241,6 +249,34 @@ def test_a_wrong_digest_leaves_nothing(fault, nth, hub, small, tmp_path):
     ):
         streamed("merge", tmp_path / "out", workers=1)
     assert not hub.unused
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_wrong_byte_that_makes_nan_is_told_as_a_wrong_digest(shop, hub, small, tmp_path):
+    """Whose base it is has no NaN: the way from there to here is at fault."""
+    pairs, _ = header_of(hub.files("org/lora")["adapter_model.safetensors"])
+    targets = tuple(
+        one.removesuffix(".lora_A.weight").partition("layers.")[2] + ".weight" for one in pairs
+    )
+    name, place, begin, data = next(
+        (name, at, begin, data)
+        for name, blob in hub.files("org/base").items()
+        if name.endswith(".safetensors")
+        for header, begin in [header_of(blob)]
+        for data in [blob.read_bytes()]
+        for tensor, entry in header.items()
+        if tensor.endswith(targets) and entry["dtype"] == "BF16"
+        for at in range(*(begin + offset for offset in entry["data_offsets"]), 2)
+        if data[at] & 0x80
+    )
+    nan = Flip(place + 1 - begin, 0x7F ^ data[place + 1] & 0x7F)
+
+    def is_read(request):
+        return request.range == f"bytes={begin}-{len(data) - 1}"
+
+    hub.fail(nan, f"*{name}", port="content", when=is_read, times=None)
+    with pytest.raises(WrongDigestError, match=f"^org/base/{name}: what came is not what"):
+        streamed("merge", tmp_path / "out", workers=1, allow_merged_base=True)
     assert not [*tmp_path.iterdir()]
 
 

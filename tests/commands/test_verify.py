@@ -102,7 +102,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "missing file": (lambda f: (f / SECOND).unlink(), [SECOND]),
     "side file": (lambda f: flip(f / "tokenizer_config.json", 5), ["tokenizer_config.json", "changed"]),
-    "side file gone": (lambda f: (f / "config.json").unlink(), ["config.json", "no such file"]),
+    "side file gone": (lambda f: (f / "config.json").unlink(), ["config.json: is missing"]),
     "side file longer": (lambda f: (f / "config.json").write_text("{}  "), ["config.json", "bytes"]),
     "index": (
         lambda f: edit(f / INDEX, lambda i: i["weight_map"].update({Q: SECOND})),

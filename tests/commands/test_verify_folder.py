@@ -425,7 +425,7 @@ def test_listed_files_that_are_not_there_as_they_were(what, merged, cli):
     change(merged)
     report = problems(merged)
     if what == "another case":
-        expected = "config.json: no such file"
+        expected = "config.json: is missing"
         assert said(report, "Config.json", "not part of this")
     assert said(report, expected), report["problems"]
     outcome = cli("verify", merged)

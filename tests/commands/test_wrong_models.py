@@ -27,7 +27,7 @@ from folders import (
 )
 from make_checkpoint import write_adapter
 from reference import read, same_tensor
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import streamshard
 from streamshard.commands.bare_names import bare_names
@@ -181,6 +181,28 @@ def test_names_that_are_meant_stay():
     ):
         assert bare_names(names) == {}
     assert bare_names(["module.foo.weight"]) == {"foo.weight": "module.foo.weight"}
+
+
+@pytest.mark.parametrize("inside", ["", "language_model."])
+def test_names_of_peft_without_pairs(inside, tmp_path, cli):
+    """The updates are in such weights, or not: nobody can tell."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    wrapped_names = {
+        f"{inside}base_model.model.{n.removeprefix(inside)}" if n.startswith(inside) else n: t
+        for n, t in read(base).items()
+    }
+    put(base, wrapped_names)
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    merge = ["merge-lora", "--base", base, "--adapter", tmp_path / "adapter"]
+    hf = without_weights(make(tmp_path / "hf", "tiny", "hf"))
+    for call in (
+        [*merge, "--output", tmp_path / "out"],
+        ["custom2hf", "--custom-path", base, "--hf-path", hf, "--save-path", tmp_path / "out"],
+        ["wrap-lora", "--base", base, "--llm-r", "2", "--output", tmp_path / "out"],
+    ):
+        text = refused(cli, tmp_path, 3, *call)
+        assert "they are lost, or were merged before" in text
+    assert cli("verify", base).code == 8
 
 
 # --- a config of another model, an incomplete one ----------------------------------------------------
@@ -399,3 +421,159 @@ def test_what_a_run_noted_of_itself_is_not_the_models(tmp_path):
     streamshard.merge_lora(base=base, adapter=tmp_path / "adapter", output=tmp_path / "out")
     assert not [file.name for file in (tmp_path / "out").iterdir() if "results" in file.name]
     assert not (tmp_path / "out" / "training_log.txt").exists()
+
+
+LACKING = {
+    "vocabulary": (("vocab.json",), "a vocabulary"),
+    "merges": (("merges.txt",), "'merges.txt'"),
+    "settings": (("tokenizer_config.json",), "'tokenizer_config.json'"),
+    "everything": (("vocab.json", "merges.txt", "tokenizer_config.json"), "a vocabulary"),
+    "code": (("modeling_internvl_chat.py",), "'modeling_internvl_chat.py'"),
+}
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_what_loaders_need_beside_the_weights(case, tmp_path):
+    """Told once, with where it can be taken from; the reference gives it."""
+    gone, said = LACKING[case]
+    run = run_of(tmp_path / "run")
+    base = make(tmp_path / "base", "tiny", "custom")
+    names = {file.name for file in base.iterdir()}
+    for folder in (run, base):
+        for name in gone:
+            (folder / name).unlink()
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    (warning,) = streamshard.merge_lora(checkpoint=run, output=tmp_path / "a")["warnings"]
+    assert said in warning
+    assert "`reference` ORIGINAL" in warning
+    (warning,) = streamshard.merge_lora(
+        base=base, adapter=tmp_path / "adapter", output=tmp_path / "b"
+    )["warnings"]
+    assert said in warning
+    assert "Copy such files from the original model" in warning
+    report = streamshard.merge_lora(
+        checkpoint=run, output=tmp_path / "c", reference=tmp_path / "plain"
+    )
+    assert report["warnings"] == []
+    assert {file.name for file in (tmp_path / "c").iterdir()} == names | {
+        "README.md",
+        "streamshard.json",
+    }
+
+
+# --- only what was trained ---------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_nothing_but_what_was_trained(tmp_path, cli):
+    """Its pairs can be had with the model that the training started from, and fit in there."""
+    run = run_of(tmp_path / "run")
+    content = read(run)
+    content["mlp1.3.bias"] = content["mlp1.3.bias"] + 1
+    put(run, content)
+    streamshard.extract_lora(checkpoint=run, base=tmp_path / "plain", output=tmp_path / "expected")
+    put(run, {n: t for n, t in content.items() if ".lora_" in n or n.startswith("mlp1.")})
+    for command in ("merge-lora", "extract-lora"):
+        text = refused(cli, tmp_path, 3, command, run, "--output", tmp_path / "out")
+        assert "only what was trained was saved" in text
+        assert f"streamshard extract-lora {run} --base MODEL --output ADAPTER" in text
+    out = tmp_path / "out"
+    streamshard.extract_lora(checkpoint=run, base=tmp_path / "plain", output=out)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    hf = make(tmp_path / "hf", "tiny", "hf")
+    extract = ["extract-lora", run, "--base", hf, "--output", tmp_path / "o"]
+    assert "is of the hf layout" in refused(cli, tmp_path, 3, *extract)
+
+
+# --- what is said ------------------------------------------------------------------------------------
+
+
+def test_a_tensor_that_internvl_does_not_have_is_told(tmp_path):
+    base = make(tmp_path / "base", "tiny", "custom")
+    put(base, {**read(base), "my_head.weight": torch.ones(2, 2)})
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    report = streamshard.merge_lora(
+        base=base, adapter=tmp_path / "adapter", output=tmp_path / "out"
+    )
+    (warning,) = report["warnings"]
+    assert "InternVL has no tensor like 'my_head.weight'" in warning
+    assert same_tensor(read(tmp_path / "out")["my_head.weight"], torch.ones(2, 2))
+
+
+def test_a_training_checkpoint_against_the_model_it_began_with(tmp_path, cli):
+    """What was trained beside the pairs shows; that these are not in there is said."""
+    run = run_of(tmp_path / "run")
+    content = read(run)
+    put(run, {**content, "mlp1.3.bias": content["mlp1.3.bias"] + 1})
+    report = streamshard.diff(run, tmp_path / "plain")
+    assert [row["name"] for row in report["different"]] == ["mlp1.3.bias"]
+    assert report["missing"] == []
+    assert len(report["unexpected"]) == 6
+    assert any("without the updates" in warning for warning in report["warnings"])
+    again = streamshard.diff(tmp_path / "plain", run)
+    assert (again["different"][0]["name"], len(again["missing"])) == ("mlp1.3.bias", 6)
+
+
+def test_all_ranks_are_said(tmp_path, cli):
+    run = run_of(tmp_path / "run")
+    content = read(run)
+    one = next(n for n in content if ".lora_A." in n)
+    other = one.replace("lora_A", "lora_B")
+    put(run, {**content, one: content[one][:2], other: content[other][:, :2]})
+    outcome = cli("merge-lora", run, "--output", tmp_path / "out", "--alpha", "8")
+    assert "r 2 (1 modules), 4 (2 modules)" in outcome.out
+    assert "L2 from the base weights inside the checkpoint" in outcome.out
+    record = json.loads((tmp_path / "out" / "streamshard.json").read_text())
+    assert record["adapters"][0]["ranks"] == {"2": 1, "4": 2}
+
+
+def test_a_norm_that_is_numbered_as_a_layer_lacks_no_pair(tmp_path):
+    """mlp1.0 of the projector is one, beside the matrices mlp1.1 and mlp1.3."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    adapter = tmp_path / "adapter"
+    write_adapter(adapter, "tiny", layout="hf", targets="llm")
+    content, config = (
+        load_file(adapter / "adapter_model.safetensors"),
+        adapter / "adapter_config.json",
+    )
+    settings = json.loads(config.read_text())
+    r, weights = settings["r"], read(base)
+    for number, place in ((1, 1), (2, 3)):
+        rows, columns = weights[f"mlp1.{place}.weight"].shape
+        stem = f"base_model.model.model.multi_modal_projector.linear_{number}"
+        content[f"{stem}.lora_A.weight"] = torch.ones(r, columns)
+        content[f"{stem}.lora_B.weight"] = torch.ones(rows, r)
+    save_file(content, adapter / "adapter_model.safetensors")
+    settings["target_modules"] += [f"multi_modal_projector.linear_{number}" for number in (1, 2)]
+    config.write_text(json.dumps(settings))
+    report = streamshard.merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
+    assert report["warnings"] == []
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-qwen3"])
+def test_the_trainers_hint_where_the_trainer_wraps(preset, tmp_path, cli):
+    base = make(tmp_path / "base", preset, "custom")
+    outcome = cli("wrap-lora", "--base", base, "--output", tmp_path / "out", "--llm-r", "2")
+    assert ("InternVL's trainer wraps by" in outcome.out) == (preset == "tiny")
+    assert ("wrap_llm_lora does not know" in outcome.err) == (preset != "tiny")
+
+
+def test_fp32_of_a_model_of_bf16_is_told(tmp_path):
+    run = run_of(tmp_path / "run")
+    put(run, {name: tensor.float() for name, tensor in read(run).items()})
+    report = streamshard.merge_lora(checkpoint=run, output=tmp_path / "out")
+    (warning,) = report["warnings"]
+    assert "`dtype` bf16 writes half of the bytes" in warning or 'dtype="bf16"' in warning
+    half = streamshard.merge_lora(checkpoint=run, output=tmp_path / "half", dtype="bf16")
+    assert half["warnings"] == []
+    assert half["bytes"] * 1.8 < report["bytes"]
+
+
+def test_one_alpha_for_several_ranks_is_told(tmp_path):
+    run = run_of(tmp_path / "run")
+    content = read(run)
+    one = next(n for n in content if ".lora_A." in n)
+    other = one.replace("lora_A", "lora_B")
+    put(run, {**content, one: content[one][:2], other: content[other][:, :2]})
+    report = streamshard.merge_lora(checkpoint=run, output=tmp_path / "out", alpha=8)
+    assert any("ranks 2, 4" in warning for warning in report["warnings"])

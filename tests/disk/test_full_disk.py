@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -23,7 +24,7 @@ pytestmark = slow
 def test_too_little_space_is_found_before_writing(pair, refused, monkeypatch):
     usage = shutil.disk_usage(pair.root)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    refused(6, "10,000 are free", str(pair.output))
+    refused(6, "10.00 KB are free", str(pair.output))
 
 
 @pytest.mark.parametrize("when", ["allocating", "writing"])
@@ -121,3 +122,18 @@ def test_a_base_that_shrinks_after_planning(pair):
     left = [path.name for path in pair.output.parent.iterdir()]
     assert left in ([], [f".{pair.output.name}.partial"])
     assert bool(left) == ("run the same command again" in str(raised.value))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_the_folder_is_named_in_which_nothing_may_be_made(number, pair, refused, monkeypatch):
+    """And not the hidden file that would have been made there."""
+    opened = os.open
+
+    def closed(path: Any, flags: int, *more: Any, **how: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number), path)
+        return opened(path, flags, *more, **how)
+
+    monkeypatch.setattr(os, "open", closed)
+    text = refused(6, f"error: {pair.output.parent}: cannot be written: {os.strerror(number)}.")
+    assert ".lock" not in text

@@ -421,6 +421,21 @@ def test_damage_is_noticed(name, how, pair, clean):
     assert alone(pair)
 
 
+def test_the_record_of_another_plan(pair, clean):
+    """As of a process that was still writing when the folder was begun anew."""
+    part(pair, "1/2", weight=[0.5])
+    (name,) = {path.name for path in folder_of(pair).glob("*.done")}
+    record = (folder_of(pair) / name).read_bytes()
+    shard = (folder_of(pair) / name.removesuffix(".done")).read_bytes()
+    part(pair, "1/2", overwrite=True)
+    (folder_of(pair) / name).write_bytes(record)
+    (folder_of(pair) / name.removesuffix(".done")).write_bytes(shard)
+    assert part(pair, "1/2", dry_run=True)["part"]["finished"] == 0
+    part(pair, "1/2")
+    part(pair, "2/2")
+    assert content(pair.output) == clean
+
+
 # --- killed, and twice at once --------------------------------------------------------------------
 
 

@@ -294,7 +294,7 @@ def test_space_is_looked_at_again_before_each_shard(pair, cli, monkeypatch):
     monkeypatch.setattr(system, "disk_free", lambda _: next(answers))
     outcome = cli(*pair.command, "--workers", "1")
     assert outcome.code == 6
-    assert "10 are free" in outcome.err
+    assert "10 B are free" in outcome.err
     assert SECOND in outcome.err
 
 

@@ -16,6 +16,7 @@ from marks import linux, slow
 from pairs import LAYER, Pair
 
 from streamshard import merge_lora
+from streamshard.errors import bytes_text
 
 pytestmark = slow
 
@@ -94,9 +95,8 @@ def ended(
     assert "Traceback" not in done.stderr
     if done.returncode == 6:
         assert "not enough memory" in done.stderr
-        assert (
-            f"{kind} (ulimit -{'d' if kind == 'RLIMIT_DATA' else 'v'}) is {limit:,}" in done.stderr
-        )
+        option = "d" if kind == "RLIMIT_DATA" else "v"
+        assert f"{kind} (ulimit -{option}) is {bytes_text(limit)}" in done.stderr
     return done
 
 
@@ -134,7 +134,7 @@ def test_from_python_it_is_an_exception(threads, size, pair):
     code = f"""
 import sys
 import streamshard
-from streamshard.errors import OutOfMemoryError
+from streamshard.errors import OutOfMemoryError, bytes_text
 try:
     streamshard.merge_lora(
         base={str(pair.base)!r}, adapter={str(pair.adapter)!r}, output={str(pair.output)!r}
