@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.hub_client import Listed
+from streamshard.checkpoint.hub_operations import quiet
 from streamshard.checkpoint.hub_sending import again, sending
 from streamshard.checkpoint.record import read_record
 from streamshard.checkpoint.sent_files import Placed
@@ -25,7 +26,7 @@ def record_at(repo: str, commit: str, name: str, tree: Mapping[str, Listed]) -> 
     from huggingface_hub import hf_hub_download
 
     with tempfile.TemporaryDirectory(prefix="streamshard-") as folder:  # no model is to be cached
-        with sending(repo, f"reading its {name}"):
+        with sending(repo, f"reading its {name}"), quiet():
             get = partial(hf_hub_download, repo, name, revision=commit, cache_dir=folder)
             path = Path(again(get))
         try:

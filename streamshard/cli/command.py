@@ -157,7 +157,7 @@ class Command(click.Command):
         names = {name for one in self.get_params(ctx) if one.type is SIZE for name in one.opts}
         joined = _joined(args, names)
         twice = given_twice(joined, self, ctx)
-        if twice is not None:
+        if twice is not None and not ctx.resilient_parsing:
             raise twice
         rest = joined.copy()  # the parser takes from what it is given
         try:

@@ -34,8 +34,9 @@ def pushed_text(report: dict[str, Any]) -> list[str]:
     new += ", private" if pushed["private"] else ""
     lines = [f"  Pushed to {pushed['repository']} ({new}): {files} in one commit."]
     if plan["on_disk"] is not None:
+        each = ", of each part" if report["part"] else ""
         lines.append(
-            f"  At most {files_text(plan['on_disk'])} of weights on disk at a time, "
+            f"  At most {files_text(plan['on_disk'])} of weights on disk at a time{each}, "
             f"{bytes_text(min(plan['disk_bytes'], report['bytes']))}; nothing stays here."
         )
     lines += [

@@ -17,13 +17,8 @@ from typing import Any
 
 from streamshard.disk.folders import exists, inode_of, rename, resolved, sync_folder
 from streamshard.disk.inputs import active
-from streamshard.engine.beside_output import (
-    Kept,
-    check_beside,
-    finished_beside,
-    places_beside,
-    tidy,
-)
+from streamshard.engine import beside_output
+from streamshard.engine.beside_output import Kept, finished_beside, places_beside, tidy
 from streamshard.engine.claims import check_replaceable
 from streamshard.engine.cluster import Cluster
 from streamshard.engine.completed import completed, record_in
@@ -106,7 +101,7 @@ class Output:
         tidy(self.target)
         if exists(self.target):
             check_replaceable(self.target, overwrite=self.made.overwrite)
-        self._finished.update(self._staged(check_beside))
+        self._finished.update(self._staged(beside_output.check_beside))
 
     def _staged(self, look: Callable[..., Kept]) -> Collection[str]:
         """What was taken into the folder where the output is completed, or begun there."""
@@ -171,7 +166,7 @@ class Output:
             if parts is not None and parts.shared == self.shared:
                 self._finished.update(parts.look())
         try:
-            self._finished.update(self._staged(check_beside))
+            self._finished.update(self._staged(beside_output.check_beside))
         except BusyError:  # what whoever is at it has taken can be seen
             self._finished.update(self._staged(finished_beside))
 
@@ -194,10 +189,8 @@ class Output:
         """Raise `OutputError` if the output cannot be completed."""
         missing = [s.name for s in self.made.shards if s.name not in self._finished]
         if missing:
-            outlet = self.made.outlet
-            where = printable(str(self.target))
-            if outlet is not None and not outlet.keeps:
-                where = outlet.where
+            outlet = self.made.outlet if self.shared.goes else None
+            where = printable(str(self.target)) if outlet is None else outlet.where
             lack = "not uploaded" if self.shared.sends else "missing"
             some = f"{len(missing)} of its {len(self.made.shards)} weight files are {lack}"
             raise OutputError(

@@ -203,6 +203,8 @@ def test_what_is_kept_is_said_and_continued(name, code, how, models, tmp_path):
     assert seen.lines[0] == "continuing: 2 of 4 files are done"
     assert seen.lines[1].startswith("checking 100%")
     assert seen.lines[2].startswith("merging 100%")
+    assert "in 4 files, " in seen.text
+    assert "2 of these before" in seen.text
     merging = [line for line in seen.drawn if line.startswith("merging")]
     assert int(re.search(r"(\d+)%", merging[0])[1]) > 20
 

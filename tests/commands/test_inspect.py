@@ -106,7 +106,9 @@ def test_an_adapter_is_told(tmp_path, cli):
     assert report.keys() >= KEYS
     text = cli("inspect", tmp_path / "a").out
     assert "PEFT adapter" in text
-    assert "r 4" in text
+    assert "r 4, lora_alpha 8, use_rslora" in text
+    assert "  target_modules self_attn.q_proj, " in text
+    assert "False" not in text
     assert json.loads(cli("inspect", tmp_path / "a", "--json").out)["adapter"]["r"] == 4
 
 

@@ -152,6 +152,8 @@ def test_another_command(shop, hub, place, push, tmp_path):
 
 def test_what_is_said_of_it(shop, hub, place):
     """Each in its words: a part, finish before all is there, the last one, and one that comes late."""
+    dry = begin(shop, hub, place, "--part", "1/2", "--dry-run").communicate(timeout=300)[0]
+    assert "At most 3 files of weights on disk at a time, of each part, " in dry
     said = {}
     for which in ("1/2", "finish", "2/2", "1/2 again"):
         found = begin(shop, hub, place, "--part", which.split()[0])
@@ -263,7 +265,9 @@ def test_a_hub_that_does_not_answer(which, fault, hub, place, push):
 def test_an_upload_that_fails(shop, hub, place, push):
     """What arrived is not sent again; what did not is kept here, and is sent by the same part."""
     hub.fail(Status(403), "/upload/*", method="PUT", nth=2, times=None)
-    with pytest.raises(HubError, match=r"What parts have finished of it is kept in .*same command"):
+    with pytest.raises(
+        HubError, match=r"What parts have finished of it is kept in .*call it again"
+    ):
         push(part="1/2")
     assert weights_in(place) > 0
     with pytest.raises(OutputError, match="cannot be completed"):
@@ -300,7 +304,7 @@ def test_a_head_that_moved_between_parts(shop, hub, place, push):
     """What others have changed of the output's own files is told before it is replaced."""
     push(part="1/2")
     hub.advance(REPO, {"vocab.json": b"{}"})
-    with pytest.raises(HubError, match=r"somebody else has committed .*vocab\.json.*same command"):
+    with pytest.raises(HubError, match=r"somebody else has committed .*vocab\.json.*call it again"):
         push(part="2/2")
     report = push(part="2/2")
     assert report["part"]["complete"]
