@@ -51,6 +51,7 @@ extract_lora(checkpoint="c", output="o", alpha=2.0, dry_run=True)
 how: OutputOptions = {"overwrite": True, "max_memory": "1GB"}
 report = merge_lora(base="b", adapter="a", **how)
 print(report["l2"]["global"], json.dumps(report), pickle.dumps(report), {**report}, len(report))
+merge_lora(base="b", adapter={"a": 0.5, "c": 2}, dtype="float16", io="direct")
 diff("a", "b", workers=2, progress=True)["different"]
 verify("a", sample="10%", strict=True)
 inspect("a").get("layout")
@@ -61,6 +62,9 @@ BAD = {
     'merge_lora(base="b", adapter="a", layout="cutsom")': "cutsom",
     'merge_lora(base="b", adapter="a", workers="two")': "workers",
     'merge_lora("b", "a")': "positional",
+    'merge_lora(base="b", adapter="a", dtype="int4")': "int4",
+    'merge_lora(base="b", adapter="a", io="mmap")': "mmap",
+    'merge_lora(base="b", adapter={"a": "much"})': "adapter",
     'hf_to_custom(hf_path="h", custom_path="c", save_path="s", allow_mising=True)': "allow_missing",
     'custom_to_hf(hf_path="h", custom_path="c", save_path="s", tokenizer_from="me")': "me",
     'wrap_lora(base="b", output="o", llm_rank=16)': "llm_rank",
