@@ -118,6 +118,10 @@ class OutOfMemoryError(StreamshardError, MemoryError):
 
     exit_code = 6
 
+    def __new__(cls, *arguments: object) -> Self:
+        # Otherwise it is that of `MemoryError`, which those who unpickle errors (tblib, for Dask) call.
+        return Exception.__new__(cls, *arguments)
+
 
 class ReadError(StreamshardError):
     """A file could not be read, or changed while it was being read."""

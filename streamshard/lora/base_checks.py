@@ -12,7 +12,7 @@ import numpy as np
 
 from streamshard.errors import AdapterError, InputError, argument, listed
 from streamshard.lora.samples import samples
-from streamshard.tensor_names import factors_among, is_wrapped
+from streamshard.tensor_names import PREFIX, factors_among, is_wrapped
 from streamshard.tensors.arrays import Float32, Float64
 from streamshard.tensors.computed import Computed
 from streamshard.tensors.dtypes import FLOATS
@@ -151,6 +151,8 @@ def check_base(
             )
         )
     named = [name for name in base if is_wrapped([name])]
+    if len(named) < len(base):  # a model may have a part that is called base_model
+        named = [name for name in named if is_wrapped([name.removeprefix(PREFIX)])]
     if named:
         raise InputError(
             f"{where}: its names are those of a model that PEFT has wrapped, as {listed(named, 2)}, but "

@@ -88,7 +88,9 @@ def _is_selected(plan: AdapterPlan, modules: dict[int, str], missing: int) -> bo
     selection = plan.adapter.settings.selection
     if module in plan.parameters:
         return selection.takes_parameter(with_number(plan.weight(module), number, missing))
-    return selection.takes(with_number(module, number, missing))
+    twin = with_number(module, number, missing)
+    # A module without a number (linear_1) is no layer, though the base numbers it (mlp1.1).
+    return twin != module and selection.takes(twin)
 
 
 def _layers(names: Iterable[str]) -> dict[str, set[int]]:

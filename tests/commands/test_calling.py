@@ -64,7 +64,7 @@ BAD = {
     'merge_lora("b", "a")': "positional",
     'merge_lora(base="b", adapter="a", dtype="int4")': "int4",
     'merge_lora(base="b", adapter="a", io="mmap")': "mmap",
-    'merge_lora(base="b", adapter={"a": "much"})': "adapter",
+    'merge_lora(base="b", adapter={"a": "much"})': "dict-item",
     'hf_to_custom(hf_path="h", custom_path="c", save_path="s", allow_mising=True)': "allow_missing",
     'custom_to_hf(hf_path="h", custom_path="c", save_path="s", tokenizer_from="me")': "me",
     'wrap_lora(base="b", output="o", llm_rank=16)': "llm_rank",
@@ -414,6 +414,18 @@ def test_c3_every_error_is_pickled_and_copied(kind):
         assert twin.args == error.args
         assert twin.__notes__ == ["a note"]
         assert getattr(twin, "report", None) == getattr(error, "report", None)
+
+
+def test_c3_errors_are_made_again_by_dask():
+    """By tblib, which calls `__new__` itself."""
+    support = pytest.importorskip("tblib.pickling_support")
+    for kind in every_error():
+        if kind.__init__ is not VerificationError.__init__:
+            made = support.unpickle_exception_with_attrs(
+                kind, {"args": ("m",)}, None, None, None, False, []
+            )
+            assert type(made) is kind
+            assert made.args == ("m",)
 
 
 def test_c3_errors_come_from_other_processes(pair):

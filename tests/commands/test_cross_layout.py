@@ -360,7 +360,7 @@ def test_a_layer_that_the_base_has_not(tmp_path):
     respelled(
         adapter, lambda key: key.replace("language_model.layers.2.", "language_model.layers.3.")
     )
-    with pytest.raises(AdapterError, match=r"layers\.3\."):
+    with pytest.raises(AdapterError, match="layers up to 3 of"):
         merge_lora(base=base, adapter=adapter, output=tmp_path / "out")
 
 

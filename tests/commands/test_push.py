@@ -289,7 +289,7 @@ def test_it_is_found_below_later_commits(shop, hub, place, push):
 def test_a_head_that_moved(changes, shop, hub, place, push):
     """Told, with what was changed; the same command then commits on top of it."""
     hub.fail(First(lambda: hub.advance(REPO, changes)), "*/commit/main")
-    with pytest.raises(HubError, match=r"somebody else has committed .*notes\.txt.*same command"):
+    with pytest.raises(HubError, match=r"somebody else has committed .*notes\.txt.*call it again"):
         push()
     assert commits_of(hub, "the output") == 0
     hub.forget()

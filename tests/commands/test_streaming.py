@@ -36,6 +36,8 @@ from streamshard.engine import lanes
 from streamshard.errors import AdapterError, HubError
 
 FILES = "*.safetensors"
+SHARDS = "*-of-*.safetensors"
+"""Those of a base: an adapter is downloaded by the client, which takes a 403 for an answer."""
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ MENDED = [
 def test_every_fault_at_every_fifth_request(command, fault, hub, made, small, tmp_path):
     # Eight files are begun at a time: all their links together may expire now and then only.
     for nth in range(2, 300, 50 if isinstance(fault, Expire) else 5) if fault else ():
-        hub.fail(fault, FILES, port="content", nth=nth)
+        hub.fail(fault, SHARDS, port="content", nth=nth)
     streamed(command, tmp_path / "out")
     assert contents(tmp_path / "out") == made[command]
 
@@ -172,9 +174,8 @@ class Few:
 def test_all_sorts_of_faults_together(command, seed, hub, made, small, tmp_path):
     chance, met = random.Random(seed), Counter()
     for _ in range(40):
-        # Adapters are downloaded by the client, which takes a 403 for an answer.
         fault, nth = Few(chance.choice(MENDED), met), chance.randrange(1, 120)
-        hub.fail(fault, "*-of-*.safetensors", port="content", nth=nth)
+        hub.fail(fault, SHARDS, port="content", nth=nth)
     for _ in range(3):
         passing = Status(chance.choice((408, 429, 500, 503)))
         hub.fail(passing, "*/resolve/" + FILES, port="hub", nth=chance.randrange(1, 8))
@@ -285,9 +286,7 @@ def test_what_is_finished_is_kept_when_the_hub_is_gone(hub, made, small, tmp_pat
     sizes = {name: hub.files("org/base")[name].size for name in names}
     when = is_data(sizes[names[2]])
     hub.fail(Status(503), f"*{names[2]}", port="content", times=None, when=when)
-    with pytest.raises(
-        HubError, match=r"answered 503\. Run the same command again.*is kept in"
-    ) as gone:
+    with pytest.raises(HubError, match=r"answered 503\. Call it again.*is kept in") as gone:
         streamed("merge", tmp_path / "out", workers=1)
     assert gone.value.exit_code == 9
     assert len(small) == 4

@@ -35,7 +35,9 @@ def test_real_models_convert_both_ways(preset, layout, tmp_path, monkeypatch):
     report = convert(layout, source, ref, tmp_path / "out", dry_run=True)
     assert report["tensors"] == len(tensor_shapes(preset, layout))
     assert report["parameters"] == parameters_of(preset, layout)
-    assert (report["missing"], report["unexpected"], report["warnings"]) == ([], [], [])
+    assert (report["missing"], report["unexpected"]) == ([], [])
+    # These folders have weights and configs only.
+    assert [one for one in report["warnings"] if "lacks a vocabulary" not in one] == []
     assert report["bytes"] == sum(file["bytes"] for file in report["plan"]["files"])
     assert report["bytes"] > 2 * report["parameters"]
     assert not (tmp_path / "out").exists()

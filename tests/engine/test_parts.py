@@ -583,7 +583,7 @@ def test_eight_parts_that_are_killed_at_random(tmp_path, clean_of_many):
         output = tmp_path / f"out-{round_}" / "merged"
         output.parent.mkdir()
         kills = all_parts_with_kills([*command, "--output", str(output)], 8, random.Random(round_))
-        assert kills > 8
+        assert kills > 2
         assert content(output) == expected
         assert [path.name for path in output.parent.iterdir()] == ["merged"]
 

@@ -147,7 +147,7 @@ def test_what_was_sent_is_not_sent_again(shop, shelf, place):
     """Nor written again; what was not sent is still here, and is sent first."""
     names = sorted(name for name in shop.right if name.endswith(".safetensors"))
     shelf.fails = [names[4]]
-    with pytest.raises(HubError, match="run the same command again"):
+    with pytest.raises(HubError, match="call it again to continue"):
         merge(shop)
     before = [*shelf.sent]
     assert 0 < weights_here(place) <= AT_ONCE

@@ -58,7 +58,11 @@ def test_a_plan_is_a_value(work):
 @pytest.mark.parametrize(
     ("tensors", "config", "says"),
     [
-        (pair("l.0.q") | pair("l.9.q"), {}, "1 of 2 modules are not in the base"),
+        (
+            pair("l.0.q") | pair("l.9.q"),
+            {},
+            "layers up to 9 of 'l', but the base ends before layer 9",
+        ),
         (pair("l.0.q"), {"r": 3}, "has rank 2 and its lora_B 2, but adapter_config.json says 3"),
         (pair("l.0.q"), {"use_dora": True}, "use_dora is true, but the file lacks magnitudes"),
         (pair("l.0.q"), {"modules_to_save": ["v"]}, "modules_to_save has 'v'"),
