@@ -98,20 +98,13 @@ HEATMAP = option(
     is_flag=True,
     help="Print the same as letters: a line a module, a column a layer.",
 )
+PLOT = partial(option, OUTPUT, "--plot", metavar="FILE")
 COMPARING = with_options(
-    option(
-        OUTPUT,
-        "--plot",
-        metavar="FILE",
-        help="Draw how much each module of each layer differs, into a .png, .svg or .pdf.",
-    ),
+    PLOT(help="Draw how much each module of each layer differs, into a .png, .svg or .pdf."),
     HEATMAP,
 )
 DRAWING = with_options(
-    option(
-        OUTPUT,
-        "--plot",
-        metavar="FILE",
+    PLOT(
         help="Draw how much each module of each layer has changed, into a .png, .svg or .pdf; with "
         "--part when the output is complete.",
     ),
