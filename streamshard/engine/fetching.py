@@ -12,7 +12,7 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.existence import found
 from streamshard.disk.far import Far, far_at, is_any
 from streamshard.disk.folders import disk_free, exists
-from streamshard.disk.waiting import together
+from streamshard.disk.together import together
 from streamshard.engine.workers import OnStep, Stop
 from streamshard.errors import HubError, WriteError, both_bytes, printable
 from streamshard.tensors.lazy import Lazy, Stored
