@@ -87,7 +87,7 @@ class _Run:
         self._nbytes: dict[str, int] = {}
         self._resource = False
         self._inputs = b""
-        self._looked = self._seen = time.monotonic()
+        self._seen = time.monotonic()
 
     def check_workers(self, shards: Sequence[Shard]) -> None:
         """Raise `ClusterError` unless there are workers, and all of them can do the tasks."""

@@ -17,8 +17,13 @@ from typing import Any
 
 from streamshard.disk.folders import exists, rename, resolved, sync_folder
 from streamshard.disk.inputs import active
-from streamshard.engine import beside_output
-from streamshard.engine.beside_output import Kept, finished_beside, places_beside, tidy
+from streamshard.engine.beside_output import (
+    Kept,
+    check_beside,
+    finished_beside,
+    places_beside,
+    tidy,
+)
 from streamshard.engine.claims import check_replaceable
 from streamshard.engine.cluster import Cluster
 from streamshard.engine.completed import completed, lacks_its_name, record_in
@@ -28,7 +33,7 @@ from streamshard.engine.fingerprint import Identity, identity_digest
 from streamshard.engine.job import Plan
 from streamshard.engine.journal import Elsewhere
 from streamshard.engine.option_values import Part
-from streamshard.engine.parts_cleanup import GONE, is_of
+from streamshard.engine.parts_cleanup import is_gone
 from streamshard.engine.parts_files import Shared, shared_by
 from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts, shared_parts
 from streamshard.engine.report import Report
@@ -92,7 +97,7 @@ class Output:
         tidy(self.target)
         if exists(self.target):
             check_replaceable(self.target, overwrite=self.made.overwrite)
-        self._finished.update(self._staged(beside_output.check_beside))
+        self._finished.update(self._staged(check_beside))
 
     def _staged(self, look: Callable[..., Kept]) -> Collection[str]:
         """What was taken into the folder where the output is completed, or begun there."""
@@ -157,7 +162,7 @@ class Output:
             if parts is not None and parts.shared == self.shared:
                 self._finished.update(parts.look())
         try:
-            self._finished.update(self._staged(beside_output.check_beside))
+            self._finished.update(self._staged(check_beside))
         except BusyError:  # what whoever is at it has taken can be seen
             self._finished.update(self._staged(finished_beside))
 
@@ -269,7 +274,7 @@ def _run(
                 output.write(progress, on_step, cluster)
         except (OutputError, WriteError, ReadError, HubError) as error:
             # Others may have finished it, and removed the folder that it was being written to.
-            broken = isinstance(error, (WriteError, ReadError)) and not is_of(error, GONE)
+            broken = isinstance(error, (WriteError, ReadError)) and not is_gone(error)
             if broken or not (number and output.is_done()):
                 raise
         there = output.completed()
@@ -315,7 +320,7 @@ def adopting(output: Output) -> Callable[[Staging], None]:
             try:
                 rename(parts.folder / name, staging.folder / name)
             except WriteError as error:
-                if not (output.shared.goes and is_of(error, GONE)):
+                if not (output.shared.goes and is_gone(error)):
                     raise
         if outlet is not None:
             noted, known = parts.elsewhere(outlet.key), staging.elsewhere(outlet.key)

@@ -33,7 +33,6 @@ from streamshard.engine.parts_files import (
 from streamshard.errors import BusyError, StreamshardError, WriteError
 
 __all__ = [
-    "GONE",
     "PAUSE_SECONDS",
     "PLAN",
     "TAKEN",
