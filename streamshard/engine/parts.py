@@ -183,7 +183,8 @@ class Output:
         """
         try:
             self.look()
-            done = self._finished.issuperset(shard.name for shard in self.mine)
+            wanted = self.mine if self.part.number else self.made.shards  # who completes needs all
+            done = self._finished.issuperset(shard.name for shard in wanted)
             return done or self.completed() is not None
         except StreamshardError:
             return False

@@ -316,6 +316,13 @@ def test_finish_before_all_are_there(pair, refused):
     refused(5, "are missing", more=["--part", "finish", "--dry-run"])
 
 
+def test_an_output_of_another_plan_is_there(pair, refused):
+    """That is what is said to who completes, too, and not that parts are missing."""
+    part(pair, "1/1")
+    for which in ("1/2", "finish"):
+        refused(5, "exists. Choose another output", more=["--part", which, "--weight", "0.5"])
+
+
 @pytest.mark.parametrize(
     ("options", "fragment"),
     [
