@@ -87,11 +87,16 @@ class Output:
             )
 
     def check_place(self) -> None:
-        """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
+        """Raise `OutputError` if there is an output that is not to be replaced, or of another run.
+
+        And `WriteError` if there is no room for it.
+        """
         tidy(self.target)
         if exists(self.target):
             check_replaceable(self.target, overwrite=self.made.overwrite)
         self._finished.update(self._staged(beside_output.check_beside))
+        if self.made.short:
+            raise WriteError(self.made.short)
 
     def _staged(self, look: Callable[..., Kept]) -> Collection[str]:
         """What was taken into the folder where the output is completed, or begun there."""
