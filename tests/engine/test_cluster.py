@@ -90,6 +90,22 @@ def test_a_worker_of_another_version(pair, cluster, cli):
     assert [*pair.output.parent.iterdir()] == []
 
 
+def test_a_worker_is_lost_when_it_is_asked(pair, clean, cluster, cli):
+    """It is none of those that cannot do it: the others are enough."""
+    dies = "import os\nfrom streamshard.engine import cluster_task\n"
+    dies += "cluster_task.check = lambda *_, os=os: os._exit(1)\n"
+    cluster.worker(*preload(cluster, dies))
+    outcome = cli(*pair.command, "--scheduler", cluster.address)
+    assert outcome.code == 9
+    assert "has no worker" in outcome.err
+    cluster.worker(*preload(cluster, dies))
+    cluster.worker()
+    outcome = cli(*pair.command, "--scheduler", cluster.address)
+    assert outcome.code == 0, outcome.err
+    assert content(pair.output) == clean
+    assert alone(pair)
+
+
 @slow
 def test_a_worker_is_killed(pair, clean, cluster):
     first = cluster.worker(*preload(cluster, SLOW))

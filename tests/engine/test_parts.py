@@ -197,9 +197,9 @@ def test_a_part_of_what_is_complete_says_so(which, pair, clean, cli):
 def test_a_disk_that_is_full_of_it(which, pair, monkeypatch):
     """It has no room for another one, and needs none."""
     monkeypatch.setattr(System, "disk_free", lambda *_: 20_000)
-    with pytest.raises(WriteError, match="are needed but 20.00 KB are free"):
+    with pytest.raises(WriteError, match=r"are needed but 20\.00 KB are free"):
         part(pair, "1/2")
-    with pytest.raises(WriteError, match="are needed but 20.00 KB are free"):
+    with pytest.raises(WriteError, match=r"are needed but 20\.00 KB are free"):
         part(pair, "1/2", dry_run=True)
     assert not [*pair.output.parent.iterdir()]
     monkeypatch.undo()
