@@ -203,6 +203,7 @@ class _Run:
         """Wait until all that was written is seen here: a network's disk may take a while."""
         end = time.monotonic() + WORKERS_SECONDS
         while missing := [name for name in names if name not in self._parts.look()]:
+            self._parts.check_there()
             if time.monotonic() > end:
                 raise ClusterError(
                     f"{self._where}: workers have written {listed(missing)}, which cannot be seen in "

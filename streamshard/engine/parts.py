@@ -37,6 +37,7 @@ from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
 from streamshard.errors import (
     BusyError,
+    ClusterError,
     HubError,
     OutputError,
     ReadError,
@@ -302,7 +303,7 @@ def _write(
             if output.part.number:
                 output.write(progress, on_step, cluster)
             break
-        except (OutputError, WriteError, ReadError, HubError) as error:
+        except (OutputError, WriteError, ReadError, HubError, ClusterError) as error:
             # Others may have finished it, and removed the folder that it was being written to.
             broken = isinstance(error, (WriteError, ReadError)) and not is_of(error, GONE)
             if not broken and output.is_done():
