@@ -42,6 +42,7 @@ from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
 from streamshard.errors import (
     BusyError,
+    ClusterError,
     HubError,
     OutputError,
     ReadError,
@@ -92,11 +93,16 @@ class Output:
             )
 
     def check_place(self) -> None:
-        """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
+        """Raise `OutputError` if there is an output that is not to be replaced, or of another run.
+
+        And `WriteError` if there is no room for it.
+        """
         tidy(self.target)
         if exists(self.target):
             check_replaceable(self.target, overwrite=self.made.overwrite)
         self._finished.update(self._staged(check_beside))
+        if self.made.short:
+            raise WriteError(self.made.short)
 
     def _staged(self, look: Callable[..., Kept]) -> Collection[str]:
         """What was taken into the folder where the output is completed, or begun there."""
@@ -303,7 +309,7 @@ def _write(
             if output.part.number:
                 output.write(progress, on_step, cluster)
             break
-        except (OutputError, WriteError, ReadError, HubError) as error:
+        except (OutputError, WriteError, ReadError, HubError, ClusterError) as error:
             # Others may have finished it, and removed the folder that it was being written to.
             broken = isinstance(error, (WriteError, ReadError)) and not is_gone(error)
             if not broken and output.is_done():

@@ -40,6 +40,7 @@ from parts_runs import (
 )
 
 import streamshard
+from streamshard.disk.system import System
 from streamshard.engine import parts as engine_parts
 from streamshard.engine import parts_cleanup, parts_folder
 from streamshard.engine.division import divided
@@ -190,6 +191,22 @@ def test_a_part_of_what_is_complete_says_so(which, pair, clean, cli):
     assert "digests" not in report
     assert state(pair.output) == before
     assert alone(pair)
+
+
+@pytest.mark.parametrize("which", ["1/2", "finish"])
+def test_a_disk_that_is_full_of_it(which, pair, monkeypatch):
+    """It has no room for another one, and needs none."""
+    monkeypatch.setattr(System, "disk_free", lambda *_: 20_000)
+    with pytest.raises(WriteError, match=r"are needed but 20\.00 KB are free"):
+        part(pair, "1/2")
+    with pytest.raises(WriteError, match=r"are needed but 20\.00 KB are free"):
+        part(pair, "1/2", dry_run=True)
+    assert not [*pair.output.parent.iterdir()]
+    monkeypatch.undo()
+    part(pair, "1/1")
+    monkeypatch.setattr(System, "disk_free", lambda *_: 20_000)
+    assert part(pair, which, dry_run=True)["part"]["complete"]
+    assert part(pair, which)["part"]["complete"]
 
 
 def test_of_an_ordinary_run_too(pair, clean):
