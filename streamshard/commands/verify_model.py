@@ -16,7 +16,7 @@ from streamshard.internvl.detection import dims_from_names, layout_of
 from streamshard.internvl.dims import Dims
 from streamshard.internvl.families import Layout
 from streamshard.internvl.model_config import INNER, config_layout, section_of
-from streamshard.internvl.relatives import check_names, relative_of
+from streamshard.internvl.relatives import check_names, other_encoder, relative_of
 from streamshard.internvl.shapes import check_gathered, misfits
 from streamshard.internvl.spelling import flat_names
 from streamshard.internvl.tables import UNKNOWN, compared_names
@@ -58,7 +58,7 @@ def as_model(found: Opened) -> AsModel:
         except InputError as error:
             seen.problems.append(str(error))
     by_config = config_layout(found.config or {})
-    for name, own in bare_names(tensors, is_model=by_config is not None).items():
+    for name, own in bare_names(tensors, found.config).items():
         if name != own:
             seen.problems.append(
                 f"'{printable(own)}' and the like have words of training in their names: loaders look "
@@ -82,6 +82,9 @@ def as_model(found: Opened) -> AsModel:
         return seen.not_possible("it is of the other layout")
     if layout is None:
         return seen.not_possible("by its names this is no whole InternVL checkpoint")
+    encoder = other_encoder(found.config)
+    if encoder is not None:
+        return seen.not_possible(f"its vision encoder is '{printable(encoder)}', not InternVL's")
     try:
         given = _given(seen, tensors, layout)
     except AdapterError as error:  # as of two adapters at once
