@@ -15,7 +15,7 @@ from streamshard.errors import printable
 from streamshard.internvl.detection import layout_of
 from streamshard.internvl.model_config import config_layout
 from streamshard.notes import note
-from streamshard.tensor_names import has_words_of_training, without_wrappers
+from streamshard.tensor_names import has_words_of_training, plain_name, without_wrappers
 
 __all__ = ["bare_names", "with_bare_names"]
 
@@ -25,10 +25,11 @@ def with_bare_names(found: Checkpoint) -> Checkpoint:
     names = bare_names(found.tensors, found.config)
     if not names:
         return found
-    bare, given = next((b, g) for b, g in names.items() if b != g)
+    # A weight rather than a factor, as far as there is one: what comes out of a merge has that name.
+    _, bare, given = min((".lora_" in b, b, g) for b, g in names.items() if b != g)
     note(
         f"{printable(str(found.path))}: '{printable(given)}' and the like have words of training in "
-        f"their names; they are written as loaders look for them: '{printable(bare)}'"
+        f"their names; these are left out, as loaders look for '{printable(plain_name(bare))}'"
     )
     return dataclasses.replace(found, tensors={b: found.tensors[g] for b, g in names.items()})
 

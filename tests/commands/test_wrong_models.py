@@ -443,6 +443,27 @@ def test_a_folder_with_the_name_of_a_file(count, config, given, tmp_path):
     assert streamshard.inspect(source)["tensors"] == len(content)
 
 
+def test_a_folder_with_the_name_of_a_file_and_no_index(tmp_path):
+    """Nobody is told to remove what may be the only weights."""
+    run = run_of(tmp_path / "run")
+    inside = run / "pytorch_model.bin"
+    inside.mkdir()
+    (run / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="Move it elsewhere"):
+        streamshard.inspect(run)
+    for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"):
+        (inside / name).write_bytes(b"weights")
+    with pytest.raises(InputError, match=r"00001-of-00002\.bin.*without their index"):
+        streamshard.inspect(run)
+
+
+def test_words_around_pairs_are_told_by_the_names_of_the_output(tmp_path):
+    run = spelled(run_of(tmp_path / "run"), "module")
+    report = streamshard.merge_lora(checkpoint=run, output=tmp_path / "out")
+    (warning,) = report["warnings"]
+    assert warning.rpartition("loaders look for ")[2].strip("'") in read(tmp_path / "out")
+
+
 def test_shards_that_say_they_are_all_need_no_index(tmp_path, cli):
     base = make(tmp_path / "base", "tiny", "custom", max_shard_size=100_000)
     write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
