@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamshard.disk.folders import exists, rename, resolved, sync_folder
+from streamshard.disk.folders import exists, resolved
 from streamshard.disk.inputs import active
 from streamshard.engine import beside_output
 from streamshard.engine.beside_output import Kept, finished_beside, places_beside, tidy
@@ -26,14 +26,13 @@ from streamshard.engine.division import shards_of
 from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity, identity_digest
 from streamshard.engine.job import Plan
-from streamshard.engine.journal import Elsewhere
 from streamshard.engine.option_values import Part
 from streamshard.engine.parts_cleanup import GONE, is_of
 from streamshard.engine.parts_files import Shared, shared_by
 from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts, shared_parts
 from streamshard.engine.report import Report
 from streamshard.engine.sending import begin
-from streamshard.engine.staging import Staging, place_completed
+from streamshard.engine.staging import place_completed
 from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
 from streamshard.errors import (
@@ -48,7 +47,7 @@ from streamshard.errors import (
     printable,
 )
 
-__all__ = ["Output", "adopting", "run_part"]
+__all__ = ["Output", "run_part"]
 
 TRIES = 10
 PAUSE_SECONDS = 0.3
@@ -100,9 +99,13 @@ class Output:
 
     def write(self, progress: Progress | None, on_step: OnStep, cluster: Cluster | None) -> None:
         """Write the shards of this part that nobody has finished."""
-        mine = [shard for shard in self.mine if shard.name not in self._finished]
         with shared_parts(self.target, self.shared, overwrite=self.made.overwrite) as parts:
             settled = parts.look()
+            if not parts.finished:  # others may have completed it since its place was looked at
+                self._look_beside()
+                if self.completed() is not None:
+                    return
+            mine = [shard for shard in self.mine if shard.name not in self._finished]
             left = [shard for shard in mine if shard.name not in settled]
             self.resumed = len(self.mine) - len(left)
             if left:
@@ -156,20 +159,29 @@ class Output:
         with opened_parts(self.target) as parts:
             if parts is not None and parts.shared == self.shared:
                 self._finished.update(parts.look())
+        self._look_beside()
+
+    def _look_beside(self) -> None:
+        """Look what was taken into the folder where the output is completed, whoever is at it."""
         try:
             self._finished.update(self._staged(beside_output.check_beside))
-        except BusyError:  # what whoever is at it has taken can be seen
-            self._finished.update(self._staged(finished_beside))
+        except BusyError:
+            with contextlib.suppress(OutputError):  # no journal, once it has only to get its name
+                self._finished.update(self._staged(finished_beside))
+            if record_in(places_beside(self.target)["partial"], self._digest) is not None:
+                self._finished.update(shard.name for shard in self.made.shards)
 
     def is_done(self) -> bool:
-        """Whether others have finished all shards of this part, or the whole output."""
+        """Whether others have finished all shards of this part, or the whole output.
+
+        Looked for in the order in which it moves, so that it is seen wherever it is.
+        """
         try:
-            if self.completed() is not None:
-                return True
             self.look()
+            done = self._finished.issuperset(shard.name for shard in self.mine)
+            return done or self.completed() is not None
         except StreamshardError:
             return False
-        return self._finished.issuperset(shard.name for shard in self.mine)
 
     @property
     def is_finished(self) -> bool:
@@ -254,35 +266,45 @@ def _run(
     on_step: OnStep,
     cluster: Cluster | None,
 ) -> Report:
-    number = output.part.number
     there = output.completed()
     if there is None:
         output.place_completed()
         there = output.completed()
     if there is not None:
-        output.tidy(complete)
         _log.info("the output is complete already")
     else:
-        try:
-            output.check_place()
-            if number:
-                output.write(progress, on_step, cluster)
-        except (OutputError, WriteError, ReadError, HubError) as error:
-            # Others may have finished it, and removed the folder that it was being written to.
-            broken = isinstance(error, (WriteError, ReadError)) and not is_of(error, GONE)
-            if broken or not (number and output.is_done()):
-                raise
+        _write(output, progress, on_step, cluster)
         there = output.completed()
     if there is None:
         output.look()
-        if not number:
+        if not output.part.number:
             output.refuse_unfinished()
-        if not output.is_finished:
-            return output.told(report(), complete=False)
-        there = _completed(output, complete)
-        if there is None:
-            return output.told(report(), complete=False)
+        if output.is_finished:
+            there = _completed(output, complete)
+    if there is None:
+        return output.told(report(), complete=False)
+    output.tidy(complete)
     return output.told(there, complete=True)
+
+
+def _write(
+    output: Output, progress: Progress | None, on_step: OnStep, cluster: Cluster | None
+) -> None:
+    """Write what nobody has finished."""
+    for left in range(TRIES, 0, -1):
+        try:
+            output.check_place()
+            if output.part.number:
+                output.write(progress, on_step, cluster)
+            break
+        except (OutputError, WriteError, ReadError, HubError) as error:
+            # Others may have finished it, and removed the folder that it was being written to.
+            broken = isinstance(error, (WriteError, ReadError)) and not is_of(error, GONE)
+            if not broken and output.is_done():
+                return
+            if left == 1 or not isinstance(error, BusyError):
+                raise
+            time.sleep(PAUSE_SECONDS)  # whoever is at it may only have looked
 
 
 def _completed(output: Output, complete: Callable[[], Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -294,42 +316,8 @@ def _completed(output: Output, complete: Callable[[], Mapping[str, Any]]) -> dic
             there = output.completed()
             if there is not None:
                 return there
-            if not (output.part.number and isinstance(error, BusyError)):
+            if not isinstance(error, BusyError) or (left == 1 and not output.part.number):
                 raise
             if left > 1:  # it may only have looked
                 time.sleep(PAUSE_SECONDS)
     return None
-
-
-def adopting(output: Output) -> Callable[[Staging], None]:
-    """What takes the finished shards of all parts into the folder in which the output is completed."""
-    outlet = output.made.outlet
-
-    def take(parts: PartsFolder, staging: Staging) -> None:
-        if parts.shared != output.shared:
-            raise OutputError.at(parts.folder, "was begun anew by others. Run all parts again.")
-        for name, shard in parts.finished.items():
-            # Noted before it is there: what is noted and not there is written again, or found here.
-            if name not in staging.finished:
-                staging.add(shard)
-            try:
-                rename(parts.folder / name, staging.folder / name)
-            except WriteError as error:
-                if not (output.shared.goes and is_of(error, GONE)):
-                    raise
-        if outlet is not None:
-            noted, known = parts.elsewhere(outlet.key), staging.elsewhere(outlet.key)
-            sent = {n: file for n, file in noted.sent.items() if known.sent.get(n) != file}
-            staging.add_elsewhere(outlet.key, Elsewhere(known.seen or noted.seen, sent))
-        sync_folder(staging.folder)
-        sync_folder(parts.folder)
-
-    def adopt(staging: Staging) -> None:
-        with opened_parts(output.target) as parts:
-            if parts is not None:
-                take(parts, staging)
-        if not staging.finished.keys() >= {shard.name for shard in output.made.shards}:
-            raise OutputError.at(output.target, "was completed or discarded by others just now.")
-        discard_parts(output.target, writers=True)
-
-    return adopt

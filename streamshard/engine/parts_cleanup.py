@@ -12,8 +12,9 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from streamshard.disk.folders import exists, held
+from streamshard.disk.folders import exists, held, rename, sync_folder
 from streamshard.disk.held import Held
+from streamshard.disk.new_files import write_new
 from streamshard.disk.system import system, writing
 from streamshard.engine.claims import strangers
 from streamshard.engine.leftovers import refuse_strangers
@@ -25,8 +26,11 @@ from streamshard.engine.parts_files import (
     SEEN_FILE,
     Shared,
     final_names,
+    fresh_token,
     lock_name,
     names_of,
+    plan_line,
+    plan_temporary,
     read_plan,
     tokens_in,
 )
@@ -38,6 +42,7 @@ __all__ = [
     "PLAN",
     "TAKEN",
     "TRIES",
+    "agreed",
     "checked",
     "held_parts",
     "is_gone",
@@ -130,11 +135,41 @@ def remove(folder: Path, names: Collection[str]) -> None:
                     system.rmdir(folder / first)
 
 
+def agreed(folder: Path, shared: Shared, token: str) -> Shared | None:
+    """The plan of the parts, which is ours if there was none; None if it was removed just now."""
+    there = read_plan(folder)
+    if there is not None:
+        return there
+    temporary = folder / plan_temporary(token)
+    with writing(temporary, 0):
+        system.mkdir(temporary)
+    write_new(temporary / PLAN_FILE, [plan_line(shared)])
+    sync_folder(temporary)
+    try:
+        rename(temporary, folder / PLAN_FOLDER)
+    except WriteError as error:
+        if not is_of(error, TAKEN):
+            raise
+        remove(folder, {f"{temporary.name}/{PLAN_FILE}"})  # another one was faster
+    sync_folder(folder)
+    return read_plan(folder)
+
+
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that is held, in which nothing but the plan is left, which goes last."""
+    """Remove a folder that is held, in which nothing but the plan is left, which goes last.
+
+    Whoever writes there may put something in until it is gone. That must not be without the plan, or
+    nobody could tell that it is ours: the plan is put back then, and the error raised.
+    """
+    shared = read_plan(folder)
     remove(folder, {PLAN})
-    with writing(folder, 0):
-        system.rmdir(folder)
+    try:
+        with writing(folder, 0):
+            system.rmdir(folder)
+    except WriteError as error:
+        if shared is not None and is_of(error, TAKEN):
+            agreed(folder, shared, fresh_token())
+        raise
 
 
 def remove_own(folder: Path, token: str) -> None:

@@ -27,6 +27,7 @@ from streamshard.engine.parts_cleanup import (
     PLAN,
     TAKEN,
     TRIES,
+    agreed,
     checked,
     held_parts,
     is_gone,
@@ -40,15 +41,11 @@ from streamshard.engine.parts_cleanup import (
     remove_own,
 )
 from streamshard.engine.parts_files import (
-    PLAN_FILE,
-    PLAN_FOLDER,
     SEEN_FILE,
     Shared,
     fresh_token,
     lock_name,
     names_of,
-    plan_line,
-    plan_temporary,
     read_plan,
     read_seen,
     read_sent,
@@ -254,7 +251,7 @@ def _joined(
         with contextlib.ExitStack() as tried:
             try:
                 kept, token = _entered(tried, folder, target, anew=anew)
-                there = _agreed(folder, shared, token) if anew else read_plan(folder)
+                there = agreed(folder, shared, token) if anew else read_plan(folder)
             except WriteError as error:
                 if not is_gone(error):
                     raise
@@ -309,23 +306,3 @@ def _entered(
             continue
         stack.callback(remove_own, folder, token)
         return kept, token
-
-
-def _agreed(folder: Path, shared: Shared, token: str) -> Shared | None:
-    """The plan of the parts, which is ours if there was none; None if it was removed just now."""
-    there = read_plan(folder)
-    if there is not None:
-        return there
-    temporary = folder / plan_temporary(token)
-    with writing(temporary, 0):
-        system.mkdir(temporary)
-    write_new(temporary / PLAN_FILE, [plan_line(shared)])
-    sync_folder(temporary)
-    try:
-        rename(temporary, folder / PLAN_FOLDER)
-    except WriteError as error:
-        if not is_of(error, TAKEN):
-            raise
-        remove(folder, {f"{temporary.name}/{PLAN_FILE}"})  # another one was faster
-    sync_folder(folder)
-    return read_plan(folder)

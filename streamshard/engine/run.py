@@ -124,8 +124,9 @@ def _there(made: Plan, done: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 def _part(made: Plan, part: Part, options: Options, started: float) -> Report:
     """Do one part of a plan, and all that is left if it was the last one."""
+    from streamshard.engine.adopting import adopting
     from streamshard.engine.cluster import Cluster
-    from streamshard.engine.parts import Output, adopting, run_part
+    from streamshard.engine.parts import Output, run_part
 
     with _watched(made):
         identity = made.fingerprint.identity(made.files)

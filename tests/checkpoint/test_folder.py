@@ -253,7 +253,7 @@ ADAPTERS: dict[str, tuple[Callable[[Pair], None], int, list[str]]] = {
             (p.root / "x").rename(p.adapter / "en"),
         ),
         3,
-        ["sub-folders 'en'"],
+        ["sub-folder 'en'"],
     ),
     "mixed-prefixes": (
         adapter({QA.removeprefix("base_model.model."): ones(4, 40)}, drop=(QA,)),

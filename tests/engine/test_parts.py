@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from interrupted_runs import (
     flip,
     killed,
     partial,
+    until,
 )
 from marks import slow
 from pairs import Pair
@@ -38,8 +41,10 @@ from parts_runs import (
 
 import streamshard
 from streamshard.engine import parts as engine_parts
+from streamshard.engine import parts_cleanup, parts_folder
 from streamshard.engine.division import divided
 from streamshard.engine.fingerprint import Fingerprint
+from streamshard.engine.lock import locked
 from streamshard.engine.parts_folder import PartsFolder
 from streamshard.errors import OutputError, UsageError, WriteError
 
@@ -536,6 +541,85 @@ def test_one_that_wakes_when_all_is_done(pair, clean, monkeypatch):
     monkeypatch.setattr(PartsFolder, "add", frozen)
     report = part(pair, "1/2")
     assert report["part"]["complete"]
+    assert content(pair.output) == clean
+    assert alone(pair)
+
+
+def test_one_that_is_late(pair, clean, monkeypatch):
+    """All was done, and the folder of the parts removed, between its look at the place and its own."""
+    write, others = engine_parts.Output.write, []
+
+    def late(self, *given):
+        if not others:
+            others.append(process([*pair.command, "--part", "1/1"]))
+            said = others[0].communicate()[1]
+            assert others[0].returncode == 0, said
+        write(self, *given)
+
+    def nothing(*_, **__):
+        raise AssertionError("is written again")
+
+    monkeypatch.setattr(engine_parts.Output, "write", late)
+    monkeypatch.setattr(engine_parts, "write_shards", nothing)
+    assert part(pair, "1/2")["part"]["complete"]
+    assert content(pair.output) == clean
+    assert alone(pair)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_what_comes_into_a_folder_that_is_removed(stays, pair, clean, monkeypatch):
+    """Its plan must not be gone then: nobody could tell whose the rest is."""
+    part(pair, "1/2")
+    (name,) = (name for name in written(pair) if name.endswith(".safetensors"))
+    shard, folder = (folder_of(pair) / name).read_bytes(), folder_of(pair)
+    remove, came = parts_cleanup.remove, []
+
+    def coming(where, names):
+        remove(where, names)
+        if names == {parts_cleanup.PLAN} and (stays or not came):
+            came.append((folder / name).write_bytes(shard))
+
+    monkeypatch.setattr(parts_cleanup, "remove", coming)
+    monkeypatch.setattr(parts_folder, "TRIES", 3)
+    assert parts_folder.discard_parts(pair.output) is not stays
+    assert folder.exists() is stays
+    monkeypatch.undo()
+    part(pair, "1/2")
+    part(pair, "2/2")
+    assert content(pair.output) == clean
+    assert alone(pair)
+
+
+@pytest.mark.parametrize("which", ["1/1", "finish"])
+def test_one_that_only_looks(which, pair, clean):
+    """A lock is taken to see what is beside an output; who comes then waits a little."""
+    part(pair, "1/2")
+    if which == "finish":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_parts.Output, "is_finished", False)
+            part(pair, "2/2")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(pair.output.with_name(".merged.lock"), pair.output))
+        soon = threading.Timer(0.5, stack.close)
+        soon.start()
+        assert part(pair, which)["part"]["complete"]
+        soon.join()
+    assert content(pair.output) == clean
+    assert alone(pair)
+
+
+def test_one_that_has_only_to_rename(pair, clean):
+    """There is no journal then, and its lock is held: what it has is finished all the same."""
+    part(pair, "1/2")
+    stops = BETWEEN_THE_RENAMES.replace("kill()", "os.kill(os.getpid(), signal.SIGSTOP)")
+    last = process([*pair.command, "--part", "2/2"], stops)
+    until(lambda: partial(pair).exists() and not (partial(pair) / "streamshard.journal").exists())
+    os.waitpid(last.pid, os.WUNTRACED)
+    told = part(pair, "1/2")["part"]
+    assert (told["finished"], told["complete"]) == (2, False)
+    last.send_signal(signal.SIGCONT)
+    said = last.communicate()[1]
+    assert last.returncode == 0, said
     assert content(pair.output) == clean
     assert alone(pair)
 

@@ -46,7 +46,7 @@ Journal.add = last
 """
 # Ends the process when the parts are removed and the output is not there yet.
 AFTER_ADOPTING = """
-from streamshard.engine import parts
+from streamshard.engine import adopting as parts
 discard = parts.discard_parts
 def last(*given, **how):
     discard(*given, **how)
