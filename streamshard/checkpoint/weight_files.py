@@ -250,7 +250,16 @@ def has(file: Path) -> bool:
         return True
     if is_link(file) and not is_there(file):
         raise InputError.at(file, "is a link to nothing. Fetch the file or remove the link.")
+    inside = (
+        [n for n in names_in(file) if n.endswith((SUFFIX, *PICKLED))] if is_folder(file) else []
+    )
+    if inside:
+        raise InputError.at(
+            file,
+            f"is a folder with {listed(inside, 3)}, but without their index. Save or fetch the index "
+            "again, or give one file.",
+        )
     if is_there(file):
         kind = "a folder" if is_folder(file) else "a pipe, socket or device"
-        raise InputError.at(file, f"is {kind}; a file was expected. Remove it.")
+        raise InputError.at(file, f"is {kind}; a file was expected. Move it elsewhere.")
     return False

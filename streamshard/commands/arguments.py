@@ -193,7 +193,7 @@ def _adapters(given: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(adapter, Mapping) and adapter and all(map(_is_path, adapter)):
         if weight is not None:
             raise UsageError("`adapter` has weights itself, so `weight` cannot be given, too.")
-        made = {"adapter": [*adapter], "weight": _numbers([*adapter.values()])}
+        made = {"adapter": [*adapter], "weight": [_weight(*item) for item in adapter.items()]}
     else:
         if adapter is not None:
             made["adapter"] = adapter if _is_path(adapter) else _paths(adapter)
@@ -211,11 +211,25 @@ def _is_path(value: object) -> bool:
 def _paths(adapter: object) -> list[Any]:
     if isinstance(adapter, (set, frozenset)):
         raise UsageError("`adapter` is a set, which has no order; give a list of paths.")
+    if isinstance(adapter, Mapping) and not adapter:
+        return []
     if isinstance(adapter, Mapping) or not isinstance(adapter, Iterable):
         _check_path("adapter", adapter)
     if hasattr(adapter, "state_dict"):  # a module of a few is iterable
         _check_path("adapter", adapter)
     return list(adapter)  # type: ignore[call-overload, no-any-return]
+
+
+def _weight(path: Any, weight: Any) -> float:
+    """The weight of one adapter in a mapping."""
+    try:
+        (one,) = _numbers(weight)
+    except (UsageError, ValueError) as error:
+        raise UsageError(
+            f"`adapter` has for {shown(path)} what is {shown(weight)}; a number, its weight, was "
+            "expected."
+        ) from error
+    return one
 
 
 def _numbers(weight: Any) -> list[float]:

@@ -27,7 +27,7 @@ from streamshard.internvl.model_config import (
     llm_architecture,
     section_of,
 )
-from streamshard.internvl.relatives import check_names, no_conversion, relative_of
+from streamshard.internvl.relatives import check_names, no_conversion, other_encoder, relative_of
 from streamshard.internvl.same_model import differences
 from streamshard.internvl.shapes import check_gathered, check_shapes
 from streamshard.internvl.spelling import flat_names
@@ -154,6 +154,8 @@ class Model:
                 f"{MODEL_CONFIG_NAME} is of the {by_config} layout: no class loads both. Take "
                 f"{MODEL_CONFIG_NAME} from the original model in the {layout} layout."
             )
+        if other_encoder(self.config) is not None:  # merging needs no table
+            return []
         try:
             given = flat_names(self.tensors if inside is None else inside, layout)
             others, lacking = compared_names(given, self.dims, layout)
@@ -169,8 +171,8 @@ class Model:
         strange = [given.get(name, name) for name, why in others.items() if why == UNKNOWN]
         if strange and self.relative is None and self.detected.family is not None:
             note(
-                f"{self.where}: InternVL has no tensor like {listed(strange, 3)}: loaders leave it out; "
-                "such are copied as they are"
+                f"{self.where}: the published models of InternVL have no tensor like "
+                f"{listed(strange, 3)}: see that your loader takes it; such are copied as they are"
             )
         return lacking
 

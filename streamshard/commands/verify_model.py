@@ -16,7 +16,7 @@ from streamshard.internvl.detection import dims_from_names, layout_of
 from streamshard.internvl.dims import Dims
 from streamshard.internvl.families import Layout
 from streamshard.internvl.model_config import INNER, config_layout, section_of
-from streamshard.internvl.relatives import check_names, relative_of
+from streamshard.internvl.relatives import check_names, other_encoder, relative_of
 from streamshard.internvl.shapes import check_gathered, misfits
 from streamshard.internvl.spelling import flat_names
 from streamshard.internvl.tables import UNKNOWN, compared_names
@@ -52,7 +52,7 @@ def as_model(found: Opened) -> AsModel:
     """Compare the names and shapes of a checkpoint with its config, or with each other without one."""
     seen, tensors = AsModel(), found.tensors
     by_config = config_layout(found.config or {})
-    seen.problems += _badly_saved(found, is_model=by_config is not None)
+    seen.problems += _badly_saved(found)
     if not found.incomplete and not found.unread:
         seen.problems += pair_problems(tensors)
         seen.problems += flag_problems(tensors, found.config or {})
@@ -70,6 +70,9 @@ def as_model(found: Opened) -> AsModel:
         return seen.not_possible("it is of the other layout")
     if layout is None:
         return seen.not_possible("by its names this is no whole InternVL checkpoint")
+    encoder = other_encoder(found.config)
+    if encoder is not None:
+        return seen.not_possible(f"its vision encoder is '{printable(encoder)}', not InternVL's")
     try:
         given = _given(seen, tensors, layout)
     except AdapterError as error:  # as of two adapters at once
@@ -98,20 +101,20 @@ def as_model(found: Opened) -> AsModel:
     return seen
 
 
-def _badly_saved(found: Opened, *, is_model: bool) -> Iterator[str]:
+def _badly_saved(found: Opened) -> Iterator[str]:
     """What says that it was not saved as loaders need it, whatever model it is."""
     for check in (check_names, check_gathered):
         try:
             check(str(found.folder), found.tensors)
         except InputError as error:
             yield str(error)
-    names = bare_names(found.tensors, is_model=is_model)
-    if names:
-        bare, given = next((bare, given) for bare, given in names.items() if bare != given)
-        yield (
-            f"'{printable(given)}' and the like have words of training in their names: loaders look "
-            f"for '{printable(bare)}', and find no weight. merge-lora writes it so."
-        )
+    for bare, given in bare_names(found.tensors, found.config).items():
+        if bare != given:
+            yield (
+                f"'{printable(given)}' and the like have words of training in their names: loaders look "
+                f"for '{printable(bare)}', and find no weight. merge-lora writes it so."
+            )
+            break
 
 
 def _given(seen: AsModel, tensors: Mapping[str, Lazy], layout: Layout) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from dataclasses import dataclass
 
@@ -45,8 +46,8 @@ def parse_size(size: int | str) -> int:
         if match is None or match[2].upper() not in _UNITS:
             raise ValueError(f"{printable(repr(size))} is no size; write it like 5GB or 500MB")
         count = float(match[1]) * _UNITS[match[2].upper()]
-    elif isinstance(size, (int, float)) and not isinstance(size, bool):
-        count = size
+    elif isinstance(size, numbers.Real) and not isinstance(size, bool):
+        count = int(size) if isinstance(size, numbers.Integral) else float(size)  # also numpy's
     if count >= _NO_SIZE:
         raise ValueError(f"{printable(str(size))} is more than any disk has")
     if not count >= 1:  # NaN is not, either

@@ -12,12 +12,15 @@ from typing import Any
 from streamshard.errors import InputError, printable
 from streamshard.internvl.config_classes import KINDS
 
-__all__ = ["check_names", "no_conversion", "relative_of"]
+__all__ = ["check_names", "no_conversion", "other_encoder", "relative_of"]
 
 FLASH = "InternVL3_5-Flash"
 # The modules that it has more than InternVL3_5, and the keys of its config.
 _FLASH_MODULES = ("mlp2.", "pooling_before_gating.", "gating.")
 _FLASH_KEYS = ("flash_mode", "flash_relative_threshold", "flash_absolute_threshold")
+
+# The model_type of InternVL's own vision encoders, in configs of InternVL itself.
+_ENCODERS = ("intern_vit_6b", "internvl_vision")
 
 _BROKEN, _MEANT = "language_model.model.encoder.layers.", "language_model.model.layers."
 
@@ -31,6 +34,19 @@ def relative_of(names: Iterable[str], config: Mapping[str, Any] | None) -> str |
         if any(config.get(key) is not None for key in _FLASH_KEYS):
             return FLASH
     return FLASH if any(name.startswith(_FLASH_MODULES) for name in names) else None
+
+
+def other_encoder(config: Mapping[str, Any] | None) -> str | None:
+    """The model_type of a vision encoder that is not InternVL's, in a config of InternVL.
+
+    The tables say nothing of such a model.
+
+    >>> other_encoder({"model_type": "internvl", "vision_config": {"model_type": "siglip_vision_model"}})
+    'siglip_vision_model'
+    """
+    vision = (config or {}).get("vision_config")
+    kind = vision.get("model_type") if isinstance(vision, dict) else None
+    return str(kind) if kind and kind not in _ENCODERS and relative_of((), config) is None else None
 
 
 def no_conversion(where: str, title: str) -> InputError:

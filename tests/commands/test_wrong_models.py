@@ -26,6 +26,7 @@ from folders import (
     wrapped,
 )
 from make_checkpoint import write_adapter
+from peft_cases import adapted, fill
 from reference import read, same_tensor
 from safetensors.torch import load_file, save_file
 
@@ -181,6 +182,55 @@ def test_names_that_are_meant_stay():
     ):
         assert bare_names(names) == {}
     assert bare_names(["module.foo.weight"]) == {"foo.weight": "module.foo.weight"}
+
+
+def test_the_names_of_another_model_stay(tmp_path):
+    """transformers' own Idefics3 with a tied head: all names have one word before InternVL's."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4}
+    text = {
+        "model_type": "llama",
+        "vocab_size": 120,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    }
+    made = transformers.AutoConfig.for_model(
+        "idefics3",
+        text_config={**sizes, **heads, **text},
+        vision_config={**sizes, **heads, "image_size": 28, "patch_size": 14},
+        tie_word_embeddings=True,
+        scale_factor=1,
+    )
+    model = fill(transformers.AutoModelForImageTextToText.from_config(made, dtype=torch.float32))
+    model.save_pretrained(tmp_path / "base")
+    adapted(model, target_modules="all-linear").save_pretrained(tmp_path / "adapter")
+    assert all(name.startswith("model.") for name in read(tmp_path / "base"))
+    assert streamshard.verify(tmp_path / "base")["problems"] == []
+    report = streamshard.merge_lora(
+        base=tmp_path / "base", adapter=tmp_path / "adapter", output=tmp_path / "out"
+    )
+    assert report["warnings"] == []
+    assert read(tmp_path / "out").keys() == read(tmp_path / "base").keys()
+
+
+def test_another_vision_encoder_is_not_incomplete(tmp_path):
+    """The tables say nothing of a model with SigLIP inside, by its config: it merges as it is."""
+    base = make(tmp_path / "base", "tiny", "custom")
+    content = {
+        n.replace("vision_model.", "vision_model.vision_model."): t for n, t in read(base).items()
+    }
+    put(base, content)
+    write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
+    merge = {"base": base, "adapter": tmp_path / "adapter", "output": tmp_path / "out"}
+    with pytest.raises(InputError, match="which it does not have"):
+        streamshard.merge_lora(**merge)
+    edit(base, lambda c: c["vision_config"].update(model_type="siglip_vision_model"))
+    report = streamshard.merge_lora(**merge)
+    assert report["warnings"] == []
+    assert read(tmp_path / "out").keys() == content.keys()
+    checked = streamshard.verify(tmp_path / "out")
+    assert checked["problems"] == []
+    assert not any("completeness" in what for what in checked["checked"])
 
 
 @pytest.mark.parametrize("inside", ["", "language_model."])
@@ -393,6 +443,27 @@ def test_a_folder_with_the_name_of_a_file(count, config, given, tmp_path):
     assert streamshard.inspect(source)["tensors"] == len(content)
 
 
+def test_a_folder_with_the_name_of_a_file_and_no_index(tmp_path):
+    """Nobody is told to remove what may be the only weights."""
+    run = run_of(tmp_path / "run")
+    inside = run / "pytorch_model.bin"
+    inside.mkdir()
+    (run / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="Move it elsewhere"):
+        streamshard.inspect(run)
+    for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"):
+        (inside / name).write_bytes(b"weights")
+    with pytest.raises(InputError, match=r"00001-of-00002\.bin.*without their index"):
+        streamshard.inspect(run)
+
+
+def test_words_around_pairs_are_told_by_the_names_of_the_output(tmp_path):
+    run = spelled(run_of(tmp_path / "run"), "module")
+    report = streamshard.merge_lora(checkpoint=run, output=tmp_path / "out")
+    (warning,) = report["warnings"]
+    assert warning.rpartition("loaders look for ")[2].strip("'") in read(tmp_path / "out")
+
+
 def test_shards_that_say_they_are_all_need_no_index(tmp_path, cli):
     base = make(tmp_path / "base", "tiny", "custom", max_shard_size=100_000)
     write_adapter(tmp_path / "adapter", "tiny", layout="custom", targets="llm")
@@ -496,7 +567,7 @@ def test_a_tensor_that_internvl_does_not_have_is_told(tmp_path):
         base=base, adapter=tmp_path / "adapter", output=tmp_path / "out"
     )
     (warning,) = report["warnings"]
-    assert "InternVL has no tensor like 'my_head.weight'" in warning
+    assert "models of InternVL have no tensor like 'my_head.weight'" in warning
     assert same_tensor(read(tmp_path / "out")["my_head.weight"], torch.ones(2, 2))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ def test_R13_sizes(text):
     assert parse_size(text) == SIZES[text]
 
 
-@pytest.mark.parametrize("number", [1000, 5 * 10**9, 5e9])
+@pytest.mark.parametrize("number", [1000, 5 * 10**9, 5e9, np.int64(10**6), np.float32(4096)])
 def test_R13_numbers_are_bytes_in_python(number):
     assert parse_size(number) == number
 
