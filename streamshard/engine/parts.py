@@ -185,7 +185,7 @@ class Output:
         try:
             self.look()
             done = self._finished.issuperset(shard.name for shard in self.mine)
-            return done or self.completed() is not None
+            return (done and self.part.number > 0) or self.completed() is not None
         except StreamshardError:
             return False
 
