@@ -190,13 +190,17 @@ def shared_parts(
 @contextlib.contextmanager
 def opened_parts(target: Path) -> Iterator[PartsFolder | None]:
     """What parts have written so far, to be looked at; None if there is nothing of any."""
-    folder = places_beside(target)["parts"]
-    if not exists(folder):
-        yield None
-        return
-    with held_parts(folder) as kept:
-        shared = checked(folder)
-        yield None if shared is None else PartsFolder(kept, shared)
+    folder, parts = places_beside(target)["parts"], None
+    with contextlib.ExitStack() as stack:
+        try:
+            if exists(folder):
+                kept = stack.enter_context(held_parts(folder))
+                shared = checked(folder)
+                parts = None if shared is None else PartsFolder(kept, shared)
+        except WriteError as error:
+            if not is_gone(error):  # else it was completed or discarded just now
+                raise
+        yield parts
 
 
 def refuse_parts(target: Path, *, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -612,6 +613,20 @@ def test_what_comes_into_a_folder_that_is_removed(stays, pair, clean, monkeypatc
     part(pair, "2/2")
     assert content(pair.output) == clean
     assert alone(pair)
+
+
+@pytest.mark.parametrize("step", ["held_parts", "checked"])
+def test_a_folder_that_is_removed_when_it_is_opened(step, pair, monkeypatch):
+    part(pair, "1/2")
+    original = getattr(parts_folder, step)
+
+    def removed(folder):
+        shutil.rmtree(folder)
+        return original(folder)
+
+    monkeypatch.setattr(parts_folder, step, removed)
+    with parts_folder.opened_parts(pair.output) as parts:
+        assert parts is None
 
 
 @pytest.mark.parametrize("which", ["1/1", "finish"])
