@@ -662,8 +662,8 @@ MUTANTS = (
     ),
     Mutant(
         "part-broken-is-done",
-        "            if broken or not (number and output.is_done()):",
-        "            if not (number and output.is_done()):",
+        "            if not broken and output.is_done():",
+        "            if output.is_done():",
         "a part whose disk failed is a success",
         ("test_a_part_whose_sync_fails_is_no_success",),
     ),

@@ -94,7 +94,7 @@ _HOMES = {
     "DTYPES": "tensors.dtypes",
     "ConversionOptions": "commands.convert",
     "OutputOptions": "engine.job",
-    "Report": "engine.report",
+    "Report": "commands.public",  # which says how it is shown
     "compute_l2_distance": "commands.state_dicts",
     "convert_keys_back": "commands.state_dicts",
     "convert_keys_to_hf": "commands.state_dicts",

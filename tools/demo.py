@@ -39,15 +39,8 @@ def write_demo(folder: Path, preset: str, seed: int = 0, **telling: Any) -> dict
             "remove that one first."
         )
         raise FileExistsError(msg)
-    was_there = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with removed_unless_done(folder):
-            _write(folder, preset, seed, **telling)
-    except BaseException:
-        if not was_there:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with removed_unless_done(folder):
+        _write(folder, preset, seed, **telling)
     return WHAT
 
 

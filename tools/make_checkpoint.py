@@ -293,28 +293,24 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
     One that holds files is refused, as a stray shard would be loaded.
     """
     folder = Path(path).expanduser()
-    was_there = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        msg = f"{folder}: is not empty. Choose a new folder, or remove that one first."
-        raise FileExistsError(msg)
     with removed_unless_done(folder):
-        try:
-            yield folder
-        except BaseException:
-            if not was_there:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+        if any(folder.iterdir()):
+            msg = f"{folder}: is not empty. Choose a new folder, or remove that one first."
+            raise FileExistsError(msg)
+        yield folder
 
 
 @contextlib.contextmanager
 def removed_unless_done(folder: Path) -> Iterator[None]:
-    """Remove what the block puts into a folder, if it does not succeed."""
-    before = set(folder.iterdir())
+    """Make a folder, if there is none; what the block puts into it goes if that does not succeed."""
+    before = set(folder.iterdir()) if folder.exists() else None
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for new in set(folder.iterdir()) - before if folder.exists() else ():
+        if before is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        for new in set(folder.iterdir()).difference(before or ()) if folder.exists() else ():
             if new.is_dir():
                 shutil.rmtree(new, ignore_errors=True)
             else:

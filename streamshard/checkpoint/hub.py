@@ -35,7 +35,7 @@ from streamshard.checkpoint.hub_ranges import MOST_NBYTES
 from streamshard.disk.far import forget, place
 from streamshard.disk.folders import make_folders
 from streamshard.disk.system import PRIVATE, system, writing
-from streamshard.disk.waiting import together
+from streamshard.disk.together import together
 from streamshard.errors import InputError, StreamshardError, printable
 
 __all__ = ["View"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from streamshard.checkpoint.hub_sending import again, sending
 from streamshard.checkpoint.record import read_record
 from streamshard.checkpoint.sent_files import Placed
 from streamshard.disk.inputs import watching
+from streamshard.disk.temporary import temporary_folder
 from streamshard.errors import InputError
 
 __all__ = ["head_of", "record_at"]
@@ -25,7 +25,7 @@ def record_at(repo: str, commit: str, name: str, tree: Mapping[str, Listed]) -> 
         return None
     from huggingface_hub import hf_hub_download
 
-    with tempfile.TemporaryDirectory(prefix="streamshard-") as folder:  # no model is to be cached
+    with temporary_folder() as folder:  # no model is to be cached
         with sending(repo, f"reading its {name}"), quiet():
             get = partial(hf_hub_download, repo, name, revision=commit, cache_dir=folder)
             path = Path(again(get))

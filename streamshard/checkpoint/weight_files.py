@@ -115,8 +115,10 @@ def _all_of_them(folder: Path) -> list[str]:
     names = [name for name in names_in(folder) if name.endswith(SUFFIX) and is_file(folder / name)]
     places = [found for name in names if (found := _SHARD.fullmatch(name))]
     stems, counts = {found[1] for found in places}, {int(found[3]) for found in places}
-    whole = len(places) == len(names) > 1 and len(stems) == len(counts) == 1
-    return names if whole and {int(p[2]) for p in places} == {*range(1, *counts)} | counts else []
+    if not (len(places) == len(names) > 1 and len(stems) == len(counts) == 1):
+        return []
+    numbers = {int(found[2]) for found in places}
+    return names if numbers == {*range(1, max(counts) + 1)} else []
 
 
 def _without_index(folder: Path, shards: Sequence[str]) -> dict[str, Header]:

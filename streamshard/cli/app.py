@@ -13,7 +13,8 @@ from streamshard.cli import texts
 from streamshard.cli.command import CONTEXT, INPUTS, MEANING, OUTPUT, Group, argument, option
 from streamshard.cli.options import (
     ADAPTER_NAME,
-    ALLOWED,
+    ALLOW_MISSING,
+    ALLOW_UNEXPECTED,
     ALPHA,
     BASE,
     CARD,
@@ -115,7 +116,10 @@ def cli() -> None:
     is_flag=True,
     help="Merge although the base seems to hold the adapter already.",
 )
-@ALLOWED("With --layout: w")
+@ALLOW_MISSING
+@ALLOW_UNEXPECTED(
+    help="With --layout: write although the source has tensors with no place; report them."
+)
 @CARD
 @DRAWING
 @SPLITTING()

@@ -24,7 +24,8 @@ from streamshard.cli.command import (
 
 __all__ = [
     "ADAPTER_NAME",
-    "ALLOWED",
+    "ALLOW_MISSING",
+    "ALLOW_UNEXPECTED",
     "ALPHA",
     "BASE",
     "CACHE",
@@ -63,22 +64,10 @@ TOKENIZER_FROM = partial(
 )
 
 
-def ALLOWED(when: str = "") -> Decorator:  # noqa: N802 - as its neighbours
-    """What may differ from the model; `when` it matters what has no place."""
-    return with_options(
-        option(
-            OUTPUT,
-            "--allow-missing",
-            is_flag=True,
-            help="Write although tensors are missing; report them.",
-        ),
-        option(
-            OUTPUT,
-            "--allow-unexpected",
-            is_flag=True,
-            help=f"{when or 'W'}rite although the source has tensors with no place; report them.",
-        ),
-    )
+ALLOW_MISSING = option(
+    OUTPUT, "--allow-missing", is_flag=True, help="Write although tensors are missing; report them."
+)
+ALLOW_UNEXPECTED = partial(option, OUTPUT, "--allow-unexpected", is_flag=True)
 
 
 CARD = option(
@@ -98,20 +87,13 @@ HEATMAP = option(
     is_flag=True,
     help="Print the same as letters: a line a module, a column a layer.",
 )
+PLOT = partial(option, OUTPUT, "--plot", metavar="FILE")
 COMPARING = with_options(
-    option(
-        OUTPUT,
-        "--plot",
-        metavar="FILE",
-        help="Draw how much each module of each layer differs, into a .png, .svg or .pdf.",
-    ),
+    PLOT(help="Draw how much each module of each layer differs, into a .png, .svg or .pdf."),
     HEATMAP,
 )
 DRAWING = with_options(
-    option(
-        OUTPUT,
-        "--plot",
-        metavar="FILE",
+    PLOT(
         help="Draw how much each module of each layer has changed, into a .png, .svg or .pdf; with "
         "--part when the output is complete.",
     ),
@@ -265,7 +247,8 @@ def output(help: str, name: str = "output", **how: object) -> Decorator:  # noqa
 CONVERSION = with_options(
     output("New, or empty, folder to write.", "save_path"),
     TOKENIZER_FROM(),
-    ALLOWED(),
+    ALLOW_MISSING,
+    ALLOW_UNEXPECTED(help="Write although the source has tensors with no place; report them."),
     CARD,
     DRAWING,
     SPLITTING(),

@@ -13,7 +13,7 @@ import click
 from streamshard.cli import texts
 from streamshard.cli.command import CONTEXT, INPUTS, OUTPUT, Command, argument, option
 from streamshard.cli.main import main
-from streamshard.cli.options import ALPHA, REFERENCE
+from streamshard.cli.options import ALLOW_MISSING, ALPHA, REFERENCE
 from streamshard.cli.screen import write
 
 __all__ = ["run_upstream", "run_upstream_merge"]
@@ -29,7 +29,7 @@ def run_upstream_merge(description: str | None) -> None:
         help="The original model, for config, code and tokenizer that the trainer did not save."
     )
     @ALPHA()
-    @option(OUTPUT, "--allow-missing", is_flag=True, help="Write although tensors are missing.")
+    @ALLOW_MISSING
     def merge(input_path: str, output_path: str, **options: Any) -> None:
         options |= {"checkpoint": input_path, "output": output_path}
         write("merge_lora", "merging", texts.merge_text, **options)

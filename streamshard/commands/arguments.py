@@ -17,7 +17,7 @@ from typing import Any
 from streamshard.errors import UsageError, printable
 from streamshard.wording import FLAGS, KEYWORDS, is_command_line
 
-__all__ = ["arguments", "signature_of"]
+__all__ = ["arguments", "shown", "signature_of"]
 
 _WHOLE = (numbers.Integral, type(None))
 _NUMBER = (numbers.Real, type(None))
@@ -160,7 +160,7 @@ def _check(keyword: str, value: object, *, may_be_none: bool) -> None:
     types, what = _KINDS.get(keyword, ((object,), ""))
     number = isinstance(value, bool) and types in (_WHOLE, _NUMBER, (numbers.Integral,))
     if not isinstance(value, types) or (number and keyword not in FLAGS):
-        raise UsageError(f"`{keyword}` is {_shown(value)}; {what} was expected.")
+        raise UsageError(f"`{keyword}` is {shown(value)}; {what} was expected.")
 
 
 def _check_path(keyword: str, value: object) -> None:
@@ -174,10 +174,10 @@ def _check_path(keyword: str, value: object) -> None:
         hint = " Of a report that is its 'output'."
     elif isinstance(value, Mapping) or hasattr(value, "state_dict"):
         hint = " Save it with `save_pretrained` first, and give that folder."
-    raise UsageError(f"`{keyword}` is {_shown(value)}; a path was expected.{hint}")
+    raise UsageError(f"`{keyword}` is {shown(value)}; a path was expected.{hint}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in a message: itself if it is small, else what it is."""
     if value is None or isinstance(value, (str, bytes, numbers.Number)):
         return printable(repr(value), 60)
@@ -226,7 +226,7 @@ def _weight(path: Any, weight: Any) -> float:
         (one,) = _numbers(weight)
     except (UsageError, ValueError) as error:
         raise UsageError(
-            f"`adapter` has for {_shown(path)} what is {_shown(weight)}; a number, its weight, was "
+            f"`adapter` has for {shown(path)} what is {shown(weight)}; a number, its weight, was "
             "expected."
         ) from error
     return one
@@ -235,7 +235,7 @@ def _weight(path: Any, weight: Any) -> float:
 def _numbers(weight: Any) -> list[float]:
     """Weights of adapters: one number, or several; those of numpy and torch, too."""
     wrong = UsageError(
-        f"`weight` is {_shown(weight)}; a number was expected, or a list of them in the order of "
+        f"`weight` is {shown(weight)}; a number was expected, or a list of them in the order of "
         "`adapter`."
     )
     if isinstance(weight, (str, bytes, bool, set, frozenset, Mapping)):

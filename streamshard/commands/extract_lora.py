@@ -21,7 +21,7 @@ from streamshard.checkpoint.tokenizer import Content
 from streamshard.commands.bare_names import with_bare_names
 from streamshard.commands.identify import Model
 from streamshard.commands.public import public
-from streamshard.commands.training_checkpoint import read_wrapped
+from streamshard.commands.training_checkpoint import Wrapped, read_wrapped
 from streamshard.commands.whose_tokenizer import for_adapter
 from streamshard.commands.written_config import config_bytes
 from streamshard.disk.far import known_as
@@ -98,27 +98,18 @@ def extract_lora(
         note(*_left_out(plain, trained, found.depths, where))
     else:
         tokenizer = for_adapter(own.tokenizer, Model(source).tokenizer)
-        theirs = own.given(layout)
-        mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
-        given = {name: own.tensors[n] for name, n in theirs.items()}
-        if not read.has_base:
-            given = {name: tensor for name, tensor in given.items() if name in mine}
-        if not chosen.dry_run:
-            both = (*mine.values(), *given.values())
-            fetch({one.path for tensor in both for one in stored(tensor)}, chosen.on_step)
-        trained |= _differing(mine, given, (where, own.where), chosen)
+        trained |= _changed(read, plain, own, layout, chosen)
     modules = {
         flat_name(f"{m}.weight").removesuffix(".weight") if layout == "hf" else m: m for m in ranks
     }
     saved = _saved_modules(trained, modules, plain, where)
     in_memory = partial(in_model, layout=layout, qianfan=is_qianfan(source.tensors))
+    live = {flat: in_memory(f"{flat}.weight").removesuffix(".weight") for flat in modules}
+    live_ranks = {live[flat]: ranks[module] for flat, module in modules.items()}
     tensors: dict[str, Lazy] = {}
-    live_ranks = {}
     for flat, module in modules.items():
-        live = in_memory(f"{flat}.weight").removesuffix(".weight")
-        live_ranks[live] = ranks[module]
-        tensors[adapter_key(live, "lora_A")] = source.tensors[found.pairs[module].A]
-        tensors[adapter_key(live, "lora_B")] = source.tensors[found.pairs[module].B]
+        tensors[adapter_key(live[flat], "lora_A")] = source.tensors[found.pairs[module].A]
+        tensors[adapter_key(live[flat], "lora_B")] = source.tensors[found.pairs[module].B]
     for name in plain:
         if any(name.startswith(f"{module}.") for module in saved):
             given_name = found.saved.get(plain[name], found.base[plain[name]])
@@ -216,6 +207,21 @@ def _left_out(
         f"{where}: training may also have changed {parts}, which the adapter does not have. Give "
         "--base, the model that the training started from, to compare and keep what differs"
     ]
+
+
+def _changed(
+    read: Wrapped, plain: Mapping[str, str], own: Model, layout: Layout, chosen: Options
+) -> set[str]:
+    """Names of tensors that are not as in the model that the training started from, pairs aside."""
+    source, found = read.checkpoint, read.names
+    mine: dict[str, Lazy] = {name: source.tensors[found.base[n]] for name, n in plain.items()}
+    given = {name: own.tensors[n] for name, n in own.given(layout).items()}
+    if not read.has_base:
+        given = {name: tensor for name, tensor in given.items() if name in mine}
+    if not chosen.dry_run:
+        both = (*mine.values(), *given.values())
+        fetch({one.path for tensor in both for one in stored(tensor)}, chosen.on_step)
+    return _differing(mine, given, (printable(str(source.path)), own.where), chosen)
 
 
 def _differing(

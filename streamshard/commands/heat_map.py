@@ -18,7 +18,6 @@ __all__ = ["FROM_ZERO", "NOT_FINITE", "Place", "heat_map", "place_of"]
 FROM_ZERO, NOT_FINITE = "from zero", "not finite"
 """Cells that have no number: what was all zeros before, and what is NaN or infinite."""
 MAX_ROWS = 32  # of modules; more are not legible, and no model has as many in a layer
-MAX_LAYER = 9999
 
 _VISION = re.compile(r"(?:^|\.)vision_(?:model|tower)\.")
 _PROJECTOR = re.compile(r"(?:^|\.)(?:mlp[12]|multi_modal_projector|pooling_before_gating|gating)\.")

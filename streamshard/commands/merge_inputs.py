@@ -77,10 +77,6 @@ def open_inputs(asked: Asked) -> Inputs:
     return dataclasses.replace(inputs, missing=missing)
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
-
-
 def _training_checkpoint(asked: Asked) -> Inputs:
     if asked.base is not None or asked.adapter is not None or asked.weight:
         too = {"--adapter": asked.adapter, "--base": asked.base, "--weight": asked.weight or None}

@@ -16,9 +16,7 @@ from streamshard.commands.drawing import Drawing
 from streamshard.commands.identify import Model
 from streamshard.commands.left_behind import note_left_behind
 from streamshard.commands.merge_inputs import Asked, Inputs, open_inputs
-from streamshard.commands.merged_folder import (
-    beside_merged,
-)
+from streamshard.commands.merged_folder import beside_merged
 from streamshard.commands.model_card import NAMED, Card, check_card, merge_card, with_card
 from streamshard.commands.provenance import check_record, other_base
 from streamshard.commands.public import public

@@ -10,6 +10,7 @@ from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.json_files import read_json_object
 from streamshard.checkpoint.nothing_there import instead
 from streamshard.checkpoint.record import MAX_RECORD_BYTES
+from streamshard.commands.arguments import shown
 from streamshard.commands.diff import diff
 from streamshard.commands.picture import drawn, plot_format, rendered
 from streamshard.disk.existence import has_name, is_there
@@ -57,8 +58,7 @@ def _heat(report: Mapping[str, Any] | PathLike) -> Mapping[str, Any]:
     if not isinstance(report, Mapping):
         if not isinstance(report, (str, bytes, os.PathLike)):
             raise UsageError(
-                f"`report` is of type {type(report).__qualname__}; a report, or the path of an output, "
-                "was expected."
+                f"`report` is {shown(report)}; a report, or the path of an output, was expected."
             )
         folder = input_path(report, "an output")
         if not has_name(folder / REPORT_NAME):

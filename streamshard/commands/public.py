@@ -19,6 +19,7 @@ from streamshard.commands.bar_of_calls import with_bar
 from streamshard.commands.hub_inputs import hub_inputs
 from streamshard.commands.hub_output import hub_output
 from streamshard.commands.report_html import report_html
+from streamshard.commands.report_line import report_line
 from streamshard.disk.inputs import watched
 from streamshard.engine.report import Report, show_reports_by
 from streamshard.errors import (
@@ -38,7 +39,7 @@ __all__ = ["public"]
 
 P = ParamSpec("P")
 
-show_reports_by(report_html)
+show_reports_by(report_line, report_html)
 
 _LOG = logging.getLogger("streamshard")
 _LOG.addHandler(logging.NullHandler())  # else Python prints what `warnings` shows already

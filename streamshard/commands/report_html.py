@@ -10,7 +10,7 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from streamshard.engine.report_line import result_of
+from streamshard.commands.report_line import result_of
 from streamshard.errors import UsageError, bytes_text, escaped
 from streamshard.extras import install
 

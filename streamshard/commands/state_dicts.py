@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Protocol
 
+from streamshard.commands.arguments import shown
 from streamshard.errors import InputError, StreamshardWarning, listed, printable
 from streamshard.internvl.detection import dims_from_names, layout_of
 from streamshard.internvl.dims import Dims
@@ -149,7 +150,7 @@ def _tensors(model: Any, side: Layout) -> Mapping[str, Any]:
                 f"{printable(repr(name), 60)} is no name of a tensor; text was expected."
             )
         if not hasattr(value, "shape") and not name.endswith(_STATE):
-            raise TypeError(f"'{printable(name)}' is {_kind(value)}; a tensor was expected.")
+            raise TypeError(f"'{printable(name)}' is {shown(value)}; a tensor was expected.")
     if factors_among(given):
         raise InputError(
             "this is the state dict of a model that is wrapped by LoRA: merge its pairs first, with "
@@ -169,14 +170,8 @@ def _config(config: Any) -> Mapping[str, Any] | None:
         return config
     made = config.to_dict() if hasattr(config, "to_dict") else None
     if not isinstance(made, Mapping):
-        raise TypeError(f"`config` is {_kind(config)}; the content of config.json was expected.")
+        raise TypeError(f"`config` is {shown(config)}; the content of config.json was expected.")
     return made
-
-
-def _kind(value: object) -> str:
-    if value is None or isinstance(value, (str, int, float)):
-        return printable(repr(value), 60)
-    return f"of type {type(value).__qualname__}"
 
 
 def _dims(

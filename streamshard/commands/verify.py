@@ -6,7 +6,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -19,11 +19,10 @@ from streamshard.commands.public import public
 from streamshard.commands.verify_content import Comparison
 from streamshard.commands.verify_model import AsModel, as_model
 from streamshard.commands.verify_zeros import zero_warnings
-from streamshard.disk.far import Far, far_at, is_any
 from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.engine.budget import workers_or_default
-from streamshard.engine.fetching import fetch, stored, wrong
+from streamshard.engine.fetching import far_among, fetch, stored, wrong
 from streamshard.engine.job import BaseOptions
 from streamshard.engine.report import Report, finished, new_report
 from streamshard.engine.workers import OnStep, Progress, share
@@ -74,7 +73,7 @@ def verify(
     names = _sampled(list(tensors), sample)
     if sample is None:
         fetch({t.path for name in names for t in stored(tensors[name])}, on_step)
-    damaged = [] if sample is not None else wrong(_copies(found), on_step)
+    damaged = [] if sample is not None else wrong(far_among(_paths(found)), on_step)
     watching = progress if callable(progress) else None
     check = Comparison(found, watching)
     hub = _against(found, against, watching)
@@ -218,13 +217,10 @@ def _why_uncomparable(found: Opened) -> str:
     return f"there is no {REPORT_NAME}"
 
 
-def _copies(found: Opened) -> list[Far]:
-    """The files that are of the hub, of which the cache may have copies."""
-    if not is_any():
-        return []
-    paths = {found.folder / entry.name for entry in contents(found.folder)}
-    paths |= {Path(tensor.path) for each in found.tensors.values() for tensor in stored(each)}
-    return [file for path in sorted(paths) if (file := far_at(path)) is not None]
+def _paths(found: Opened) -> Iterator[str | Path]:
+    """Every file that is there, and those of tensors, which may lie elsewhere."""
+    yield from (found.folder / entry.name for entry in contents(found.folder))
+    yield from (tensor.path for each in found.tensors.values() for tensor in stored(each))
 
 
 def _sampled(names: list[str], sample: str | int | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,20 +51,8 @@ class AsModel:
 def as_model(found: Opened) -> AsModel:
     """Compare the names and shapes of a checkpoint with its config, or with each other without one."""
     seen, tensors = AsModel(), found.tensors
-    where = str(found.folder)
-    for check in (check_names, check_gathered):
-        try:
-            check(where, tensors)
-        except InputError as error:
-            seen.problems.append(str(error))
     by_config = config_layout(found.config or {})
-    for name, own in bare_names(tensors, found.config).items():
-        if name != own:
-            seen.problems.append(
-                f"'{printable(own)}' and the like have words of training in their names: loaders look "
-                f"for '{printable(name)}', and find no weight. merge-lora writes it so."
-            )
-            break
+    seen.problems += _badly_saved(found)
     if not found.incomplete and not found.unread:
         seen.problems += pair_problems(tensors)
         seen.problems += flag_problems(tensors, found.config or {})
@@ -73,7 +61,7 @@ def as_model(found: Opened) -> AsModel:
     if found.incomplete or found.unread:
         return seen.not_possible("not all files could be read")
     # Where all that tells is missing, the config still says what the model should be.
-    layout = layout_of(tensors) or config_layout(found.config or {})
+    layout = layout_of(tensors) or by_config
     if by_config not in (None, layout) and relative_of(tensors, found.config) is None:
         seen.problems.append(
             f"{MODEL_CONFIG_NAME} is of the {by_config} layout, but the tensors have the names of the "
@@ -111,6 +99,22 @@ def as_model(found: Opened) -> AsModel:
     misshapen = list(misfits(tensors, given, dims, layout))
     seen.problems += [f"{misfit}." for misfit in misshapen if misfit.found != (0,)]
     return seen
+
+
+def _badly_saved(found: Opened) -> Iterator[str]:
+    """What says that it was not saved as loaders need it, whatever model it is."""
+    for check in (check_names, check_gathered):
+        try:
+            check(str(found.folder), found.tensors)
+        except InputError as error:
+            yield str(error)
+    for bare, given in bare_names(found.tensors, found.config).items():
+        if bare != given:
+            yield (
+                f"'{printable(given)}' and the like have words of training in their names: loaders look "
+                f"for '{printable(bare)}', and find no weight. merge-lora writes it so."
+            )
+            break
 
 
 def _given(seen: AsModel, tensors: Mapping[str, Lazy], layout: Layout) -> dict[str, str]:

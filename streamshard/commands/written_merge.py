@@ -27,11 +27,13 @@ from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.lora.merge import Merged
 from streamshard.notes import note
+from streamshard.tensors.dtypes import DTYPES, TORCH_DTYPES
 from streamshard.tensors.lazy import Lazy, Stored
 
 __all__ = ["Folded", "Written", "converted", "kept"]
 
-_OPTIONS = {"bfloat16": "bf16", "float16": "fp16"}
+_NARROW = {TORCH_DTYPES[name]: option for option, name in DTYPES.items() if name != "F32"}
+"""How `--dtype` calls what is narrower than fp32, by its name in a config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +126,8 @@ def _note_width(base: Model, tensors: Mapping[str, Lazy]) -> None:
     """Note that weights are wider than the model was."""
     config = base.config or {}
     stated = str(config.get("torch_dtype") or config.get("dtype"))
-    if stated in _OPTIONS and all(tensor.dtype == "F32" for tensor in tensors.values()):
+    if stated in _NARROW and all(tensor.dtype == "F32" for tensor in tensors.values()):
         note(
             "the checkpoint is fp32, as DeepSpeed's zero_to_fp32 writes it, and so is the output, though "
-            f"its config.json says {stated}: --dtype {_OPTIONS[stated]} writes half of the bytes"
+            f"its config.json says {stated}: --dtype {_NARROW[stated]} writes half of the bytes"
         )

@@ -55,7 +55,7 @@ class Far(Protocol):
     def unreachable(self, *, ask: bool) -> str:
         """Why it cannot be read in this process, to which it was sent, in words; empty if it can.
 
-        Unless whoever keeps it is to be asked only what can be told without that counts.
+        Unless whoever keeps it is to be asked, too (`ask`), only what can be told without that counts.
         """
 
     def fetch(self, told: Callable[[int], None]) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import io
 import queue
 import threading
-from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -100,8 +99,6 @@ class Remote:
         self.frontier = Frontier(name, nbytes, digest)
         self.opened = 0
         """How often a stream was asked for."""
-        self.received = 0
-        """Bytes that came."""
         self._lock = threading.Lock()
         self.frontier.note(0, head)
 
@@ -114,15 +111,6 @@ class Remote:
         with self._lock:
             self.opened += 1
         return self._opener.open(start, stop)
-
-    def note(self, start: int, data: memoryview, done: Callable[[], object]) -> None:
-        """Take note of bytes that came. Raises `WrongDigestError` with the last of them.
-
-        They may change when `done` is called, which may be from another thread.
-        """
-        self.frontier.note(start, data, done)
-        with self._lock:
-            self.received += len(data)
 
 
 class RemoteFile:
@@ -247,7 +235,7 @@ class _Line:
         if stream is not None:
             stream.close()
             with contextlib.suppress(ValueError):  # it may be of another thread
-                _lines_open().remove(self)
+                _mine.lines.remove(self)
 
     def fill(self, out: memoryview, offset: int, stop: int) -> None:
         """Fill `out` from `offset` on, which is not far; a stream that is opened goes to `stop`."""
@@ -275,7 +263,7 @@ class _Line:
         except BaseException:
             self._free.put(buffer)
             raise
-        self._remote.note(start, self._kept, partial(self._free.put, buffer))
+        self._remote.frontier.note(start, self._kept, partial(self._free.put, buffer))
 
     def _buffer(self) -> memoryview:
         """Where nothing is that is kept, or that a digest is still to be taken of."""
@@ -303,7 +291,7 @@ class _Line:
         if self._stream is None or self.at == self._end:
             self.close()
             check_going()  # a run that has ended opens nothing
-            lines = _lines_open()
+            lines = _mine.lines
             while len(lines) >= MOST_STREAMS:
                 lines.pop(0).close()
             self._end = stop
@@ -332,13 +320,14 @@ class _Line:
         wait(max(WAITS[self._failures - 1], asked))
 
 
-_mine = threading.local()
+class _Mine(threading.local):
+    """What each thread has of its own: its lines that have a stream, whatever they are of."""
+
+    def __init__(self) -> None:
+        self.lines: list[_Line] = []
 
 
-def _lines_open() -> list[_Line]:
-    """Those of this thread that have a stream, whatever they are of."""
-    found: list[_Line] = _mine.__dict__.setdefault("lines", [])
-    return found
+_mine = _Mine()
 
 
 def _stamp(digest: str, nbytes: int) -> Stamp:

@@ -24,6 +24,7 @@ from streamshard.errors import (
     ReadError,
     WriteError,
     bytes_text,
+    printable,
 )
 
 if TYPE_CHECKING:
@@ -257,19 +258,12 @@ def writing(path: AnyPath, nbytes: int) -> Iterator[None]:
             )
         else:
             advice = _ADVICE.get(error.errno, "Check permissions and disk.")
+            if error.errno in (errno.EACCES, errno.EROFS):
+                # The file may be one of ours that nobody knows: a lock, or not there yet.
+                folder = os.path.dirname(os.fsdecode(path))
+                advice = f"Check permissions, those of the folder {printable(folder)} first."
             problem = f"cannot be written: {error.strerror}. {advice}"
-        raise WriteError.at(_refused_place(error, _path_of(error, path)), problem) from error
-
-
-def _refused_place(error: OSError, path: object) -> object:
-    """The folder, where it is that which nothing may be made in: the file is not there yet."""
-    file = Path(os.fsdecode(path) if isinstance(path, bytes) else str(path))
-    if error.errno in (errno.EACCES, errno.EROFS):
-        try:
-            system.lstat(file)
-        except OSError:
-            return file.parent
-    return path
+        raise WriteError.at(_path_of(error, path), problem) from error
 
 
 @contextmanager

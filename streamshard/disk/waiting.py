@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterable
-from contextvars import ContextVar, copy_context
-from typing import TypeVar
+from collections.abc import Callable
+from contextvars import ContextVar
 
-__all__ = ["check_going", "together", "wait", "wait_by"]
-
-T = TypeVar("T")
+__all__ = ["check_going", "wait", "wait_by"]
 
 
 _way: ContextVar[Callable[[float], object] | None] = ContextVar("way to wait", default=None)
@@ -32,54 +27,3 @@ def check_going() -> None:
 def wait_by(way: Callable[[float], object]) -> None:
     """Have `wait` call this in the present thread."""
     _way.set(way)
-
-
-class _Ended(Exception):  # noqa: N818 - no error: nobody wants it any more
-    pass
-
-
-def together(items: Iterable[T], do: Callable[[T], object], most: int) -> None:
-    """Do something with each, `most` of them at once; the first error is raised.
-
-    After an error or an interrupt nobody is waited for: a thread that waits for a server may hear of
-    nothing for a minute, and ends by itself then.
-    """
-    left, lock, end = iter(items), threading.Lock(), threading.Event()
-    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-    def pause(seconds: float) -> None:
-        if end.wait(seconds):
-            raise _Ended
-
-    def loop() -> None:
-        wait_by(pause)
-        try:
-            while not end.is_set():
-                with lock:
-                    item = next(left, _NONE)
-                if item is _NONE:
-                    break
-                do(item)  # type: ignore[arg-type]
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
-            ended.put(error)
-        else:
-            ended.put(None)
-
-    started = 0
-    try:
-        for _ in range(most):
-            try:
-                threading.Thread(target=copy_context().run, args=(loop,), daemon=True).start()
-            except RuntimeError:
-                if not started:
-                    raise
-                break  # the system allows no more of them, and fewer do the same
-            started += 1
-        for _ in range(started):
-            if (error := ended.get()) is not None:
-                raise error
-    finally:
-        end.set()
-
-
-_NONE = object()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from streamshard.disk.folders import rename, sync_folder
 from streamshard.engine.journal import Elsewhere
-from streamshard.engine.parts_cleanup import GONE, is_of
+from streamshard.engine.parts_cleanup import is_gone
 from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts
 from streamshard.engine.staging import Staging
 from streamshard.errors import OutputError, WriteError
@@ -32,7 +32,7 @@ def adopting(output: Output) -> Callable[[Staging], None]:
             try:
                 rename(parts.folder / name, staging.folder / name)
             except WriteError as error:
-                if not (output.shared.goes and is_of(error, GONE)):
+                if not (output.shared.goes and is_gone(error)):
                     raise
         if outlet is not None:
             noted, known = parts.elsewhere(outlet.key), staging.elsewhere(outlet.key)

@@ -55,7 +55,7 @@ def staged_nbytes(target: Path) -> int:
     """Bytes that an earlier run has left where `target` is built."""
     beside = places_beside(resolved(target))
     nbytes = 0
-    for folder in (beside["partial"], beside["parts"]):
+    for folder in (beside["parts"], beside["partial"]):  # the way that files are moved by others
         with writing(folder, 0), contextlib.suppress(FileNotFoundError):
             if stat.S_ISDIR(system.lstat(folder).st_mode):
                 for name in system.listdir(folder):

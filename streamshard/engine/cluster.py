@@ -87,7 +87,7 @@ class _Run:
         self._nbytes: dict[str, int] = {}
         self._resource = False
         self._inputs = b""
-        self._looked = self._seen = time.monotonic()
+        self._seen = time.monotonic()
 
     def check_workers(self, shards: Sequence[Shard]) -> None:
         """Raise `ClusterError` unless there are workers, and all of them can do the tasks."""
@@ -102,32 +102,46 @@ class _Run:
             raise self._no_workers() from error
         self._resource = any(_offers(worker) for worker in self._workers().values())
         self._cluster.workers = self._check()
+        if not self._cluster.workers:
+            raise self._no_workers()
 
     def _check(self) -> int:
         """How many workers there are; `ClusterError` if some of them cannot do the tasks."""
         found = self._workers()
         used = [name for name, one in found.items() if _offers(one) or not self._resource]
-        answers = {name: self._asked(name) for name in sorted(used)}
+        asked = {name: self._asked(name) for name in sorted(used)}
+        answers = {name: answer for name, answer in asked.items() if answer is not None}
         wrong = [f"{printable(name)}: {answer}" for name, answer in answers.items() if answer]
         if wrong:
             more = f" (and {len(wrong) - 3} more workers)" if len(wrong) > 3 else ""
             raise ClusterError(
-                f"{self._where}: {len(wrong)} of {len(used)} workers cannot do this. "
+                f"{self._where}: {len(wrong)} of {len(answers)} workers cannot do this. "
                 f"{'; '.join(wrong[:3])}{more}. Start all in the same environment as this command, "
                 "on machines that see its inputs and its output under the same paths."
             )
-        return len(used)
+        return len(answers)
 
-    def _asked(self, worker: str) -> str:
-        """Why a worker cannot do the tasks; empty if it can."""
+    def _asked(self, worker: str) -> str | None:
+        """Why a worker cannot do the tasks; empty if it can, and None if it was lost meanwhile."""
         check, own = cluster_task.check, self._environment
         try:
             return str(self._client.run(check, self._inputs, own, workers=[worker])[worker])
         except Exception as error:
             if self._client.status != "running":
                 raise self._lost() from error
+            if isinstance(error, OSError) and self._has_left(worker):
+                return None
             what = printable(str(error) or type(error).__name__)
             return f"it has no streamshard of this version ({what})"
+
+    def _has_left(self, worker: str) -> bool:
+        """Whether the scheduler has lost a worker, which it may notice a little later."""
+        end = time.monotonic() + LOOK_SECONDS
+        while there := worker in self._workers():
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        return not there
 
     def write(self, shards: Sequence[Shard]) -> None:
         """Have them written, with some tasks more than there are threads given to the scheduler."""
@@ -189,6 +203,7 @@ class _Run:
         """Wait until all that was written is seen here: a network's disk may take a while."""
         end = time.monotonic() + WORKERS_SECONDS
         while missing := [name for name in names if name not in self._parts.look()]:
+            self._parts.check_there()
             if time.monotonic() > end:
                 raise ClusterError(
                     f"{self._where}: workers have written {listed(missing)}, which cannot be seen in "

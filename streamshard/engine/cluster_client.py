@@ -107,13 +107,6 @@ async def _kind(address: str) -> object:
     return await asyncio.wait_for(asked(), CONNECT_SECONDS + ANSWER_SECONDS)
 
 
-def _was_reached(error: Exception) -> bool:
-    """Whether there was a connection, which was closed then."""
-    from distributed.comm import CommClosedError
-
-    return isinstance(error, CommClosedError)
-
-
 def _first_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__

@@ -12,12 +12,12 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.existence import found
 from streamshard.disk.far import Far, far_at, is_any
 from streamshard.disk.folders import disk_free, exists
-from streamshard.disk.waiting import together
+from streamshard.disk.together import together
 from streamshard.engine.workers import OnStep, Stop
 from streamshard.errors import HubError, WriteError, both_bytes, printable
 from streamshard.tensors.lazy import Lazy, Stored
 
-__all__ = ["Fetching", "fetch", "fetching", "read_by", "stored", "wrong"]
+__all__ = ["Fetching", "far_among", "fetch", "fetching", "read_by", "stored", "wrong"]
 
 AT_ONCE = 4
 
@@ -105,7 +105,7 @@ def read_by(
 
 def fetching(paths: Iterable[str | Path]) -> Fetching:
     """Which of the files at these paths are to be fetched before much of them is read."""
-    return Fetching([file for file in _far(paths) if file.kept])
+    return Fetching([file for file in far_among(paths) if file.kept])
 
 
 def fetch(paths: Iterable[str | Path], on_step: OnStep | None, *, check: bool = False) -> None:
@@ -114,13 +114,14 @@ def fetch(paths: Iterable[str | Path], on_step: OnStep | None, *, check: bool = 
     With `check` copies that were here before are read whole, and must be what they are copies of;
     raises `HubError` if not.
     """
-    files = _far(paths)
+    files = far_among(paths)
     wanted = Fetching([file for file in files if file.kept])
     wanted.check_room()
     wanted.run(on_step)
     if check:
-        for problem in wrong(files, on_step):
-            raise HubError(problem)
+        problems = wrong(files, on_step)
+        if problems:
+            raise HubError(problems[0])
 
 
 def wrong(files: Iterable[Far], on_step: OnStep | None) -> list[str]:
@@ -136,7 +137,7 @@ def wrong(files: Iterable[Far], on_step: OnStep | None) -> list[str]:
     return sorted(found)
 
 
-def _far(paths: Iterable[str | Path]) -> list[Far]:
+def far_among(paths: Iterable[str | Path]) -> list[Far]:
     """The files that these paths stand for."""
     if not is_any():  # then no path is asked for: there are some of each tensor
         return []

@@ -100,6 +100,9 @@ class Plan:
     """How many weight files are on disk at most at a time; None if they stay."""
     disk_nbytes: int
     """What is needed of the disk at most."""
+    short: str
+    """What to say if that, or a download, finds no room; empty if it does. Only of parts, which may find
+    an output that is complete."""
     direct: bool
     """Whether the weights are written around the page cache."""
     nbytes: int

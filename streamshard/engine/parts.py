@@ -17,8 +17,13 @@ from typing import Any
 
 from streamshard.disk.folders import exists, resolved
 from streamshard.disk.inputs import active
-from streamshard.engine import beside_output
-from streamshard.engine.beside_output import Kept, finished_beside, places_beside, tidy
+from streamshard.engine.beside_output import (
+    Kept,
+    check_beside,
+    finished_beside,
+    places_beside,
+    tidy,
+)
 from streamshard.engine.claims import check_replaceable
 from streamshard.engine.cluster import Cluster
 from streamshard.engine.completed import completed, lacks_its_name, record_in
@@ -27,7 +32,7 @@ from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity, identity_digest
 from streamshard.engine.job import Plan
 from streamshard.engine.option_values import Part
-from streamshard.engine.parts_cleanup import GONE, is_of
+from streamshard.engine.parts_cleanup import is_gone
 from streamshard.engine.parts_files import Shared, shared_by
 from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts, shared_parts
 from streamshard.engine.report import Report
@@ -37,6 +42,7 @@ from streamshard.engine.workers import OnStep, Progress
 from streamshard.engine.writer import write_shards
 from streamshard.errors import (
     BusyError,
+    ClusterError,
     HubError,
     OutputError,
     ReadError,
@@ -87,11 +93,16 @@ class Output:
             )
 
     def check_place(self) -> None:
-        """Raise `OutputError` if there is an output that is not to be replaced, or of another run."""
+        """Raise `OutputError` if there is an output that is not to be replaced, or of another run.
+
+        And `WriteError` if there is no room for it.
+        """
         tidy(self.target)
         if exists(self.target):
             check_replaceable(self.target, overwrite=self.made.overwrite)
-        self._finished.update(self._staged(beside_output.check_beside))
+        self._finished.update(self._staged(check_beside))
+        if self.made.short:
+            raise WriteError(self.made.short)
 
     def _staged(self, look: Callable[..., Kept]) -> Collection[str]:
         """What was taken into the folder where the output is completed, or begun there."""
@@ -164,7 +175,7 @@ class Output:
     def _look_beside(self) -> None:
         """Look what was taken into the folder where the output is completed, whoever is at it."""
         try:
-            self._finished.update(self._staged(beside_output.check_beside))
+            self._finished.update(self._staged(check_beside))
         except BusyError:
             with contextlib.suppress(OutputError):  # no journal, once it has only to get its name
                 self._finished.update(self._staged(finished_beside))
@@ -178,7 +189,8 @@ class Output:
         """
         try:
             self.look()
-            done = self._finished.issuperset(shard.name for shard in self.mine)
+            wanted = self.mine if self.part.number else self.made.shards  # who completes needs all
+            done = self._finished.issuperset(shard.name for shard in wanted)
             return done or self.completed() is not None
         except StreamshardError:
             return False
@@ -297,9 +309,9 @@ def _write(
             if output.part.number:
                 output.write(progress, on_step, cluster)
             break
-        except (OutputError, WriteError, ReadError, HubError) as error:
+        except (OutputError, WriteError, ReadError, HubError, ClusterError) as error:
             # Others may have finished it, and removed the folder that it was being written to.
-            broken = isinstance(error, (WriteError, ReadError)) and not is_of(error, GONE)
+            broken = isinstance(error, (WriteError, ReadError)) and not is_gone(error)
             if not broken and output.is_done():
                 return
             if left == 1 or not isinstance(error, BusyError):

@@ -37,7 +37,6 @@ from streamshard.engine.parts_files import (
 from streamshard.errors import BusyError, StreamshardError, WriteError
 
 __all__ = [
-    "GONE",
     "PAUSE_SECONDS",
     "PLAN",
     "TAKEN",

@@ -151,10 +151,14 @@ class PartsFolder:
         with writing(path, 0), contextlib.suppress(FileNotFoundError):
             system.unlink(path)
 
-    def _put(self, name: str, line: bytes) -> None:
-        """Write a record, which is there as a whole or not at all."""
+    def check_there(self) -> None:
+        """Raise `OutputError` if the folder was removed, or put elsewhere."""
         if inode_of(self.folder) != self._inode:
             raise OutputError.at(self.folder, _MOVED)
+
+    def _put(self, name: str, line: bytes) -> None:
+        """Write a record, which is there as a whole or not at all."""
+        self.check_there()
         write_new(self.temporary(name), [line])
         rename(self.temporary(name), self.folder / name)
         sync_folder(self.folder)

@@ -50,8 +50,8 @@ def plan(job: Job, options: Options) -> Plan:
     """What a run of this job will do, all of it. Headers are read, and no weight.
 
     What the inputs hold is looked at when the plan is carried out, as far as it decides whether an
-    interrupted run can be continued. Raises `WriteError` if the disk has no room for the output, and
-    `OutputError` if that would take the place of an input.
+    interrupted run can be continued. Raises `WriteError` if the disk has no room for the output, unless
+    that may be there already, written in parts; and `OutputError` if it would take the place of an input.
     """
     tensors = cast_all(job.tensors, options.dtype)
     shards = plan_shards(
@@ -68,7 +68,13 @@ def plan(job: Job, options: Options) -> Plan:
     known, own = job.reference or {}, shards_of(shards, options.wanted)
     reference = (known[name] for shard in own for name in shard.tensors if name in known)
     download = fetching(read_by(own, reference, job.files.values()))
-    download.check_room(job.output, room.needed)
+    short = room.short
+    try:
+        download.check_room(job.output, room.left)
+    except WriteError as error:
+        short = short or str(error)
+    if short and options.wanted is None and options.scheduler is None:
+        raise WriteError(short)
     direct = goes_around_cache(options.io, nbytes, needs, options.max_memory_nbytes)
     count = worker_count(needs, options.workers, options.max_memory_nbytes, direct=direct)
     compared = _compared(job, tensors)
@@ -91,6 +97,7 @@ def plan(job: Job, options: Options) -> Plan:
         outlet=options.outlet,
         on_disk=room.at_once,
         disk_nbytes=room.needed,
+        short=short,
         direct=direct,
         nbytes=nbytes,
         free_nbytes=room.free,
@@ -122,15 +129,20 @@ def _check_names(files: Mapping[str, Beside], shards: Sequence[Shard]) -> None:
 
 
 class _Room(NamedTuple):
-    """What the disk has free, if it tells; what is needed of it; how many files of weights that is."""
+    """What the disk has free, if it tells; what is needed of it, and how much of that is not there yet.
+
+    Then how many files of weights that is, and what to say if there is no room for it.
+    """
 
     free: int | None
     needed: int
+    left: int
     at_once: int | None
+    short: str = ""
 
 
 def _room(job: Job, shards: Sequence[Shard], *, keeps: bool) -> _Room:
-    """The room there is for an output; `WriteError` if that is not enough.
+    """The room there is for an output.
 
     Of one that does not stay here that is for some of its largest files, fewer if there is less room.
     """
@@ -139,19 +151,24 @@ def _room(job: Job, shards: Sequence[Shard], *, keeps: bool) -> _Room:
     side += 64 * 1024 * len(shards)
     sizes = sorted((shard.nbytes for shard in shards), reverse=True)
     # What an interrupted run has left is continued, or makes room.
-    most = math.inf if free is None else free + staged_nbytes(job.output)
+    there_before = staged_nbytes(job.output)
+    most = math.inf if free is None else free + there_before
     counts = [len(sizes)] if keeps else range(min(AT_ONCE, len(sizes)), 0, -1)
     needed = count = 0
     for count in counts:
         needed = sum(sizes[:count]) + side
         if needed <= most:
-            return _Room(free, needed, None if keeps else count)
+            break
+    left, at_once = max(0, needed - there_before), None if keeps else count
+    if needed <= most:
+        return _Room(free, needed, left, at_once)
     what = "" if keeps else ", for one file at a time,"
     wanted, there = both_bytes(needed, free or 0)
-    raise WriteError(
+    short = (
         f"{printable(str(job.output))}: {wanted} are needed{what} but {there} are free. "
         "Free some space, or choose an output on another disk."
     )
+    return _Room(free, needed, left, at_once, short)
 
 
 def _compared(job: Job, tensors: Mapping[str, Lazy]) -> Compared:

@@ -12,7 +12,6 @@ from streamshard.checkpoint.shards import Shard
 from streamshard.disk.far import known_as, origins
 from streamshard.engine.budget import peak_rss_bytes
 from streamshard.engine.journal import FinishedShard
-from streamshard.engine.report_line import report_line
 from streamshard.errors import listed
 from streamshard.notes import noted
 from streamshard.tensors.kernel import chosen
@@ -29,24 +28,27 @@ class Report(dict[str, Any]):
 
     def __repr__(self) -> str:
         """What was done, in one line; all of it is in the items."""
-        said = ": ".join(filter(None, (str(self.get("command")), report_line(self))))
+        line = _shown_by["line"](self) if _shown_by else ""
+        said = ": ".join(filter(None, (str(self.get("command")), line)))
         return f"<Report of {said}; {len(self)} keys>"
 
     def _repr_html_(self) -> str | None:
         """What notebooks show: a table, and the picture of a change where there is one."""
-        return _shown_by[0](dict(self)) if _shown_by else None
+        return _shown_by["html"](self) if _shown_by else None
 
     def copy(self) -> Report:
         """A report of its own with the same items."""
         return Report(self)
 
 
-_shown_by: list[Callable[[Mapping[str, Any]], str]] = []
+_shown_by: dict[str, Callable[[Mapping[str, Any]], str]] = {}
 
 
-def show_reports_by(show: Callable[[Mapping[str, Any]], str]) -> None:
-    """Say how notebooks show reports: the commands do, which know pictures."""
-    _shown_by[:] = [show]
+def show_reports_by(
+    line: Callable[[Mapping[str, Any]], str], html: Callable[[Mapping[str, Any]], str]
+) -> None:
+    """Say how reports are shown: the commands do, which know what is in them, and pictures."""
+    _shown_by.update(line=line, html=html)
 
 
 def new_report(command: str, tensors: Mapping[str, Lazy], layout: str | None) -> dict[str, Any]:

@@ -18,12 +18,7 @@ from streamshard.checkpoint.shards import Shard, index_pieces
 from streamshard.disk.folders import resolved, sync_folder
 from streamshard.disk.inputs import Inputs, active, watching
 from streamshard.disk.new_files import copy_file, write_new
-from streamshard.engine.beside_output import (
-    Kept,
-    check_beside,
-    check_writable,
-    places_beside,
-)
+from streamshard.engine.beside_output import Kept, check_beside, check_writable, places_beside
 from streamshard.engine.division import who_does_what
 from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity, identity_digest

@@ -168,16 +168,11 @@ class Publishing:
     def note_ready(self) -> None:
         """Note what all files are like; from now on they stay as they are."""
         shards, folder = self._staging.finished, self._staging.folder
-        sent = self._staging.elsewhere(self._outlet.key).sent
+        noted = self._staging.elsewhere(self._outlet.key)
         files = []
         for name in self._names:
-            known = sent.get(name)
-            if (
-                name in shards
-                and known is not None
-                and Elsewhere(sent={name: known}).has(shards[name])
-            ):
-                files.append(known)
+            if name in shards and noted.has(shards[name]):
+                files.append(noted.sent[name])
             else:
                 files.append(described(folder / name, name))
         self._staging.add_elsewhere(self._outlet.key, Elsewhere(ready=files))

@@ -210,7 +210,7 @@ def test_plot_says_what_it_was_given(pair):
     for given, said in (
         (pair.base, "is no output of streamshard: it has no streamshard.json"),
         (pair.root / "bas", "'base'"),
-        (3, "`report` is of type int"),
+        (3, "`report` is 3; a report, or the path of an output, was expected"),
     ):
         with pytest.raises(StreamshardError, match=said):
             streamshard.plot(given)

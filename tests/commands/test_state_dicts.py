@@ -394,5 +394,5 @@ def test_a_config_of_transformers_is_taken(folders):
     plain = json.loads((folders["hf"] / "config.json").read_text())
     found = streamshard.convert_keys_back(tensors, config=AutoConfig.from_pretrained(folders["hf"]))
     assert found.keys() == streamshard.convert_keys_back(tensors, config=plain).keys()
-    with pytest.raises(TypeError, match="`config` is of type PosixPath"):
+    with pytest.raises(TypeError, match=r"`config` is of type pathlib.*\.PosixPath"):
         streamshard.convert_keys_back(tensors, config=folders["hf"])

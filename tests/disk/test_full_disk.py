@@ -126,7 +126,7 @@ def test_a_base_that_shrinks_after_planning(pair):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_the_folder_is_named_in_which_nothing_may_be_made(number, pair, refused, monkeypatch):
-    """And not the hidden file that would have been made there."""
+    """And not only the hidden file that would have been made there."""
     opened = os.open
 
     def closed(path: Any, flags: int, *more: Any, **how: Any) -> int:
@@ -135,5 +135,5 @@ def test_the_folder_is_named_in_which_nothing_may_be_made(number, pair, refused,
         return opened(path, flags, *more, **how)
 
     monkeypatch.setattr(os, "open", closed)
-    text = refused(6, f"error: {pair.output.parent}: cannot be written: {os.strerror(number)}.")
-    assert ".lock" not in text
+    text = refused(6, f": cannot be written: {os.strerror(number)}. Check permissions,")
+    assert f"those of the folder {pair.output.parent} first." in text

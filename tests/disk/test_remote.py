@@ -87,7 +87,7 @@ def test_one_stream_gives_a_file_that_is_read_in_order(step):
     assert store.asked == [(0, len(DATA))]
     assert store.open_now == 0
     assert remote.frontier.outcome()[0]
-    assert (remote.opened, remote.received) == (1, len(DATA))
+    assert remote.opened == 1
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 100, 4095, 4096, 65_536, 131_071, 262_144, 262_145])

@@ -7,12 +7,15 @@ import pickle
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from dask_cluster import OTHER, SLOW, begun, is_writing, preload
 from interrupted_runs import alone, content, until
 from marks import linux, slow
 
 import streamshard
+from streamshard.engine import cluster as engine_cluster
 from streamshard.engine.cluster_task import described, environment, task_bytes
 
 pytestmark = [linux]
@@ -88,6 +91,45 @@ def test_a_worker_of_another_version(pair, cluster, cli):
     assert "1 of 2 workers cannot do this" in outcome.err
     assert "streamshard 0.0.9 (cafe) and not" in outcome.err
     assert [*pair.output.parent.iterdir()] == []
+
+
+def test_a_worker_is_lost_when_it_is_asked(pair, clean, cluster, cli):
+    """It is none of those that cannot do it: the others are enough."""
+    dies = "import os\nfrom streamshard.engine import cluster_task\n"
+    dies += "cluster_task.check = lambda *_, os=os: os._exit(1)\n"
+    cluster.worker(*preload(cluster, dies))
+    outcome = cli(*pair.command, "--scheduler", cluster.address)
+    assert outcome.code == 9
+    assert "has no worker" in outcome.err
+    cluster.worker(*preload(cluster, dies))
+    cluster.worker()
+    outcome = cli(*pair.command, "--scheduler", cluster.address)
+    assert outcome.code == 0, outcome.err
+    assert content(pair.output) == clean
+    assert alone(pair)
+
+
+@pytest.mark.parametrize("when", ["check_workers", "write", "_find"])
+def test_another_one_completes_it(when, pair, clean, cluster, monkeypatch):
+    """As when the same command runs twice: what is no longer there is not waited for."""
+    cluster.worker()
+    original, done = getattr(engine_cluster._Run, when), []
+
+    def late(self, *given):
+        if not done:
+            done.append(begun(pair, cluster))
+            said = done[0].communicate()[1]
+            assert done[0].returncode == 0, said
+        return original(self, *given)
+
+    monkeypatch.setattr(engine_cluster._Run, when, late)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: pytest.fail("waits"))
+    monkeypatch.setattr(engine_cluster, "time", clock)
+    streamshard.merge_lora(
+        base=pair.base, adapter=pair.adapter, output=pair.output, scheduler=cluster.address
+    )
+    assert content(pair.output) == clean
+    assert alone(pair)
 
 
 @slow

@@ -40,6 +40,7 @@ from parts_runs import (
 )
 
 import streamshard
+from streamshard.disk.system import System
 from streamshard.engine import parts as engine_parts
 from streamshard.engine import parts_cleanup, parts_folder
 from streamshard.engine.division import divided
@@ -192,6 +193,22 @@ def test_a_part_of_what_is_complete_says_so(which, pair, clean, cli):
     assert alone(pair)
 
 
+@pytest.mark.parametrize("which", ["1/2", "finish"])
+def test_a_disk_that_is_full_of_it(which, pair, monkeypatch):
+    """It has no room for another one, and needs none."""
+    monkeypatch.setattr(System, "disk_free", lambda *_: 20_000)
+    with pytest.raises(WriteError, match=r"are needed but 20\.00 KB are free"):
+        part(pair, "1/2")
+    with pytest.raises(WriteError, match=r"are needed but 20\.00 KB are free"):
+        part(pair, "1/2", dry_run=True)
+    assert not [*pair.output.parent.iterdir()]
+    monkeypatch.undo()
+    part(pair, "1/1")
+    monkeypatch.setattr(System, "disk_free", lambda *_: 20_000)
+    assert part(pair, which, dry_run=True)["part"]["complete"]
+    assert part(pair, which)["part"]["complete"]
+
+
 def test_of_an_ordinary_run_too(pair, clean):
     streamshard.merge_lora(base=pair.base, adapter=pair.adapter, output=pair.output)
     assert part(pair, "1/2")["part"]["complete"]
@@ -314,6 +331,13 @@ def test_finish_before_all_are_there(pair, refused):
     part(pair, "1/2")
     refused(5, "1 of its 2 weight files are missing", FIRST, more=["--part", "finish"])
     refused(5, "are missing", more=["--part", "finish", "--dry-run"])
+
+
+def test_an_output_of_another_plan_is_there(pair, refused):
+    """That is what is said to who completes, too, and not that parts are missing."""
+    part(pair, "1/1")
+    for which in ("1/2", "finish"):
+        refused(5, "exists. Choose another output", more=["--part", which, "--weight", "0.5"])
 
 
 @pytest.mark.parametrize(

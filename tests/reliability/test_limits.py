@@ -134,7 +134,7 @@ def test_from_python_it_is_an_exception(threads, size, pair):
     code = f"""
 import sys
 import streamshard
-from streamshard.errors import OutOfMemoryError, bytes_text
+from streamshard.errors import OutOfMemoryError
 try:
     streamshard.merge_lora(
         base={str(pair.base)!r}, adapter={str(pair.adapter)!r}, output={str(pair.output)!r}
