@@ -260,8 +260,8 @@ def writing(path: AnyPath, nbytes: int) -> Iterator[None]:
             advice = _ADVICE.get(error.errno, "Check permissions and disk.")
             if error.errno in (errno.EACCES, errno.EROFS):
                 # The file may be one of ours that nobody knows: a lock, or not there yet.
-                folder = os.path.dirname(os.fsdecode(path))
-                advice = f"Check permissions, those of the folder {printable(folder)} first."
+                folder = Path(os.fsdecode(path)).parent
+                advice = f"Check permissions, those of the folder {printable(str(folder))} first."
             problem = f"cannot be written: {error.strerror}. {advice}"
         raise WriteError.at(_path_of(error, path), problem) from error
 

@@ -53,7 +53,8 @@ def test_the_staging_folder_is_swapped(how, relative, workers, pair, cli, monkey
     before = state(pair.base), state(theirs)
     at_the_first_shard(monkeypatch, swap)
     outcome = cli(*pair.command, "--workers", workers)
-    assert outcome.code in ({5} if relative else {5, 6}), outcome.err
+    # Of a folder that is gone it depends on the call that comes next: a write may just fail.
+    assert outcome.code in ({5} if relative and how != "gone" else {5, 6}), outcome.err
     assert str(partial(pair)) in outcome.err
     assert "Traceback" not in outcome.err
     assert state(pair.base) == before[0]
