@@ -56,7 +56,7 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, runs.Scen
 
 @pytest.mark.parametrize("name", NAMES)
 def test_calls_that_fail(name, scenarios, made):
-    step = 149 if name == "hf2custom" else 29
+    step = 149 if name == "hf2custom" else 59
     calls, done, wrong = sweep(scenarios[name], KINDS, made, step)
     assert wrong == []
     assert calls > 400
