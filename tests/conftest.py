@@ -100,3 +100,53 @@ def refused(cli: Callable[..., Outcome], pair: Pair) -> Callable[..., str]:
         return outcome.err
 
     return run
+
+
+# --- a push: models here, a hub, and the folder that it runs in ------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A base, an adapter, and what a merge of them on this machine writes."""
+    from pushes import new_shop
+
+    return new_shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Any]:
+    """A hub of our own, empty."""
+    from fake_hub import Hub
+
+    with Hub(tmp_path / "hub") as hub:
+        yield hub
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """The folder in which `push` runs."""
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def push(shop: Any, hub: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Merge and push, in this process."""
+    from pushes import pushing
+
+    with pushing(shop, hub, place, monkeypatch) as push:
+        yield push
+
+
+@pytest.fixture(params=[False, True], ids=["lfs", "xet"])
+def push_by_both(
+    request: pytest.FixtureRequest,
+    shop: Any,
+    hub: Any,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Any]:
+    """The same by either transport of the client."""
+    from pushes import pushing
+
+    with pushing(shop, hub, place, monkeypatch, xet=request.param) as push:
+        yield push

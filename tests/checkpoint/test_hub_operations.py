@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from fake_hub import Hub
 from hub_client import client
 
 from streamshard.checkpoint.hub_operations import (
@@ -23,12 +22,6 @@ CONTENT = bytes(range(249)) * 4000
 @pytest.fixture(params=[False, True], ids=["lfs", "xet"])
 def xet(request):
     return request.param
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with Hub(tmp_path / "hub") as hub:
-        yield hub
 
 
 @pytest.fixture

@@ -6,41 +6,12 @@ import contextlib
 import json
 
 import pytest
-from fake_hub import Hub
 from hub_faults import CutUpload, Drop, First, LoseAnswer, NoAnswer, Status
-from pushes import OF_HUB, RECORD, REPO, commits_of, contents, new_shop, pushed, pushing, sent_twice
+from pushes import OF_HUB, RECORD, REPO, commits_of, contents, pushed, sent_twice
 
 from streamshard import verify
 from streamshard.cli.push_text import pushed_text
 from streamshard.errors import HubError, OutputError, UsageError, bytes_text
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return new_shop(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with Hub(tmp_path / "hub") as hub:
-        yield hub
-
-
-@pytest.fixture
-def place(tmp_path):
-    return tmp_path / "here"
-
-
-@pytest.fixture
-def push(shop, hub, place, monkeypatch):
-    with pushing(shop, hub, place, monkeypatch) as push:
-        yield push
-
-
-@pytest.fixture(params=[False, True], ids=["lfs", "xet"])
-def push_by_both(request, shop, hub, place, monkeypatch):
-    with pushing(shop, hub, place, monkeypatch, xet=request.param) as push:
-        yield push
 
 
 def test_everything_in_one_commit_and_nothing_here(shop, hub, place, push_by_both):

@@ -11,25 +11,18 @@ import sys
 
 import hub_commands
 import pytest
-from fake_hub import Hub
 from marks import linux, slow
 from pairs import heed_interrupts
-from pushes import REPO, command, commits_of, contents, new_shop, pushed, sent_twice
+from pushes import REPO, command, commits_of, contents, pushed, sent_twice
 
 pytestmark = [linux]
 BASE = "org/base"
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return new_shop(tmp_path_factory.mktemp("shop"))
-
-
 @pytest.fixture
-def hub(tmp_path, shop):
-    with Hub(tmp_path / "hub") as hub:
-        hub.add_repo(BASE, shop.base)
-        yield hub
+def hub(hub, shop):
+    hub.add_repo(BASE, shop.base)
+    return hub
 
 
 @pytest.fixture

@@ -34,34 +34,6 @@ from streamshard.errors import HubError, OutputError
 BASE = "org/base"
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return new_shop(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with Hub(tmp_path / "hub") as hub:
-        yield hub
-
-
-@pytest.fixture
-def place(tmp_path):
-    return tmp_path / "here"
-
-
-@pytest.fixture
-def push(shop, hub, place, monkeypatch):
-    with pushing(shop, hub, place, monkeypatch) as push:
-        yield push
-
-
-@pytest.fixture(params=[False, True], ids=["lfs", "xet"])
-def push_by_both(request, shop, hub, place, monkeypatch):
-    with pushing(shop, hub, place, monkeypatch, xet=request.param) as push:
-        yield push
-
-
 def right_in_the_end(shop, hub, place):
     assert pushed(hub) == shop.right
     assert commits_of(hub, "the output") == 1

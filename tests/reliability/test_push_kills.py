@@ -6,9 +6,8 @@ import signal
 import subprocess
 
 import pytest
-from fake_hub import Hub
 from marks import slow
-from pushes import REPO, Ended, begin, commits_of, contents, new_shop, pushed, sent_twice
+from pushes import REPO, Ended, begin, commits_of, contents, pushed, sent_twice
 
 pytestmark = slow
 
@@ -20,17 +19,6 @@ STAGES = {
     "commit": ("POST", f"/api/models/{REPO}/commit/main"),
     "compare": ("GET", f"/api/models/{REPO}/tree/*"),
 }
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return new_shop(tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with Hub(tmp_path / "hub") as hub:
-        yield hub
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
