@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from streamshard.disk.threads import new_thread, start
 from streamshard.errors import HubError, printable
 from streamshard.limits import processors
 
@@ -128,9 +129,9 @@ class _Hash:
         """Have a thread; False if there can be none."""
         if self._thread is not None:
             return True
-        thread = threading.Thread(target=self._loop, daemon=True)
+        thread = new_thread(self._loop)
         try:
-            thread.start()
+            start(thread)
         except RuntimeError:  # the system allows no more of them
             return False
         self._thread = thread

@@ -5,9 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from contextvars import copy_context
 from typing import TypeVar
 
+from streamshard.disk.threads import new_thread, starts_another
 from streamshard.disk.waiting import wait_by
 
 __all__ = ["together"]
@@ -49,12 +49,8 @@ def together(items: Iterable[T], do: Callable[[T], object], most: int) -> None:
     started = 0
     try:
         for _ in range(most):
-            try:
-                threading.Thread(target=copy_context().run, args=(loop,), daemon=True).start()
-            except RuntimeError:
-                if not started:
-                    raise
-                break  # the system allows no more of them, and fewer do the same
+            if not starts_another(new_thread(loop), started):
+                break
             started += 1
         for _ in range(started):
             if (error := ended.get()) is not None:

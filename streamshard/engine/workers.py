@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeAlias, TypeVar
 
 from streamshard.disk.files import Files
+from streamshard.disk.threads import new_thread, start, starts_another
 from streamshard.disk.waiting import wait_by
-from streamshard.limits import STACK_NBYTES
 from streamshard.tensors.kernel import keep_subnormals
 from streamshard.tensors.workspace import Held, Workspace
 
@@ -95,15 +94,11 @@ def share(
             workspace.reader.leave()
 
     with contextlib.closing(Files(spare=spare, onward=True)) as files:
-        threads = [_thread(loop) for _ in range(workers)]
+        threads = [new_thread(loop) for _ in range(workers)]
         try:
             for place, thread in enumerate(threads):
-                try:
-                    _start(thread)
-                except RuntimeError:
-                    if not place:
-                        raise
-                    break  # the system allows no more of them, and fewer do the same
+                if not starts_another(thread, place):
+                    break
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
@@ -132,28 +127,13 @@ def collect(items: Iterable[T], work: Callable[[T, Workspace], R], workers: int)
 
 
 _END = object()
-_starting = threading.Lock()
-
-
-def _start(thread: threading.Thread) -> None:
-    with _starting:  # the size is one for the whole process
-        before = threading.stack_size(STACK_NBYTES)
-        try:
-            thread.start()
-        finally:
-            threading.stack_size(before)
 
 
 def started(work: Callable[[], None]) -> threading.Thread:
     """A thread that has begun with some work; what is active here is active there."""
-    thread = _thread(work)
-    _start(thread)
+    thread = new_thread(work)
+    start(thread)
     return thread
-
-
-def _thread(work: Callable[[], None]) -> threading.Thread:
-    """A thread in which is active what is here, as the inputs that note what is opened."""
-    return threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
 
 
 class Background:
@@ -201,12 +181,8 @@ class Senders:
         self._room = threading.Semaphore(SENDERS)
         self._threads = 0
         for _ in range(SENDERS):
-            try:
-                _start(_thread(self._loop))
-            except RuntimeError:
-                if not self._threads:
-                    raise
-                break  # the system allows no more of them, and fewer do the same
+            if not starts_another(new_thread(self._loop), self._threads):
+                break
             self._threads += 1
 
     def add(self, task: Callable[[], None]) -> None:
