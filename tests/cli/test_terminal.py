@@ -160,16 +160,17 @@ progress.time = time
 
 # --- interrupted runs -----------------------------------------------------------------------------
 
+# Files are finished by several threads: none adds a third one before the signal has ended the process.
 STOPPING = """
-import os, signal
+import os, signal, threading, time
 from streamshard.engine.journal import Journal
-add = Journal.add
+add, one = Journal.add, threading.Lock()
 def last(self, shard):
-    add(self, shard)
-    if len(self.finished) == 2:
-        os.kill(os.getpid(), signal.{name})
-        import time
-        time.sleep(30)
+    with one:
+        add(self, shard)
+        if len(self.finished) == 2:
+            os.kill(os.getpid(), signal.{name})
+            time.sleep(30)
 Journal.add = last
 """
 
