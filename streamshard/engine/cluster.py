@@ -2,7 +2,8 @@
 
 The scheduler only says who does what: workers write into the folder that parts share (`parts_folder.py`),
 and what counts is the record that is found there. So a worker may be lost, or frozen and wake when its
-task was done by another one, and whatever is finished is kept if the scheduler is lost.
+task was done by another one, and whatever is finished is kept if the scheduler is lost. What one worker
+has written another one reads again, which costs the time of a worker and not that of the whole.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pickle
 import queue
 import time
 import uuid
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,8 @@ RESOURCE = "streamshard"
 WORKERS_SECONDS = 60
 """How long there may be no worker, and a finished file may not be seen here."""
 LOOK_SECONDS = 2.0
+SILENT_SECONDS = 30
+"""How long workers may say nothing while all that is left is to read again: then it is read here."""
 A_THREAD = 2
 """Tasks that are given to the scheduler at a time, for each thread of a worker."""
 RETRIES = 2
@@ -56,10 +60,10 @@ class Cluster:
         """
         settled = parts.look()
         left = [shard for shard in made.shards if shard.name not in settled]
-        left.sort(key=lambda shard: (-shard.nbytes, shard.name))
+        left.sort(key=lambda shard: (-_effort(shard), shard.name))
         on_step("connecting", 0, 0)
         with connected(self.scheduler) as client:
-            run = _Run(self, client, made, parts, progress)
+            run = _Run(self, client, made, parts, progress, on_step)
             run.check_workers(left)
             total = made.tensor_nbytes
             on_step("writing", total, total - sum(total_nbytes(shard.tensors) for shard in left))
@@ -76,9 +80,10 @@ class _Run:
         made: Plan,
         parts: PartsFolder,
         progress: Progress | None,
+        on_step: OnStep,
     ) -> None:
         self._cluster, self._client, self._made, self._parts = cluster, client, made, parts
-        self._progress = progress
+        self._progress, self._on_step = progress, on_step
         self._environment = cluster_task.environment()
         self._where = printable(cluster.scheduler)
         self._topic = f"streamshard-{uuid.uuid4().hex}"
@@ -87,7 +92,7 @@ class _Run:
         self._nbytes: dict[str, int] = {}
         self._resource = False
         self._inputs = b""
-        self._seen = time.monotonic()
+        self._seen = self._heard = time.monotonic()
 
     def check_workers(self, shards: Sequence[Shard]) -> None:
         """Raise `ClusterError` unless there are workers, and all of them can do the tasks."""
@@ -144,23 +149,42 @@ class _Run:
         return not there
 
     def write(self, shards: Sequence[Shard]) -> None:
-        """Have them written, with some tasks more than there are threads given to the scheduler."""
-        waiting = list(reversed(shards))
+        """Have them written, with some tasks more than there are threads given to the scheduler.
+
+        What is written is read again by another worker, when nothing else is left to be given.
+        """
+        waiting, unread = list(reversed(shards)), deque[tuple[Shard, str]]()
         self._nbytes = {shard.name: total_nbytes(shard.tensors) for shard in shards}
-        going: dict[str, Any] = {}
+        going: dict[tuple[str, str], Any] = {}
+        of = {shard.name: shard for shard in shards}
         self._client.subscribe_topic(self._topic, self._event)
         try:
-            while waiting or going:
-                while waiting and len(going) < self._room():
-                    shard = waiting.pop()
-                    going[shard.name] = self._submit(shard)
+            while waiting or unread or going:
+                while (waiting or unread) and len(going) < self._room():
+                    if waiting:
+                        shard = waiting.pop()
+                        going[_WRITE, shard.name] = self._submit(_WRITE, shard, None)
+                        continue
+                    shard, writer = unread.popleft()
+                    others = self._others(writer)
+                    if others:
+                        going[_READ, shard.name] = self._submit(_READ, shard, others)
+                if not going:
+                    continue
+                reads = not waiting and all(what == _READ for what, _ in going)
                 try:
-                    name, future = self._done.get(timeout=LOOK_SECONDS)
+                    what, name, future = self._done.get(timeout=LOOK_SECONDS)
                 except queue.Empty:
+                    if reads and self._is_silent():
+                        self._client.cancel(list(going.values()), force=True)
+                        break
                     self._look()
                     continue
-                self._take(name, future)
-                going.pop(name).release()
+                going.pop((what, name))
+                if what == _WRITE:
+                    unread.append((of[name], self._take(name, future)))
+                self._heard = time.monotonic()
+                future.release()
         except BaseException:
             if self._client.status == "running":
                 with contextlib.suppress(Exception):
@@ -171,21 +195,37 @@ class _Run:
                 self._client.unsubscribe_topic(self._topic)
         self._find([shard.name for shard in shards])
 
-    def _submit(self, shard: Shard) -> Any:
+    def _others(self, worker: str) -> list[str]:
+        """The workers that can read what one has written, and that has to stay here for that."""
+        if self._parts.shared.goes:
+            return []
+        used = {name for name, one in self._workers().items() if _offers(one) or not self._resource}
+        return sorted(used - {worker})
+
+    def _is_silent(self) -> bool:
+        """Whether nobody is heard of any more while all is written."""
+        lost = self._client.status != "running"
+        return lost or time.monotonic() - self._heard > SILENT_SECONDS
+
+    def _submit(self, what: str, shard: Shard, workers: list[str] | None) -> Any:
+        """Have a shard written by any worker, or read again by one of some, or by any if these go."""
+        call = cluster_task.write if what == _WRITE else cluster_task.check_shard
         task = cluster_task.task_bytes(self._made, shard, self._parts.shared.digest)
         future = self._client.submit(
             pickle.loads,
-            cluster_task.call_bytes(task, self._environment, self._topic),
-            key=f"{RESOURCE}-{shard.name}-{uuid.uuid4().hex}",
+            cluster_task.call_bytes(call, task, self._environment, self._topic),
+            key=f"{RESOURCE}-{what}-{shard.name}-{uuid.uuid4().hex}",
             pure=False,  # else a result would be remembered of a file that is gone
             retries=RETRIES,
             resources={RESOURCE: 1} if self._resource else None,
+            workers=workers,
+            allow_other_workers=workers is not None,
         )
-        future.add_done_callback(lambda done, name=shard.name: self._done.put((name, done)))
+        future.add_done_callback(lambda done, name=shard.name: self._done.put((what, name, done)))
         return future
 
-    def _take(self, name: str, future: Any) -> None:
-        """Take note of a task that has ended."""
+    def _take(self, name: str, future: Any) -> str:
+        """Take note of a shard that was written; returns the worker that did it."""
         if future.status == "error":
             error = future.exception()
             if isinstance(error, StreamshardError):
@@ -198,6 +238,7 @@ class _Run:
         if "error" in record:
             raise record["error"]
         self._tell(name, self._nbytes[name], name)
+        return str(record["worker"])
 
     def _find(self, names: Sequence[str]) -> None:
         """Wait until all that was written is seen here: a network's disk may take a while."""
@@ -213,7 +254,7 @@ class _Run:
             time.sleep(0.2)
 
     def _event(self, event: tuple[float, Mapping[str, Any]]) -> None:
-        told = event[1]
+        told, self._heard = event[1], time.monotonic()
         self._tell(told["shard"], told["done"], told["tensor"])
 
     def _tell(self, shard: str, done: int, tensor: str) -> None:
@@ -258,6 +299,14 @@ class _Run:
             f"{self._where}: the scheduler is lost, or has dropped the tasks. Start it and its workers "
             "again."
         )
+
+
+_WRITE, _READ = "write", "read"
+
+
+def _effort(shard: Shard) -> int:
+    """About how long a shard takes, in the bytes of one that is only copied."""
+    return sum(tensor.effort() for tensor in shard.tensors.values())
 
 
 def _offers(worker: Mapping[str, Any]) -> bool:

@@ -3,7 +3,8 @@
 A task is a plan with a single shard, sent as bytes: paths are absolute in it, since workers run in other
 folders, and what files were like is told without the number of their disk, which every machine gives
 anew. Files elsewhere are sent as what they are, and every worker reads, and sends, with its own token.
-What comes back is what was noted of the shard, never data.
+What comes back is what was noted of the shard, never data. The same task may be to read the shard again
+that another worker has written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from streamshard.engine.beside_output import places_beside
 from streamshard.engine.fetching import read_by
 from streamshard.engine.job import Plan
 from streamshard.engine.parts_files import read_plan
-from streamshard.engine.parts_folder import shared_parts
+from streamshard.engine.parts_folder import PartsFolder, shared_parts
+from streamshard.engine.resume import check_of_others
 from streamshard.engine.writer import write_shards
 from streamshard.errors import (
     ClusterError,
@@ -50,6 +52,7 @@ __all__ = [
     "Environment",
     "call_bytes",
     "check",
+    "check_shard",
     "described",
     "environment",
     "inputs_bytes",
@@ -188,23 +191,43 @@ def write(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
         return {"error": error}
 
 
+def check_shard(task: bytes, expected: Environment, topic: str) -> None:
+    """Read the shard of a task again, which another worker has written, and note it if it is right."""
+    with _joined(task, expected, topic) as (own, parts, teller):
+        check_of_others(own.shards, parts, workers=own.workers, progress=teller)
+
+
 class _Call:
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
+    def __init__(self, what: Callable[..., object], *arguments: Any) -> None:
+        self.what, self.arguments = what, arguments
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return write, self.arguments
+        return self.what, self.arguments
 
 
-def call_bytes(task: bytes, expected: Environment, topic: str) -> bytes:
-    """A call of `write`: who loads this pickle does it.
+def call_bytes(
+    what: Callable[..., object], task: bytes, expected: Environment, topic: str
+) -> bytes:
+    """A call of `write` or `check_shard`: who loads this pickle does it.
 
     A scheduler reads what it is to have done, and need not have this package to read `pickle.loads`.
     """
-    return pickle.dumps(_Call(task, expected, topic))
+    return pickle.dumps(_Call(what, task, expected, topic))
 
 
 def _written(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
+    with _joined(task, expected, topic) as (own, parts, teller):
+        (shard,) = own.shards
+        if shard.name not in parts.look():
+            write_shards(own, parts, progress=teller)
+        return {**parts.finished[shard.name].record(), "worker": teller.address}
+
+
+@contextlib.contextmanager
+def _joined(
+    task: bytes, expected: Environment, topic: str
+) -> Iterator[tuple[Plan, PartsFolder, _Teller]]:
+    """What a task is of, as it is here; the folder that it is in; and who is told how far it is."""
     other = described(environment(), expected)
     if other:
         raise ClusterError(
@@ -224,12 +247,9 @@ def _written(task: bytes, expected: Environment, topic: str) -> dict[str, Any]:
                 folder, "is no longer there: the output was completed or discarded."
             )
         with shared_parts(target, there, overwrite=False, anew=False) as parts:
-            if shard.name not in parts.look():
-                teller = _Teller(topic, shard.name)
-                threads = max(min(made.workers, processors() // teller.tasks), 1)
-                own = dataclasses.replace(made, workers=threads)
-                write_shards(own, parts, progress=teller)
-            return parts.finished[shard.name].record()
+            teller = _Teller(topic, shard.name)
+            threads = max(min(made.workers, processors() // teller.tasks), 1)
+            yield dataclasses.replace(made, workers=threads), parts, teller
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from streamshard.checkpoint.shards import Shard
 from streamshard.engine.option_values import Part
 
-__all__ = ["divided", "shards_of", "who_does_what"]
+__all__ = ["divided", "of_neighbour", "shards_of", "who_does_what"]
 
 
 def divided(shards: Sequence[Shard], count: int) -> list[list[Shard]]:
@@ -40,3 +40,9 @@ def shards_of(shards: Sequence[Shard], part: Part | None) -> Sequence[Shard]:
     if part is None:
         return shards
     return divided(shards, part.count)[part.number - 1] if part.number else []
+
+
+def of_neighbour(shards: Sequence[Shard], part: Part) -> Sequence[Shard]:
+    """The shards of the part before this one, the last before the first; none if there is no other."""
+    before = (part.number - 2) % part.count + 1 if part.number else 0
+    return () if before in (0, part.number) else shards_of(shards, Part(before, part.count))

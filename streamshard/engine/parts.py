@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from streamshard.checkpoint.header import total_nbytes
 from streamshard.disk.folders import exists, resolved
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import (
@@ -27,7 +28,7 @@ from streamshard.engine.beside_output import (
 from streamshard.engine.claims import check_replaceable
 from streamshard.engine.cluster import Cluster
 from streamshard.engine.completed import completed, lacks_its_name, record_in
-from streamshard.engine.division import shards_of
+from streamshard.engine.division import of_neighbour, shards_of
 from streamshard.engine.fetching import fetch, read_by
 from streamshard.engine.fingerprint import Identity, identity_digest
 from streamshard.engine.job import Plan
@@ -36,6 +37,7 @@ from streamshard.engine.parts_cleanup import is_gone
 from streamshard.engine.parts_files import Shared, shared_by
 from streamshard.engine.parts_folder import PartsFolder, discard_parts, opened_parts, shared_parts
 from streamshard.engine.report import Report
+from streamshard.engine.resume import check_of_others
 from streamshard.engine.sending import begin
 from streamshard.engine.staging import place_completed
 from streamshard.engine.workers import OnStep, Progress
@@ -130,6 +132,15 @@ class Output:
                 else:
                     cluster.write(own, parts, progress, on_step)
             self._finished.update(parts.look())
+            if cluster is None and not self.shared.goes:
+                self._read_others(parts, progress, on_step)
+
+    def _read_others(self, parts: PartsFolder, progress: Progress | None, on_step: OnStep) -> None:
+        """Read again what the part before this one has finished by now: the last need not, then."""
+        theirs = [s for s in of_neighbour(self.made.shards, self.part) if s.name in parts.finished]
+        if theirs:
+            on_step("checking", sum(total_nbytes(shard.tensors) for shard in theirs), 0)
+            check_of_others(theirs, parts, workers=self.made.workers, progress=progress)
 
     def _begin(self, parts: PartsFolder) -> None:
         """See that shards may be sent where the output goes, if it goes anywhere."""

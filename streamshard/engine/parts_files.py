@@ -1,10 +1,11 @@
 """What files there are in the folder that parts of an output share, and what each is called.
 
 `.NAME.parts` has, beside the finished shards under their own names, a record of each, and the plan that
-all of it belongs to; of an output that goes elsewhere a record of each shard that was sent, too, and of
-what was there before. The plan stands in a folder of its own, since of two folders that are renamed to
-one name the first wins, on every disk. Whoever writes has a token: what is not finished is called by it,
-so that nobody ever writes to a file of somebody else's, and a lock of that name is held as long.
+all of it belongs to; a note of each shard that somebody else has read again and found right; of an
+output that goes elsewhere a record of each shard that was sent, too, and of what was there before. The
+plan stands in a folder of its own, since of two folders that are renamed to one name the first wins, on
+every disk. Whoever writes has a token: what is not finished is called by it, so that nobody ever writes
+to a file of somebody else's, and a lock of that name is held as long.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from streamshard.disk.folders import exists
 from streamshard.engine.fingerprint import Identity, identity_digest
 from streamshard.engine.journal import MAX_NBYTES, Elsewhere, FinishedShard, from_line, line_of
 from streamshard.engine.long_names import beside
+from streamshard.engine.marks import Mark
 from streamshard.engine.outlet import Outlet
 from streamshard.errors import InputError, OutputError
 
@@ -31,12 +33,15 @@ __all__ = [
     "PLAN_FOLDER",
     "SEEN_FILE",
     "Shared",
+    "checked_line",
+    "checked_name",
     "final_names",
     "fresh_token",
     "lock_name",
     "names_of",
     "plan_line",
     "plan_temporary",
+    "read_checked",
     "read_plan",
     "read_seen",
     "read_sent",
@@ -110,6 +115,11 @@ def record_name(shard: str) -> str:
     return beside("", shard, ".done")
 
 
+def checked_name(shard: str) -> str:
+    """The note of a shard that was read again and is right."""
+    return beside("", shard, ".checked")
+
+
 def sent_name(shard: str) -> str:
     """The record of a shard that was sent."""
     return beside("", shard, ".sent")
@@ -122,7 +132,8 @@ def tokens_in(names: Iterable[str]) -> set[str]:
 
 def final_names(shards: Iterable[str]) -> set[str]:
     """Every file that is what it is called, beside the plan."""
-    each = ((shard, record_name(shard), sent_name(shard)) for shard in shards)
+    notes = (record_name, checked_name, sent_name)
+    each = ((shard, *(note(shard) for note in notes)) for shard in shards)
     return {SEEN_FILE, *(name for names in each for name in names)}
 
 
@@ -176,6 +187,23 @@ def read_shard(folder: Path, shard: str, digest: str) -> FinishedShard | None:
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return found if found is not None and found.name == shard else None
+
+
+def checked_line(shard: FinishedShard, mark: Mark, digest: str) -> bytes:
+    """The note of a shard that was read again and found right, when its file was like `mark`."""
+    return line_of({"of": digest, "shard": shard.name, "digest": shard.digest, "file": mark})
+
+
+def read_checked(folder: Path, shard: FinishedShard, digest: str) -> Mark | None:
+    """What the file of a shard was like when it was read again and right; None if nobody did."""
+    record = _record_in(folder / checked_name(shard.name), digest)
+    try:
+        if record is None or (record["shard"], record["digest"]) != (shard.name, shard.digest):
+            return None
+        nbytes, mtime_ns = record["file"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return Mark(nbytes, mtime_ns)
 
 
 def sent_line(shard: str, file: SentFile | None, digest: str) -> bytes:

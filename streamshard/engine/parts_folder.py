@@ -22,6 +22,7 @@ from streamshard.engine.beside_output import places_beside
 from streamshard.engine.fingerprint import differences
 from streamshard.engine.journal import Elsewhere, FinishedShard
 from streamshard.engine.lock import locked
+from streamshard.engine.marks import Mark
 from streamshard.engine.parts_cleanup import (
     PAUSE_SECONDS,
     PLAN,
@@ -43,9 +44,12 @@ from streamshard.engine.parts_cleanup import (
 from streamshard.engine.parts_files import (
     SEEN_FILE,
     Shared,
+    checked_line,
+    checked_name,
     fresh_token,
     lock_name,
     names_of,
+    read_checked,
     read_plan,
     read_seen,
     read_sent,
@@ -130,6 +134,14 @@ class PartsFolder:
         self._finished[shard.name] = shard
         if not self.shared.sends:
             self._settled.add(shard.name)
+
+    def checked(self, shard: FinishedShard) -> Mark | None:
+        """What the file of a shard was like when somebody has read it again; None if nobody did."""
+        return read_checked(self.folder, shard, self.shared.digest)
+
+    def add_checked(self, shard: FinishedShard, mark: Mark) -> None:
+        """Note that a shard was read again, and is right."""
+        self._put(checked_name(shard.name), checked_line(shard, mark, self.shared.digest))
 
     def elsewhere(self, key: str) -> Elsewhere:
         """What is noted of the store that all of it is sent to: the plan says which one that is."""

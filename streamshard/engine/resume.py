@@ -1,11 +1,15 @@
-"""Continuing an interrupted run: what it has finished is read again before it is believed."""
+"""Continuing an interrupted run: what it has finished is read again before it is believed.
+
+Parts of an output read again what others have written, so that who completes it need not read all.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from streamshard.checkpoint.digests import (
@@ -19,13 +23,15 @@ from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.files import open_source
 from streamshard.engine.journal import FinishedShard
+from streamshard.engine.marks import mark_of
+from streamshard.engine.parts_folder import PartsFolder
 from streamshard.engine.staging import Staging
 from streamshard.engine.workers import OnStep, Progress, Stop, share
-from streamshard.errors import InputError, ReadError, listed
+from streamshard.errors import InputError, OutputError, ReadError, WriteError, listed
 from streamshard.tensors.lazy import Stored
 from streamshard.tensors.workspace import Workspace
 
-__all__ = ["check_finished", "has_header"]
+__all__ = ["check_finished", "check_of_others", "has_header"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +47,7 @@ def check_finished(
 ) -> int:
     """Compare the finished shards with the journal, and have those that differ written anew.
 
+    Those that others have read again are not compared, as long as their files are what they were then.
     With `sha256` those that have none get it. Returns how many are right.
     """
     planned = {shard.name: shard for shard in shards}
@@ -50,16 +57,60 @@ def check_finished(
     if not noted:
         return 0
     _log.info("continuing: %d of %d files are done", len(noted), len(planned))
-    if on_step is not None:
-        on_step("checking", sum(total_nbytes(shard.tensors) for shard, _ in noted), 0)
+    unread = [
+        (shard, finished)
+        for shard, finished in noted
+        if (mark := staging.checked.get(shard.name)) is None
+        or mark != mark_of(staging.folder / shard.name)
+    ]
+    if on_step is not None and unread:
+        on_step("checking", sum(total_nbytes(shard.tensors) for shard, _ in unread), 0)
+    wrong = _unlike(unread, staging.folder, workers, progress)
+    for name in wrong:
+        staging.forget(name)
+    if sha256:
+        right = [finished for shard, finished in noted if shard.name not in wrong]
+        _hash(
+            [finished for finished in right if finished.sha256 is None], staging, progress, on_step
+        )
+    if wrong:
+        _log.warning("not as written, and therefore written anew: %s", listed(sorted(wrong)))
+    return len(noted) - len(wrong)
+
+
+def check_of_others(
+    shards: Iterable[Shard], parts: PartsFolder, *, workers: int, progress: Progress | None = None
+) -> None:
+    """Read shards that other parts have finished, and note which are right, unless that is noted.
+
+    Whoever completes the output reads the others, and finds what is wrong with them.
+    """
+    for shard in shards:
+        finished = parts.finished.get(shard.name)
+        file = parts.folder / shard.name
+        before = mark_of(file)
+        if finished is None or before is None or parts.checked(finished) == before:
+            continue
+        if _unlike([(shard, finished)], parts.folder, workers, progress):
+            continue
+        if mark_of(file) == before:
+            with contextlib.suppress(OutputError, WriteError):  # it may be completed by now
+                parts.add_checked(finished, before)
+
+
+def _unlike(
+    noted: Sequence[tuple[Shard, FinishedShard]],
+    folder: Path,
+    workers: int,
+    progress: Progress | None,
+) -> set[str]:
+    """Which shards in a folder are not as they were planned and noted."""
     stop, lock = Stop(), threading.Lock()
-    wrong = {
-        shard.name for shard, finished in noted if not has_header(shard, finished, staging.folder)
-    }
+    wrong = {shard.name for shard, finished in noted if not has_header(shard, finished, folder)}
 
     def tensors() -> Iterator[tuple[str, bytes, str, Stored]]:
         for shard, finished in noted:
-            for place, (name, tensor) in enumerate(shard.stored(staging.folder / shard.name)):
+            for place, (name, tensor) in enumerate(shard.stored(folder / shard.name)):
                 if shard.name in wrong:
                     break
                 first = DIGEST_NBYTES * place
@@ -79,16 +130,7 @@ def check_finished(
                 progress(written.nbytes, name)
 
     share(tensors(), compare, workers, stop)
-    for name in wrong:
-        staging.forget(name)
-    if sha256:
-        right = [finished for shard, finished in noted if shard.name not in wrong]
-        _hash(
-            [finished for finished in right if finished.sha256 is None], staging, progress, on_step
-        )
-    if wrong:
-        _log.warning("not as written, and therefore written anew: %s", listed(sorted(wrong)))
-    return len(noted) - len(wrong)
+    return wrong
 
 
 def _hash(

@@ -15,6 +15,7 @@ from streamshard.engine.claims import remove_listed, strangers
 from streamshard.engine.journal import Elsewhere, FinishedShard, Journal
 from streamshard.engine.leftovers import refuse_strangers
 from streamshard.engine.long_names import part_name
+from streamshard.engine.marks import Mark
 from streamshard.errors import OutputError, printable
 
 __all__ = ["Staging"]
@@ -28,6 +29,8 @@ class Staging:
         self._held = held
         self._journal = journal
         self._inner = contextlib.ExitStack()
+        self.checked: dict[str, Mark] = {}
+        """Finished shards that others have read again, and what their files were like."""
 
     @property
     def finished(self) -> Mapping[str, FinishedShard]:

@@ -46,6 +46,8 @@ TILE_ROWS = 64
 TILE_NBYTES = 1024 * 1024
 TILE_COLUMNS = 1024
 BLOCK_ELEMENTS = 128 * 1024
+# Products of a term that take as long as copying a byte in memory.
+PRODUCTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,10 @@ class Computed(Lazy):
         if math.prod(shape) != math.prod(self.shape) or (shape[0] and self.rows % shape[0]):
             raise ValueError(f"cannot reshape {self.shape} to {shape}")
         return replace(self, shape=shape)
+
+    def effort(self) -> int:
+        ranks = sum(term.A.rows for term in self.terms)
+        return self.nbytes + self.rows * self.columns * ranks // PRODUCTS
 
     def strips(self) -> Iterator[tuple[int, int]]:
         """The columns of each strip."""

@@ -39,6 +39,9 @@ class Concat(Lazy):
     def pieces(self) -> tuple[Lazy, ...]:
         return self.parts
 
+    def effort(self) -> int:
+        return sum(part.effort() for part in self.parts)
+
     def ranges(self) -> tuple[ByteRange, ...] | None:
         found: list[ByteRange] = []
         for part in self.parts:

@@ -111,6 +111,10 @@ class Lazy(ABC):
         """The parts that follow each other in the file; most tensors are one."""
         return (self,)
 
+    def effort(self) -> int:
+        """About how long it takes to write, as that of copying so many bytes."""
+        return self.nbytes
+
     def ranges(self) -> tuple[ByteRange, ...] | None:
         """The file ranges that the tensor consists of, or None if it must be computed."""
         return None
