@@ -22,6 +22,7 @@ from streamshard.checkpoint.header import total_nbytes
 from streamshard.checkpoint.shards import Shard
 from streamshard.engine import cluster_task
 from streamshard.engine.cluster_client import connected
+from streamshard.engine.cluster_workers import asked, nobody_answers, silence
 from streamshard.engine.job import Plan
 from streamshard.engine.parts_folder import PartsFolder
 from streamshard.engine.workers import OnStep, Progress
@@ -91,6 +92,8 @@ class _Run:
         self._told: dict[str, int] = {}
         self._nbytes: dict[str, int] = {}
         self._resource = False
+        self._silent: set[str] = set()
+        """Workers that have not answered, which are given nothing."""
         self._inputs = b""
         self._seen = self._heard = time.monotonic()
 
@@ -111,11 +114,14 @@ class _Run:
             raise self._no_workers()
 
     def _check(self) -> int:
-        """How many workers there are; `ClusterError` if some of them cannot do the tasks."""
+        """How many workers there are; `ClusterError` if some cannot do the tasks, or none answers."""
         found = self._workers()
         used = [name for name, one in found.items() if _offers(one) or not self._resource]
-        asked = {name: self._asked(name) for name in sorted(used)}
-        answers = {name: answer for name, answer in asked.items() if answer is not None}
+        own = self._environment
+        given = asked(self._client, set(used) - self._silent, cluster_task.check, self._inputs, own)
+        answers = {
+            name: said for name, one in given.items() if (said := self._said(name, one)) is not None
+        }
         wrong = [f"{printable(name)}: {answer}" for name, answer in answers.items() if answer]
         if wrong:
             more = f" (and {len(wrong) - 3} more workers)" if len(wrong) > 3 else ""
@@ -124,20 +130,23 @@ class _Run:
                 f"{'; '.join(wrong[:3])}{more}. Start all in the same environment as this command, "
                 "on machines that see its inputs and its output under the same paths."
             )
+        self._silent |= {name for name in used if name not in given and name in self._workers()}
+        if self._silent and not answers:
+            raise nobody_answers(self._where, self._silent)
+        if self._silent:
+            _log.warning("%s; the others do it", silence(self._where, self._silent))
         return len(answers)
 
-    def _asked(self, worker: str) -> str | None:
+    def _said(self, worker: str, answer: object) -> str | None:
         """Why a worker cannot do the tasks; empty if it can, and None if it was lost meanwhile."""
-        check, own = cluster_task.check, self._environment
-        try:
-            return str(self._client.run(check, self._inputs, own, workers=[worker])[worker])
-        except Exception as error:
-            if self._client.status != "running":
-                raise self._lost() from error
-            if isinstance(error, OSError) and self._has_left(worker):
-                return None
-            what = printable(str(error) or type(error).__name__)
-            return f"it has no streamshard of this version ({what})"
+        if not isinstance(answer, Exception):
+            return str(answer)
+        if self._client.status != "running":
+            raise self._lost() from answer
+        if isinstance(answer, OSError) and self._has_left(worker):
+            return None
+        what = printable(str(answer) or type(answer).__name__)
+        return f"it has no streamshard of this version ({what})"
 
     def _has_left(self, worker: str) -> bool:
         """Whether the scheduler has lost a worker, which it may notice a little later."""
@@ -199,8 +208,12 @@ class _Run:
         """The workers that can read what one has written, and that has to stay here for that."""
         if self._parts.shared.goes:
             return []
-        used = {name for name, one in self._workers().items() if _offers(one) or not self._resource}
-        return sorted(used - {worker})
+        return sorted(self._used() - {worker})
+
+    def _used(self) -> set[str]:
+        """The workers that may be given something."""
+        found = self._workers().items()
+        return {name for name, one in found if _offers(one) or not self._resource} - self._silent
 
     def _is_silent(self) -> bool:
         """Whether nobody is heard of any more while all is written."""
@@ -210,6 +223,8 @@ class _Run:
     def _submit(self, what: str, shard: Shard, workers: list[str] | None) -> Any:
         """Have a shard written by any worker, or read again by one of some, or by any if these go."""
         call = cluster_task.write if what == _WRITE else cluster_task.check_shard
+        if workers is None and self._silent:
+            workers = sorted(self._used())
         task = cluster_task.task_bytes(self._made, shard, self._parts.shared.digest)
         future = self._client.submit(
             pickle.loads,
@@ -273,7 +288,8 @@ class _Run:
         """How many tasks the scheduler is given at a time."""
         threads = sum(
             int(worker["resources"].get(RESOURCE, 0)) if self._resource else worker["nthreads"]
-            for worker in self._workers().values()
+            for name, worker in self._workers().items()
+            if name not in self._silent
         )
         return max(A_THREAD * threads, 1)
 

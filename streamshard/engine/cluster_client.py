@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from streamshard.errors import ClusterError, UsageError, printable
 from streamshard.extras import needed_for
@@ -69,10 +69,8 @@ def _try(address: str, where: str) -> None:
     thread.start()
     thread.join(CONNECT_SECONDS + 2 * ANSWER_SECONDS)
     answer = found[0] if found else TimeoutError()
-    if type(answer) is OSError or isinstance(
-        answer, ValueError | KeyError
-    ):  # no connection was made
-        raise _nobody(where, _first_cause(answer)) from answer
+    if _is_unconnected(answer):
+        raise _nobody(where, str(_first_cause(answer)) or type(answer).__name__) from answer
     if isinstance(answer, Exception):
         silent = isinstance(answer, TimeoutError)
         what = (
@@ -107,10 +105,17 @@ async def _kind(address: str) -> object:
     return await asyncio.wait_for(asked(), CONNECT_SECONDS + ANSWER_SECONDS)
 
 
-def _first_cause(error: BaseException) -> str:
+def _is_unconnected(answer: object) -> TypeGuard[Exception]:
+    """Whether no connection was made; one that is closed again before anything is said was made."""
+    if type(answer) is OSError:
+        return type(_first_cause(answer)).__name__ != "CommClosedError"
+    return isinstance(answer, ValueError | KeyError)
+
+
+def _first_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error) or type(error).__name__
+    return error
 
 
 def _nobody(where: str, why: str) -> ClusterError:

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 from dask_cluster import OTHER, SLOW, begun, is_writing, preload
-from interrupted_runs import alone, content, until
+from interrupted_runs import FIRST, SECOND, alone, content, until
 from marks import linux, slow
 
 import streamshard
 from streamshard.engine import cluster as engine_cluster
+from streamshard.engine import resume
 from streamshard.engine.cluster_task import described, environment, task_bytes
 
 pytestmark = [linux]
@@ -107,6 +108,44 @@ def test_a_worker_is_lost_when_it_is_asked(pair, clean, cluster, cli):
     assert outcome.code == 0, outcome.err
     assert content(pair.output) == clean
     assert alone(pair)
+
+
+def test_a_frozen_worker_is_not_waited_for(pair, clean, cluster, cli, monkeypatch):
+    monkeypatch.setattr("streamshard.engine.cluster_workers.ANSWER_SECONDS", 1)
+    frozen = cluster.worker()
+    frozen.send(signal.SIGSTOP)
+    outcome = cli(*pair.command, "--scheduler", cluster.address)
+    assert outcome.code == 9
+    assert "no answer in 1 s of 'tcp://" in outcome.err
+    assert "start one, and end those" in outcome.err
+    frozen.send(signal.SIGCONT)
+    cluster.worker()
+    frozen.send(signal.SIGSTOP)
+    outcome = cli(*pair.command, "--scheduler", cluster.address)
+    assert outcome.code == 0, outcome.err
+    assert "frozen, or without network; the others do it" in outcome.err
+    assert content(pair.output) == clean
+    assert alone(pair)
+
+
+def test_what_one_worker_has_written_another_one_reads(pair, clean, cluster, monkeypatch):
+    read = []
+    own = resume._unlike
+
+    def noted(shards, *more):
+        read.extend(shard.name for shard, _ in shards)
+        return own(shards, *more)
+
+    monkeypatch.setattr(resume, "_unlike", noted)
+    run = {"base": pair.base, "adapter": pair.adapter, "scheduler": cluster.address}
+    cluster.worker()
+    streamshard.merge_lora(output=pair.root / "one", **run)
+    assert read == [FIRST, SECOND]  # there is no other, so it is done here
+    cluster.worker()
+    read.clear()
+    streamshard.merge_lora(output=pair.output, **run)
+    assert read == []
+    assert content(pair.output) == content(pair.root / "one") == clean
 
 
 @pytest.mark.parametrize("when", ["check_workers", "write", "_find"])

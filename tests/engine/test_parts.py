@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +44,7 @@ from parts_runs import (
 import streamshard
 from streamshard.disk.system import System
 from streamshard.engine import parts as engine_parts
-from streamshard.engine import parts_cleanup, parts_folder
+from streamshard.engine import parts_cleanup, parts_folder, resume
 from streamshard.engine.division import divided
 from streamshard.engine.fingerprint import Fingerprint
 from streamshard.engine.lock import locked
@@ -134,6 +135,59 @@ def test_inputs_are_told_apart_once(pair, monkeypatch):
     monkeypatch.setattr(Fingerprint, "identity", counted)
     assert part(pair, "1/1")["part"]["complete"]
     assert len(seen) == 1
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The shards that are read again, in turn."""
+    found, own = [], resume._unlike
+
+    def noted(shards, *more):
+        found.append([shard.name for shard, _ in shards])
+        return own(shards, *more)
+
+    monkeypatch.setattr(resume, "_unlike", noted)
+    return found
+
+
+def test_a_part_reads_what_the_one_before_has_written(pair, clean, read):
+    first, second = (part_files(pair, number) for number in "12")
+    part(pair, "1/2")
+    assert read == []
+    part(pair, "2/2")
+    assert read == [first, second]  # the one of its own when it completes all
+    assert content(pair.output) == clean
+    assert alone(pair)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_shard_that_was_damaged_is_written_anew(when, pair, clean, read, monkeypatch):
+    """Before another part has read it, or after that."""
+    (name,) = part_files(pair, "1")
+    part(pair, "1/2")
+    place = folder_of(pair) / name
+
+    def damage():
+        data = bytearray(place.read_bytes())
+        data[-1] ^= 1
+        time.sleep(0.02)  # a tick of the clock of files
+        place.write_bytes(data)
+
+    if when == "before":
+        damage()
+    else:
+        own = PartsFolder.add_checked
+        monkeypatch.setattr(PartsFolder, "add_checked", lambda *given: (own(*given), damage()))
+    part(pair, "2/2")
+    assert read[-1] == [FIRST, SECOND]
+    assert content(pair.output) == clean
+    assert alone(pair)
+
+
+def part_files(pair, number: str) -> list[str]:
+    """What a part of two writes."""
+    shown = part(pair, "1/2", dry_run=True)["plan"]["parts"]
+    return shown[int(number) - 1]["files"]
 
 
 def test_finish_completes_it(pair, clean, monkeypatch):
@@ -370,7 +424,9 @@ def test_another_version(pair, refused, monkeypatch):
 
 
 @pytest.mark.parametrize("how", FOREIGN)
-@pytest.mark.parametrize("name", [f"{FIRST}.done", FIRST, "0123456789abcdef.lock"])
+@pytest.mark.parametrize(
+    "name", [f"{FIRST}.done", f"{FIRST}.checked", FIRST, "0123456789abcdef.lock"]
+)
 def test_what_is_not_ours(name, how, pair, cli):
     part(pair, "1/2")
     said = foreign(folder_of(pair) / name, how, pair)
