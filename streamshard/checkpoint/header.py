@@ -231,7 +231,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _broken(path, f"has the unknown dtype {printable(str(dtype))!r}", name)
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise _broken(path, "has a shape that is no list of sizes", name)
     if len(shape) > MAX_RANK:
         raise _broken(path, f"has {len(shape)} dimensions; {MAX_RANK} is the limit here", name)
@@ -290,7 +290,7 @@ def _not_json(path: Path, at: int, problem: str) -> InputError:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+    return type(value) is int and 0 <= value < 2**64
 
 
 def total_nbytes(tensors: Mapping[str, Lazy]) -> int:

@@ -145,6 +145,9 @@ def _is_inputs(value: Any) -> bool:
     )
 
 
+_PLAIN = frozenset({int, float, str, bool, type(None)})
+
+
 class _Recipe:
     """A digest of expressions, and the files that they read in the order of their first use."""
 
@@ -176,14 +179,21 @@ class _Recipe:
                 self._fields[kind] = tuple(field.name for field in dataclasses.fields(value))
             self._texts.append(kind.__name__)
             for name in self._fields[kind]:
-                self._put(getattr(value, name))
+                part = getattr(value, name)
+                if type(part) in _PLAIN:  # nearly all are
+                    self._texts.append(repr(part))
+                else:
+                    self._put(part)
         elif isinstance(value, np.ndarray):
             self._texts.append(f"array {value.shape} {value.dtype}")
             self._update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         elif isinstance(value, (tuple, list)):
             self._texts.append(f"{len(value)} of")
             for part in value:
-                self._put(part)
+                if type(part) in _PLAIN:
+                    self._texts.append(repr(part))
+                else:
+                    self._put(part)
         elif isinstance(value, bytes):
             self._texts.append(f"{len(value)} bytes")
             self._update(value)

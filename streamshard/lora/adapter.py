@@ -109,7 +109,12 @@ def pattern_key(plan: AdapterPlan, module: str) -> str:
 def factors_of(plan: AdapterPlan, name: str) -> tuple[Lazy, Lazy]:
     """A as (r, in) and B as (out, r), kernels of convolutions flattened."""
     module, tensors = plan.keys.modules[name], plan.adapter.tensors
-    return tuple(t.reshape((t.rows, t.columns)) for t in (tensors[module.A], tensors[module.B]))  # type: ignore[return-value]
+    A, B = tensors[module.A], tensors[module.B]
+    return _matrix(A), _matrix(B)
+
+
+def _matrix(tensor: Lazy) -> Lazy:
+    return tensor if len(tensor.shape) == 2 else tensor.reshape((tensor.rows, tensor.columns))
 
 
 def facts_of(

@@ -28,6 +28,7 @@ from streamshard.tensors.constructors import add_low_rank, with_magnitude
 from streamshard.tensors.joined import concat
 from streamshard.tensors.lazy import Array, Lazy
 from streamshard.tensors.low_rank import LowRank, Transposed
+from streamshard.tensors.peaks import peaks_of
 from streamshard.tensors.workspace import Workspace
 
 __all__ = ["Update", "Updates", "check_company", "updated", "updates_of"]
@@ -85,6 +86,9 @@ def updates_of(plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace) 
     found: list[tuple[str, Update]] = []
     idle, scaled = {}, []
     weight = adapter.weight
+    pairs_of = (_of_pair(one) for one in plan.keys.modules.values() if one.A)
+    factors = (key for pair in pairs_of for key in pair if key)
+    known = peaks_of(adapter.tensors, factors, work)
     for name, module in plan.keys.modules.items():
         if not module.A:
             continue
@@ -92,7 +96,10 @@ def updates_of(plan: AdapterPlan, tensors: Mapping[str, Lazy], work: Workspace) 
         scalings[f"{scale:g}"] += 1
         ranks[adapter.settings.rank(pattern_key(plan, name))] += 1
         # All factors are read in any case: a zero must not hide a NaN.
-        peaks = {key: largest(adapter, key, work) for key in filter(None, _of_pair(module))}
+        peaks = {
+            key: known[key] if key in known else largest(adapter, key, work)
+            for key in filter(None, _of_pair(module))
+        }
         if name in plan.parameters:
             new = _of_experts(plan, name, scale, tensors, turned=turned[name])
         else:
