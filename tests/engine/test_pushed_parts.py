@@ -558,3 +558,42 @@ def test_each_part_reads_what_it_writes(hub, place, tmp_path, monkeypatch):
     assert got == right
     assert [*place.iterdir()] == []
     assert [*(place.parent / "home").rglob("*.safetensors")] == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "nth", "then"),
+    [
+        ("/upload/*", 2, ["1/1"]),
+        ("/upload/*", 2, ["1/2", "2/2"]),
+        ("*/commit/main", 1, ["1/1"]),
+        ("*/commit/main", 1, ["1/2", "2/2"]),
+        ("*/commit/main", 1, ["finish"]),
+    ],
+)
+def test_what_is_finished_is_not_read_again_after_an_error(
+    stage, nth, then, hub, place, tmp_path, monkeypatch
+):
+    """Whether it is sent or not, and whoever goes on: the same part, others, or who completes it."""
+    large = new_shop(tmp_path / "large", "200KB")
+    hub.add_repo(BASE, large.base)
+    with pushing(large, hub, place, monkeypatch) as push:
+        push(base=BASE, stream=True, part="1/1", dry_run=True)
+        hub.forget()
+        push(base=BASE, stream=True, part="1/1", dry_run=True)
+        looked_at = ranges_of(hub)
+        hub.fail(Status(403), stage, nth=nth, times=None)
+        with pytest.raises(HubError):
+            push(base=BASE, stream=True, part="1/1", workers=1)
+        hub.faults.rules.clear()
+        finished = {path.name.removesuffix(".done") for path in place.rglob("*.done")}
+        if "commit" in stage:  # all of them, and no longer in the folder of the parts
+            finished = set(looked_at)
+        assert finished
+        for which in then:
+            hub.forget()
+            report = push(base=BASE, stream=True, part=which)
+            came = ranges_of(hub)
+            assert all(came.get(name, 0) <= looked_at[name] for name in finished)
+    assert report["part"]["complete"]
+    assert sent_twice(hub) == []
+    assert [*place.iterdir()] == []
