@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import time
 
 import pytest
 import reference
@@ -17,6 +16,7 @@ from sparse_folders import KEYS, sparse_adapter, sparse_base
 import streamshard
 from streamshard.cli import texts
 from streamshard.cli.app import cli as main
+from streamshard.disk.system import system
 
 COMMANDS = sorted(main.commands)
 L2_KEYS = {"reference", "sum", "per_parameter", "global", "compared", "skipped"}
@@ -38,7 +38,7 @@ def test_json_is_one_document_with_every_key(pair, cli):
     assert report["merged"] == 2
     assert report["bytes"] == sum(p.stat().st_size for p in weights)
     assert report["shards"] == len(weights) == 2
-    assert 0 < report["seconds"] < 60
+    assert report["seconds"] > 0
     assert 10**7 < report["peak_rss_bytes"] < 10**10
     assert report["missing"] == report["unexpected"] == report["warnings"] == []
     assert report["l2"]["reference"] == str(pair.base)
@@ -220,16 +220,28 @@ def test_a_dry_run_finds_what_a_run_would(pair, cli):
     assert cli(*pair.command, "--dry-run").code == 5
 
 
-def test_a_dry_run_of_a_large_base_is_quick(tmp_path, cli):
+def test_a_dry_run_of_a_large_base_reads_little_of_it(tmp_path, cli, monkeypatch):
+    """And so is quick: of gigabytes only the header and samples."""
     base = sparse_base(tmp_path / "base", tensors=60)  # 4 GB
     adapter = sparse_adapter(tmp_path / "adapter")
-    started = time.perf_counter()
+    read, populate, nbytes = system.pread, system.populate, []
+
+    def reading(descriptor, out, offset):
+        nbytes.append(len(out))
+        return read(descriptor, out, offset)
+
+    def mapping(descriptor, mapped, offset, count):
+        nbytes.append(count)
+        populate(descriptor, mapped, offset, count)
+
+    monkeypatch.setattr(system, "pread", reading)
+    monkeypatch.setattr(system, "populate", mapping)
     outcome = cli(
         "merge-lora", "--base", base, "--adapter", adapter, "--output", tmp_path / "o", "--dry-run"
     )
     assert outcome.code == 0, outcome.err
     assert "4.03 GB" in outcome.out
-    assert time.perf_counter() - started < 2
+    assert 0 < sum(nbytes) < 16_000_000
     assert (base / "model.safetensors").stat().st_blocks * 512 < 100_000  # still holes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -106,8 +107,17 @@ def flip(file: Path, where: int) -> None:
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def open_below(folder: Path) -> list[str]:
+    """The files of a folder that this process has open; whatever else a thread opens does not count."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it is closed by now
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(path for path in found if path.startswith(f"{folder}{os.sep}"))
+
+
 def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600  # ends a hang
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
