@@ -269,9 +269,9 @@ def _at(scenario: Scenario) -> Content | None:
 def _descriptors() -> set[tuple[str, str]]:
     """What is open, by number; what threads of earlier runs close meanwhile is no matter of this one."""
     found = set()
-    for number in os.listdir("/proc/self/fd"):
+    for opened in [*Path("/proc/self/fd").iterdir()]:
         with contextlib.suppress(FileNotFoundError):  # the list itself
-            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
+            found.add((opened.name, str(opened.readlink())))
     return found
 
 
