@@ -16,7 +16,6 @@ from sparse_folders import KEYS, sparse_adapter, sparse_base
 import streamshard
 from streamshard.cli import texts
 from streamshard.cli.app import cli as main
-from streamshard.disk.system import system
 
 COMMANDS = sorted(main.commands)
 L2_KEYS = {"reference", "sum", "per_parameter", "global", "compared", "skipped"}
@@ -220,28 +219,16 @@ def test_a_dry_run_finds_what_a_run_would(pair, cli):
     assert cli(*pair.command, "--dry-run").code == 5
 
 
-def test_a_dry_run_of_a_large_base_reads_little_of_it(tmp_path, cli, monkeypatch):
+def test_a_dry_run_of_a_large_base_reads_little_of_it(tmp_path, cli, nbytes_read):
     """And so is quick: of gigabytes only the header and samples."""
     base = sparse_base(tmp_path / "base", tensors=60)  # 4 GB
     adapter = sparse_adapter(tmp_path / "adapter")
-    read, populate, nbytes = system.pread, system.populate, []
-
-    def reading(descriptor, out, offset):
-        nbytes.append(len(out))
-        return read(descriptor, out, offset)
-
-    def mapping(descriptor, mapped, offset, count):
-        nbytes.append(count)
-        populate(descriptor, mapped, offset, count)
-
-    monkeypatch.setattr(system, "pread", reading)
-    monkeypatch.setattr(system, "populate", mapping)
     outcome = cli(
         "merge-lora", "--base", base, "--adapter", adapter, "--output", tmp_path / "o", "--dry-run"
     )
     assert outcome.code == 0, outcome.err
     assert "4.03 GB" in outcome.out
-    assert 0 < sum(nbytes) < 16_000_000
+    assert 0 < sum(nbytes_read) < 16_000_000
     assert (base / "model.safetensors").stat().st_blocks * 512 < 100_000  # still holes
 
 
