@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hangs import HANGS
 from hypothesis import HealthCheck, settings
 from pairs import Outcome, Pair, new_pair
 
 # No test asks the hub; those that ask one of their own say so to the processes that they start.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A hub of our own always answers, but the machine may be busy.
+os.environ["HF_HUB_ETAG_TIMEOUT"] = os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = str(HANGS)
 # Thousands of processes are started: each would compile some 180 modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

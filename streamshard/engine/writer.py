@@ -253,9 +253,8 @@ class _Run:
 
     def end(self) -> None:
         """Close what an error left open; from now on nothing is finished any more."""
-        self.stop.fail(
-            Stopped()
-        )  # told before the lock is free: it may be that of who finishes a shard
+        # Told before the lock is free: it may be that of who finishes a shard.
+        self.stop.fail(Stopped())
         with self.lock:
             self.background.abandon()
             if self.sender is not None:

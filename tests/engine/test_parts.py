@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from foreign_things import FOREIGN, foreign, state
+from hangs import until
 from interrupted_runs import (
     BETWEEN_THE_RENAMES,
     FIRST,
@@ -25,7 +26,6 @@ from interrupted_runs import (
     flip,
     killed,
     partial,
-    until,
 )
 from marks import slow
 from pairs import Pair

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import reference
+from hangs import until
 from interrupted_runs import (
     AFTER_A_SHARD,
     FIRST,
@@ -25,7 +26,6 @@ from interrupted_runs import (
     flip,
     killed,
     partial,
-    until,
 )
 from pairs import begun
 from reference import load_file, save_file

@@ -9,12 +9,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hangs import until
 from pairs import Pair
 
 from streamshard.disk.system import system
@@ -114,13 +113,6 @@ def open_below(folder: Path) -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # it is closed by now
             found.append(os.readlink(f"/proc/self/fd/{name}"))
     return sorted(path for path in found if path.startswith(f"{folder}{os.sep}"))
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 600  # ends a hang
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def failing(
