@@ -79,6 +79,27 @@ def work() -> Iterator[Any]:
 
 
 @pytest.fixture
+def nbytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How much of files was asked for at a time, by reading or in memory: no matter of load."""
+    from streamshard.disk.system import system
+
+    asked: list[int] = []
+    read, populate = system.pread, system.populate
+
+    def reading(descriptor: int, out: memoryview, offset: int) -> int:
+        asked.append(len(out))
+        return read(descriptor, out, offset)
+
+    def mapping(descriptor: int, mapped: Any, offset: int, nbytes: int) -> None:
+        asked.append(nbytes)
+        populate(descriptor, mapped, offset, nbytes)
+
+    monkeypatch.setattr(system, "pread", reading)
+    monkeypatch.setattr(system, "populate", mapping)
+    return asked
+
+
+@pytest.fixture
 def pair(tmp_path: Path) -> Pair:
     """A base of two shards with two adapted weights, bf16, and a plain fp32 adapter of rank 4."""
     return new_pair(tmp_path)

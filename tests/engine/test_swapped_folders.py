@@ -60,7 +60,7 @@ def test_the_staging_folder_is_swapped(how, relative, workers, pair, cli, monkey
     assert state(pair.base) == before[0]
     assert state(partial(pair) if how == "another folder" else theirs) == before[1]
     assert not pair.output.exists()
-    assert held._held == {}
+    assert held._held == ()
 
 
 def test_an_inner_folder_is_swapped(pair, cli, monkeypatch):

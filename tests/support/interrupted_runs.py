@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,20 @@ VARYING = {"seconds", "peak_rss_bytes", "resumed", "record_digest", "date"}
 # Ends the process after something has happened; `main` runs the command line after it.
 KILL = "import os, signal, sys\nkill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 MAIN = "\nfrom streamshard.cli import main\nmain()\n"
+# `interrupt` has the process signalled by a thread of a run, which goes on when the run has heard of it:
+# until then it finishes nothing, however long the thread that waits takes to wake up.
+INTERRUPT = """
+import os, threading
+from streamshard.engine.workers import Stop
+ended, fail = threading.Event(), Stop.fail
+def heard(self, error):
+    fail(self, error)
+    ended.set()
+Stop.fail = heard
+def interrupt(number):
+    os.kill(os.getpid(), number)
+    ended.wait()
+"""
 AFTER_A_SHARD = """
 from streamshard.engine.journal import Journal
 add = Journal.add
@@ -89,6 +104,15 @@ def flip(file: Path, where: int) -> None:
     data[where] ^= 1
     file.write_bytes(data)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def open_below(folder: Path) -> list[str]:
+    """The files of a folder that this process has open; whatever else a thread opens does not count."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it is closed by now
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(path for path in found if path.startswith(f"{folder}{os.sep}"))
 
 
 def failing(
