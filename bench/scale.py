@@ -53,6 +53,8 @@ FOLDER = Path("/dev/shm")
 PLAN = """
 import json, sys, time
 begun = time.perf_counter()
+import gc
+gc.set_threshold(50_000, 20, 50)  # as the command line does
 import streamshard
 from streamshard.engine import plan as planning
 from streamshard.engine.budget import peak_rss_bytes
