@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.hub_errors import asking, not_cached
+from streamshard.checkpoint.hub_errors import asking, constants, not_cached
 from streamshard.checkpoint.hub_ids import HubId
 from streamshard.checkpoint.listing_cache import keep_listing, kept_listing
 from streamshard.checkpoint.loaded_names import is_read
@@ -61,11 +61,10 @@ class Client:
     @classmethod
     def of(cls, cache_dir: Path | None, *, offline: bool) -> Client:
         """The client as its environment and the options have it."""
-        from huggingface_hub import constants
-
-        cache = Path(os.path.abspath(cache_dir or constants.HF_HUB_CACHE))  # noqa: PTH100
+        made = constants()
+        cache = Path(os.path.abspath(cache_dir or made.HF_HUB_CACHE))  # noqa: PTH100
         given = None if cache_dir is None else cache
-        return cls(cache, offline or bool(constants.HF_HUB_OFFLINE), given)
+        return cls(cache, offline or bool(made.HF_HUB_OFFLINE), given)
 
     def repository(self, asked: HubId) -> Repository:
         """A repository at one commit, which stays the same whatever happens to its branches."""

@@ -274,6 +274,7 @@ class HubPush:
             )
 
     def _check_token(self) -> None:
+        endpoint()  # raises if the environment has no hub
         from huggingface_hub import get_token
 
         if get_token() is None:
