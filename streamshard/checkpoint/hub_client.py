@@ -21,6 +21,7 @@ from streamshard.errors import InputError, printable
 __all__ = ["Client", "Listed", "Published", "Repository"]
 
 MAX_FILES = 20_000  # of one repository; those of models have some hundred
+MAX_PAGES = 2_000  # of its list; the hub has a thousand files on each
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -134,7 +135,8 @@ class Repository:
 
         listed: list[Listed] = []
         entries = []
-        with asking(str(self.asked), "the list of its files"):
+        count = 0  # with folders
+        with asking(str(self.asked), "the list of its files", most=MAX_PAGES):
             # Not the object that `resolve_revision` gives: as text that is the branch.
             for entry in HfApi().list_repo_tree(
                 self.asked.repo, recursive=True, revision=self.commit
@@ -142,7 +144,8 @@ class Repository:
                 if hasattr(entry, "blob_id"):
                     listed.append(_listed(self.asked, entry))
                     entries.append(entry)
-                if len(listed) > MAX_FILES:
+                count += 1
+                if count > MAX_FILES:
                     raise InputError(
                         f"{self.asked}: has more than {MAX_FILES:,} files, the limit here. Download the "
                         "model's own files (hf download), and give the folder."

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.hub_limits import in_time
+from streamshard.checkpoint.hub_limits import EndlessError, in_time
 from streamshard.disk.system import writing
 from streamshard.errors import (
     HubError,
@@ -53,13 +53,13 @@ def translated(told: Callable[[Exception], StreamshardError]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def asking(where: str, what: str) -> Iterator[None]:
+def asking(where: str, what: str, *, most: int | None = None) -> Iterator[None]:
     """Have what the hub's client raises be a `HubError`: it was asked for `what` of `where`.
 
     Kinds are told by the names of their classes, so that nothing need be imported, and all versions
-    of the client are understood.
+    of the client are understood. With `most` it must not need more requests of this thread.
     """
-    with translated(partial(refusal, where, what)), in_time():
+    with translated(partial(refusal, where, what)), in_time(most):
         yield
 
 
@@ -110,6 +110,8 @@ def asked_to_wait(headers: Mapping[str, str]) -> float | None:
 def refusal(where: str, what: str, error: Exception) -> StreamshardError:
     """The error that an error of the client is, which was asked for `what` of `where`."""
     for one in causes(error):
+        if isinstance(one, EndlessError):
+            return InputError(f"{where}: {what} does not end, in {one} answers of {endpoint()}.")
         found = _known(where, what, one)
         if found is not None:
             return found
@@ -165,7 +167,7 @@ def _known(where: str, what: str, error: BaseException) -> StreamshardError | No
     if isinstance(error, _OF_FOLDERS) and error.filename is not None:
         return _of_disk(error)
     if kinds & {"TransportError", "ConnectionError", "Timeout", "RequestException"}:
-        text = printable(" ".join(str(error).split()), 200) or type(error).__name__
+        text = printable(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
         return HubError(
             f"{where}: is no path here, and {what} could not be got from {endpoint()}: {text}. Check the "
             "network, the proxy and HF_ENDPOINT, and run the same command again; with "

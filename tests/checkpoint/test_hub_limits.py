@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import huggingface_hub
 import pushes
 import pytest
@@ -10,8 +12,11 @@ from hub_client import FILES, client
 from hub_commands import streamshard
 from hub_faults import Stall
 
+from streamshard.checkpoint import hub_client
 from streamshard.checkpoint.hub_client import Client
 from streamshard.checkpoint.hub_ids import HubId
+from streamshard.checkpoint.hub_limits import in_time
+from streamshard.errors import InputError
 
 
 @pytest.fixture
@@ -82,3 +87,51 @@ def test_a_hub_that_says_nothing(hub, tmp_path):
     assert got.code == 9
     assert "its commit could not be got" in got.err
     hub.faults.rules.clear()
+
+
+class Endless:
+    """A list with always one more page."""
+
+    def __init__(self, page: list[dict[str, str]]) -> None:
+        self.page = page
+
+    def act(self, state, request, answer):
+        reply = answer()
+        reply.body = [json.dumps(self.page).encode()]
+        reply.headers["Link"] = f'<{state.hub_url}{request.path}?cursor=1>; rel="next"'
+        return reply
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ([], "the list of its files does not end, in 50 answers of http"),
+        (
+            [{"type": "directory", "path": f"f{n}", "oid": "0" * 40} for n in range(9)],
+            "more than 40",
+        ),
+    ],
+    ids=["empty", "folders"],
+)
+def test_a_list_that_does_not_end(page, words, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_client, "MAX_PAGES", 50)
+    monkeypatch.setattr(hub_client, "MAX_FILES", 40)
+    hub.fail(Endless(page), path="/api/models/org/base/tree/*", times=None)
+    with client(hub, tmp_path / "home"):
+        repository = Client(tmp_path / "cache", offline=False).repository(HubId("org/base"))
+        with pytest.raises(InputError, match=words):
+            repository.files()
+    hub.faults.rules.clear()
+
+
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_a_token_does_not_leave_what_is_encrypted(scheme, hub, tmp_path, monkeypatch):
+    """Where a hub of https sends the client on to http."""
+    from huggingface_hub import constants
+
+    with client(hub, tmp_path / "home"):
+        monkeypatch.setattr(constants, "ENDPOINT", f"{scheme}://hub.example")
+        with in_time():
+            headers = {"Authorization": f"Bearer {hub.token}"}
+            huggingface_hub.get_session().get(f"{hub.url}/api/whoami-v2", headers=headers)
+    assert ("Authorization" in hub.requests[-1].headers) == (scheme == "http")

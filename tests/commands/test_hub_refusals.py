@@ -13,7 +13,7 @@ import pytest
 import reference
 from fake_hub import Hub
 from hub_commands import of_content, report, streamshard
-from hub_faults import Drop, Flip, Status
+from hub_faults import Drop, Entry, Flip, Status
 from pairs import new_pair
 
 from streamshard.checkpoint.hub_errors import refusal
@@ -133,6 +133,15 @@ def test_a_cache_without_room_is_told_as_that(number):
     for word in ("hub's cache", "no space left", "--cache-dir", "HF_HOME"):
         assert word in str(told)
     assert "output" not in str(told)
+
+
+def test_a_size_that_no_file_can_have(hub, home, tmp_path):
+    name, size = "model-00001-of-00002.safetensors", 2**62 - 1
+    lie = Entry(name, {"size": size, "lfs": {"size": size}})
+    hub.fail(lie, path="/api/models/org/base/tree/*", times=None)
+    refused(
+        merge(hub, home, tmp_path / "o"), 3, f"org/base: has a file '{name}'", f"{size:,} bytes"
+    )
 
 
 def test_a_cached_branch_is_no_answer(hub, home, tmp_path):
