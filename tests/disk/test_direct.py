@@ -340,7 +340,7 @@ def test_other_file_systems(kind, pair, cli, tmp_path):
         senders.finish()
         assert (place / "large").read_bytes() == large
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_the_class_that_it_is_beside(tmp_path):
