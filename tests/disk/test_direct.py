@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapters import weights_of
+from hangs import HANGS
 from interrupted_runs import open_below
 
 import streamshard
@@ -57,7 +58,7 @@ def wait_for_threads(others: set[threading.Thread]) -> None:
     """For all that were not there before: senders end when everything is done."""
     for thread in threading.enumerate():
         if thread not in others:
-            thread.join(600)
+            thread.join(HANGS)
 
 
 def data_of(nbytes: int) -> bytes:
@@ -241,7 +242,7 @@ def test_an_abandoned_file_is_closed_by_the_last_write(tmp_path, monkeypatch):
 
     def slow(*arguments: object) -> int:
         begun.set()
-        go_on.wait(600)
+        go_on.wait(HANGS)
         return real(*arguments)
 
     monkeypatch.setattr(system, "pwrite", slow)
@@ -249,7 +250,7 @@ def test_an_abandoned_file_is_closed_by_the_last_write(tmp_path, monkeypatch):
     senders = Senders(Stop())
     file = DirectFile(tmp_path / "file", CHUNK_NBYTES, senders)
     file.write(memoryview(bytes(CHUNK_NBYTES)), 0)
-    assert begun.wait(600)
+    assert begun.wait(HANGS)
     file.abandon()
     os.fstat(file._direct)
     go_on.set()

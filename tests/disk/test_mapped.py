@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapters import weights_of
+from hangs import HANGS
 
 import streamshard
 from streamshard.disk import mapped as module
@@ -257,7 +258,7 @@ os.truncate(descriptor, 0)
 print(theirs[5])
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, check=False, timeout=600
+        [sys.executable, "-c", code], capture_output=True, check=False, timeout=HANGS
     )
     assert done.returncode == -signal.SIGBUS
     assert done.stderr.count(b"Bus error") == 1
