@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, listed, printable
 from streamshard.tensors.lazy import Stored
+from streamshard.values import frozen
 
 __all__ = ["Checkpoint", "no_such", "open_checkpoint", "outside", "tokenizer_files"]
 
@@ -58,7 +59,7 @@ __all__ = ["Checkpoint", "no_such", "open_checkpoint", "outside", "tokenizer_fil
 _FILES = [names.single for names in CHECKPOINT_NAMES]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Checkpoint:
     """A checkpoint as found on disk.
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from typing import TypeAlias
+
+from streamshard.values import frozen
 
 __all__ = ["RELATIVE", "Held", "Inode", "holder", "inode", "let_go", "register"]
 
@@ -25,7 +26,7 @@ RELATIVE = {os.open, os.mkdir, os.rmdir, os.unlink, os.rename, os.stat} <= os.su
 _held: dict[str, list[Held]] = {}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen(eq=False)
 class Held:
     """A folder by its path, its identity, and its descriptor; None where folders cannot be opened."""
 

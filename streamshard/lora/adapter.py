@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import READ_NBYTES, Lazy
 from streamshard.tensors.rounding import widen
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = [
     "GATHER",
@@ -40,7 +41,7 @@ GATHER = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Adapter:
     """One adapter: what messages call it, its settings, its tensors, and a factor on its scale.
 
@@ -58,7 +59,7 @@ class Adapter:
     beside: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AdapterPlan:
     """One adapter, its keys sorted, and the places of the tensors that they change."""
 
