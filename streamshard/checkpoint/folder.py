@@ -5,6 +5,7 @@ Opening reads headers and JSON only. Nothing found in these files is executed.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import field
@@ -88,7 +89,7 @@ class Checkpoint:
 
     def shard_of(self, name: str) -> str:
         """The name of the file that a tensor is in, as a file of safetensors."""
-        return written_name(Path(self.tensors[name].path).name)
+        return written_name(os.path.basename(self.tensors[name].path))  # noqa: PTH119 - of each tensor
 
 
 def open_checkpoint(path: PathLike, *, needs_weights: bool = True) -> Checkpoint:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import CARD_NAME
 from streamshard.checkpoint.hub_client import Client, Listed, Repository
 from streamshard.checkpoint.hub_errors import LOG_IN, endpoint
 from streamshard.checkpoint.hub_ids import HubId
@@ -275,6 +276,7 @@ class HubPush:
             )
 
     def _check_token(self) -> None:
+        endpoint()  # raises if the environment has no hub
         from huggingface_hub import get_token
 
         if get_token() is None:
@@ -320,8 +322,12 @@ class HubPush:
                 "name, or pass --overwrite: then one commit replaces those files, and removes what else "
                 "loaders would read there; the old ones stay in its history."
             )
-        text = f"{self.repo}: {listed(others)} there is removed: loaders would read it with this output"
-        return HubTarget(version, ours, others, [text] if others else [])
+        told = ""
+        if others:
+            told = f"{listed(others)} there is removed: loaders would read it with this output"
+        elif CARD_NAME in ours and not model:  # maybe somebody's own words
+            told = f"its {CARD_NAME} is replaced (the old one stays in its history; --card none keeps it)"
+        return HubTarget(version, ours, others, [f"{self.repo}: {told}"] if told else [])
 
 
 def differing(files: Sequence[SentFile], tree: Mapping[str, Listed]) -> list[str]:

@@ -65,6 +65,7 @@ class InputFile:
         check_choice()
         self.path, self.spare, self.onward = path, spare, False
         self._inputs = active() if inputs is None else inputs
+        self._lock = threading.Lock()
         with reading(path):
             self._descriptor = self._open()
             try:
@@ -79,7 +80,6 @@ class InputFile:
         self.nbytes = self.stamp.nbytes
         self._mapped: Mapped | None = None
         self._unmapped = True
-        self._lock = threading.Lock()
 
     def _open(self) -> int:
         try:
@@ -117,7 +117,8 @@ class InputFile:
 
     def release(self) -> None:
         """Give the descriptor back, which those who note inputs may have kept."""
-        descriptor, self._descriptor = self._descriptor, -1
+        with self._lock:  # once: its number may be that of another file by then
+            descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with contextlib.suppress(OSError):  # nothing was written
                 system.close(descriptor)

@@ -254,8 +254,9 @@ class _Run:
 
     def end(self) -> None:
         """Close what an error left open; from now on nothing is finished any more."""
+        # Told before the lock is free: it may be that of who finishes a shard.
+        self.stop.fail(Stopped())
         with self.lock:
-            self.stop.fail(Stopped())
             self.background.abandon()
             if self.sender is not None:
                 self.sender.abandon()
