@@ -270,7 +270,11 @@ def plot(results: Sequence[dict[str, Any]], folder: Path) -> None:
             look = {"color": f"C{place % 10}", "lw": 2 if ours else 1, "ls": "-" if ours else "--"}
             axes.plot(sizes, values, marker="o", label=name, **look)
         axes.set(xlabel="weights, GB", ylabel=f"{label} (log)", xscale="log", yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        axes.set_xticks([result["bytes"] / 1e9 for result in results], minor=False)
+        axes.xaxis.set_major_formatter("{x:.1f}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()  # between two sizes their labels lie on each other
+        axes.grid(alpha=0.3)
     panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(folder / "size.png", dpi=150)
 

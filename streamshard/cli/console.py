@@ -59,7 +59,7 @@ def open_streams() -> None:
 class _Pipe(io.FileIO):
     """One end of a pipe, whose reader may have read enough."""
 
-    def write(self, data: Buffer) -> int:
+    def write(self, data: Buffer, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:

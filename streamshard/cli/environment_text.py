@@ -10,8 +10,9 @@ __all__ = ["environment_text"]
 def environment_text(report: dict[str, Any]) -> str:
     """What `env` prints."""
     processor = report["processor"]
+    python = f"Python {report['python']}{'' if report['gil'] else ' without a GIL'}"
     lines = [
-        f"streamshard {report['version']}, Python {report['python']}, {report['platform']}",
+        f"streamshard {report['version']}, {python}, {report['platform']}",
         f"  processors: {processor['count']}, {processor['name'] or 'of an unknown name'}",
         f"  features: {' '.join(processor['features']) or 'unknown'}",
         f"  kernel in use: {report['kernel']} (can run here: {', '.join(report['kernels'])})",

@@ -28,8 +28,10 @@ _HEARD = (VARIABLE, "STREAMSHARD_READ", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", 
 def environment() -> Report:
     """Versions, the kernel in use and those that could be, the processor's features, and packages.
 
-    Of each package of `packages` there are its `version`, None if it is not installed, what it is `for`
-    if it is optional, and the command that would `install` it. Nothing of them is imported.
+    `gil` says whether threads of Python take turns: not in free-threaded builds, as long as nothing that
+    is imported turns it on. Of each package of `packages` there are its `version`, None if it is not
+    installed, what it is `for` if it is optional, and the command that would `install` it. Nothing of
+    them is imported.
     """
     started = time.perf_counter()
     packages = {
@@ -46,6 +48,7 @@ def environment() -> Report:
     report = {
         **new_report("env", {}, None),
         "python": ".".join(map(str, sys.version_info[:3])),
+        "gil": getattr(sys, "_is_gil_enabled", lambda: True)(),
         "platform": _platform(),
         "processor": _processor(),
         "kernel": chosen(),

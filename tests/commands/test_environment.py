@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import platform
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import streamshard
 from streamshard.extras import EXTRAS, install
@@ -47,6 +50,14 @@ def test_what_is_missing_is_told_with_its_command(monkeypatch, cli):
     assert f"streamshard {streamshard.__version__}" in outcome.out
     document = json.loads(cli("env", "--json").out)
     assert document["packages"]["peft"]["version"] is None
+
+
+@pytest.mark.parametrize(("gil", "told"), [(True, ", Linux"), (False, " without a GIL, ")])
+def test_whether_there_is_a_gil_is_told(gil, told, monkeypatch, cli):
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: gil, raising=False)
+    monkeypatch.setattr("os.uname", lambda: os.uname_result(("Linux", "n", "6", "v", "m")))
+    assert f"Python {platform.python_version()}{told}" in cli("env").out
+    assert streamshard.environment()["gil"] is gil
 
 
 def test_commands_that_install_are_those_of_the_project():
