@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from streamshard.checkpoint.loaded_names import is_read
 from streamshard.disk.existence import found, is_folder, walked
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, printable
+from streamshard.values import frozen
 
 __all__ = ["Client", "Listed", "Published", "Repository"]
 
@@ -26,7 +26,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Listed:
     """A file as the hub lists it."""
 
@@ -41,7 +41,7 @@ class Listed:
         return self.digest.partition(":")[2]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Published:
     """What the hub says of a model at one commit."""
 
@@ -50,7 +50,7 @@ class Published:
     files: Sequence[Listed]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Client:
     """The client with its cache; `offline` asks nothing."""
 
@@ -109,7 +109,7 @@ class Client:
         return commit
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Repository:
     """A model on the hub at one commit."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from urllib.parse import unquote
 
 from streamshard.disk.existence import has_name
 from streamshard.errors import UsageError, printable
+from streamshard.values import frozen
 
 __all__ = ["HubId", "hub_id"]
 
@@ -37,7 +37,7 @@ _OTHERS = re.compile(r"(?:models/)?(datasets|spaces|kernels|buckets|collections|
 _FILE = re.compile(r".*\.(?:safetensors|bin|pt|pth|ckpt|json|index)", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HubId:
     """A model on the hub: its repository, the revision that was asked for, and a path in it, if any."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from streamshard.checkpoint.hub_sending import HubStatusError, again, pause, sen
 from streamshard.checkpoint.loaded_names import is_model, is_read
 from streamshard.checkpoint.sent_files import MovedError, Placed, SentFile
 from streamshard.errors import HubError, InputError, OutputError, listed, printable
+from streamshard.values import frozen
 
 __all__ = ["HubPush", "HubTarget"]
 
@@ -39,7 +40,7 @@ SETTLES = 5
 """Times that the hub is asked for what it has just been given."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HubTarget:
     """A repository before anything is sent: its head, and what a commit changes of it."""
 
@@ -49,7 +50,7 @@ class HubTarget:
     warnings: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HubPush:
     """A repository that an output goes to; `keeps` says that it stays on this machine, too."""
 

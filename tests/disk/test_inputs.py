@@ -30,6 +30,7 @@ from changing_files import (
     staged,
     stopped,
 )
+from hangs import HANGS
 from interrupted_runs import content, open_below
 from pairs import Pair
 from reference import load_file
@@ -235,7 +236,7 @@ main()
     assert os.WIFSTOPPED(status)
     replaced(full.root / name)
     process.send_signal(signal.SIGCONT)
-    _, said = process.communicate(timeout=600)
+    _, said = process.communicate(timeout=HANGS)
     assert process.returncode == 7, said
     assert str(full.root / name) in said
     assert not list(full.output.parent.iterdir())

@@ -46,8 +46,12 @@ def interrupted(pair: Pair, clean: dict[str, Any], killed_once: Path) -> Pair:
 def patient(monkeypatch) -> None:
     """Scheduler, workers and what they write are waited for as long as it takes."""
     pytest.importorskip("distributed")
+    import dask
+
     from streamshard.engine import cluster, cluster_client
 
+    for name in ("connect", "tcp"):
+        monkeypatch.setitem(dask.config.get("distributed.comm.timeouts"), name, f"{HANGS}s")
     monkeypatch.setattr(cluster, "WORKERS_SECONDS", HANGS)
     monkeypatch.setattr(cluster_client, "CONNECT_SECONDS", HANGS)
     monkeypatch.setattr(cluster_client, "ANSWER_SECONDS", HANGS)

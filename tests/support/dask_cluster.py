@@ -18,7 +18,13 @@ from pairs import Pair
 from parts_runs import folder_of, process, written
 
 # Commands and workers wait for each other as long as it takes, on the slowest machine.
+SETTINGS = {
+    f"DASK_DISTRIBUTED__{name}": f"{HANGS}s"
+    for name in ("COMM__TIMEOUTS__CONNECT", "COMM__TIMEOUTS__TCP", "SCHEDULER__WORKER_TTL")
+}
 PATIENT = f"""
+import os
+os.environ.update({SETTINGS})
 from streamshard.engine import cluster, cluster_client
 cluster.WORKERS_SECONDS = cluster_client.CONNECT_SECONDS = cluster_client.ANSWER_SECONDS = {HANGS}
 """
@@ -137,13 +143,9 @@ class DaskCluster:
 
 
 @contextlib.contextmanager
-def dask_cluster(folder: Path, code: str = "", **settings: str) -> Iterator[DaskCluster]:
-    """A cluster without workers, with settings of Dask by their environment's names.
-
-    The scheduler runs some code first.
-    """
-    names = {f"DASK_{name}": value for name, value in settings.items()}
-    cluster = DaskCluster(folder, names, code)
+def dask_cluster(folder: Path, code: str = "") -> Iterator[DaskCluster]:
+    """A cluster without workers, whose scheduler runs some code first."""
+    cluster = DaskCluster(folder, SETTINGS, code)
     try:
         yield cluster
     finally:

@@ -225,6 +225,10 @@ class Hub:
         """All so far, oldest first; those being answered are waited for."""
         return self.state.settled()
 
+    def settle(self) -> None:
+        """Wait until what was asked so far is answered, or cannot be."""
+        self.state.settled()
+
     def forget(self) -> None:
         """The log starts anew."""
         self.state.requests.clear()
