@@ -50,9 +50,9 @@ def read_front_matter(file: Path) -> FrontMatter:
         raise InputError.at(file, "its front matter is no mapping of names to values.")
     found: FrontMatter = {}
     for key, value in content.items():
-        taken = [one for one in value if _is_text(one)] if isinstance(value, list) else value
+        taken = _trimmed(value)
         if isinstance(taken, list):
-            taken = taken[:MAX_LIST_ITEMS]
+            taken = [one for one in map(_trimmed, taken) if _is_text(one)][:MAX_LIST_ITEMS]
         elif not _is_text(taken):
             continue
         if _is_text(key) and taken:
@@ -74,6 +74,11 @@ def _parsed(text: str, file: Path) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         line = printable(str(error).partition("\n")[0])
         raise InputError.at(file, f"its front matter is not valid YAML: {line}.") from error
+
+
+def _trimmed(value: Any) -> Any:
+    """Texts without the line's end that those of several lines have (`license: >`)."""
+    return value.strip() if isinstance(value, str) else value
 
 
 def _is_text(value: Any) -> bool:

@@ -1,21 +1,25 @@
 """What requests of the hub's client may take, where by itself it sets no limit.
 
-It waits for ever, follows a list as long as there is a next page, and gives its token to whatever
-address the hub says that comes next.
+It waits for ever, follows a list as long as there is a next page, gives its token to whatever address
+the hub says that comes next, and writes what it gets to where an answer's ETag says, be that anywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
+from streamshard.errors import HubError, printable
+
 __all__ = ["EndlessError", "in_time"]
 
 LONG = 600.0
 """Seconds for the answer to what was sent: a commit of many files takes minutes."""
+_BLOB = re.compile(r"(?:W/)?\"?(?!\.)[\w.+=-]{1,200}\"?", re.ASCII)
 _waiting: list[object] = []
 """One for each call of ours that is on its way, in any thread: the client has threads of its own."""
 _left: ContextVar[list[int] | None] = ContextVar("requests that are left", default=None)
@@ -37,7 +41,11 @@ def in_time(most: int | None = None) -> Iterator[None]:
     session = get_session()
     hooks = getattr(session, "event_hooks", None)  # before 1.0 it was another library
     if hooks is not None and _limit not in hooks["request"]:
-        session.event_hooks = {**hooks, "request": [*hooks["request"], _limit]}
+        session.event_hooks = {
+            **hooks,
+            "request": [*hooks["request"], _limit],
+            "response": [*hooks["response"], _check],
+        }
     one = object()
     _waiting.append(one)
     token = None if most is None else _left.set([most, most])
@@ -67,3 +75,16 @@ def _limit(request: Any) -> None:
     limits = {"connect": short, "read": read, "write": max(short, LONG)}
     given = request.extensions.get("timeout") or {}
     request.extensions["timeout"] = limits | {k: v for k, v in given.items() if v is not None}
+
+
+def _check(response: Any) -> None:
+    """Refuse an answer of which the client would make a path that is none in its cache."""
+    if not _waiting or response.request.method != "HEAD":
+        return
+    for name in ("ETag", "X-Linked-Etag"):
+        said = response.headers.get(name)
+        if said and not _BLOB.fullmatch(said):
+            raise HubError(
+                f"{response.request.url.host}: calls the content of a file '{printable(said, 80)}', of "
+                "which no name in the cache can be made. It is damaged or hostile; nothing was written."
+            )

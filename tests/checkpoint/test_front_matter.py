@@ -52,6 +52,12 @@ def test_texts_stay_texts(tmp_path):
     assert found == {"language": "no", "license": "1.0", "date": "2026-01-01"}
 
 
+def test_texts_of_their_own_lines(tmp_path):
+    """They end with that of the line."""
+    (tmp_path / "README.md").write_text("---\nlicense: >\n  mit\ntags:\n- |\n  a b\n- c\n---\n")
+    assert read_front_matter(tmp_path / "README.md") == {"license": "mit", "tags": ["a b", "c"]}
+
+
 def test_other_values_are_left_out(tmp_path):
     text = (
         "---\nmodel-index:\n- name: x\n  results: []\nlicense: mit\n"

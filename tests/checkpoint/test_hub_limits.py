@@ -10,13 +10,13 @@ import pytest
 from fake_hub import Hub
 from hub_client import FILES, client
 from hub_commands import streamshard
-from hub_faults import Stall
+from hub_faults import Headers, Stall
 
 from streamshard.checkpoint import hub_client
 from streamshard.checkpoint.hub_client import Client
 from streamshard.checkpoint.hub_ids import HubId
 from streamshard.checkpoint.hub_limits import in_time
-from streamshard.errors import InputError
+from streamshard.errors import HubError, InputError
 
 
 @pytest.fixture
@@ -135,3 +135,32 @@ def test_a_token_does_not_leave_what_is_encrypted(scheme, hub, tmp_path, monkeyp
             headers = {"Authorization": f"Bearer {hub.token}"}
             huggingface_hub.get_session().get(f"{hub.url}/api/whoami-v2", headers=headers)
     assert ("Authorization" in hub.requests[-1].headers) == (scheme == "http")
+
+
+@pytest.mark.parametrize("name", ["ETag", "X-Linked-Etag"])
+@pytest.mark.parametrize("place", ["/{root}/evil", "../../../../evil", "..\\\\evil", "a/b", ".."])
+def test_what_a_hub_says_is_no_path(name, place, hub, tmp_path):
+    """The client would write the content there."""
+    said = place.format(root=str(tmp_path).strip("/"))
+    hub.fail(Headers({name: f'"{said}"'}), path="/org/base/resolve/*", times=None)
+    before = sorted(tmp_path.iterdir())
+    with client(hub, tmp_path / "home"):
+        repository = Client(tmp_path / "cache", offline=False).repository(HubId("org/base"))
+        for file in repository.files():
+            with pytest.raises(HubError, match="of which no name in the cache can be made"):
+                repository.download(file, lambda _: None)
+    hub.faults.rules.clear()
+    found = {path.name for path in tmp_path.iterdir()} - {path.name for path in before}
+    assert found <= {"home", "cache"}
+    assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
+
+
+@pytest.mark.parametrize("said", ['"0a-3"', 'W/"0a"', "0a"])
+def test_other_names_of_content_are_taken(said, hub, tmp_path):
+    """As mirrors of the hub have them."""
+    hub.fail(Headers({"ETag": said}), path="/org/base/resolve/*/config.json", times=None)
+    with client(hub, tmp_path / "home"):
+        repository = Client(tmp_path / "cache", offline=False).repository(HubId("org/base"))
+        [file] = [one for one in repository.files() if one.name == "config.json"]
+        assert repository.download(file, lambda _: None).read_bytes() == FILES["config.json"]
+    hub.faults.rules.clear()
