@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 class Sender(Protocol):
     """Who has chunks written, and keeps their memory to use it again."""
 
-    free: list[memoryview]
+    free: list[mmap.mmap]
 
     def add(self, task: Callable[[], None]) -> None:
         """Have something done soon; waits while there is much to do."""
@@ -48,8 +48,12 @@ class _Chunk:
 
     __slots__ = ("left", "memory")
 
-    def __init__(self, memory: memoryview, left: int) -> None:
+    def __init__(self, memory: mmap.mmap, left: int) -> None:
         self.memory, self.left = memory, left
+
+    def view(self) -> memoryview:
+        """It, for one thread: views that are made of each other may not be of several without a GIL."""
+        return memoryview(self.memory)
 
 
 class DirectFile(OutputFile):
@@ -110,13 +114,13 @@ class DirectFile(OutputFile):
                 memory = self._memory()
                 left = min(CHUNK_NBYTES, self._nbytes - number * CHUNK_NBYTES)
                 chunk = self._chunks[number] = _Chunk(memory, left)
-        return chunk.memory[begin : min(begin + nbytes, CHUNK_NBYTES)]
+        return chunk.view()[begin : min(begin + nbytes, CHUNK_NBYTES)]
 
-    def _memory(self) -> memoryview:
+    def _memory(self) -> mmap.mmap:
         try:  # asking whether there is some would be too early: other files take from it as well
             return self._sender.free.pop()
         except IndexError:
-            return memoryview(mmap.mmap(-1, CHUNK_NBYTES))
+            return mmap.mmap(-1, CHUNK_NBYTES)
 
     def filled(self, offset: int, nbytes: int) -> None:
         """Take note of bytes that are in their room now; they may be gone from there directly."""
@@ -157,7 +161,7 @@ class DirectFile(OutputFile):
             with self._changed:  # so that its memory is not used again meanwhile
                 chunk = self._chunks.get(number)
                 if chunk is not None:
-                    out[:count] = chunk.memory[begin : begin + count]
+                    out[:count] = chunk.view()[begin : begin + count]
             if chunk is None:
                 super().read_into(out[:count], offset)
                 with writing(self.path, 0):
@@ -197,7 +201,7 @@ class DirectFile(OutputFile):
         """Write a chunk that is whole."""
         try:
             if not self._ended:
-                self._put(number * CHUNK_NBYTES, chunk.memory)
+                self._put(number * CHUNK_NBYTES, chunk.view())
         except BaseException as error:
             self._error = self._error or error
             raise

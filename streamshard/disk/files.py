@@ -14,7 +14,6 @@ import os
 import stat
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from streamshard.disk.mapped import Mapped, check_choice, mapped
 from streamshard.disk.sources import Abilities, Source
 from streamshard.disk.system import AnyPath, reading, system
 from streamshard.errors import InputError, ReadError
+from streamshard.values import frozen
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -44,7 +44,7 @@ BLOCK_NBYTES = 256 * 1024
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe with a weight's name must not hang us
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ByteRange:
     """Bytes `[offset, offset + nbytes)` of the file at `path`, which is `file_nbytes` long."""
 
@@ -65,6 +65,7 @@ class InputFile:
         check_choice()
         self.path, self.spare, self.onward = path, spare, False
         self._inputs = active() if inputs is None else inputs
+        self._lock = threading.Lock()
         with reading(path):
             self._descriptor = self._open()
             try:
@@ -79,7 +80,6 @@ class InputFile:
         self.nbytes = self.stamp.nbytes
         self._mapped: Mapped | None = None
         self._unmapped = True
-        self._lock = threading.Lock()
 
     def _open(self) -> int:
         try:
@@ -117,7 +117,8 @@ class InputFile:
 
     def release(self) -> None:
         """Give the descriptor back, which those who note inputs may have kept."""
-        descriptor, self._descriptor = self._descriptor, -1
+        with self._lock:  # once: its number may be that of another file by then
+            descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with contextlib.suppress(OSError):  # nothing was written
                 system.close(descriptor)

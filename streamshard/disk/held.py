@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
+import threading
 from typing import TypeAlias
+
+from streamshard.values import frozen
 
 __all__ = ["RELATIVE", "Held", "Inode", "holder", "inode", "let_go", "register"]
 
@@ -22,10 +24,11 @@ Inode: TypeAlias = tuple[int, int]
 RELATIVE = {os.open, os.mkdir, os.rmdir, os.unlink, os.rename, os.stat} <= os.supports_dir_fd
 """Whether calls can be made relative to an open folder; not on Windows."""
 
-_held: dict[str, list[Held]] = {}
+_held: tuple[Held, ...] = ()
+_changing = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen(eq=False)
 class Held:
     """A folder by its path, its identity, and its descriptor; None where folders cannot be opened."""
 
@@ -49,24 +52,27 @@ def inode(found: os.stat_result) -> Inode:
 
 def holder(path: str, *, itself: bool = False) -> Held | None:
     """The innermost folder held that `path` is in, or, if `itself`, that it is."""
-    best = ""
-    for folder in tuple(_held):
+    best = None
+    for held in _held:
+        folder = held.path
         within = path.startswith(folder) and path[len(folder) : len(folder) + 1] == os.sep
-        if (within or (itself and path == folder)) and len(folder) > len(best):
-            best = folder
-    known = _held.get(best)
-    return known[-1] if known else None
+        # Of a folder that is held twice the last one counts.
+        if (within or (itself and path == folder)) and (
+            best is None or len(folder) >= len(best.path)
+        ):
+            best = held
+    return best
 
 
 def register(held: Held) -> None:
     """From now on calls for paths in this folder go by its descriptor."""
-    _held.setdefault(held.path, []).append(held)
+    global _held  # noqa: PLW0603 - replaced and never changed: other threads are going through it
+    with _changing:
+        _held = (*_held, held)
 
 
 def let_go(held: Held) -> None:
     """The end of that; closing the descriptor is left to who has opened it."""
-    known = _held.get(held.path, [])
-    if held in known:
-        known.remove(held)
-    if not known:
-        _held.pop(held.path, None)
+    global _held  # noqa: PLW0603 - likewise
+    with _changing:
+        _held = tuple(one for one in _held if one is not held)

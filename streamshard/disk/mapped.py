@@ -84,7 +84,6 @@ class Mapped:
         self._mapping = system.map(descriptor, nbytes)
         try:
             self._absent = self._mapping.absent(WINDOW_NBYTES, _SAMPLE_NBYTES)
-            self._all = memoryview(self._mapping)
         except BaseException:
             self._mapping.close()
             raise
@@ -95,8 +94,12 @@ class Mapped:
         return self._mapping.lost
 
     def bytes(self, offset: int, nbytes: int) -> memoryview:
-        """A range of it, all of whose windows are populated."""
-        return self._all[offset : offset + nbytes]
+        """A range of it, all of whose windows are populated; for one thread.
+
+        Not a slice of a view that others slice: without a GIL Python loses count of these, and would
+        hand the mapping back while somebody looks at it.
+        """
+        return memoryview(self._mapping)[offset : offset + nbytes]
 
     def populate(self, window: int) -> bool:
         """Have a window in memory; False if it is to be read instead."""
@@ -133,7 +136,6 @@ class Mapped:
                     at = begin * WINDOW_NBYTES
                     system.uncache(self._descriptor, at, (end - begin) * WINDOW_NBYTES)
         self._spare = False  # the descriptor may become that of another file
-        self._all.release()
         self._mapping.close()
 
 

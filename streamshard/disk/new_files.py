@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class OutputFile:
 
     def __init__(self, path: Path, nbytes: int, *, again: bool = False) -> None:
         self.path = path
+        self._closing = threading.Lock()
         if again:
             self._open_again(nbytes)
             return
@@ -104,8 +106,9 @@ class OutputFile:
             system.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close the file; harmless if it is closed already."""
-        descriptor, self._descriptor = self._descriptor, -1
+        """Close the file; harmless if it is closed already, or by another thread."""
+        with self._closing:  # once: its number may be that of another file by then
+            descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with writing(self.path, 0):
                 system.close(descriptor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import queue
 import threading
 from functools import partial
@@ -100,7 +101,7 @@ class Remote:
         self.opened = 0
         """How often a stream was asked for."""
         self._lock = threading.Lock()
-        self.frontier.note(0, head)
+        self.frontier.note(0, head, len(head))
 
     def open(self, key: AnyPath) -> RemoteFile:
         """It, as a source with this key."""
@@ -221,7 +222,7 @@ class _Line:
         self._end = at
         self._failures = 0
         self._kept = _NOTHING
-        self._free = queue.SimpleQueue[memoryview]()
+        self._free = queue.SimpleQueue[mmap.mmap]()
         self._buffers = 0
 
     @property
@@ -254,22 +255,24 @@ class _Line:
         most = MOST_NBYTES if whole else min(max(wanted, BLOCK_NBYTES), MOST_NBYTES)
         wanted = min(wanted, most)
         self._kept = _NOTHING
-        buffer, start = self._buffer(), self.at
+        memory, start = self._memory(), self.at
+        buffer = memoryview(memory)
         try:
-            while (done := self.at - start) < wanted:
-                count = self._next(buffer[done:most], stop)
+            while (came := self.at - start) < wanted:
+                count = self._next(buffer[came:most], stop)
                 self.at += count
-                self._kept = buffer[: done + count]
+                self._kept = buffer[: came + count]
         except BaseException:
-            self._free.put(buffer)
+            self._free.put(memory)
             raise
-        self._remote.frontier.note(start, self._kept, partial(self._free.put, buffer))
+        done = partial(self._free.put, memory)
+        self._remote.frontier.note(start, memory, len(self._kept), done)
 
-    def _buffer(self) -> memoryview:
+    def _memory(self) -> mmap.mmap:
         """Where nothing is that is kept, or that a digest is still to be taken of."""
         if self._free.empty() and self._buffers < BUFFERS:
             self._buffers += 1
-            return memoryview(bytearray(MOST_NBYTES))
+            return mmap.mmap(-1, MOST_NBYTES)
         return self._free.get()
 
     def _next(self, out: memoryview, stop: int) -> int:

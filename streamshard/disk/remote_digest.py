@@ -6,6 +6,7 @@ file is known if at some time each of its bytes was the next one, and else it is
 
 from __future__ import annotations
 
+import mmap
 import queue
 import threading
 from collections.abc import Callable
@@ -38,13 +39,18 @@ class Frontier:
         self._lock = threading.Lock()
 
     def note(
-        self, start: int, data: bytes | memoryview, done: Callable[[], object] = lambda: None
+        self,
+        start: int,
+        data: bytes | mmap.mmap,
+        nbytes: int,
+        done: Callable[[], object] = lambda: None,
     ) -> None:
-        """Take bytes along that came from `start` on. Raises `WrongDigestError` with the last of them.
+        """Take bytes along that came from `start` on: the first `nbytes` of `data`.
 
-        `done` is called, by any thread, when they may change.
+        `done` is called, by any thread, when they may change. Raises `WrongDigestError` with the last
+        byte of the file.
         """
-        end = start + len(data)
+        end = start + nbytes
         if not start <= self._at < end:
             self._farthest = max(self._farthest, end)
             done()
@@ -53,7 +59,11 @@ class Frontier:
             if not (start <= self._at < end) or self._hash is None:
                 done()
                 return
-            self._hash.add(memoryview(data)[self._at - start :], done)
+            # Another thread is given a view that nobody else has a part of: Python counts those that
+            # are made of each other, and without a GIL it miscounts them.
+            with memoryview(data) as whole:
+                block = whole[self._at - start : nbytes]
+            self._hash.add(block, done)
             self._at = end
             if end == self._nbytes:
                 self._judge(self._hash.digest())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -175,7 +176,7 @@ class Senders:
     """
 
     def __init__(self, stop: Stop) -> None:
-        self.free: list[memoryview] = []
+        self.free: list[mmap.mmap] = []
         self._stop = stop
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(SENDERS)

@@ -1,16 +1,16 @@
 """Whether an adapter's config selects the modules that have pairs in its file.
 
-PEFT loads what the config selects and drops the rest without a word; others load what is there. So a
-file with more than its config selects means two things, and which of them was trained cannot be told.
+PEFT loads what the config selects and drops the rest without a word; others load what is there. The file
+is what was trained, and so all of it is merged, and told.
 """
 
 from __future__ import annotations
 
-from streamshard.errors import AdapterError, listed
+from streamshard.errors import listed
 from streamshard.lora.adapter import AdapterPlan
 from streamshard.tensor_names import is_of_tokens
 
-__all__ = ["check_selected"]
+__all__ = ["not_selected"]
 
 _WHY = {
     "target_modules": "target_modules does not name them",
@@ -20,11 +20,11 @@ _WHY = {
 }
 
 
-def check_selected(plan: AdapterPlan) -> list[str]:
-    """Refuse pairs of modules that the config leaves out; returns warnings.
+def not_selected(plan: AdapterPlan) -> list[str]:
+    """Warnings of pairs whose modules the config leaves out.
 
-    A pattern that fits no module of the file was written for other spellings of the names, and says
-    nothing of them: that is a warning. Tied embeddings that PEFT adapts along need not be named.
+    A pattern that fits no module of the file was written for other spellings of the names. Tied
+    embeddings that PEFT adapts along need not be named.
     """
     settings = plan.adapter.settings
     selection, tied = settings.selection, settings.ensure_weight_tying
@@ -49,9 +49,8 @@ def check_selected(plan: AdapterPlan) -> list[str]:
         ]
     field = next(iter(left.values()))
     named = [name for name, why in left.items() if why == field]
-    raise AdapterError(
-        f"{where}: has pairs for {len(named)} of {len(pairs)} modules that the config leaves out "
-        f"({listed(named, 3)}): {_WHY[field]}. PEFT drops such pairs without a word, other programs "
-        f"apply them. If they were trained, correct {field} in adapter_config.json; else remove them "
-        "from the file."
-    )
+    return [
+        f"{where}: {len(named)} of {len(pairs)} modules that have pairs in the file are left out by the "
+        f"config ({listed(named, 3)}): {_WHY[field]}. PEFT would drop these pairs without a word; all of "
+        "them are merged. If they were not trained, remove them from the file"
+    ]

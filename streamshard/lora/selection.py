@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from streamshard.lora.module_patterns import full_match
+from streamshard.values import frozen
 
 __all__ = ["Selection", "read_selection", "with_number"]
 
@@ -20,7 +20,7 @@ __all__ = ["Selection", "read_selection", "with_number"]
 _NO_NUMBERS = re.compile(r"\\[dDwWsSbB]|\{[\d,]*\}|[A-Za-z_]\w*")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Selection:
     """The fields of `LoraConfig` that choose modules; everything, unless they say otherwise.
 

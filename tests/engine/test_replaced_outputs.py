@@ -95,7 +95,7 @@ def test_the_output_is_held_until_it_is_moved(pair, cli, monkeypatch):
     monkeypatch.setattr(system, "rename", looking)
     assert cli(*pair.command, "--overwrite").code == 0
     assert len(seen) == 1
-    assert held._held == {}
+    assert held._held == ()
 
 
 def test_what_comes_into_the_output_right_before_it_is_moved(pair, cli, monkeypatch):
