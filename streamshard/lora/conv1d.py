@@ -44,10 +44,10 @@ def stored_in_out(
     every = set().union(*told.values())
     open_names = []
     for name in square:
-        alike = told.get(name.rpartition(".")[2], every)
-        # Without a witness the config is believed that says the usual.
+        # A config that says the usual is a witness where no module of that name is one.
+        alike = told.get(name.rpartition(".")[2], every if says else every | {False})
         found[name] = True in alike
-        if len(alike) > 1 or (says and not alike):
+        if len(alike) != 1:
             open_names.append(name)
     if open_names:
         raise AdapterError(

@@ -129,3 +129,26 @@ def test_square_layers_of_which_nothing_tells_are_refused(targets, tmp_path):
     adapter = save_adapter(tmp_path / "adapter", adapted(fill(Mixed()), target_modules=targets))
     base = save_base(tmp_path / "base", fill(Mixed()))
     raises(tmp_path, "fan_in_fan_out", "square", base=base, adapter=adapter)
+
+
+class Apart(torch.nn.Module):
+    """A square linear layer in a model whose other layers are all the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(90, 40)
+        self.wide = transformers.pytorch_utils.Conv1D(56, 40)
+        self.back = transformers.pytorch_utils.Conv1D(40, 56)
+        self.fc = torch.nn.Linear(40, 40)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.back(self.wide(self.embed(tokens))))
+
+
+@pytest.mark.parametrize("targets", [["fc"], ["wide", "fc"]])
+def test_other_layers_do_not_turn_what_the_config_says_is_not(targets, tmp_path):
+    """The update was silently transposed: shapes of strangers were believed, the config was not."""
+    adapter = save_adapter(tmp_path / "adapter", adapted(fill(Apart()), target_modules=targets))
+    configure(adapter, fan_in_fan_out=False)
+    base = save_base(tmp_path / "base", fill(Apart()))
+    raises(tmp_path, "fan_in_fan_out is false", "'fc' are square", base=base, adapter=adapter)
