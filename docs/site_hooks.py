@@ -1,8 +1,9 @@
 """What the pages have from elsewhere, so that no copy is kept by hand.
 
-`python docs/site_hooks.py` writes what is between `<!-- commands -->` or `<!-- exit codes -->` and
-`<!-- end -->` anew: all commands and options, from click, and the table of exit codes. They are kept, so
-that they can be read in the repository, too; a test compares.
+`python docs/site_hooks.py` writes what is between `<!-- commands -->`, `<!-- exit codes -->` or
+`<!-- python NAMES -->` and `<!-- end -->` anew: all commands and options, from click, the table of exit
+codes, and names of the package with their signatures and docstrings. They are kept, so that they can be
+read in the repository, too; a test compares.
 
 When the site is built, a line that ends in `<!-- file NAME -->` becomes a Markdown file of the
 repository, without its title, and one in `<!-- notebook NAME -->` the cells of a notebook.
@@ -10,18 +11,24 @@ repository, without its title, and one in `<!-- notebook NAME -->` the cells of 
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from pprint import pformat
+from typing import Any, is_typeddict
 
 import click
 
 DOCS = Path(__file__).parent
-GENERATED = (DOCS / "reference/cli.md",)
+GENERATED = (DOCS / "reference/cli.md", DOCS / "reference/python.md")
 MARK = re.compile(r"^.*<!-- (file|notebook) (\S+) -->$", re.MULTILINE)
-KEPT = re.compile(r"(?<=<!-- )(commands|exit codes) -->\n.*?(?=\n<!-- end -->)", re.DOTALL)
+KEPT = re.compile(
+    r"(?<=<!-- )(commands|exit codes|python)((?: \w+)*) -->\n.*?(?=\n<!-- end -->)", re.DOTALL
+)
+WIDTH = 88
+"""Of signatures: a page has no more room."""
 
 
 def on_page_markdown(markdown: str, **_site: Any) -> str:
@@ -31,7 +38,10 @@ def on_page_markdown(markdown: str, **_site: Any) -> str:
 
 def generated(markdown: str) -> str:
     """The page with what is kept in it made anew."""
-    return KEPT.sub(lambda found: f"{found[1]} -->\n\n{KEPT_OF[found[1]]()}", markdown)
+    return KEPT.sub(
+        lambda found: f"{found[1]}{found[2]} -->\n\n{KEPT_OF[found[1]](*found[2].split())}",
+        markdown,
+    )
 
 
 def commands() -> str:
@@ -90,6 +100,64 @@ def exit_codes() -> str:
     return "\n".join(["| code | |", "|---:|---|", *rows])
 
 
+def python(*names: str) -> str:
+    """Names of the package: what each is, and its docstring."""
+    import streamshard
+
+    return "\n".join(
+        f"### {name}\n\n{_described(name, getattr(streamshard, name))}\n" for name in names
+    )
+
+
+def _described(name: str, value: Any) -> str:
+    if not callable(value):
+        return f"```text\n{name} = {pformat(value, width=WIDTH - len(name) - 3)}\n```"
+    text = inspect.cleandoc(value.__doc__ or "")
+    if not isinstance(value, type):
+        return f"```text\n{_signature(name, value)}\n```\n\n{text}"
+    if issubclass(value, Exception):
+        kinds = " and ".join(f"`{base.__name__}`" for base in value.__bases__)
+        code = f" Exit code {value.exit_code}." if hasattr(value, "exit_code") else ""
+        return f"{text}\n\nSubclass of {kinds}.{code}"
+    if is_typeddict(value):
+        # Those that it explains; others are of what it extends.
+        fields = {k: of for k, of in value.__annotations__.items() if f"- `{k}`:" in text}
+        types = [f"{field}: {_type(of)}" for field, of in fields.items()]
+        return f"{text}\n\n```text\n" + "\n".join(types) + "\n```"
+    return text
+
+
+def _signature(name: str, function: Any) -> str:
+    """As its source has it; a parameter a line, if it is long."""
+    found = inspect.signature(inspect.unwrap(function))
+    kept = [one.replace(annotation=_Text(one.annotation)) for one in found.parameters.values()]
+    found = found.replace(parameters=kept, return_annotation=_Text(found.return_annotation))
+    whole = f"{name}{found}"
+    if len(whole) <= WIDTH:
+        return whole
+    lines, is_keyword = [], False
+    for one in kept:
+        if one.kind is one.KEYWORD_ONLY and not is_keyword:
+            lines.append("    *,")
+            is_keyword = True
+        lines.append(f"    {one},")
+    return "\n".join([f"{name}(", *lines, f") -> {found.return_annotation!r}"])
+
+
+class _Text(str):
+    """An annotation as it stands in the source, for which `inspect` asks by its `repr`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _type(annotation: Any) -> str:
+    """Of a field of a typed dictionary."""
+    return str(getattr(annotation, "__forward_arg__", annotation))
+
+
 def file(name: str) -> str:
     """A Markdown file of the repository; the page has a title of its own."""
     return (DOCS.parent / name).read_text(encoding="utf-8").partition("\n")[2]
@@ -106,7 +174,7 @@ def notebook(name: str) -> str:
 
 
 MADE = {"file": file, "notebook": notebook}
-KEPT_OF = {"commands": commands, "exit codes": exit_codes}
+KEPT_OF = {"commands": commands, "exit codes": exit_codes, "python": python}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -245,25 +246,22 @@ def test_links_lead_somewhere(page):
 
 def test_the_python_reference_has_every_public_name():
     import streamshard
-    import streamshard.errors
 
     page = (DOCS / "reference/python.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^::: streamshard\.([\w.]+)", page, re.MULTILINE))
-    names = {name.rpartition(".")[2] for name in documented}
-    # All classes of errors are listed with their module.
-    names |= set(re.findall(r"^ {8}- (\w+)$", page, re.MULTILINE))
-    assert {*streamshard.__all__, *streamshard.errors.__all__} - names == {
-        *("__version__", "add_to", "argument", "both_bytes", "bytes_text", "escaped"),
-        *("listed", "nearest", "printable"),
-    }
-    for name in documented:
-        owner: object = streamshard
-        for part in name.split("."):
-            if not hasattr(owner, part):
-                owner = __import__(f"{owner.__name__}.{part}", fromlist=[part])
-            else:
-                owner = getattr(owner, part)
-        assert owner.__doc__, name
+    asked = [name for names in re.findall(r"<!-- python (.*) -->", page) for name in names.split()]
+    assert {*streamshard.__all__} - {*asked} == {"__version__", "errors"}
+    assert re.findall(r"^### (\w+)$", page, re.MULTILINE) == asked
+    for name in asked:
+        own = page.partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+        value = getattr(streamshard, name)
+        if callable(value):
+            assert value.__doc__
+            assert value.__doc__.split("\n")[0] in own
+        if callable(value) and not isinstance(value, type):  # each parameter that the source has
+            code = inspect.unwrap(value).__code__
+            count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 8)
+            assert all(f"{one}: " in own for one in code.co_varnames[:count]), name
+            assert f"{name}(" in own
 
 
 def test_the_page_on_the_record_has_every_key_that_there_is(world, tmp_path):

@@ -6,12 +6,16 @@ import contextlib
 import io
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from streamshard.cli.terminal_text import columns_of, fitted
 from streamshard.errors import WriteError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 __all__ = [
     "end",
@@ -29,7 +33,8 @@ def open_streams() -> None:
     """Have standard input, output and error open, before anything else is opened.
 
     A file that is opened while one of them is closed gets its number, and what a library prints then
-    lands in it. Whoever closes one does not ask for what would be written there: it goes nowhere.
+    lands in it. Whoever closes one does not ask for what would be written there: it goes nowhere, and
+    what `head` has not read neither. How a command ends does not depend on that.
     """
     for number in (0, 1, 2):
         try:
@@ -47,6 +52,38 @@ def open_streams() -> None:
         elif isinstance(stream, io.TextIOWrapper):
             # Names have letters that not every terminal knows.
             stream.reconfigure(errors="backslashreplace")
+            if _is_pipe(stream, number):
+                setattr(sys, name, _as_pipe(stream, number))
+
+
+class _Pipe(io.FileIO):
+    """One end of a pipe, whose reader may have read enough."""
+
+    def write(self, data: Buffer) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            _discard(self.fileno())
+            return memoryview(data).nbytes
+
+
+def _is_pipe(stream: io.TextIOWrapper, number: int) -> bool:
+    try:
+        mode = os.fstat(number).st_mode
+        return stream.fileno() == number and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))
+    except (OSError, ValueError):  # it is something else, in a test
+        return False
+
+
+def _as_pipe(stream: io.TextIOWrapper, number: int) -> io.TextIOWrapper:
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Pipe(number, "w", closefd=False)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def say(text: str, *, fits: bool = True) -> None:

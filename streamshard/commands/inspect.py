@@ -56,6 +56,12 @@ def inspect(path: PathLike, **_cache: Unpack[BaseOptions]) -> Report:
             "evidence": list(seen.evidence),
         }
         note(*seen.warnings)
+        if found.config is None and seen.layout is not None:
+            note(
+                f"{printable(str(found.path))}: there is no config.json. What it is follows from names "
+                "and shapes alone, missing layers are not noticed, and nothing can load it: copy that "
+                "of the original model"
+            )
         if not factors_among(found.tensors):  # `verify` looks at wrapped ones, too
             model.check()
     except InputError as error:

@@ -241,6 +241,10 @@ def test_content_is_asked_for_without_a_token(hub, opened):
         ({"Retry-After": "0"}, 0.5),
         ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.5),
         ({"Retry-After": "soon"}, 0.5),
+        ({"Retry-After": "-5"}, 0.5),
+        ({"Retry-After": "\xb2"}, 0.5),  # a digit, but no number
+        ({"Retry-After": "21 Oct 99999999999 1:1:1"}, 0.5),
+        ({"Retry-After": "Wed, 21 Oct 2015 7:28:00 +9999959999699"}, 0.5),
         ({"RateLimit": '"api";r=0;t=55'}, 55.0),
         ({"RateLimit": '"api";r=3;t=55'}, 0.5),
     ],

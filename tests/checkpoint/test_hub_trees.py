@@ -74,6 +74,8 @@ from streamshard.errors import UsageError
             (text, None)
             for text in ("a/b\n", "a/b@", "a/b@x y", "a/\u00e9", "a/" + "b" * 97, "a/b\0")
         ),
+        # The hub has nothing of these names, and its client does not ask for them.
+        *((text, None) for text in ("a/b--c", "a..b/c", "a/b-", "a./b", "a/b.git", "a/b.git@v1")),
     ],
 )
 def test_what_an_argument_means(text, expected, tmp_path, monkeypatch):
@@ -102,6 +104,8 @@ def test_what_begins_here_is_a_path(tmp_path, monkeypatch):
         "hf://org/n//x",
         "hf://o o/n",
         "hf://./n",
+        "hf://org/n--m",
+        "hf://org/n.git/folder",
         "https://huggingface.co/name",
         "https://huggingface.co/org/name/discussions/3",
         "https://huggingface.co/org/name/tree/main/../x",

@@ -81,7 +81,7 @@ def test_the_code_of_an_error_stays_though_nobody_hears_of_it(closed, arguments,
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["diff", "--help"]], ids=str)
 @pytest.mark.parametrize(
     ("streams", "code"),
-    [(">&-", 0), ("2>&-", 0), (">/dev/full", 6), (">/dev/full 2>&-", 6), ("| exec true", 6)],
+    [(">&-", 0), ("2>&-", 0), (">/dev/full", 6), (">/dev/full 2>&-", 6), ("| exec true", 0)],
 )
 def test_help_that_cannot_be_printed(arguments, streams, code):
     done = shell(streams, *arguments)
@@ -95,6 +95,25 @@ def test_a_result_that_cannot_be_printed(more, pair):
     assert "cannot be printed: No space left" in done.stderr
     assert pair.output.exists() == (more != ["--dry-run"])
     assert ("is complete" in done.stderr) == (more != ["--dry-run"])
+
+
+# Nobody reads any more when it is told what follows.
+DEAF = "| { exec <&-; sleep 0.3; }"
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=str)
+@pytest.mark.parametrize("streams", [DEAF, f"2>&1 {DEAF}", "| head -c 1"])
+def test_who_has_read_enough_does_not_change_how_it_ends(streams, more, pair):
+    assert shell(streams, *pair.command, *more).returncode == 0
+    assert (pair.output / "streamshard.json").exists()
+    same = shell(streams, "diff", str(pair.base), str(pair.base), "--exit-code", *more)
+    other = shell(streams, "diff", str(pair.base), str(pair.output), "--exit-code", *more)
+    assert (same.returncode, other.returncode) == (0, 8)
+    (pair.output / "model.safetensors").write_bytes(b"")
+    assert shell(streams, "verify", str(pair.output), *more).returncode == 8
+    assert shell(streams, "inspect", str(pair.base), *more).returncode == 0
+    assert shell(streams, "inspect", "nowhere", *more).returncode == 3
+    assert shell(streams, "env", *more).returncode == 0
 
 
 def test_a_full_log_does_not_stop_the_work(pair):

@@ -25,7 +25,7 @@ def stop(self, data, offset):
         if one.acquire(blocking=False):
             interrupt(number)
         elif not ended.is_set():
-            ended.wait()
+            ended.wait(600)
         counted.append(threading.get_ident())
     write(self, data, offset)
 OutputFile.write = stop

@@ -11,7 +11,7 @@ import sys
 import pytest
 from interrupted_runs import AFTER_A_SHARD, INTERRUPT, KILL, killed
 from make_checkpoint import write_adapter, write_checkpoint
-from pairs import wrap_as_the_trainer
+from pairs import heed_interrupts, wrap_as_the_trainer
 from reference import digests
 from terminals import in_terminal
 
@@ -122,6 +122,7 @@ def run(*arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         env={**os.environ, "COLUMNS": "40"},
+        preexec_fn=heed_interrupts,
     )
 
 

@@ -136,7 +136,8 @@ def test_a_bare_file(tmp_path, cli):
         "custom", "internlm2", None,
     )  # fmt: skip
     assert list(report["files"]) == ["model.safetensors"]
-    assert cli("inspect", file).code == 0
+    assert ["there is no config.json" in told for told in report["warnings"]] == [True]
+    assert cli("inspect", file).err.count("copy that of the original model") == 1
     save_file({"w": torch.ones(3)}, tmp_path / "other.safetensors")
     report = inspect(tmp_path / "other.safetensors")
     assert (report["layout"], report["tensors"]) == (None, 1)

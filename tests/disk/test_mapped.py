@@ -41,8 +41,11 @@ def absent(path: Path) -> list[int]:
 
 def have_in_cache(path: Path) -> None:
     """A system that is short of memory may have dropped what was just written; that is not mapped."""
-    while any(absent(path)):
+    for _ in range(1000):
+        if not any(absent(path)):
+            return
         path.read_bytes()
+    pytest.skip("this system keeps nothing in its cache")
 
 
 @pytest.fixture
@@ -377,13 +380,15 @@ def test_a_base_that_is_cut_off_at_the_worst_moments(at, pair, cli, monkeypatch)
 def test_the_cache_is_left_as_it_was(choice, spare, how, tmp_path, monkeypatch):
     """Windows 2 and 3 were there, 0, 1, 4 and 5 were not; tensors begin and end anywhere."""
     monkeypatch.setenv("STREAMSHARD_READ", choice)
-    path, nbytes = tmp_path / "file", 6 * WINDOW_NBYTES
-    path.write_bytes(np.random.default_rng(2).bytes(nbytes))
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    for window in (0, 1, 4, 5):
-        os.posix_fadvise(descriptor, window * WINDOW_NBYTES, WINDOW_NBYTES, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
+    path, untouched, nbytes = tmp_path / "file", tmp_path / "untouched", 6 * WINDOW_NBYTES
+    for file in (path, untouched):
+        file.write_bytes(np.random.default_rng(2).bytes(nbytes))
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        for window in (0, 1, 4, 5):
+            at = window * WINDOW_NBYTES
+            os.posix_fadvise(descriptor, at, WINDOW_NBYTES, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
     before = absent(path)
     if before != [1, 1, 0, 0, 1, 1]:
         pytest.skip("this file system keeps its cache")
@@ -401,4 +406,6 @@ def test_the_cache_is_left_as_it_was(choice, spare, how, tmp_path, monkeypatch):
     files.close()
     left = absent(path)
     assert data == path.read_bytes()
+    if absent(untouched) != before:
+        pytest.skip("the system needs memory, and drops what is in the cache")
     assert left == before if spare else not any(left[:2])

@@ -36,7 +36,7 @@ def heard(self, error):
 Stop.fail = heard
 def interrupt(number):
     os.kill(os.getpid(), number)
-    ended.wait()
+    ended.wait(600)  # ends a hang
 """
 AFTER_A_SHARD = """
 from streamshard.engine.journal import Journal
