@@ -383,6 +383,7 @@ def test_a_kill_at_a_stage(stage, done, keeps, shop, hub, place):
     running.append(begin(shop, hub, place, *more, "--part", "1/2"))
     ended(running[0])
     assert running[0].returncode == -signal.SIGKILL
+    hub.settle()
     for number in (1, 2):
         ends_well(begin(shop, hub, place, *more, "--part", f"{number}/2"))
     assert pushed(hub) == shop.right

@@ -39,6 +39,7 @@ def test_a_kill_at_each_stage(stage, done, keeps, shop, hub, tmp_path):
     running.append(begin(shop, hub, place, *more))
     code, told = code_of(running[0])
     assert code == -signal.SIGKILL, told
+    hub.settle()
     before = len(hub.commits(REPO)) if hub.exists(REPO) else 0
     code, told = code_of(begin(shop, hub, place, *more))
     assert code == 0, told

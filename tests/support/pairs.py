@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +10,6 @@ from pathlib import Path
 def heed_interrupts() -> None:
     """In a new process: SIGINT counts, also if these tests run in the background of a shell."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def begun(*arguments: str | Path) -> subprocess.Popen[str]:
-    """The command line in a new process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "streamshard", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509 - before any thread
-    )
 
 
 @dataclass(frozen=True)
