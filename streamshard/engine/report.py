@@ -121,15 +121,13 @@ def _plain(value: Any) -> Any:
 def update(finished: Sequence[FinishedShard]) -> dict[str, float] | None:
     """Norms of the updates as they should be and as they are after rounding; None without any.
 
-    The first is rounded to six digits, so that it does not tell who wrote what. `unchanged` is the share
-    of elements that an update was added to and that are as before.
+    `unchanged` is the share of elements that an update was added to and that are as before.
     """
     change = _change(finished)
     if not change.updated:
         return None
     return {
-        # Kernels sum it in different ways, and agree in more digits than these.
-        "intended": float(f"{math.sqrt(change.intended):.6g}"),
+        "intended": math.sqrt(change.intended),
         "effected": math.sqrt(change.effected),
         "unchanged": change.unchanged / change.updated,
     }
