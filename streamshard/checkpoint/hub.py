@@ -169,11 +169,11 @@ class View:
             missing = [name for name in weights if name not in self.files]
             if missing:
                 raise not_cached(str(self.asked), missing[0], self.repository.client.cache)
-        together(
-            [self.files[name] for name in weights if name in self.files], ViewFile.head, AT_ONCE
-        )
+        heads = [self.files[name] for name in weights if name in self.files]
+        # From the cache in order, so that it is the first one that is told if it lacks several.
+        together(heads, ViewFile.head, 1 if offline else AT_ONCE)
         if offline:  # now that weights are told of first
-            together(small, _fetch, AT_ONCE)
+            together(small, _fetch, 1)
 
     def _is_inside(self, name: str) -> bool:
         """Whether a file is one of the folder that is meant, or below it and no other run's."""
