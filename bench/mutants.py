@@ -39,7 +39,7 @@ COPIED = (
     *("streamshard", "tests", "tools", "bench", "pyproject.toml"),
     *("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "LICENSE"),
 )
-SECONDS = 300.0
+SECONDS = 900.0
 PASSED, FAILED = 0, 1  # exit codes of pytest; others mean that it could not run
 
 

@@ -5,7 +5,6 @@ Every message names the file and the tensor, what was expected and found, and wh
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable
 from typing import Any, Self
 
@@ -226,6 +225,8 @@ def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
     tail = name.rsplit(".", 2)[-2:]
     # Comparing with every name of a 40,000-tensor checkpoint takes seconds: prefer a shared tail.
     pool = [k for k in known if k.rsplit(".", 2)[-2:] == tail] or list(known)
+    import difflib  # where names are alike is asked of few runs
+
     return difflib.get_close_matches(name, pool[:2000], n=count, cutoff=0.3)
 
 

@@ -19,11 +19,11 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from streamshard.errors import OutOfMemoryError, bytes_text
+from streamshard.values import frozen
 
 if sys.platform != "win32":
     import resource
@@ -43,7 +43,7 @@ __all__ = [
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Need:
     """Bytes of private memory, of addresses (with libraries), and of what is touched."""
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hangs import HANGS
 from hypothesis import HealthCheck, settings
 from pairs import Outcome, Pair, new_pair
 
 # No test asks the hub; those that ask one of their own say so to the processes that they start.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A hub of our own always answers, but the machine may be busy.
+os.environ["HF_HUB_ETAG_TIMEOUT"] = os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = str(HANGS)
 # Thousands of processes are started: each would compile some 180 modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -73,6 +76,27 @@ def work() -> Iterator[Any]:
 
     with contextlib.closing(Files()) as files:
         yield Workspace(files)
+
+
+@pytest.fixture
+def nbytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How much of files was asked for at a time, by reading or in memory: no matter of load."""
+    from streamshard.disk.system import system
+
+    asked: list[int] = []
+    read, populate = system.pread, system.populate
+
+    def reading(descriptor: int, out: memoryview, offset: int) -> int:
+        asked.append(len(out))
+        return read(descriptor, out, offset)
+
+    def mapping(descriptor: int, mapped: Any, offset: int, nbytes: int) -> None:
+        asked.append(nbytes)
+        populate(descriptor, mapped, offset, nbytes)
+
+    monkeypatch.setattr(system, "pread", reading)
+    monkeypatch.setattr(system, "populate", mapping)
+    return asked
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from docs_world import (
     site_hooks,
 )
 from fake_hub import Hub
+from hangs import HANGS
 
 EXECUTED = ("sh", "python")
 README = ROOT / "README.md"
@@ -97,7 +98,7 @@ def test_the_examples_run_as_they_are_written(page, world, hub, programs, tmp_pa
                 env=env,
                 capture_output=True,
                 text=True,
-                timeout=300,
+                timeout=HANGS,
                 check=False,
             )
             where = f"{page.relative_to(ROOT)}:{block.line}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,12 @@ from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading
 from streamshard.errors import AdapterError, InputError
 from streamshard.tensors.lazy import Lazy
+from streamshard.values import frozen
 
 __all__ = ["AdapterFolder", "is_adapter", "open_adapter"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AdapterFolder:
     """A PEFT adapter as found on disk: its config, its tensors, and the file or index that has them.
 
@@ -110,7 +110,7 @@ def _open_adapter(path: Path) -> AdapterFolder:
     return AdapterFolder(path, file, config, files, beside, warnings)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _File:
     tensors: Mapping[str, Lazy]
 

@@ -5,9 +5,10 @@ Opening reads headers and JSON only. Nothing found in these files is executed.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from streamshard.disk.paths import PathLike, input_path
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, listed, printable
 from streamshard.tensors.lazy import Stored
+from streamshard.values import frozen
 
 __all__ = ["Checkpoint", "no_such", "open_checkpoint", "outside", "tokenizer_files"]
 
@@ -58,7 +60,7 @@ __all__ = ["Checkpoint", "no_such", "open_checkpoint", "outside", "tokenizer_fil
 _FILES = [names.single for names in CHECKPOINT_NAMES]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Checkpoint:
     """A checkpoint as found on disk.
 
@@ -87,7 +89,7 @@ class Checkpoint:
 
     def shard_of(self, name: str) -> str:
         """The name of the file that a tensor is in, as a file of safetensors."""
-        return written_name(Path(self.tensors[name].path).name)
+        return written_name(os.path.basename(self.tensors[name].path))  # noqa: PTH119 - of each tensor
 
 
 def open_checkpoint(path: PathLike, *, needs_weights: bool = True) -> Checkpoint:

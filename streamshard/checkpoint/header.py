@@ -12,7 +12,6 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, printable
 from streamshard.tensors.dtypes import DTYPE_BITS, NUMPY
 from streamshard.tensors.lazy import Lazy, Stored
+from streamshard.values import frozen
 
 __all__ = [
     "MAX_NAME_BYTES",
@@ -57,7 +57,7 @@ _NEXT = re.compile(rb"[ \t\n\r]*([,}])")
 _OLDEST = {*NUMPY, "BF16"}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Header:
     """What a file's header says: tensors in the order of their bytes, and the metadata."""
 

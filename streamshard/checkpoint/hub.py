@@ -11,6 +11,7 @@ is read there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -142,6 +143,14 @@ class View:
                     ) from error
                 try:
                     system.truncate(descriptor, file.nbytes)
+                except OSError as error:
+                    if error.errno not in (errno.EFBIG, errno.EINVAL, errno.EOVERFLOW):
+                        raise
+                    raise InputError(
+                        f"{self.asked}: has a file '{printable(file.name)}', which is listed with "
+                        f"{file.nbytes:,} bytes; no file of that size can be here ({error.strerror}). "
+                        "Look at it on the hub."
+                    ) from error
                 finally:
                     system.close(descriptor)
 

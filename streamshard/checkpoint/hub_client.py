@@ -6,26 +6,27 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamshard.checkpoint.hub_errors import asking, not_cached
+from streamshard.checkpoint.hub_errors import asking, constants, not_cached
 from streamshard.checkpoint.hub_ids import HubId
 from streamshard.checkpoint.listing_cache import keep_listing, kept_listing
 from streamshard.checkpoint.loaded_names import is_read
 from streamshard.disk.existence import found, is_folder, walked
 from streamshard.disk.system import reading, system
 from streamshard.errors import InputError, printable
+from streamshard.values import frozen
 
 __all__ = ["Client", "Listed", "Published", "Repository"]
 
 MAX_FILES = 20_000  # of one repository; those of models have some hundred
+MAX_PAGES = 2_000  # of its list; the hub has a thousand files on each
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Listed:
     """A file as the hub lists it."""
 
@@ -40,7 +41,7 @@ class Listed:
         return self.digest.partition(":")[2]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Published:
     """What the hub says of a model at one commit."""
 
@@ -49,7 +50,7 @@ class Published:
     files: Sequence[Listed]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Client:
     """The client with its cache; `offline` asks nothing."""
 
@@ -61,11 +62,10 @@ class Client:
     @classmethod
     def of(cls, cache_dir: Path | None, *, offline: bool) -> Client:
         """The client as its environment and the options have it."""
-        from huggingface_hub import constants
-
-        cache = Path(os.path.abspath(cache_dir or constants.HF_HUB_CACHE))  # noqa: PTH100
+        made = constants()
+        cache = Path(os.path.abspath(cache_dir or made.HF_HUB_CACHE))  # noqa: PTH100
         given = None if cache_dir is None else cache
-        return cls(cache, offline or bool(constants.HF_HUB_OFFLINE), given)
+        return cls(cache, offline or bool(made.HF_HUB_OFFLINE), given)
 
     def repository(self, asked: HubId) -> Repository:
         """A repository at one commit, which stays the same whatever happens to its branches."""
@@ -109,7 +109,7 @@ class Client:
         return commit
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Repository:
     """A model on the hub at one commit."""
 
@@ -135,7 +135,8 @@ class Repository:
 
         listed: list[Listed] = []
         entries = []
-        with asking(str(self.asked), "the list of its files"):
+        count = 0  # with folders
+        with asking(str(self.asked), "the list of its files", most=MAX_PAGES):
             # Not the object that `resolve_revision` gives: as text that is the branch.
             for entry in HfApi().list_repo_tree(
                 self.asked.repo, recursive=True, revision=self.commit
@@ -143,7 +144,8 @@ class Repository:
                 if hasattr(entry, "blob_id"):
                     listed.append(_listed(self.asked, entry))
                     entries.append(entry)
-                if len(listed) > MAX_FILES:
+                count += 1
+                if count > MAX_FILES:
                     raise InputError(
                         f"{self.asked}: has more than {MAX_FILES:,} files, the limit here. Download the "
                         "model's own files (hf download), and give the folder."

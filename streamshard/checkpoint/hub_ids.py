@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from urllib.parse import unquote
 
 from streamshard.disk.existence import has_name
 from streamshard.errors import UsageError, printable
+from streamshard.values import frozen
 
 __all__ = ["HubId", "hub_id"]
 
 SCHEME = "hf://"
-_PART = r"[A-Za-z0-9][\w.-]{0,95}"
-_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>\S*[^\s/]))?/?", re.ASCII)
-_WITH_COLON = re.compile(rf"(?:{SCHEME})?(?P<repo>{_PART}/{_PART}):(?P<revision>[^\s/]+)", re.ASCII)
+# As the hub lets people call things: no doubled dash or dot, a letter or digit at the end.
+_PART = r"[A-Za-z0-9](?:(?:(?!--|\.\.)[\w.-]){0,94}\w)?"
+_REPO = rf"(?P<repo>{_PART}/{_PART})(?<!\.git)"
+_ID = re.compile(rf"{_REPO}(?:@(?P<revision>\S*[^\s/]))?/?", re.ASCII)
+_WITH_COLON = re.compile(rf"(?:{SCHEME})?{_REPO}:(?P<revision>[^\s/]+)", re.ASCII)
 # A revision with slashes is told from the path of a file by its beginning.
 _URL = re.compile(
-    rf"{SCHEME}(?:models/)?(?P<repo>{_PART}/{_PART})"
+    rf"{SCHEME}(?:models/)?{_REPO}"
     r"(?:@(?P<revision>refs/[^/\s]+/[^/\s]+|[^/\s]+))?(?:/(?P<inside>.*))?",
     re.ASCII,
 )
 # As a browser shows it, after the hub's own address.
 _PAGE = re.compile(
-    rf"(?P<repo>{_PART}/{_PART})"
+    rf"{_REPO}"
     r"(?:/(?:tree|blob|resolve)/(?P<revision>refs/[^/\s]+/[^/\s]+|[^/\s]+)(?:/(?P<inside>.*))?)?/?",
     re.ASCII,
 )
@@ -35,7 +37,7 @@ _OTHERS = re.compile(r"(?:models/)?(datasets|spaces|kernels|buckets|collections|
 _FILE = re.compile(r".*\.(?:safetensors|bin|pt|pth|ckpt|json|index)", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HubId:
     """A model on the hub: its repository, the revision that was asked for, and a path in it, if any."""
 

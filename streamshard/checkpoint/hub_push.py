@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from streamshard.checkpoint.file_names import CARD_NAME
 from streamshard.checkpoint.hub_client import Client, Listed, Repository
 from streamshard.checkpoint.hub_errors import LOG_IN, endpoint
 from streamshard.checkpoint.hub_ids import HubId
@@ -29,6 +30,7 @@ from streamshard.checkpoint.hub_sending import HubStatusError, again, pause, sen
 from streamshard.checkpoint.loaded_names import is_model, is_read
 from streamshard.checkpoint.sent_files import MovedError, Placed, SentFile
 from streamshard.errors import HubError, InputError, OutputError, listed, printable
+from streamshard.values import frozen
 
 __all__ = ["HubPush", "HubTarget"]
 
@@ -38,7 +40,7 @@ SETTLES = 5
 """Times that the hub is asked for what it has just been given."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HubTarget:
     """A repository before anything is sent: its head, and what a commit changes of it."""
 
@@ -48,7 +50,7 @@ class HubTarget:
     warnings: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HubPush:
     """A repository that an output goes to; `keeps` says that it stays on this machine, too."""
 
@@ -274,6 +276,7 @@ class HubPush:
             )
 
     def _check_token(self) -> None:
+        endpoint()  # raises if the environment has no hub
         from huggingface_hub import get_token
 
         if get_token() is None:
@@ -319,8 +322,12 @@ class HubPush:
                 "name, or pass --overwrite: then one commit replaces those files, and removes what else "
                 "loaders would read there; the old ones stay in its history."
             )
-        text = f"{self.repo}: {listed(others)} there is removed: loaders would read it with this output"
-        return HubTarget(version, ours, others, [text] if others else [])
+        told = ""
+        if others:
+            told = f"{listed(others)} there is removed: loaders would read it with this output"
+        elif CARD_NAME in ours and not model:  # maybe somebody's own words
+            told = f"its {CARD_NAME} is replaced (the old one stays in its history; --card none keeps it)"
+        return HubTarget(version, ours, others, [f"{self.repo}: {told}"] if told else [])
 
 
 def differing(files: Sequence[SentFile], tree: Mapping[str, Listed]) -> list[str]:

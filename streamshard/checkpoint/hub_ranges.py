@@ -8,15 +8,13 @@ that was asked for: 206, `Content-Range`, the right length. Anything else is ano
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import re
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from streamshard.checkpoint.hub_errors import asking
+from streamshard.checkpoint.hub_errors import asked_to_wait, asking
 from streamshard.checkpoint.hub_stream import Body
 from streamshard.disk.remote import AgainError
 from streamshard.errors import HubError, UsageError, printable
@@ -179,7 +177,7 @@ class HubFile:
 
         status, headers = response.status_code, response.headers
         if status >= 500 or status in _AGAIN:
-            raise AgainError(f"the server answered {status}", _asked_to_wait(headers))
+            raise AgainError(f"the server answered {status}", asked_to_wait(headers))
         if status == 416:
             raise AgainError(f"the server knows no bytes from {start:,} to {stop:,}")
         if status >= 400:
@@ -223,14 +221,3 @@ def _sent_on(url: str, target: str) -> str:
     except ValueError:
         pass
     raise AgainError(f"it was sent on to '{target}', which is no address")
-
-
-def _asked_to_wait(headers: Mapping[str, str]) -> float | None:
-    """Seconds that an answer asks to wait; None if it does not."""
-    said = headers.get("Retry-After", "").strip()
-    if said.isdigit():
-        return float(said)
-    with contextlib.suppress(ValueError, TypeError):
-        return max(email.utils.parsedate_to_datetime(said).timestamp() - time.time(), 0.0)
-    left = re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))
-    return float(left[1]) if left else None

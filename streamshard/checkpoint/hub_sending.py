@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
-from streamshard.checkpoint.hub_errors import LOG_IN, causes, endpoint, translated
+from streamshard.checkpoint.hub_errors import LOG_IN, asked_to_wait, causes, endpoint, translated
+from streamshard.checkpoint.hub_limits import in_time
 from streamshard.errors import HubError, printable
 
 __all__ = ["HubStatusError", "again", "sending", "status_of"]
@@ -65,8 +66,8 @@ def _wait(error: BaseException, tried: int) -> float | None:
         if status is not None:
             if status not in _PASSING:
                 return None
-            said = one.response.headers.get("Retry-After", "")  # type: ignore[attr-defined]
-            return max(float(said), usual) if said.isdigit() else usual
+            asked = asked_to_wait(one.response.headers)  # type: ignore[attr-defined]
+            return max(asked or 0.0, usual)
         if _NETWORK & {kind.__name__ for kind in type(one).__mro__}:
             return usual
     return None
@@ -78,9 +79,11 @@ def status_of(error: BaseException | None) -> int | None:
     return None if found is None else int(found)
 
 
-def sending(where: str, what: str) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def sending(where: str, what: str) -> Iterator[None]:
     """Have what the client raises be a `HubError`: `what` could not be done at `where`."""
-    return translated(partial(_told, where, what))
+    with translated(partial(_told, where, what)), in_time():
+        yield
 
 
 def _told(where: str, what: str, error: Exception) -> HubError:

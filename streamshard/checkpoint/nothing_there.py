@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from pathlib import Path
 
@@ -28,6 +27,8 @@ def instead(path: Path) -> str:
         return f"{printable(str(around))} is a file, and no folder. Check the path."
     names = _names(around)
     lower = {name.lower(): name for name in names}
+    import difflib
+
     near = difflib.get_close_matches(missing.lower(), lower, n=2, cutoff=0.6)
     if near:
         return f"In {where} there is {listed(lower[name] for name in near)}: is that meant?"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+from streamshard.values import frozen
 
 __all__ = ["Described", "PickleError", "Storage", "Unknown", "run_program"]
 
@@ -31,14 +32,14 @@ class PickleError(ValueError):
     """The program is not one that torch writes; the message says what is wrong."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Unknown:
     """Something other than tensors and plain values, by the name of its class or function."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Storage:
     """Where a tensor's elements lie: the name of an entry, of which class, on which device."""
 
@@ -48,7 +49,7 @@ class Storage:
     elements: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Described:
     """A tensor as a pickle describes it; `dtype` is torch's word, "" if the storage's class says it."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from streamshard.errors import InputError, printable
 from streamshard.extras import install
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Array, Lazy, Stored
+from streamshard.values import frozen
 
 __all__ = ["look_into", "read_pickled", "rewritten"]
 
@@ -156,7 +156,7 @@ def rewritten(file: Path) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Mapping:
     """The mapping in a file, and the entries that its tensors lie in."""
 

@@ -22,6 +22,7 @@ from streamshard.checkpoint.record import MAX_RECORD_BYTES, read_record
 from streamshard.disk.existence import has_name
 from streamshard.disk.system import is_unread
 from streamshard.errors import InputError, ReadError, listed, printable
+from streamshard.values import frozen
 
 __all__ = ["FileRecord", "Listing", "link_problem", "name_problem", "read_listing"]
 
@@ -30,7 +31,7 @@ _DIGEST = re.compile(rf"[0-9a-f]{{{2 * DIGEST_NBYTES}}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FileRecord:
     """What is recorded of a file."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.digests import hash_file, new_sha256
 from streamshard.disk.files import open_source
 from streamshard.errors import HubError
+from streamshard.values import frozen
 
 __all__ = ["SAMPLE_NBYTES", "MovedError", "Placed", "SentFile", "described"]
 
@@ -23,7 +24,7 @@ class MovedError(HubError):
     version: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Placed:
     """A version of what is there: its record, and the bytes of every file by its name."""
 
@@ -32,7 +33,7 @@ class Placed:
     sizes: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SentFile:
     """A file by its name in the output; `git` is the digest that git has of it, where that is known."""
 

@@ -6,7 +6,6 @@ So the place of every byte is known, and so are the index and the size of the wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from streamshard.checkpoint.header import total_nbytes, total_parameters
 from streamshard.checkpoint.json_files import json_pieces
 from streamshard.checkpoint.new_header import build_header
 from streamshard.tensors.lazy import Lazy, Stored
+from streamshard.values import frozen
 
 __all__ = ["Shard", "index_pieces", "numbered_anew", "plan_shards", "shard_names"]
 
@@ -40,7 +40,7 @@ def numbered_anew(names: Mapping[str, str], count: int) -> dict[str, str]:
     return {name: new[file] for name, file in names.items()}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Shard:
     """One output file: its tensors in the order of their bytes, its metadata, its header's length."""
 

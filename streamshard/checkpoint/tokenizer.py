@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -27,6 +27,7 @@ from streamshard.checkpoint.vocabulary import (
 )
 from streamshard.disk.files import read_bytes
 from streamshard.errors import InputError
+from streamshard.values import frozen
 
 __all__ = [
     "ADDED",
@@ -67,7 +68,7 @@ COMMON = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls",
 _NAMED = ("extra_special_tokens", "model_specific_special_tokens")
 
 
-@dataclass(frozen=True)
+@frozen(slots=False)
 class Tokenizer:
     """The tokenizer of a folder; `files` are its files by name, `where` is what messages call the folder.
 

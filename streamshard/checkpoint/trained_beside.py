@@ -7,7 +7,6 @@ model's, or it is opened here, and whoever merges the adapter must find a place 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from streamshard.checkpoint.file_names import (
@@ -24,11 +23,12 @@ from streamshard.checkpoint.header import read_header
 from streamshard.disk.existence import is_link, walked
 from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.tensors.lazy import Lazy
+from streamshard.values import frozen
 
 __all__ = ["TrainedFile", "tensors_in", "trained_beside"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TrainedFile:
     """A file with weights that lies beside an adapter's own, and its tensors by name."""
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from streamshard.checkpoint.file_names import CODE, CONFIGS, WEIGHTS
 from streamshard.disk.existence import is_there
 from streamshard.disk.system import system
+from streamshard.values import frozen
 
 __all__ = ["Entry", "contents", "harm"]
 
@@ -25,7 +25,7 @@ _KINDS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Entry:
     """Something in a folder, by its name relative to that.
 

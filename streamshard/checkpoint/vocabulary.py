@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from streamshard.checkpoint.digests import new_digest
 from streamshard.checkpoint.json_files import parse_json
+from streamshard.values import frozen
 
 __all__ = [
     "TokenizerJson",
@@ -50,7 +50,7 @@ _ID = re.compile(rb":[ \t\r\n]*(\d+)[ \t\r\n]*[,}]")
 _CLOSED = re.compile(rb"%s\}" % _SPACE)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Vocabulary:
     """Tokens by their ids: the text of each in UTF-8, in the order of ids, empty where none is."""
 
@@ -66,7 +66,7 @@ class Vocabulary:
         return None if at < 0 else self.joined[:at].count(_BETWEEN)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TokenizerJson:
     """Where in a `tokenizer.json` things are: spans of its bytes, None where they are not there."""
 

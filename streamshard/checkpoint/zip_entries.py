@@ -7,9 +7,10 @@ that is asked for: nothing is unpacked, and what is read is bounded, whatever th
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from streamshard.disk.sources import Source
+from streamshard.values import frozen
 
 __all__ = ["Entries", "NoArchiveError", "read_entries"]
 
@@ -31,7 +32,7 @@ class NoArchiveError(ValueError):
     """The file is no such archive; the message says what is wrong with it."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Entries:
     """The entries of an archive by name: where the local header of each begins, and its bytes."""
 

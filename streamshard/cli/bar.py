@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from streamshard.cli.terminal_text import shortened, width
+from streamshard.values import frozen
 
 __all__ = ["State"]
 
@@ -13,7 +12,7 @@ _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 _FEWEST, _MOST = 6, 30  # columns of a bar
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class State:
     """How far a step is: `done` of `total` bytes, of which `before` were done when it began."""
 

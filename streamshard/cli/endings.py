@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import signal
-from dataclasses import dataclass
 
 import click
 
@@ -12,6 +11,7 @@ from streamshard.cli.console import unprinted
 from streamshard.cli.misuse import explained_misuse
 from streamshard.errors import StreamshardError, UsageError, escaped
 from streamshard.extras import explained
+from streamshard.values import frozen
 
 __all__ = ["Ending", "Terminated", "ending"]
 
@@ -23,7 +23,7 @@ class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ending:
     """How a command ends: what `--json` says, and the text for people."""
 

@@ -5,7 +5,6 @@ Each message says what is meant, as far as that can be told, and what to type ne
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 
 import click
@@ -160,4 +159,6 @@ def _options(command: click.Command, context: click.Context) -> Mapping[str, cli
 
 
 def _like(name: str, known: Collection[str]) -> list[str]:
+    import difflib
+
     return difflib.get_close_matches(name, known, n=2, cutoff=0.75)

@@ -7,7 +7,6 @@ one thing in several ways is made one: adapters and weights are lists here.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import numbers
 import os
@@ -146,6 +145,8 @@ def _meant(name: str, keyword: str) -> str:
     if plain in _ON_SCREEN:
         return _ON_SCREEN[plain]
     meant = [one for one in _ALIASES.get(plain, ()) if one in known]
+    import difflib
+
     # Of less likeness are words that mean something else.
     near = meant or difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
     return f"Did you mean '{near[0]}'?" if near else f"It knows {', '.join(known) or 'none'}."

@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from streamshard.errors import printable
+from streamshard.values import frozen
 from streamshard.version import __version__
 
 __all__ = ["Facts", "body"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Facts:
     """What is known before the run, and no report says."""
 

@@ -7,7 +7,7 @@ What the two disagree on is an error, as it would be a wrong model.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from streamshard.checkpoint.file_names import MODEL_CONFIG_NAME
@@ -31,11 +31,12 @@ from streamshard.lora.base_checks import quantization_keys
 from streamshard.notes import note
 from streamshard.tensors.dtypes import TORCH_DTYPES
 from streamshard.tensors.lazy import Lazy, Stored
+from streamshard.values import frozen
 
 __all__ = ["Differences", "Target", "carry_over"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Differences:
     """What to do where source and reference differ: whose tokenizer counts, what may be absent."""
 
@@ -44,7 +45,7 @@ class Differences:
     allow_unexpected: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Target:
     """A checkpoint carried over: its tensors and files, and what was missing or unexpected."""
 

@@ -6,7 +6,7 @@ They return the report, a mapping; its keys are those of the command line's `--j
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Literal, Unpack
 
 from streamshard.checkpoint.folder import open_checkpoint
@@ -26,6 +26,7 @@ from streamshard.internvl.detection import layout_of
 from streamshard.internvl.families import Layout
 from streamshard.lora.base_checks import check_base
 from streamshard.notes import note
+from streamshard.values import frozen
 
 __all__ = ["ConversionOptions", "custom_to_hf", "hf_to_custom"]
 
@@ -84,7 +85,7 @@ def custom_to_hf(
     return _convert(_Asked("custom2hf", custom_path, hf_path, save_path, "hf"), options)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Asked:
     """What to convert: a source, beside which reference, where to, and to which layout."""
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamshard.checkpoint.file_names import REPORT_NAME
 from streamshard.checkpoint.record import read_record
-from streamshard.commands.heat_map import heat_map, wanted
 from streamshard.disk.paths import PathLike, output_path
 from streamshard.engine.job import Job, Options, Plan
 from streamshard.engine.report import Report
@@ -67,6 +66,8 @@ class Drawing:
         """Run a job, which nobody else keeps in memory, and draw what it has changed."""
         if not self.is_wanted:
             return run(job(), options)
+        from streamshard.commands.heat_map import heat_map, wanted
+
         plans: list[Plan] = []
         told = options.on_plan
         measured: list[Mapping[str, float]] = []
@@ -91,7 +92,7 @@ class Drawing:
                 (made,) = plans
                 # Another process may have completed it: then its record knows.
                 found = measured[0] if measured else _recorded(made)
-                norms = _norms(made, found, watched)
+                norms = _norms(made, list(wanted(found)), watched)
                 title = f"{name_of(made.output)} against {name_of(made.compared.source)}"
                 report["heat_map"] = heat_map(title, found, norms)
                 self.draw(report["heat_map"])
@@ -112,12 +113,11 @@ def _recorded(made: Plan) -> dict[str, float]:
     return squared
 
 
-def _norms(made: Plan, squared: Mapping[str, float], options: Options) -> dict[str, float]:
+def _norms(made: Plan, names: Collection[str], options: Options) -> dict[str, float]:
     """The squared norms of what modules that have changed were before, by name."""
     tensors: dict[str, Lazy] = {}
     for shard in made.shards:
         tensors |= shard.tensors
-    names = list(wanted(squared))
     before = [made.compared.reference.get(name, tensors[name]) for name in names]
     if options.on_step is not None:
         options.on_step("measuring", sum(tensor.nbytes for tensor in before), 0)

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from streamshard.values import frozen
+
 __all__ = ["FROM_ZERO", "NOT_FINITE", "Place", "heat_map", "place_of"]
 
 FROM_ZERO, NOT_FINITE = "from zero", "not finite"
@@ -56,7 +58,7 @@ _PROJECTIONS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Place:
     """Where a tensor is shown: part of the model, layer (None outside of layers) and module in it."""
 

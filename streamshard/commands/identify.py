@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +35,7 @@ from streamshard.internvl.tables import UNKNOWN, compared_names
 from streamshard.internvl.tied_embeddings import embedding_and_head, tied_names
 from streamshard.notes import note
 from streamshard.tensors.lazy import Stored
+from streamshard.values import frozen
 
 __all__ = ["Model", "architecture_of", "dimensions", "dims_of", "model_dims"]
 
@@ -44,7 +45,7 @@ _INTERNLM2 = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@frozen(slots=False)
 class Model:
     """What a checkpoint is, told once: made where it is opened, and passed on.
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder, open_adapter
@@ -24,11 +23,12 @@ from streamshard.lora.base_checks import check_base
 from streamshard.lora.experts import EXPERT_ORDERS
 from streamshard.lora.settings import read_settings
 from streamshard.notes import note
+from streamshard.values import frozen
 
 __all__ = ["Asked", "Inputs", "open_inputs"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Asked:
     """What `merge_lora` was asked for, in its own words."""
 
@@ -49,7 +49,7 @@ class Asked:
     allow_unexpected: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Inputs:
     """A base, the adapters to fold into it, and the folders they are from.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from streamshard.checkpoint.adapter_folder import AdapterFolder
@@ -31,11 +30,12 @@ from streamshard.notes import note
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Stored
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["Beside", "beside_merged", "converted_shards", "replaced_from", "shard_of", "with_code"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Beside:
     """The config and the files that go beside merged weights."""
 

@@ -9,7 +9,6 @@ the hub is named in the text only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from streamshard.disk.system import reading
 from streamshard.engine.job import Beside
 from streamshard.errors import InputError, UsageError, printable
 from streamshard.notes import note
+from streamshard.values import frozen
 
 __all__ = ["CARDS", "Card", "check_card", "conversion_card", "merge_card", "with_card"]
 
@@ -45,7 +45,7 @@ _NO_LONGER = {
 _OF_THE_HUB = ("arxiv:", "base_model:", "dataset:", "deploy:", "doi:", "license:", "region:")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Card:
     """A model card that lacks only what the report will say."""
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, cast
 
 from streamshard.commands.arguments import arguments, signature_of
 from streamshard.commands.bar_of_calls import with_bar
 from streamshard.commands.hub_inputs import hub_inputs
 from streamshard.commands.hub_output import hub_output
-from streamshard.commands.report_html import report_html
 from streamshard.commands.report_line import report_line
 from streamshard.disk.inputs import watched
 from streamshard.engine.report import Report, show_reports_by
@@ -39,7 +38,14 @@ __all__ = ["public"]
 
 P = ParamSpec("P")
 
-show_reports_by(report_line, report_html)
+
+def _html(report: Mapping[str, Any]) -> str:
+    from streamshard.commands.report_html import report_html  # for notebooks
+
+    return report_html(report)
+
+
+show_reports_by(report_line, _html)
 
 _LOG = logging.getLogger("streamshard")
 _LOG.addHandler(logging.NullHandler())  # else Python prints what `warnings` shows already

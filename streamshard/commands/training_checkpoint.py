@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
@@ -23,11 +23,12 @@ from streamshard.lora.settings import LoraSettings
 from streamshard.lora.wrapped_names import Unwrapped, unwrap
 from streamshard.notes import note
 from streamshard.tensor_names import is_wrapped
+from streamshard.values import frozen
 
 __all__ = ["Wrapped", "WrappedSettings", "check_flags", "open_wrapped", "read_wrapped"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WrappedSettings(LoraSettings):
     """Ranks as the tensors have them, and alpha as given or, by upstream's convention, `2 * r`."""
 
@@ -42,7 +43,7 @@ class WrappedSettings(LoraSettings):
         return own if self.given_alpha is None else self.given_alpha
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Wrapped:
     """A wrapped checkpoint, its names told apart, and the rank of every pair."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from streamshard.lora.merge import Merged
 from streamshard.notes import note
 from streamshard.tensors.dtypes import DTYPES, TORCH_DTYPES
 from streamshard.tensors.lazy import Lazy, Stored
+from streamshard.values import frozen
 
 __all__ = ["Folded", "Written", "converted", "kept"]
 
@@ -36,7 +36,7 @@ _NARROW = {TORCH_DTYPES[name]: option for option, name in DTYPES.items() if name
 """How `--dtype` calls what is narrower than fp32, by its name in a config."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Folded:
     """A base with adapters folded in; embedding and head if these were one; the adapters' facts."""
 
@@ -45,7 +45,7 @@ class Folded:
     facts: Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Written:
     """What is written of a merge, in the base's layout or in another one."""
 

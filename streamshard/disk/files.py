@@ -14,7 +14,6 @@ import os
 import stat
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from streamshard.disk.mapped import Mapped, check_choice, mapped
 from streamshard.disk.sources import Abilities, Source
 from streamshard.disk.system import AnyPath, reading, system
 from streamshard.errors import InputError, ReadError
+from streamshard.values import frozen
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -44,7 +44,7 @@ BLOCK_NBYTES = 256 * 1024
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe with a weight's name must not hang us
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ByteRange:
     """Bytes `[offset, offset + nbytes)` of the file at `path`, which is `file_nbytes` long."""
 

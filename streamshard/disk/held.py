@@ -12,8 +12,9 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from dataclasses import dataclass
 from typing import TypeAlias
+
+from streamshard.values import frozen
 
 __all__ = ["RELATIVE", "Held", "Inode", "holder", "inode", "let_go", "register"]
 
@@ -27,7 +28,7 @@ _held: tuple[Held, ...] = ()
 _changing = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen(eq=False)
 class Held:
     """A folder by its path, its identity, and its descriptor; None where folders cannot be opened."""
 

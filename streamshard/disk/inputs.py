@@ -29,6 +29,7 @@ from streamshard.errors import (
     UsageError,
     VerificationError,
 )
+from streamshard.values import frozen
 
 __all__ = ["Inputs", "Opened", "Stamp", "active", "changed", "named", "watched", "watching"]
 
@@ -42,7 +43,7 @@ TICK_NS = 20_000_000
 MOST_HELD = 256
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Stamp:
     """Which file something is, and when it was changed: equal as long as nobody touches it.
 

@@ -8,17 +8,17 @@ its keys look like, and needs no change elsewhere.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from typing import Protocol
 
 from streamshard.disk.inputs import Stamp
 from streamshard.disk.mapped import Mapped
 from streamshard.disk.system import AnyPath
+from streamshard.values import frozen
 
 __all__ = ["Abilities", "Source"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Abilities:
     """What a source can do: asked for, so that nobody has to know of which kind it is.
 

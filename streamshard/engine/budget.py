@@ -7,7 +7,6 @@ import heapq
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamshard.disk.direct import CHUNK_NBYTES
@@ -19,6 +18,7 @@ from streamshard.errors import UsageError, both_bytes
 from streamshard.limits import fitting, group_room, processors
 from streamshard.tensors.kernel import chosen
 from streamshard.tensors.workspace import Held
+from streamshard.values import frozen
 
 if TYPE_CHECKING:
     from streamshard.checkpoint.shards import Shard
@@ -45,7 +45,7 @@ _DIRECT_WORKER_NBYTES = 3 * CHUNK_NBYTES
 _SMALL_NBYTES = 16_000_000  # so little is written that nothing has to make way for it
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Needs:
     """What the tensors of a run need of memory, found in one walk over them."""
 

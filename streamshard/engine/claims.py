@@ -10,7 +10,6 @@ import os
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from os import stat_result as Entry  # noqa: N812 - what it is here
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +20,7 @@ from streamshard.disk.held import Held, Inode
 from streamshard.disk.system import reading, system, writing
 from streamshard.engine.ours import Ours, kind_of
 from streamshard.errors import InputError, OutputError, WriteError, listed, printable
+from streamshard.values import frozen
 
 __all__ = [
     "Replaceable",
@@ -131,7 +131,7 @@ def recorded_names(folder: Path) -> set[str]:
     return {*files, REPORT_NAME}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Replaceable:
     """A folder that may be replaced, and its files; held, so that no other gets its inode number."""
 

@@ -32,6 +32,8 @@ RESOURCE = "streamshard"
 WORKERS_SECONDS = 60
 """How long there may be no worker, and a finished file may not be seen here."""
 LOOK_SECONDS = 2.0
+LEFT_SECONDS = 30.0
+"""How long the scheduler may take to notice that a worker is lost."""
 A_THREAD = 2
 """Tasks that are given to the scheduler at a time, for each thread of a worker."""
 RETRIES = 2
@@ -136,7 +138,7 @@ class _Run:
 
     def _has_left(self, worker: str) -> bool:
         """Whether the scheduler has lost a worker, which it may notice a little later."""
-        end = time.monotonic() + LOOK_SECONDS
+        end = time.monotonic() + LEFT_SECONDS
         while there := worker in self._workers():
             if time.monotonic() > end:
                 break

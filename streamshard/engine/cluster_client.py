@@ -23,7 +23,7 @@ __all__ = ["connected"]
 
 
 CONNECT_SECONDS = 12
-ANSWER_SECONDS = 5
+ANSWER_SECONDS = 30
 
 
 @contextlib.contextmanager

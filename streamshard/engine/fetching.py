@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from streamshard.checkpoint.shards import Shard
@@ -16,13 +15,14 @@ from streamshard.disk.together import together
 from streamshard.engine.workers import OnStep, Stop
 from streamshard.errors import HubError, WriteError, both_bytes, printable
 from streamshard.tensors.lazy import Lazy, Stored
+from streamshard.values import frozen
 
 __all__ = ["Fetching", "far_among", "fetch", "fetching", "read_by", "stored", "wrong"]
 
 AT_ONCE = 4
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Fetching:
     """Files that are far and are to be fetched; all of them into one store."""
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +26,7 @@ from streamshard.disk.files import open_source
 from streamshard.disk.sources import Source
 from streamshard.errors import printable
 from streamshard.tensors.lazy import Lazy, Stored
+from streamshard.values import frozen
 from streamshard.version import __version__
 
 __all__ = ["Fingerprint", "Identity", "differences", "fingerprint", "identity_digest"]
@@ -38,7 +38,7 @@ SAMPLES = 16
 SAMPLE_NBYTES = 64 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Fingerprint:
     """What must be the same for another run to continue this one, as far as a plan knows it."""
 

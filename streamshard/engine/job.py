@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
@@ -24,6 +24,7 @@ from streamshard.engine.option_values import (
 from streamshard.engine.outlet import Outlet
 from streamshard.errors import UsageError, bytes_text, printable
 from streamshard.tensors.lazy import Lazy, Stored
+from streamshard.values import frozen
 
 __all__ = ["BaseOptions", "Beside", "CacheOptions", "Compared", "Job", "Made", "Options"]
 __all__ += ["OutputOptions", "Plan"]
@@ -44,7 +45,7 @@ Beside: TypeAlias = Path | bytes | Made
 """What lies beside the weights: a file to copy, content, or what makes it of the report."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Compared:
     """What is measured: the L2 distance of every tensor of `names` from that of `reference`.
 
@@ -68,7 +69,7 @@ class Compared:
                 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+@frozen(kw_only=True)
 class Plan:
     """All that a run will do, known before any weight is read; a value that can be kept and sent.
 
@@ -243,7 +244,7 @@ class OutputOptions(BaseOptions, total=False):
     progress: Callable[[int, str], None] | bool | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Options:
     """How to write, as `OutputOptions` says it, with the defaults."""
 
@@ -306,7 +307,7 @@ class Options:
         return size_option(self.max_memory, "--max-memory")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Job:
     """What to write: tensors, their files, and what lies beside them.
 

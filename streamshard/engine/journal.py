@@ -23,6 +23,7 @@ from streamshard.disk.folders import exists
 from streamshard.disk.new_files import LogFile
 from streamshard.engine.ours import Ours
 from streamshard.tensors.rounding import Change
+from streamshard.values import frozen
 
 __all__ = ["Elsewhere", "FinishedShard", "Journal", "from_line", "line_of"]
 
@@ -31,7 +32,7 @@ MAX_NBYTES = 1 << 30
 _SECTOR = 512  # a disk writes so much at once
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FinishedShard:
     """A shard that is complete and on disk.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 from streamshard.checkpoint.file_names import JOURNAL_NAME, REPORT_NAME
@@ -21,11 +20,12 @@ from streamshard.engine.journal import Journal
 from streamshard.engine.lock import Moved
 from streamshard.engine.ours import Ours
 from streamshard.errors import InputError, OutputError, listed, printable
+from streamshard.values import frozen
 
 __all__ = ["Left", "changed", "left_in", "refuse_strangers"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Left:
     """What a staging folder holds: files of our own by `names`, and `strangers`.
 

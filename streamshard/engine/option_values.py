@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numbers
 import re
-from dataclasses import dataclass
 
 from streamshard.errors import UsageError, printable
 from streamshard.tensors.dtypes import DTYPES, TORCH_DTYPES
+from streamshard.values import frozen
 
 __all__ = ["MAX_WORKERS", "PROCESS_NBYTES", "Part", "check_memory", "check_workers"]
 __all__ += ["dtype_option", "parse_size", "part_option", "size_option"]
@@ -96,7 +96,7 @@ def check_memory(nbytes: int | None) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Part:
     """Which part of an output is wanted: `number` (from 1) of `count`; number 0 completes it."""
 

@@ -55,8 +55,9 @@ from streamshard.errors import (
 
 __all__ = ["Output", "run_part"]
 
-TRIES = 10
+TRIES = 100
 PAUSE_SECONDS = 0.3
+"""How long another one may hold the output's lock only to look, on the slowest disk: half a minute."""
 
 _log = logging.getLogger(__name__)
 

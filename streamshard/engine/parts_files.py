@@ -13,7 +13,6 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from streamshard.engine.journal import MAX_NBYTES, Elsewhere, FinishedShard, fro
 from streamshard.engine.long_names import beside
 from streamshard.engine.outlet import Outlet
 from streamshard.errors import InputError, OutputError
+from streamshard.values import frozen
 
 __all__ = [
     "PLAN_FILE",
@@ -58,7 +58,7 @@ SEEN_FILE = "seen.json"
 _TOKEN = re.compile(r"(?:^|\.)([0-9a-f]{16})\.(?:part|lock)$")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Shared:
     """What all parts of an output are of: the identity of their plan, and its shards."""
 

@@ -8,13 +8,14 @@ always with the same bytes and figures.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from streamshard.checkpoint.shards import Shard
 from streamshard.disk.inputs import Stamp
 from streamshard.tensors.lazy import Lazy, Stored
 from streamshard.tensors.rounding import Changes
+from streamshard.values import frozen
 
 __all__ = ["Member", "Result", "ShardTask", "parts_of", "task_of"]
 
@@ -23,7 +24,7 @@ __all__ = ["Member", "Result", "ShardTask", "parts_of", "task_of"]
 PART_BYTES = 8 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Member:
     """A tensor of a file: where its first byte is, and with what of another file it is compared."""
 
@@ -38,7 +39,7 @@ class Member:
         return self.begin + self.tensor.nbytes
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ShardTask:
     """To write bytes `[begin, end)` of a file that has its full length already.
 
@@ -58,7 +59,7 @@ class ShardTask:
         return self.begin <= member.begin and member.end <= self.end
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Result:
     """What is known of a tensor, or of a part of one, that was written.
 

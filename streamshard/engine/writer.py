@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, pairwise
 
@@ -29,6 +29,7 @@ from streamshard.engine.shard_task import Member, ShardTask
 from streamshard.engine.workers import Background, OnStep, Progress, Senders, Stop, Stopped, share
 from streamshard.tensors.rounding import Changes
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["write_shards"]
 
@@ -46,7 +47,7 @@ class _Split:
         self.changes = Changes()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Item:
     """A task, and where what is found goes: the shard, the place in there, other parts of the tensor.
 
@@ -253,8 +254,9 @@ class _Run:
 
     def end(self) -> None:
         """Close what an error left open; from now on nothing is finished any more."""
+        # Told before the lock is free: it may be that of who finishes a shard.
+        self.stop.fail(Stopped())
         with self.lock:
-            self.stop.fail(Stopped())
             self.background.abandon()
             if self.sender is not None:
                 self.sender.abandon()

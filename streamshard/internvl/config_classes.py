@@ -9,15 +9,16 @@ the classes `InternVLConfig`, `InternVLVisionConfig`, `QianfanOCRConfig`, `Llama
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streamshard.internvl.families import Family, Layout
+from streamshard.values import frozen
 
 __all__ = ["KINDS", "TOP_DEFAULTS", "VISION_DEFAULTS", "Kind", "llm_defaults"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Kind:
     """What a `model_type` at the top of a config means.
 

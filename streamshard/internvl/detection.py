@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from streamshard.errors import InputError, listed, printable
@@ -14,6 +13,7 @@ from streamshard.internvl.relatives import relative_of
 from streamshard.internvl.spelling import SPELLINGS, flat_parts
 from streamshard.internvl.tables import TITLES, opened, table_of
 from streamshard.tensor_names import plain_name
+from streamshard.values import frozen
 
 __all__ = ["Detected", "check_side", "detect", "dims_from_names", "layout_of"]
 
@@ -22,7 +22,7 @@ _CUSTOM = re.compile(r"(?:vision_model|mlp1)\.")
 _HF = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Detected:
     """What the names of a checkpoint's tensors say it is.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from streamshard.values import frozen
 
 __all__ = ["Dims"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Dims:
     """What the tables need to know of a model; None where nothing says it.
 

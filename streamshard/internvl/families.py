@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, TypeAlias
+
+from streamshard.values import frozen
 
 __all__ = ["FAMILIES", "LAYOUTS", "VISION_TARGETS", "Family", "Layout", "Rule"]
 
@@ -23,7 +25,7 @@ Layout: TypeAlias = Literal["custom", "hf"]
 LAYOUTS: tuple[Layout, ...] = ("custom", "hf")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Rule:
     """One line of a table: the same thing in the custom and in the HF layout.
 
@@ -74,7 +76,7 @@ class Rule:
         return each * count if len(each) == 1 else each
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Family:
     """The tables of one language model family, vision encoder and projector included.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Generic, overload
 
 from streamshard.errors import InputError, listed, printable
@@ -45,11 +45,12 @@ from streamshard.internvl.tables import (
 )
 from streamshard.tensor_names import is_wrapped
 from streamshard.tensors.lazy import Lazy
+from streamshard.values import frozen
 
 __all__ = ["Converted", "Piece", "convert", "pieces", "to_custom", "to_hf"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Converted(Generic[T]):
     """Tensors in a layout, and what kept the rest of the model from being carried there.
 
@@ -65,7 +66,7 @@ class Converted(Generic[T]):
     left: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Piece:
     """Rows of a tensor in one layout that are rows of a tensor in the other."""
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from streamshard.errors import InputError, listed
 from streamshard.internvl.families import FAMILIES, VISION_TARGETS, Layout
 from streamshard.internvl.model_config import Dims
 from streamshard.internvl.tables import TITLES, compared_names, find, table_of
 from streamshard.tensors.lazy import Lazy
+from streamshard.values import frozen
 
 __all__ = [
     "FLAGS",
@@ -65,7 +65,7 @@ def beginning(part: str, layout: Layout) -> str:
     return PARTS[part][layout] if part in PARTS else ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Target:
     """A module that gets a pair of rank `r`; HF names are in the flat spelling."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from streamshard.errors import InputError, printable
@@ -11,6 +10,7 @@ from streamshard.internvl.families import Rule
 from streamshard.internvl.model_config import Dims
 from streamshard.tensors.joined import concat
 from streamshard.tensors.lazy import Lazy
+from streamshard.values import frozen
 
 __all__ = [
     "LAZY",
@@ -41,7 +41,7 @@ class Tensor(Protocol):
 T = TypeVar("T", bound=Tensor)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ops(Generic[T]):
     """The two things done to tensors: rows `[start, stop)` of one, and several joined by rows."""
 

@@ -14,6 +14,7 @@ from streamshard.errors import InputError, listed, printable
 from streamshard.internvl.dims import Dims
 from streamshard.internvl.families import Layout, Rule
 from streamshard.internvl.tables import opened, table_of
+from streamshard.values import frozen
 
 __all__ = [
     "GATHER",
@@ -47,7 +48,7 @@ class HasShape(Protocol):
     def dtype(self) -> object: ...
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Misfit:
     """A tensor of another shape than its model has, or of no floats; None stands for any size.
 

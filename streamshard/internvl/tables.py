@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from streamshard.errors import nearest
 from streamshard.internvl.families import FAMILIES, LAYOUTS, Layout, Rule
 from streamshard.internvl.model_config import OTHER, Dims
 from streamshard.internvl.spelling import flat_name
+from streamshard.values import frozen
 
 __all__ = [
     "MAX_MISSING",
@@ -62,7 +63,7 @@ TITLES: dict[Layout, str] = {"custom": "custom", "hf": "HF"}
 Holes = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Entry:
     """A rule as compiled: its names with empty holes, and what the holes count."""
 
@@ -75,7 +76,7 @@ class Entry:
         return self.custom if side == "custom" else self.hf
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Table:
     """The rules of a family, found by a name of one side with its indexes taken out."""
 

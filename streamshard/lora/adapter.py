@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import READ_NBYTES, Lazy
 from streamshard.tensors.rounding import widen
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = [
     "GATHER",
@@ -40,7 +41,7 @@ GATHER = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Adapter:
     """One adapter: what messages call it, its settings, its tensors, and a factor on its scale.
 
@@ -58,7 +59,7 @@ class Adapter:
     beside: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AdapterPlan:
     """One adapter, its keys sorted, and the places of the tensors that they change."""
 
@@ -153,13 +154,16 @@ def largest(adapter: Adapter, key: str, work: Workspace) -> float:
     total, step = math.prod(tensor.shape), READ_NBYTES // kind.itemsize
     for start in range(0, total, step):
         count = min(step, total - start)
-        raw = work.bytes("narrow", count * kind.itemsize)
-        tensor.elements(start, start + count, raw, work)
-        block = work.float32("factor", 1, count)
-        widen(raw.view(kind).reshape(1, count), tensor.dtype, block)
-        peak = float(np.abs(block, out=block).max())
+        with tensor.seen(start, start + count, work, "narrow") as raw:
+            values = raw.view(kind)
+            if tensor.dtype != "F32":
+                block = work.float32("factor", 1, count)
+                widen(values.reshape(1, count), tensor.dtype, block)
+                values = block[0]
+            peak = max(float(values.max()), -float(values.min()))  # both are NaN if one is
+            first = 0 if math.isfinite(peak) else int(np.argmin(np.isfinite(values)))
         if not math.isfinite(peak):
-            row = (start + int(np.argmin(np.isfinite(block[0])))) // tensor.columns
+            row = (start + first) // tensor.columns
             raise AdapterError(
                 f"{adapter.where}: '{printable(key)}' has a NaN or infinite value in row {row:,}. "
                 "The training diverged or the file is damaged: use an earlier checkpoint."

@@ -21,6 +21,7 @@ from streamshard.lora.experts import Fused, parameter_names
 from streamshard.lora.keys import BASE_LAYER, Keys, are_own_names, read_keys
 from streamshard.lora.name_matching import Homes, OtherNames, Place, find_homes
 from streamshard.lora.pattern_eras import ERAS
+from streamshard.lora.selected import not_selected
 from streamshard.lora.which_release import settled
 from streamshard.tensor_names import is_of_tokens
 from streamshard.tensors.comparing import equal_bytes
@@ -64,7 +65,8 @@ def plan_adapter(
     if magnitudes and adapter.weight != 1:
         raise no_sum(adapter, magnitudes)
     check_factors(plan)
-    found = replace(plan, homes=_homes(plan, base, others))
+    homes = _homes(plan, base, others)
+    found = replace(plan, homes=homes, warnings=(*plan.warnings, *not_selected(plan)))
     check_biases(found, base)
     biases = {
         f"{name}.bias": _bias_homes(found, name, base)

@@ -84,9 +84,7 @@ def projection(tensors: Iterable[Lazy], work: Workspace) -> tuple[float, float, 
     if not each:
         return 0.0, math.inf, 0.0
     both, weights, updates = map(float, sums)
-    import statistics
-
-    return both / updates, math.sqrt(weights / updates / count), statistics.median(each)
+    return both / updates, math.sqrt(weights / updates / count), float(np.median(each))
 
 
 def _wide(name: str, values: Float32, work: Workspace) -> Float64:

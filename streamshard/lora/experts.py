@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.lora.keys import BASE_LAYER
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.low_rank import Columns, LowRank, Transposed
+from streamshard.values import frozen
 
 __all__ = ["EXPERT_ORDERS", "Fused", "Stack", "expert_updates", "parameter_names", "stacked_as"]
 
@@ -25,7 +25,7 @@ EXPERT_ORDERS = ("peft", "unsloth")
 _REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Stack:
     """A parameter of `experts` matrices (rows, columns) each, or of one."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,12 @@ from streamshard.lora.updates import Update, Updates, check_company, updated, up
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import READ_NBYTES, Lazy, read_float32
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["Changes", "Merged", "alone", "changes_of", "merge"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Changes:
     """What adapters do to a base: values that are replaced, and updates, by adapter and target.
 
@@ -52,7 +52,7 @@ class Changes:
     warnings: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Merged:
     """The new mapping, and what became of what.
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import TypeAlias
+
+from streamshard.values import frozen
 
 __all__ = [
     "check_pattern",
@@ -36,28 +37,28 @@ _ONE = re.compile(
 _COUNT = re.compile(r"\{(\d{1,4})?(,)?(\d{1,4})?\}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _One:
     """One character of a kind."""
 
     kind: re.Pattern[str]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _End:
     """The beginning (`^`) or the end (`$`) of the name."""
 
     sign: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Any:
     """One of several sequences."""
 
     choices: tuple[tuple[_Node, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Repeat:
     """The same from `least` to `most` times; without a limit if that is None."""
 
@@ -66,7 +67,7 @@ class _Repeat:
     most: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Look:
     """What must follow here, or must not, without being passed (`(?=...)`, `(?!...)`)."""
 

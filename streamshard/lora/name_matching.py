@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, TypeAlias
@@ -14,11 +13,12 @@ from streamshard.errors import AdapterError, listed, nearest, printable
 from streamshard.lora.name_rewrites import REWRITES, part_rewrites
 from streamshard.lora.too_deep import too_deep
 from streamshard.tensors.lazy import Lazy
+from streamshard.values import frozen
 
 __all__ = ["Homes", "OtherNames", "Place", "Wanted", "find_homes", "refuse_overlap"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Place:
     """Where rows of a change go: `rows` from `source_start` on, to `target` from `start` on.
 
@@ -41,7 +41,7 @@ class Wanted(NamedTuple):
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OtherNames:
     """By which other names an adapter may call the weights of a base.
 
@@ -69,7 +69,7 @@ _LISTED = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Reading:
     """One way to read all names of an adapter: what it is called, and where it puts rows of a name."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 from streamshard.tensor_names import without_wrappers
+from streamshard.values import frozen
 
 __all__ = ["REWRITES", "PartRewrite", "part_rewrites"]
 
@@ -29,7 +29,7 @@ REWRITES: tuple[tuple[str, Callable[[str], str]], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PartRewrite:
     """`removed` is taken from the beginning of a name in some form, and `added` put there."""
 

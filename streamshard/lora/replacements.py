@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from streamshard.errors import AdapterError, InputError, listed, printable
@@ -19,11 +18,12 @@ from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.joined import concat
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["Replacement", "Replacements", "replaced_tensors", "replacements_of"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Replacement:
     """Rows that take the place of rows of a target.
 
@@ -39,7 +39,7 @@ class Replacement:
     is_base: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Replacements:
     """What an adapter replaces, its keys that only repeat what the base has, and warnings."""
 

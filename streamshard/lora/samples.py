@@ -19,8 +19,10 @@ __all__ = ["Sample", "samples"]
 SAMPLE_ELEMENTS = 32_000_000
 SAMPLE_ROWS = 128
 SAMPLE_TENSORS = 512
-# All over the model in so many rounds, of which a base that is clearly clean needs no more than one.
+# All over the model in so many rounds, and of each tensor so many rows in one: of a base that is clearly
+# clean few rounds tell.
 ROUNDS = 8
+ROUND_ROWS = 64
 # Tensors that are seen at least, in places, where places are few.
 PLACED_TENSORS = 16
 # What lies between two weights of a place is read over.
@@ -55,7 +57,18 @@ def samples(pieces: Sequence[Computed], work: Workspace) -> list[list[Sample]]:
     stored = sorted(map(_stored, pieces), key=lambda one: one[:2])
     if any(_is_in_order(one, work) for one in {one.path: one.piece for one in stored}.values()):
         return [_placed(stored, spread)]
-    return [spread[first::ROUNDS] for first in range(ROUNDS)]
+    return [
+        [*_rows(spread[first::ROUNDS], row)]
+        for row in range(0, SAMPLE_ROWS, ROUND_ROWS)
+        for first in range(ROUNDS)
+    ]
+
+
+def _rows(spread: Sequence[Sample], first: int) -> Iterator[Sample]:
+    """The rows of one round, from the `first` of each sample on."""
+    for piece, start, stop in spread:
+        if start + first < stop:
+            yield Sample(piece, start + first, min(start + first + ROUND_ROWS, stop))
 
 
 def _spread(pieces: Sequence[Computed]) -> list[Sample]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from streamshard.lora.module_patterns import full_match
+from streamshard.values import frozen
 
 __all__ = ["Selection", "read_selection", "with_number"]
 
@@ -20,7 +20,7 @@ __all__ = ["Selection", "read_selection", "with_number"]
 _NO_NUMBERS = re.compile(r"\\[dDwWsSbB]|\{[\d,]*\}|[A-Za-z_]\w*")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Selection:
     """The fields of `LoraConfig` that choose modules; everything, unless they say otherwise.
 
@@ -48,6 +48,30 @@ class Selection:
             return _ends(self.targets, module)
         return _ends(self.targets, module) and self._takes_layer(module)
 
+    def leaves_out(self, module: str) -> str | None:
+        """Which field keeps PEFT from loading pairs of this module, or None if none surely does.
+
+        Names may be spelled otherwise in a config than in its tensors, up to a layer's number; what a
+        pattern means that is not understood here is open.
+        """
+        if _matched(self.excluded, module):
+            return "exclude_modules"
+        if any(f".{s}." in f".{module}." for s in self.saved):
+            return "modules_to_save"
+        if not self.targets:
+            # PEFT has targets of its own for a model of which nothing is said.
+            return "target_modules" if self.parameters else None
+        if isinstance(self.targets, str):
+            return "target_modules" if _matched(self.targets, module) is False else None
+        tail = _after_number(module)
+        if module in self.targets or (tail and tail in map(_after_number, self.targets)):
+            return None
+        if not _matched(self.targets, module):
+            return "target_modules"
+        if not self.layers or not all(word.isidentifier() for word in self.layers_after):
+            return None
+        return None if {*self._numbers(module)} & {*self.layers} else "layers_to_transform"
+
     def takes_parameter(self, name: str) -> bool:
         """Whether PEFT adapts a parameter of this name, as one of `target_parameters`."""
         return _ends(self.parameters, name)
@@ -55,24 +79,45 @@ class Selection:
     def _takes_layer(self, module: str) -> bool:
         if not self.layers:
             return True
-        words = module.split(".")
+        numbers = self._numbers(module)
+        return bool(numbers) and {*numbers} <= {*self.layers}
+
+    def _numbers(self, module: str) -> list[int]:
+        """The number of a module's layer.
+
+        Experts have numbers too; releases differ in whether the first one or the last one counts.
+        """
         numbers = [
             int(word)
-            for before, word in pairwise(words)
+            for before, word in pairwise(module.split("."))
             if _is_number(word) and (not self.layers_after or before in self.layers_after)
         ]
-        # Experts have numbers too; releases differ in whether the first one or the last one counts.
-        return bool(numbers) and {numbers[0], numbers[-1]} <= set(self.layers)
+        return [*numbers[:1], *numbers[1:][-1:]]
 
 
 def _ends(wanted: str | tuple[str, ...], name: str) -> bool:
-    """Whether a name ends with one of the given ones, or matches the one pattern as a whole."""
+    """Whether a name is among the wanted ones, a pattern that is not understood being guessed at."""
+    found = _matched(wanted, name)
+    if found is not None or not isinstance(wanted, str):
+        return bool(found)
+    return not re.search(r"\d", _NO_NUMBERS.sub("", wanted))
+
+
+def _matched(wanted: str | tuple[str, ...], name: str) -> bool | None:
+    """Whether a name ends with one of the given ones, or matches the one pattern as a whole.
+
+    None if the pattern is one that is not understood here.
+    """
     if not isinstance(wanted, str):
         return any(name == end or name.endswith(f".{end}") for end in wanted)
-    if wanted.lower() == "all-linear":
-        return True
-    found = full_match(wanted, name)
-    return not re.search(r"\d", _NO_NUMBERS.sub("", wanted)) if found is None else found
+    return full_match(wanted, name)
+
+
+def _after_number(name: str) -> tuple[str, ...] | None:
+    """A name from its first number between dots on; None if it has none before its last word."""
+    words = name.split(".")
+    at = next((at for at, word in enumerate(words[:-1]) if _is_number(word)), None)
+    return None if at is None else tuple(words[at:])
 
 
 def _is_number(word: str) -> bool:
@@ -95,6 +140,8 @@ def with_number(name: str, old: int, new: int) -> str:
 def read_selection(config: Mapping[str, Any]) -> Selection:
     """What an `adapter_config.json` selects; of fields with values of other types, nothing."""
     targets, excluded = (_names_or_pattern(config.get(f"{w}_modules")) for w in _FIELDS)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = ".*"
     return Selection(
         targets=targets,
         parameters=tuple(_strings(config.get("target_parameters"))),

@@ -11,13 +11,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streamshard.errors import AdapterError, listed, printable
 from streamshard.lora.module_patterns import check_pattern, matches
 from streamshard.lora.pattern_eras import Version, pattern_keys
 from streamshard.lora.selection import Selection, read_selection
+from streamshard.values import frozen
 
 __all__ = ["LoraSettings", "read_settings"]
 
@@ -86,7 +87,7 @@ _REASONS = {
 _BIASES = ("none", "all", "lora_only")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LoraSettings:
     """What a merge needs of one adapter's config; the fields are those of PEFT's `LoraConfig`."""
 

@@ -8,7 +8,7 @@ never ties the two, so its config does not say whether a model that an adapter w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from streamshard.errors import AdapterError, printable
 from streamshard.lora.adapter import AdapterPlan
@@ -17,11 +17,12 @@ from streamshard.tensor_names import EMBEDDINGS, HEADS
 from streamshard.tensors.comparing import equal_bytes
 from streamshard.tensors.lazy import Lazy
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["Ends", "rows_of_both"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ends:
     """The names of embedding and head of a base that has them as one tensor, or never does."""
 

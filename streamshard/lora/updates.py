@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -29,11 +29,12 @@ from streamshard.tensors.joined import concat
 from streamshard.tensors.lazy import Array, Lazy
 from streamshard.tensors.low_rank import LowRank, Transposed
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["Update", "Updates", "check_company", "updated", "updates_of"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Update:
     """A low-rank update of rows of a target, seen as a matrix of `height` rows.
 
@@ -58,7 +59,7 @@ class Update:
         return replace(self, term=replace(self.term, weight=1.0))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Updates:
     """What the pairs of an adapter add, by target; `idle` are modules without effect, and why."""
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from streamshard.errors import AdapterError, InputError, listed, printable
 from streamshard.tensor_names import PREFIX, peft_prefix, without_wrappers
+from streamshard.values import frozen
 
 __all__ = ["Pair", "Unwrapped", "unwrap"]
 
@@ -33,7 +33,7 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Pair:
     """The names of lora_A and lora_B of one module, as given."""
 
@@ -41,7 +41,7 @@ class Pair:
     B: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Unwrapped:
     """A wrapped checkpoint as a base and an adapter; all values of mappings are names as given.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from streamshard.tensors.open_elements import square_of_column, square_of_row
 from streamshard.tensors.panels import bounds_of, rows_nbytes
 from streamshard.tensors.rounding import Change, Changes, round_block
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["TILE_ROWS", "Computed", "Magnitude"]
 
@@ -48,7 +49,7 @@ TILE_COLUMNS = 1024
 BLOCK_ELEMENTS = 128 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Magnitude:
     """DoRA's magnitudes `m` (arXiv:2402.09353): what is added up is scaled by `m / norm`.
 
@@ -72,7 +73,7 @@ class Magnitude:
             yield from self.whole.inputs()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Computed(Lazy):
     """`source + sum of terms`, scaled by `magnitude` if it has one, rounded once to `dtype`.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from streamshard.disk.files import ByteRange
@@ -12,11 +12,12 @@ from streamshard.tensors.arrays import Bytes
 from streamshard.tensors.dtypes import DTYPE_BITS
 from streamshard.tensors.lazy import Input, Lazy, Shape, Stored, check_elements, check_rows
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["Concat", "concat"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Concat(Lazy):
     """Parts joined along dim 0; made by `concat`.
 

@@ -14,7 +14,6 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,6 +23,7 @@ from streamshard.tensors.arrays import Bytes, Float32
 from streamshard.tensors.dtypes import DTYPE_BITS, FLOATS
 from streamshard.tensors.rounding import widen
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = [
     "READ_NBYTES",
@@ -192,7 +192,7 @@ class Lazy(ABC):
         return iter(())
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Stored(Lazy):
     """Bytes of a safetensors file, from `offset` (counted from the file's first byte)."""
 
@@ -243,7 +243,7 @@ class Stored(Lazy):
         return ByteRange(self.path, begin, nbytes, self.file_nbytes)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen(eq=False)
 class Array(Lazy):
     """Bytes in memory; for what has no file of its own (adapters that were pickled)."""
 

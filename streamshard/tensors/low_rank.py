@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from streamshard.tensors.lazy import (
     all_counts,
 )
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["HELD_NBYTES", "Columns", "LowRank", "Transposed"]
 
@@ -27,7 +28,7 @@ __all__ = ["HELD_NBYTES", "Columns", "LowRank", "Transposed"]
 HELD_NBYTES = 32_000_000
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Transposed(Lazy):
     """A small matrix with rows and columns swapped; only as a factor of an update."""
 
@@ -69,7 +70,7 @@ class Transposed(Lazy):
         return self.source.inputs()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Columns(Lazy):
     """Every `step`-th column of a matrix, `count` of them from `first` on; only as a factor.
 
@@ -121,7 +122,7 @@ class Columns(Lazy):
         return self.source.inputs()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LowRank:
     """The update `weight * scale * B @ A`, of which rows `[start, stop)` are meant.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from streamshard.tensors.arrays import Float32, Float64
 from streamshard.tensors.exact import Scaled, dyadic, root
 from streamshard.tensors.open_elements import Scaling
 from streamshard.tensors.panels import PANEL
+from streamshard.values import frozen
 
 __all__ = ["Scale", "scale_of"]
 
@@ -26,7 +27,7 @@ _SAFE = (2.0**-300, 2.0**300)
 _NARROW = (2.0**-100, 2.0**100)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Scale:
     """Factors of rows of a window, or of the columns of a strip; each is off by `slack` at most.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,11 +19,12 @@ from streamshard.tensors.open_elements import element
 from streamshard.tensors.panels import PANEL, Panels, Rows, panels_of, rows_of
 from streamshard.tensors.rounding import Change, narrowed, widen
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["Addition"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Addition:
     """The sum of terms, to be added to matrices and rounded once to `dtype`.
 
@@ -168,7 +168,7 @@ class Addition:
         return float(np.sum(change * change)), same
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Part:
     """Rows `[row, stop)` of a window that begins at row `first` and at `column` of the strip."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import count, repeat
 
 import numpy as np
@@ -13,6 +12,7 @@ from streamshard.tensors.lazy import Lazy, read_float32
 from streamshard.tensors.low_rank import LowRank
 from streamshard.tensors.not_finite import base_not_finite, too_large
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["Scaling", "element", "square_of_column", "square_of_row"]
 
@@ -21,7 +21,7 @@ __all__ = ["Scaling", "element", "square_of_column", "square_of_row"]
 _STEP = 512
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Scaling:
     """DoRA's `m / |V|` of an element: `m`, and the square of the norm."""
 

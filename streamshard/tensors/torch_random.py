@@ -6,7 +6,6 @@ fp32 number takes 24 bits of one draw (`ATen/core/DistributionsHelper.h`), in te
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from streamshard.tensors.dtypes import FLOATS
 from streamshard.tensors.lazy import Lazy, Shape, by_elements, check_rows
 from streamshard.tensors.rounding import narrow
 from streamshard.tensors.workspace import Workspace
+from streamshard.values import frozen
 
 __all__ = ["MAX_SEED", "Draws", "Uniform", "Zeros"]
 
@@ -59,7 +59,7 @@ class Draws:
         return bits
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Uniform(Lazy):
     """fp32 numbers from `-bound` to `bound`, one a draw from number `first` on, rounded to `dtype`."""
 
@@ -96,7 +96,7 @@ class Uniform(Lazy):
             narrow(values, self.dtype, place[:, begin : begin + count], np.empty_like(values))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Zeros(Lazy):
     """Zeros, of any dtype."""
 

@@ -17,6 +17,7 @@ import pytest
 import reference
 import torch
 from folders import make
+from hangs import HANGS
 from hostile_json import anything, only_our_errors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -221,7 +222,7 @@ def _no_hanging() -> Iterator[None]:
         raise AssertionError("it hangs")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
+    signal.alarm(HANGS)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -7,6 +7,7 @@ import random
 
 import pytest
 from fake_hub import Hub
+from hangs import HANGS
 from hub_client import client
 from hub_faults import (
     Drop,
@@ -37,7 +38,8 @@ DATA = random.Random(3).randbytes(700_000)
 HEAD = 100_000
 SHA256 = hashlib.sha256(DATA).hexdigest()
 SMALL = b"a file that is none of LFS" * 100
-PAUSE = 0.3
+PAUSE = 1
+"""Seconds after which the client takes a body for stalled, where one is."""
 
 RIGHT, REFUSED, WRONG = "right bytes", "refused", "wrong digest"
 PASSING = (408, 425, 429, 500, 502, 503, 504)
@@ -95,7 +97,7 @@ def cases():
         *(Long(by) for by in (1, 2, 50_000)),
         NoAnswer(),
         LoseAnswer(),
-        Stall(5000, 3 * PAUSE),
+        Stall(5000, HANGS),
     ):
         for nth in (1, 2):
             yield f"{fault} {nth}", [(fault, "content", nth, 1)], RIGHT
@@ -152,10 +154,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def api(hub, tmp_path_factory):
-    from huggingface_hub import constants
-
-    with client(hub, tmp_path_factory.mktemp("home")) as api, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", PAUSE)
+    with client(hub, tmp_path_factory.mktemp("home")) as api:
         yield api
 
 
@@ -193,8 +192,12 @@ def read(remote):
 @pytest.mark.parametrize(
     ("faults", "ending"), [case[1:] for case in CASES], ids=[c[0] for c in CASES]
 )
-def test_it_ends_in_right_bytes_or_is_refused(faults, ending, hub, opened, slept):
+def test_it_ends_in_right_bytes_or_is_refused(faults, ending, hub, opened, slept, monkeypatch):
+    from huggingface_hub import constants
+
     for fault, port, nth, times in faults:
+        if isinstance(fault, Stall):
+            monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", PAUSE)
         hub.fail(fault, f"*{NAME}", port=port, nth=nth, times=times)
     if ending is RIGHT:
         assert read(opened[0]) == DATA
@@ -238,6 +241,10 @@ def test_content_is_asked_for_without_a_token(hub, opened):
         ({"Retry-After": "0"}, 0.5),
         ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.5),
         ({"Retry-After": "soon"}, 0.5),
+        ({"Retry-After": "-5"}, 0.5),
+        ({"Retry-After": "\xb2"}, 0.5),  # a digit, but no number
+        ({"Retry-After": "21 Oct 99999999999 1:1:1"}, 0.5),
+        ({"Retry-After": "Wed, 21 Oct 2015 7:28:00 +9999959999699"}, 0.5),
         ({"RateLimit": '"api";r=0;t=55'}, 55.0),
         ({"RateLimit": '"api";r=3;t=55'}, 0.5),
     ],

@@ -48,11 +48,11 @@ def test_plain_json_is_read_as_by_python(value):
     ids=lambda value: repr(value)[:20],
 )
 def test_what_is_no_strict_json(text, problem):
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(InputError, match=problem) as raised:
         parse_json(text, "x")
     assert len(str(raised.value)) < 1000
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 10
 
 
 def test_limits_of_json_are_reached():

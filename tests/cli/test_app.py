@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import time
 
 import pytest
 import reference
@@ -38,7 +37,7 @@ def test_json_is_one_document_with_every_key(pair, cli):
     assert report["merged"] == 2
     assert report["bytes"] == sum(p.stat().st_size for p in weights)
     assert report["shards"] == len(weights) == 2
-    assert 0 < report["seconds"] < 60
+    assert report["seconds"] > 0
     assert 10**7 < report["peak_rss_bytes"] < 10**10
     assert report["missing"] == report["unexpected"] == report["warnings"] == []
     assert report["l2"]["reference"] == str(pair.base)
@@ -220,16 +219,17 @@ def test_a_dry_run_finds_what_a_run_would(pair, cli):
     assert cli(*pair.command, "--dry-run").code == 5
 
 
-def test_a_dry_run_of_a_large_base_is_quick(tmp_path, cli):
+def test_a_dry_run_of_a_large_base_reads_little_of_it(tmp_path, cli, nbytes_read, monkeypatch):
+    """And so is quick: of gigabytes only the header and samples."""
+    monkeypatch.setattr("streamshard.engine.plan.disk_free", lambda _: 10**15)
     base = sparse_base(tmp_path / "base", tensors=60)  # 4 GB
     adapter = sparse_adapter(tmp_path / "adapter")
-    started = time.perf_counter()
     outcome = cli(
         "merge-lora", "--base", base, "--adapter", adapter, "--output", tmp_path / "o", "--dry-run"
     )
     assert outcome.code == 0, outcome.err
     assert "4.03 GB" in outcome.out
-    assert time.perf_counter() - started < 2
+    assert 0 < sum(nbytes_read) < 16_000_000
     assert (base / "model.safetensors").stat().st_blocks * 512 < 100_000  # still holes
 
 

@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from interrupted_runs import AFTER_A_SHARD, KILL, killed
+from interrupted_runs import AFTER_A_SHARD, INTERRUPT, KILL, killed
 from make_checkpoint import write_adapter, write_checkpoint
-from pairs import wrap_as_the_trainer
+from pairs import heed_interrupts, wrap_as_the_trainer
 from reference import digests
 from terminals import in_terminal
 
@@ -122,15 +122,24 @@ def run(*arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         env={**os.environ, "COLUMNS": "40"},
+        preexec_fn=heed_interrupts,
     )
 
 
 def test_a_log_has_a_line_at_the_start(models, tmp_path):
+    """By a clock that stands still: after ten seconds there would be another one."""
+    code = """
+from streamshard.cli import progress
+class time:
+    monotonic = staticmethod(lambda: 1000.0)
+progress.time = time
+"""
     merge = ["merge-lora", "--base", models / "custom", "--adapter", models / "lora", "--output"]
-    done = run(*merge, tmp_path / "o", "--json")
+    done = run(*merge, tmp_path / "o", "--json", code=code)
     assert json.loads(done.stdout)["merged"]
     assert done.stderr == "merging: 358 KB\n"
-    assert run("diff", models / "merged", models / "hf").stderr == "comparing: 358 KB\n"
+    said = run("diff", models / "merged", models / "hf", code=code).stderr
+    assert said == "comparing: 358 KB\n"
     assert "\r" not in done.stderr
 
 
@@ -160,17 +169,14 @@ progress.time = time
 
 # --- interrupted runs -----------------------------------------------------------------------------
 
-# Files are finished by several threads: none adds a third one before the signal has ended the process.
-STOPPING = """
-import os, signal, threading, time
+STOPPING = f"""{INTERRUPT}
+import signal
 from streamshard.engine.journal import Journal
-add, one = Journal.add, threading.Lock()
+add = Journal.add
 def last(self, shard):
-    with one:
-        add(self, shard)
-        if len(self.finished) == 2:
-            os.kill(os.getpid(), signal.{name})
-            time.sleep(30)
+    add(self, shard)
+    if len(self.finished) == 2:
+        interrupt(signal.NAME)
 Journal.add = last
 """
 
@@ -182,7 +188,7 @@ def test_what_is_kept_is_said_and_continued(name, code, how, models, tmp_path):
     output = tmp_path / "o"
     merge = ["merge-lora", "--base", models / "custom", "--adapter", models / "lora"]
     merge += ["--output", output, "--workers", "1"]
-    ended = run(*merge, code=STOPPING.format(name=name))
+    ended = run(*merge, code=STOPPING.replace("NAME", name))
     assert ended.returncode == code, ended.stderr
     assert f"{how}. What is finished (2 of the weight files) is kept in" in ended.stderr
     assert "run the same command again to continue, or remove that folder" in ended.stderr
@@ -224,7 +230,9 @@ def test_what_differs_is_said(pair, cli):
 
 def test_a_dry_run_beside_a_run(pair, cli):
     """It says what the real run would: that another one is writing."""
-    stop = AFTER_A_SHARD.replace("kill()", "os.kill(os.getpid(), signal.SIGSTOP)")
+    # By its own thread: that is stopped at once, and all others with it.
+    own = "signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)"
+    stop = "import threading\n" + AFTER_A_SHARD.replace("kill()", own)
     script = f"{KILL}{stop}\nfrom streamshard.cli import main\nmain()"
     line = [sys.executable, "-c", script, *pair.command, "--workers", "1"]
     with subprocess.Popen(line, stderr=subprocess.DEVNULL) as first:
@@ -257,15 +265,14 @@ texts.merge_text = stop
 @pytest.mark.parametrize("command", ["verify", "diff"])
 def test_an_interrupt_in_a_terminal_begins_a_new_line(command, models):
     arguments = [command, models / "merged", *[models / "hf"] * (command == "diff")]
-    code = f"""
+    code = f"""{INTERRUPT}
 from streamshard.cli.progress import Progress
-import os, signal, time
+import signal
 piece = Progress.piece
 def stop(self, *of):
     piece(self, *of)
     if self._state.done > 100_000:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+        interrupt(signal.SIGINT)
 Progress.piece = stop
 {SLOWLY}"""
     seen = in_terminal(80, *arguments, code=code)
@@ -277,12 +284,11 @@ Progress.piece = stop
 def test_an_interrupt_of_a_replacement_says_that_the_old_output_stays(pair):
     assert run(*pair.command).returncode == 0
     before = digests(pair.output)
-    code = """
+    code = f"""{INTERRUPT}
 from streamshard.cli.progress import Progress
-import os, signal, time
+import signal
 def stop(self, *of):
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1)
+    interrupt(signal.SIGINT)
 Progress.piece = stop
 """
     done = run(*pair.command, "--overwrite", "--dtype", "fp32", code=code)

@@ -8,6 +8,7 @@ import traceback
 import warnings
 
 import pytest
+from hangs import HANGS
 
 import streamshard
 from streamshard.errors import BusyError, InputError, StreamshardError, UsageError
@@ -155,12 +156,12 @@ def test_another_call_in_this_process_is_said_to_be_one(pair):
 
     def wait(_nbytes, _name):
         entered.set()
-        leave.wait(60)
+        leave.wait(HANGS)
 
     thread = threading.Thread(target=merged, args=(pair,), kwargs={"progress": wait})
     thread.start()
     try:
-        assert entered.wait(60)
+        assert entered.wait(HANGS)
         with pytest.raises(BusyError, match="another call in this process") as raised:
             merged(pair)
         assert "remove" not in str(raised.value)

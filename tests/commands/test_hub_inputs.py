@@ -11,9 +11,9 @@ import pytest
 import reference
 from fake_hub import Hub
 from folders import make
+from hangs import until
 from hub_commands import contents, of_content, report, same, streamshard
 from hub_faults import First, Status
-from interrupted_runs import until
 from make_checkpoint import write_adapter
 from pairs import wrap_as_the_trainer
 

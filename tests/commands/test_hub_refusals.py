@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,10 +13,11 @@ import pytest
 import reference
 from fake_hub import Hub
 from hub_commands import of_content, report, streamshard
-from hub_faults import Drop, Flip, Status
+from hub_faults import Drop, Entry, Flip, Status
 from pairs import new_pair
 
-from streamshard.errors import bytes_text
+from streamshard.checkpoint.hub_errors import refusal
+from streamshard.errors import WriteError, bytes_text
 
 
 @pytest.fixture
@@ -64,6 +66,7 @@ CASES = {
     "missing": (None, "org/it", ("no such path here", "no such model", "Check the name")),
     "revision": ({}, "org/it@v9", ("org/it@v9", "no such revision")),
     "commit": ({}, f"org/it@{'0' * 40}", ("no such revision",)),
+    "short commit": ({}, "org/it@0123abc", ("no such revision", "in full, by 40 letters")),
 }
 
 
@@ -100,6 +103,45 @@ def test_what_the_hub_answers(status, headers, words, hub, home, tmp_path):
 def test_no_answer(hub, home, tmp_path):
     got = merge(hub, home, tmp_path / "o", HF_ENDPOINT="http://127.0.0.1:9")
     refused(got, 9, "org/lora", "http://127.0.0.1:9", "Check the network", "--offline")
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"HF_HUB_DOWNLOAD_TIMEOUT": "ten"}, ("Correct or unset HF_HUB_DOWNLOAD_TIMEOUT=ten",)),
+        ({"HF_ENDPOINT": "hub.example"}, ("HF_ENDPOINT is 'hub.example'", "https://")),
+        ({"HF_ENDPOINT": ""}, ("HF_ENDPOINT is ''", "unset it")),
+    ],
+)
+def test_an_environment_that_the_client_cannot_use(env, words, pair, hub, home, tmp_path):
+    refused(merge(hub, home, tmp_path / "o", **env), 2, *words)
+    push = ["merge-lora", "--adapter", pair.adapter, "--base", pair.base, "--json"]
+    refused(streamshard(hub, home, *push, "--push-to", "org/o", **env), 2, *words)
+
+
+def test_an_error_of_the_client_that_names_a_package():
+    """It is not there for what the environment asks, such as a proxy of SOCKS."""
+    told = str(refusal("org/base", "its commit", ImportError("No 'socksio': pip install socksio.")))
+    assert "pip install socksio. Install that, and run the same command again." in told
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_cache_without_room_is_told_as_that(number):
+    """Another output would not help."""
+    told = refusal("org/base", "a file", OSError(number, "no room"))
+    assert (type(told), told.exit_code) == (WriteError, 6)
+    for word in ("hub's cache", "no space left", "--cache-dir", "HF_HOME"):
+        assert word in str(told)
+    assert "output" not in str(told)
+
+
+def test_a_size_that_no_file_can_have(hub, home, tmp_path):
+    name, size = "model-00001-of-00002.safetensors", 2**62 - 1
+    lie = Entry(name, {"size": size, "lfs": {"size": size}})
+    hub.fail(lie, path="/api/models/org/base/tree/*", times=None)
+    refused(
+        merge(hub, home, tmp_path / "o"), 3, f"org/base: has a file '{name}'", f"{size:,} bytes"
+    )
 
 
 def test_a_cached_branch_is_no_answer(hub, home, tmp_path):

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +185,12 @@ def test_inspect_of_nothing(tmp_path, cli):
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])
 @pytest.mark.parametrize("preset", ["InternVL3-8B", "InternVL3_5-8B"])
-def test_a_real_size_is_quick(preset, layout, tmp_path):
+def test_of_a_real_size_little_is_read(preset, layout, tmp_path, nbytes_read):
     folder = sparse(tmp_path / "x", PRESETS[preset], layout)
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        report = inspect(folder)
-        seconds.append(time.perf_counter() - started)
+    report = inspect(folder)
     assert report["tensors"] == len(tensor_shapes(preset, layout))
     assert report["shards"] == 4
-    assert min(seconds) < 0.5
+    assert 0 < sum(nbytes_read) < 2_000_000
     assert all(file.stat().st_blocks * 512 < 200_000 for file in folder.glob("*.safetensors"))
 
 

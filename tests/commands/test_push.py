@@ -41,8 +41,18 @@ def test_with_an_output_it_stays_as_it_always_was(shop, hub, place, push_by_both
 def test_what_is_there_is_no_model(shop, hub, push):
     """A repository that somebody has made in the browser."""
     hub.add_repo(REPO, {"README.md": "---\nlicense: mit\n---\n", "notes.txt": "mine"})
-    push()
+    report = push(card="none")
+    assert hub.files(REPO)["README.md"].read_bytes().startswith(b"---\nlicense: mit")
+    assert report["warnings"] == []
+
+
+def test_a_card_that_somebody_wrote_is_replaced_and_that_is_told(shop, hub, push):
+    hub.add_repo(REPO, {"README.md": "---\nlicense: mit\n---\n", "notes.txt": "mine"})
+    report = push()
     assert pushed(hub).items() >= {**shop.right, "notes.txt": b"mine"}.items()
+    [told] = report["warnings"]
+    assert f"{REPO}: its README.md is replaced" in told
+    assert "keeps it" in told
 
 
 def test_a_model_that_is_there_is_replaced_only_on_demand(shop, hub, push, place):

@@ -30,7 +30,8 @@ from changing_files import (
     staged,
     stopped,
 )
-from interrupted_runs import content
+from hangs import HANGS
+from interrupted_runs import content, open_below
 from pairs import Pair
 from reference import load_file
 
@@ -212,13 +213,13 @@ def test_what_only_seems_to_be_wrong_with_an_input(full, cli, monkeypatch):
 def test_a_process_that_is_stopped_meanwhile(name, full):
     """As people do it: the run is stopped at its first shard, and goes on later."""
     code = """
-import os, signal, sys
+import signal, threading
 from streamshard.disk.new_files import OutputFile
 write = OutputFile.write
 def stop(self, data, offset):
     if not stopped and self.path.name.endswith(".part"):
         stopped.append(True)
-        os.kill(os.getpid(), signal.SIGSTOP)
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread at once, then all
     write(self, data, offset)
 stopped = []
 OutputFile.write = stop
@@ -235,7 +236,7 @@ main()
     assert os.WIFSTOPPED(status)
     replaced(full.root / name)
     process.send_signal(signal.SIGCONT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=HANGS)
     assert process.returncode == 7, said
     assert str(full.root / name) in said
     assert not list(full.output.parent.iterdir())
@@ -346,19 +347,18 @@ def test_held_files_make_room(tmp_path):
     opened, full = system.open, []
 
     def scarce(path: Path, flags: int) -> int:
-        if len(os.listdir("/proc/self/fd")) > before + 20:
+        if len(open_below(tmp_path)) > 20:
             full.append(path)
             raise OSError(errno.EMFILE, "too many")
         return opened(path, flags)
 
-    before = len(os.listdir("/proc/self/fd"))
     with pytest.MonkeyPatch.context() as patch, inputs.watching():
         patch.setattr(system, "open", scarce)
         for number in range(30):
             with InputFile(tmp_path / str(number)) as file:
                 assert file.read(0, 1) == b"x"
     assert len(full) == 1
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_below(tmp_path) == []
 
 
 # --- calls that fail ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapters import weights_of
+from hangs import HANGS
 
 import streamshard
 from streamshard.disk import mapped as module
@@ -30,11 +32,28 @@ if sys.platform != "linux" or module._mapping is None:
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+def absent(path: Path) -> list[int]:
+    """For each window, whether the page cache has nothing of it."""
+    with path.open("rb") as opened:
+        flags = module._mapping.Mapping(opened.fileno(), path.stat().st_size)
+        return [*flags.absent(WINDOW_NBYTES, PAGE)]
+
+
+def have_in_cache(path: Path) -> None:
+    """A system that is short of memory may have dropped what was just written; that is not mapped."""
+    for _ in range(1000):
+        if not any(absent(path)):
+            return
+        path.read_bytes()
+    pytest.skip("this system keeps nothing in its cache")
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """Of three windows and a half page."""
     data = np.random.default_rng(1).bytes(3 * WINDOW_NBYTES + PAGE // 2)
     (tmp_path / "file").write_bytes(data)
+    have_in_cache(tmp_path / "file")
     return tmp_path / "file"
 
 
@@ -84,24 +103,28 @@ def test_an_address_that_is_not_a_multiple_is_read(file):
     files.close()
 
 
-def resident(kind: str) -> int:
-    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that this process has in memory; libraries come and go as they like."""
+    text = Path("/proc/self/smaps").read_text()
+    parts = re.findall(rf" {re.escape(str(path))}\n(?:\w+:.*\n)*?Rss: +(\d+) kB", text)
+    assert parts
+    return sum(map(int, parts)) * 1024
 
 
 def test_memory_stays_flat(tmp_path):
     big, nbytes = tmp_path / "big", 32 * WINDOW_NBYTES
     big.write_bytes(bytes(nbytes))
+    have_in_cache(big)
     files = Files()
-    reader, before, most = Reader(files), resident("RssFile"), 0
+    reader, most = Reader(files), 0
     for start in range(0, nbytes, PAGE * 16):
         with reader.view(span(big, start, PAGE * 16), no_room) as found:
             assert not any(found[:: PAGE * 4])
-        most = max(most, resident("RssFile") - before)
+            if start % (WINDOW_NBYTES // 4) == 0:  # asking is slow
+                most = max(most, resident(big))
     assert WINDOW_NBYTES <= most <= (MOST_WINDOWS + 1) * WINDOW_NBYTES
     reader.leave()
-    assert resident("RssFile") - before < WINDOW_NBYTES // 2
+    assert resident(big) < WINDOW_NBYTES // 2
     files.close()
 
 
@@ -238,7 +261,7 @@ os.truncate(descriptor, 0)
 print(theirs[5])
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, check=False, timeout=20
+        [sys.executable, "-c", code], capture_output=True, check=False, timeout=HANGS
     )
     assert done.returncode == -signal.SIGBUS
     assert done.stderr.count(b"Bus error") == 1
@@ -323,7 +346,7 @@ def test_a_base_that_is_cut_off_at_the_worst_moments(at, pair, cli, monkeypatch)
     """Directly after the n-th window is in memory: exit code 7, no output, and the next run is right."""
     merged = pair.root / "merged"
     streamshard.merge_lora(base=pair.base, adapter=pair.adapter, output=merged)
-    calls, cut = [], []
+    calls, cut, one = [], [], threading.Lock()
 
     original = system.populate
 
@@ -331,10 +354,11 @@ def test_a_base_that_is_cut_off_at_the_worst_moments(at, pair, cli, monkeypatch)
         original(descriptor, *more)
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         if path.parent == pair.base:
-            calls.append(path)
-            if len(calls) == at:
-                cut.append((path, path.read_bytes()))
-                os.truncate(path, 0)
+            with one:
+                calls.append(path)
+                if len(calls) == at:
+                    cut.append((path, path.read_bytes()))
+                    os.truncate(path, 0)
 
     monkeypatch.setattr(system, "populate", populate)
     outcome = cli(*pair.command)
@@ -350,26 +374,21 @@ def test_a_base_that_is_cut_off_at_the_worst_moments(at, pair, cli, monkeypatch)
     assert weights_of(pair.output) == weights_of(merged)
 
 
-def absent(path: Path) -> list[int]:
-    """For each window, whether the page cache has nothing of it."""
-    with path.open("rb") as opened:
-        flags = module._mapping.Mapping(opened.fileno(), path.stat().st_size)
-        return [*flags.absent(WINDOW_NBYTES, PAGE)]
-
-
 @pytest.mark.parametrize("choice", ["mmap", "auto"])
 @pytest.mark.parametrize("spare", [True, False])
 @pytest.mark.parametrize("how", ["seen", "read"])
 def test_the_cache_is_left_as_it_was(choice, spare, how, tmp_path, monkeypatch):
     """Windows 2 and 3 were there, 0, 1, 4 and 5 were not; tensors begin and end anywhere."""
     monkeypatch.setenv("STREAMSHARD_READ", choice)
-    path, nbytes = tmp_path / "file", 6 * WINDOW_NBYTES
-    path.write_bytes(np.random.default_rng(2).bytes(nbytes))
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    for window in (0, 1, 4, 5):
-        os.posix_fadvise(descriptor, window * WINDOW_NBYTES, WINDOW_NBYTES, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
+    path, untouched, nbytes = tmp_path / "file", tmp_path / "untouched", 6 * WINDOW_NBYTES
+    for file in (path, untouched):
+        file.write_bytes(np.random.default_rng(2).bytes(nbytes))
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        for window in (0, 1, 4, 5):
+            at = window * WINDOW_NBYTES
+            os.posix_fadvise(descriptor, at, WINDOW_NBYTES, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
     before = absent(path)
     if before != [1, 1, 0, 0, 1, 1]:
         pytest.skip("this file system keeps its cache")
@@ -387,4 +406,6 @@ def test_the_cache_is_left_as_it_was(choice, spare, how, tmp_path, monkeypatch):
     files.close()
     left = absent(path)
     assert data == path.read_bytes()
+    if absent(untouched) != before:
+        pytest.skip("the system needs memory, and drops what is in the cache")
     assert left == before if spare else not any(left[:2])

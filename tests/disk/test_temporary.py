@@ -16,13 +16,13 @@ from streamshard.disk import temporary
 from streamshard.disk.temporary import PREFIX, temporary_folder
 
 HOLDS = """
-import sys, time
+import sys
 from streamshard.disk.temporary import temporary_folder
 with temporary_folder() as path:
     (path / "0" / "org").mkdir(parents=True)
     (path / "0" / "org" / "file").write_bytes(b"x")
     print(path, flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -36,9 +36,8 @@ def around(tmp_path, monkeypatch):
 def other(around):
     """Another process that holds a folder."""
     env = os.environ | {"TMPDIR": str(around)}
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDS], stdout=subprocess.PIPE, text=True, env=env
-    ) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDS], text=True, env=env, **pipes) as process:
         process.path = Path(process.stdout.readline().strip())
         yield process
         process.kill()
@@ -83,6 +82,7 @@ def test_only_what_is_ours_and_old_goes(around, monkeypatch):
     file.write_text("kept")
     (old / "link").symlink_to(elsewhere)
     grow_old(*(path for path in around.iterdir() if path != new))
+    os.utime(new, (time.time() + 3600,) * 2)  # as if it were just made, however long this takes
     with temporary_folder():
         assert not old.exists()
     assert all((path / "kept").exists() for path in (new, elsewhere, linked))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hangs import HANGS
 from interrupted_runs import AFTER_A_SHARD, FIRST, SECOND, content, killed, partial
 from pairs import Pair, new_pair
 
@@ -42,16 +43,26 @@ def interrupted(pair: Pair, clean: dict[str, Any], killed_once: Path) -> Pair:
 
 
 @pytest.fixture
-def cluster(tmp_path):
-    """A Dask cluster without workers."""
+def patient(monkeypatch) -> None:
+    """Scheduler, workers and what they write are waited for as long as it takes."""
     pytest.importorskip("distributed")
+    import dask
+
+    from streamshard.engine import cluster, cluster_client
+
+    for name in ("connect", "tcp"):
+        monkeypatch.setitem(dask.config.get("distributed.comm.timeouts"), name, f"{HANGS}s")
+    monkeypatch.setattr(cluster, "WORKERS_SECONDS", HANGS)
+    monkeypatch.setattr(cluster_client, "CONNECT_SECONDS", HANGS)
+    monkeypatch.setattr(cluster_client, "ANSWER_SECONDS", HANGS)
+
+
+@pytest.fixture
+def cluster(tmp_path, patient):
+    """A Dask cluster without workers."""
     from dask_cluster import dask_cluster
 
-    settings = {
-        "DISTRIBUTED__SCHEDULER__WORKER_TTL": "4s",
-        "DISTRIBUTED__WORKER__HEARTBEAT_INTERVAL": "500ms",
-    }
     folder = tmp_path / "cluster"
     folder.mkdir()
-    with dask_cluster(folder, **settings) as found:
+    with dask_cluster(folder) as found:
         yield found

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from dask_cluster import OTHER, SLOW, begun, is_writing, preload
-from interrupted_runs import alone, content, until
+from dask_cluster import ENDING, OTHER, begun, go_on, is_writing, preload, stopped
+from hangs import HANGS, ended, until
+from interrupted_runs import alone, content
 from marks import linux, slow
 
 import streamshard
@@ -118,7 +120,7 @@ def test_another_one_completes_it(when, pair, clean, cluster, monkeypatch):
     def late(self, *given):
         if not done:
             done.append(begun(pair, cluster))
-            said = done[0].communicate()[1]
+            said = ended(done[0])
             assert done[0].returncode == 0, said
         return original(self, *given)
 
@@ -134,12 +136,12 @@ def test_another_one_completes_it(when, pair, clean, cluster, monkeypatch):
 
 @slow
 def test_a_worker_is_killed(pair, clean, cluster):
-    first = cluster.worker(*preload(cluster, SLOW))
+    first = stopped(cluster)
     found = begun(pair, cluster)
-    until(lambda: is_writing(pair))
+    until(lambda: is_writing(pair), found)
     cluster.worker()
     first.send(signal.SIGKILL)
-    said = found.communicate(timeout=90)[1]
+    said = ended(found)
     assert found.returncode == 0, said
     assert content(pair.output) == clean
     assert alone(pair)
@@ -147,27 +149,35 @@ def test_a_worker_is_killed(pair, clean, cluster):
 
 @slow
 def test_a_frozen_worker_wakes_when_all_is_done(pair, clean, cluster):
-    first = cluster.worker(*preload(cluster, SLOW))
+    from distributed import Client
+
+    ending = cluster.folder / "ended"
+    first = stopped(cluster, code=ENDING.format(file=str(ending)))
+    (frozen,) = re.findall(r"Start worker at:\s+(tcp://\S+)", first.log)
     found = begun(pair, cluster)
-    until(lambda: is_writing(pair))
+    until(lambda: is_writing(pair), found)
     first.send(signal.SIGSTOP)
     cluster.worker()
-    said = found.communicate(timeout=90)[1]
+    with Client(cluster.address, timeout=HANGS, set_as_default=False) as client:
+        # As the scheduler does by itself, in minutes.
+        client.sync(client.scheduler.unregister, address=frozen, stimulus_id="a test")
+    said = ended(found)
     assert found.returncode == 0, said
     assert content(pair.output) == clean
+    go_on(cluster)
     first.send(signal.SIGCONT)
-    time.sleep(5)
+    until(lambda: ending.exists() or first.process.poll() is not None)
     assert content(pair.output) == clean
     assert alone(pair)
 
 
 @slow
 def test_the_scheduler_is_killed(pair, clean, cluster, cli):
-    cluster.worker(*preload(cluster, SLOW))
+    stopped(cluster)
     found = begun(pair, cluster)
-    until(lambda: is_writing(pair))
+    until(lambda: is_writing(pair), found)
     cluster.scheduler.send(signal.SIGKILL)
-    said = found.communicate(timeout=90)[1]
+    said = ended(found)
     assert found.returncode == 9, said
     assert "the scheduler is lost" in said
     assert "Traceback" not in said
@@ -180,11 +190,11 @@ def test_the_scheduler_is_killed(pair, clean, cluster, cli):
 
 @slow
 def test_an_interrupt_cancels(pair, clean, cluster, cli):
-    cluster.worker(*preload(cluster, SLOW))
+    stopped(cluster)
     found = begun(pair, cluster)
-    until(lambda: is_writing(pair))
+    until(lambda: is_writing(pair), found)
     found.send_signal(signal.SIGINT)
-    said = found.communicate(timeout=90)[1]
+    said = ended(found)
     assert found.returncode == 130, said
     for worker in cluster.workers:
         worker.end()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import hub_commands
 import pytest
+from dask_cluster import PATIENT, dask_cluster
+from hangs import HANGS, ended, until
+from interrupted_runs import MAIN
 from marks import linux, slow
 from pairs import heed_interrupts
-from pushes import REPO, command, commits_of, contents, pushed, sent_twice
+from pushes import REPO, Ended, command, commits_of, contents, pushed, sent_twice
 
 pytestmark = [linux]
 BASE = "org/base"
@@ -36,8 +38,6 @@ def place(tmp_path):
 def start(tmp_path, hub):
     """Start a cluster of workers, each with what is changed of the environment."""
     pytest.importorskip("distributed")
-    from dask_cluster import dask_cluster
-
     folder = tmp_path / "cluster"
     folder.mkdir()
     with contextlib.ExitStack() as stack:
@@ -57,8 +57,13 @@ def begun(shop, hub, place, cluster, *more: str, base: str | None = None):
     asked = command(shop, "--scheduler", cluster.address, "--json", *more)
     if base is not None:
         asked[asked.index(str(shop.base))] = base
+    asked = asked[asked.index("merge-lora") :]
+    return started(asked, hub, place)
+
+
+def started(asked, hub, place):
     return subprocess.Popen(
-        asked,
+        [sys.executable, "-c", f"import sys\n{PATIENT}{MAIN}", *asked],
         cwd=place,
         env={**os.environ, **hub.env(place.parent / "home")},
         stdout=subprocess.PIPE,
@@ -82,7 +87,7 @@ def test_workers_read_and_send(shop, hub, place, start):
     """What is begun here stores nothing, and its process reads headers only; workers cache nothing."""
     cluster = start({}, {})
     found = begun(shop, hub, place, cluster, "--stream", base=BASE)
-    out, said = found.communicate(timeout=200)
+    out, said = found.communicate(timeout=HANGS)
     assert found.returncode == 0, said
     report = json.loads(out)
     assert (report["part"], report["scheduler"]) == (None, cluster.address)
@@ -98,8 +103,8 @@ def test_a_cache_that_all_share(shop, hub, place, start, tmp_path):
     cluster = start({}, {})
     cache = str(tmp_path / "cache")
     found = begun(shop, hub, place, cluster, "--cache-dir", cache, base=BASE)
-    assert found.wait(200) == 0, found.communicate()[1]
-    found.communicate()
+    said = ended(found)
+    assert found.returncode == 0, said
     right_in_the_end(shop, hub, place, BASE)
     weights = [r for r in hub.requests if r.port == "content" and r.method == "GET"]
     whole = [r.path for r in weights if r.path.endswith(".safetensors") and r.range is None]
@@ -109,7 +114,7 @@ def test_a_cache_that_all_share(shop, hub, place, start, tmp_path):
 def test_a_cache_that_only_one_has(shop, hub, place, start):
     cluster = start({}, {})
     found = begun(shop, hub, place, cluster, base=BASE)
-    out, said = found.communicate(timeout=200)
+    out, said = found.communicate(timeout=HANGS)
     assert found.returncode == 9, said
     message = json.loads(out)["error"]["message"]
     assert "2 of 2 workers cannot do this" in message
@@ -140,7 +145,7 @@ def test_a_worker_that_cannot_send(what, shop, hub, place, start):
     changed, fragment = CANNOT[what]
     cluster = start({}, changed)
     found = begun(shop, hub, place, cluster, "--private")
-    out, said = found.communicate(timeout=200)
+    out, said = found.communicate(timeout=HANGS)
     assert found.returncode == 9, said
     message = json.loads(out)["error"]["message"]
     assert "1 of 2 workers cannot do this" in message
@@ -156,7 +161,7 @@ def test_a_worker_that_cannot_read(shop, hub, place, start, tmp_path):
     asked = begun(
         shop, hub, place, cluster, "--stream", "--output", str(tmp_path / "out"), base="org/hidden"
     )
-    out, said = asked.communicate(timeout=200)
+    out, said = asked.communicate(timeout=HANGS)
     assert asked.returncode == 9, said
     message = json.loads(out)["error"]["message"]
     assert "1 of 1 workers cannot do this" in message
@@ -166,32 +171,40 @@ def test_a_worker_that_cannot_read(shop, hub, place, start, tmp_path):
 
 def test_an_upload_that_is_refused(shop, hub, place, start):
     """The worker's words; run again, what has arrived is not sent again."""
-    from hub_faults import Status
+    from hub_faults import First, Status
+
+    def noted():
+        return len([*place.glob(".*.parts/*.sent")]) == 2
 
     hub.fail(Status(403), "/upload/*", method="PUT", nth=3, times=None)
+    hub.fail(First(lambda: until(noted)), "/upload/*", method="PUT", nth=3)
     cluster = start({}, {})
     found = begun(shop, hub, place, cluster, "--stream", base=BASE)
-    out, said = found.communicate(timeout=200)
+    out, said = found.communicate(timeout=HANGS)
     assert found.returncode == 9, said
     assert "403" in json.loads(out)["error"]["message"]
     assert commits_of(hub, "the output") == 0
+    for worker in [*cluster.workers]:  # the other one may be at something still
+        cluster.worker(env=hub.env(place.parent / f"home of another {worker.process.pid}"))
+        worker.end()
+    hub.settle()
     hub.faults.rules.clear()
     found = begun(shop, hub, place, cluster, "--stream", base=BASE)
-    said = found.communicate(timeout=200)[1]
+    said = found.communicate(timeout=HANGS)[1]
     assert found.returncode == 0, said
     right_in_the_end(shop, hub, place, BASE)
 
 
 def test_a_worker_is_killed(shop, hub, place, start):
-    """While it sends; the other one does what it was at."""
+    """While it sends; another one, which has come, does what it was at."""
     from hub_faults import First
 
-    cluster = start({}, {})
-    hub.fail(
-        First(lambda: cluster.workers[0].send(signal.SIGKILL)), "/upload/*", method="PUT", nth=2
-    )
+    cluster = start({})
+    hub.fail(Ended([cluster.workers[0].process], done=True), "/upload/*", method="PUT", nth=2)
+    another = {"env": hub.env(place.parent / "home of another")}
+    hub.fail(First(lambda: cluster.worker(**another)), "/upload/*", method="PUT", nth=2)
     found = begun(shop, hub, place, cluster, "--stream", base=BASE)
-    said = found.communicate(timeout=200)[1]
+    said = found.communicate(timeout=HANGS)[1]
     assert found.returncode == 0, said
     right_in_the_end(shop, hub, place, BASE)
 
@@ -200,7 +213,7 @@ def test_a_worker_is_killed(shop, hub, place, start):
 def test_kept_here_too(shop, hub, place, start, tmp_path):
     cluster = start({}, {})
     found = begun(shop, hub, place, cluster, "--output", "kept")
-    said = found.communicate(timeout=200)[1]
+    said = found.communicate(timeout=HANGS)[1]
     assert found.returncode == 0, said
     assert pushed(hub) == shop.right == contents(place / "kept")
     assert commits_of(hub, "the output") == 1
@@ -209,18 +222,11 @@ def test_kept_here_too(shop, hub, place, start, tmp_path):
 def test_without_a_push(shop, hub, place, start):
     """A base of the hub alone; the output is here."""
     cluster = start({}, {})
-    asked = [sys.executable, "-m", "streamshard", "merge-lora", "--adapter", str(shop.adapter)]
-    asked += ["--base", BASE, "--stream", "--scheduler", cluster.address, "--output", "out"]
-    done = subprocess.run(
-        asked,
-        cwd=place,
-        env={**os.environ, **hub.env(place.parent / "home")},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    asked = ["merge-lora", "--adapter", str(shop.adapter), "--base", BASE, "--stream"]
+    asked += ["--scheduler", cluster.address, "--output", "out"]
+    found = started(asked, hub, place)
+    said = ended(found)
+    assert found.returncode == 0, said
     got, right = contents(place / "out"), dict(shop.right)
     got.pop(hub_commands.CARD), right.pop(hub_commands.CARD)
     assert got == right

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import signal
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
-from dask_cluster import OTHER, SLOW, WITHOUT, begun, dask_cluster, is_writing, preload
-from interrupted_runs import alone, content, until
+from dask_cluster import (
+    OTHER,
+    WITHOUT,
+    begun,
+    dask_cluster,
+    is_writing,
+    preload,
+    stopped,
+)
+from hangs import HANGS, ended, until
+from interrupted_runs import alone, content
 from marks import linux, slow
 from parts_runs import folder_of, process
 
@@ -21,18 +33,21 @@ pytestmark = [linux]
 
 
 @pytest.fixture
-def impatient(monkeypatch) -> None:
-    pytest.importorskip("distributed")
+def nobody(patient, monkeypatch) -> Iterator[str]:
+    """The address of a port where nothing listens, nor will; what is asked there gives up soon."""
     monkeypatch.setattr(cluster_client, "CONNECT_SECONDS", 1)
-    monkeypatch.setattr(cluster_client, "ANSWER_SECONDS", 1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"tcp://127.0.0.1:{taken.getsockname()[1]}"
 
 
 # --- no scheduler ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def listening(answer: bytes, *, closes: bool = False) -> Iterator[str]:
-    """The address of something that takes connections, and says this to each."""
+def listening(answer: bytes, *, closes: bool = False) -> Iterator[tuple[str, threading.Event]]:
+    """The address of something that takes connections, and says this to each; whether it has."""
+    heard = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
 
         def serve() -> None:
@@ -40,12 +55,13 @@ def listening(answer: bytes, *, closes: bool = False) -> Iterator[str]:
                 while True:
                     taken = stack.enter_context(server.accept()[0])
                     taken.sendall(answer)
+                    heard.set()
                     if closes:
                         taken.close()
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}", heard
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
 
@@ -59,12 +75,10 @@ def test_a_file_that_is_not_there(pair, cli):
     assert [*pair.output.parent.iterdir()] == []
 
 
-def test_a_port_where_nothing_is(pair, cli, impatient):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    outcome = cli(*pair.command, "--scheduler", f"tcp://127.0.0.1:{port}")
+def test_a_port_where_nothing_is(pair, cli, nobody):
+    outcome = cli(*pair.command, "--scheduler", nobody)
     assert outcome.code == 9, outcome.err
-    assert "no scheduler answers there ([Errno" in outcome.err
+    assert "no scheduler answers there (" in outcome.err
     assert "Start one (dask scheduler)" in outcome.err
     assert [*pair.output.parent.iterdir()] == []
 
@@ -80,8 +94,11 @@ def test_a_port_where_nothing_is(pair, cli, impatient):
         (b"\x08" + bytes(15), False, "not as Dask does"),
     ],
 )
-def test_a_port_of_something_else(answer, closes, said, pair, cli, impatient):
-    with listening(answer, closes=closes) as address:
+def test_a_port_of_something_else(answer, closes, said, pair, cli, patient, monkeypatch):
+    with listening(answer, closes=closes) as (address, heard):
+        if said == "says nothing":
+            waiting = SimpleNamespace(run=asyncio.run, wait_for=partial(_soon, heard))
+            monkeypatch.setattr(cluster_client, "asyncio", waiting)
         outcome = cli(*pair.command, "--scheduler", address)
     assert outcome.code == 9, outcome.err
     assert said in outcome.err
@@ -89,12 +106,19 @@ def test_a_port_of_something_else(answer, closes, said, pair, cli, impatient):
     assert [*pair.output.parent.iterdir()] == []
 
 
-def test_the_file_of_a_scheduler_that_has_ended(pair, cli, impatient):
+async def _soon(heard, asked, _seconds):
+    """Give up what is asked a second after it is heard: nothing more will come."""
+    task = asyncio.ensure_future(asked)
+    await asyncio.to_thread(heard.wait)
+    return await asyncio.wait_for(task, 1)
+
+
+def test_the_file_of_a_scheduler_that_has_ended(pair, cli, nobody):
     file = pair.root / "scheduler.json"
-    file.write_text('{"address": "tcp://127.0.0.1:9"}')
+    file.write_text(f'{{"address": "{nobody}"}}')
     outcome = cli(*pair.command, "--scheduler", str(file))
     assert outcome.code == 9, outcome.err
-    assert f"{file} (tcp://127.0.0.1:9): no scheduler answers" in outcome.err
+    assert f"{file} ({nobody}): no scheduler answers" in outcome.err
 
 
 def test_the_address_of_a_worker(pair, cluster, cli):
@@ -118,10 +142,10 @@ def test_a_file_without_an_address(content, pair, cli):
 
 @pytest.mark.parametrize("scheduler", ["127.0.0.1", "foo://x:1", "127.0.0.1:abc"])
 def test_no_address_of_a_scheduler(scheduler, pair):
-    """No client is made that takes a minute to end and shows a traceback."""
+    """No client is made, which would show a traceback."""
     pytest.importorskip("distributed")
     found = process([*pair.command, "--scheduler", scheduler])
-    said = found.communicate(timeout=50)[1]
+    said = ended(found)
     assert found.returncode == 9, said
     assert "no scheduler answers there" in said
     assert "Traceback" not in said
@@ -135,9 +159,9 @@ def test_a_worker_that_comes_while_it_is_waited_for(pair, clean, cluster):
     line = found.stderr.readline()
     while line and "has no worker yet" not in line:
         line = found.stderr.readline()
-    assert f"{cluster.address} has no worker yet: waiting 60 s for one" in line
+    assert f"{cluster.address} has no worker yet: waiting {HANGS} s for one" in line
     cluster.worker()
-    said = found.communicate(timeout=90)[1]
+    said = ended(found)
     assert found.returncode == 0, said
     assert content(pair.output) == clean
 
@@ -153,9 +177,8 @@ def test_a_worker_without_the_package(pair, cluster, cli):
     assert [*pair.output.parent.iterdir()] == []
 
 
-def test_a_scheduler_without_the_package(pair, clean, tmp_path, cli):
+def test_a_scheduler_without_the_package(pair, clean, tmp_path, cli, patient):
     """It has only to say who does what."""
-    pytest.importorskip("distributed")
     (tmp_path / "other").mkdir()
     with dask_cluster(tmp_path / "other", WITHOUT) as cluster:
         cluster.worker()
@@ -170,12 +193,12 @@ def test_a_scheduler_without_the_package(pair, clean, tmp_path, cli):
     [(OTHER, "streamshard 0.0.9 (cafe) and not"), (WITHOUT, "it has no streamshard")],
 )
 def test_another_worker_that_comes_late(code, said, pair, clean, cluster, cli):
-    first = cluster.worker(*preload(cluster, SLOW))
+    first = stopped(cluster)
     found = begun(pair, cluster)
-    until(lambda: is_writing(pair))
+    until(lambda: is_writing(pair), found)
     cluster.worker(*preload(cluster, code))
     first.send(signal.SIGKILL)
-    told = found.communicate(timeout=90)[1]
+    told = ended(found)
     assert found.returncode == 9, told
     assert said in told
     assert "in the same environment as" in told

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from foreign_things import FOREIGN, foreign, state
+from hangs import until
 from interrupted_runs import (
     BETWEEN_THE_RENAMES,
     FIRST,
@@ -25,7 +26,6 @@ from interrupted_runs import (
     flip,
     killed,
     partial,
-    until,
 )
 from marks import slow
 from pairs import Pair
@@ -631,7 +631,7 @@ def test_a_folder_that_is_removed_when_it_is_opened(step, pair, monkeypatch):
 
 @pytest.mark.parametrize("which", ["1/1", "finish"])
 def test_one_that_only_looks(which, pair, clean):
-    """A lock is taken to see what is beside an output; who comes then waits a little."""
+    """A lock is taken to see what is beside an output; who comes then waits until it is free."""
     part(pair, "1/2")
     if which == "finish":
         with pytest.MonkeyPatch.context() as patch:
@@ -639,10 +639,11 @@ def test_one_that_only_looks(which, pair, clean):
             part(pair, "2/2")
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(pair.output.with_name(".merged.lock"), pair.output))
-        soon = threading.Timer(0.5, stack.close)
-        soon.start()
+        waited = []
+        waiting = SimpleNamespace(sleep=lambda _: waited.append(stack.close()))
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(engine_parts, "time", waiting)
         assert part(pair, which)["part"]["complete"]
-        soon.join()
+        assert waited
     assert content(pair.output) == clean
     assert alone(pair)
 

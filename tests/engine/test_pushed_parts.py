@@ -10,6 +10,7 @@ import threading
 import hub_commands
 import pytest
 from fake_hub import Hub
+from hangs import HANGS, ended
 from hub_faults import First, LoseAnswer, NoAnswer, Status
 from interrupted_runs import killed
 from marks import slow, slow_but
@@ -124,12 +125,12 @@ def test_another_command(shop, hub, place, push, tmp_path):
 
 def test_what_is_said_of_it(shop, hub, place):
     """Each in its words: a part, finish before all is there, the last one, and one that comes late."""
-    dry = begin(shop, hub, place, "--part", "1/2", "--dry-run").communicate(timeout=300)[0]
+    dry = begin(shop, hub, place, "--part", "1/2", "--dry-run").communicate(timeout=HANGS)[0]
     assert "At most 3 files of weights on disk at a time, of each part, " in dry
     said = {}
     for which in ("1/2", "finish", "2/2", "1/2 again"):
         found = begin(shop, hub, place, "--part", which.split()[0])
-        said[which] = (*found.communicate(timeout=300), found.returncode)
+        said[which] = (*found.communicate(timeout=HANGS), found.returncode)
     assert f"Part 1/2 of {REPO} is uploaded: " in said["1/2"][0]
     assert "of 5 files of the output are finished. The last part completes it" in said["1/2"][0]
     assert "of its 5 weight files are not uploaded: 'model-" in said["finish"][1]
@@ -345,11 +346,9 @@ def test_one_that_wakes_when_all_is_done(shop, hub, place, push):
 def test_all_at_once(shop, hub, place):
     """Every part twice, each a process: one commit, and every one ends well."""
     running = [begin(shop, hub, place, "--part", f"{n}/2") for n in (1, 2, 1, 2)]
-    said = [found.communicate(timeout=300)[1] for found in running]
+    said = [ended(found) for found in running]
     assert [found.returncode for found in running] == [0] * 4, said
-    last = begin(shop, hub, place, "--part", "finish")
-    assert last.communicate(timeout=300)[1] is not None
-    assert last.returncode == 0
+    ends_well(begin(shop, hub, place, "--part", "finish"))
     assert pushed(hub) == shop.right
     assert commits_of(hub, "the output") == 1
     assert [*place.iterdir()] == []
@@ -367,7 +366,7 @@ STAGES = {
 
 
 def ends_well(process: subprocess.Popen[str]) -> None:
-    told = process.communicate(timeout=300)[1]
+    told = ended(process)
     assert process.returncode == 0, told
 
 
@@ -382,7 +381,7 @@ def test_a_kill_at_a_stage(stage, done, keeps, shop, hub, place):
     if stage == "commit":
         ends_well(begin(shop, hub, place, *more, "--part", "2/2"))
     running.append(begin(shop, hub, place, *more, "--part", "1/2"))
-    running[0].communicate(timeout=300)
+    ended(running[0])
     assert running[0].returncode == -signal.SIGKILL
     for number in (1, 2):
         ends_well(begin(shop, hub, place, *more, "--part", f"{number}/2"))
@@ -475,21 +474,27 @@ def with_kills(shop, hub, place, chance, *more) -> int:
     Returns how many were.
     """
     running: dict[int, subprocess.Popen[str]] = {}
+    starting = threading.Lock()
     kills: list[int] = []
     errors: list[BaseException] = []
 
-    def kill() -> None:
-        running[chance.choice(sorted(running))].kill()
+    def kill(*, everyone: bool = False) -> None:
+        with starting:
+            living = [running[n] for n in sorted(running) if running[n].poll() is None]
+        for process in living if everyone else living and [chance.choice(living)]:
+            process.kill()
 
     def one(number: int) -> None:
         while True:
-            running[number] = begin(shop, hub, place, "--part", f"{number}/3", *more)
-            told = running[number].communicate(timeout=300)[1]
+            with starting:
+                running[number] = begin(shop, hub, place, "--part", f"{number}/3", *more)
+            told = ended(running[number])
             code = running[number].returncode
             if code == 0:
                 return
             assert code == -signal.SIGKILL, told
             kills.append(number)
+            hub.settle()  # what it has sent has arrived by now, or does not
 
     def guarded(number: int) -> None:
         try:
@@ -497,7 +502,9 @@ def with_kills(shop, hub, place, chance, *more) -> int:
         except BaseException as error:  # noqa: BLE001 - raised below
             errors.append(error)
 
-    for nth in chance.sample(range(1, 50), 6):
+    first, *others = chance.sample(range(1, 50), 6)
+    hub.fail(First(lambda: kill(everyone=True)), nth=first)  # who asks lives, whoever else does
+    for nth in others:
         hub.fail(First(kill), nth=nth)
     threads = [threading.Thread(target=guarded, args=(number,)) for number in (1, 2, 3)]
     for thread in threads:

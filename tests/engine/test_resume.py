@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import reference
 from interrupted_runs import (
     AFTER_A_SHARD,
     FIRST,
+    INTERRUPT,
+    MAIN,
     SECOND,
     alone,
     content,
@@ -25,9 +26,8 @@ from interrupted_runs import (
     flip,
     killed,
     partial,
-    until,
 )
-from pairs import begun
+from pairs import heed_interrupts
 from reference import load_file, save_file
 from sparse_folders import sparse_adapter, sparse_base
 
@@ -251,6 +251,39 @@ def test_nothing_is_kept_where_the_same_would_happen_again(pair, cli):
     assert [*pair.output.parent.iterdir()] == []
 
 
+# A run is signalled in the first write to its third file, when two are finished; what it still writes
+# when it has heard of that is counted.
+IN_THE_THIRD = f"""{INTERRUPT}
+import sys
+from streamshard.disk.new_files import OutputFile
+from streamshard.engine.journal import Journal
+number = int(sys.argv.pop())
+write, add, two = OutputFile.write, Journal.add, threading.Event()
+names, counted = [], []
+def stop(self, data, offset):
+    if self.path.name.endswith(".part") and offset:
+        if self.path not in names:
+            names.append(self.path)
+        if len(names) > 2:
+            if not counted:
+                two.wait()
+                interrupt(number)
+            counted.append(offset)
+    write(self, data, offset)
+OutputFile.write = stop
+def noted(self, shard):
+    add(self, shard)
+    if len(self.finished) == 2:
+        two.set()
+Journal.add = noted
+exit = os._exit
+def tell(code):
+    os.write(1, f"{{len(counted)}}".encode())
+    exit(code)
+os._exit = tell
+"""
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
@@ -261,21 +294,23 @@ def test_a_signal_keeps_what_is_finished(number, code, tmp_path):
     arguments = ["--base", base, "--adapter", adapter, "--output", output, "--workers", "1"]
     arguments += ["--max-shard-size", "100MB"]
     staging = output.with_name(".merged.partial")
-    with begun("merge-lora", *arguments) as run:
-        until(lambda: len([*staging.glob("*.safetensors")]) > 1)
-        started = time.monotonic()
-        run.send_signal(number)
-        _, err = run.communicate(timeout=60)
-    assert time.monotonic() - started < 2
-    assert run.returncode == code, err
-    assert "run the same command again" in err
-    assert str(staging) in err
+    line = [sys.executable, "-c", IN_THE_THIRD + MAIN, "merge-lora", *map(str, arguments)]
+    run = subprocess.run(
+        [*line, str(int(number))],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=heed_interrupts,
+    )
+    assert run.returncode == code, run.stderr
+    assert "run the same command again" in run.stderr
+    assert str(staging) in run.stderr
+    assert int(run.stdout) <= 2
     assert not [*staging.glob("*.part")]
     command = [sys.executable, "-m", "streamshard", "merge-lora", *map(str, arguments)]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
-    assert report["resumed"] >= 1
-    assert report["shards"] > report["resumed"]
+    assert report["resumed"] == 2 < report["shards"]
     assert [p.name for p in output.parent.iterdir()] == ["merged"]
     shutil.rmtree(tmp_path)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hangs import until
 from pushes import contents, new_shop, weights_here
 
 import streamshard
@@ -104,12 +105,9 @@ def test_only_so_many_files_are_here(shop, shelf, place):
     counts = []
 
     def watch(path):
-        for _ in range(20):
-            counts.append(weights_here(place))
-            if counts[-1] >= AT_ONCE:
-                break
-            threading.Event().wait(0.02)
-        threading.Event().wait(0.05)
+        if not counts:
+            until(lambda: weights_here(place) >= AT_ONCE)
+        threading.Event().wait(0.05)  # who writes more than it may has begun it
         counts.append(weights_here(place))
 
     shelf.slowly = watch

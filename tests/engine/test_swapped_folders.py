@@ -20,6 +20,7 @@ from foreign_things import (
     old,
     state,
 )
+from hangs import HANGS
 from interrupted_runs import (
     AFTER_A_SHARD,
     MAIN,
@@ -190,7 +191,7 @@ def test_a_stopped_run_that_is_swapped_is_noticed(pair):
         partial(pair).rename(pair.root / "away")
         partial(pair).symlink_to(pair.base)
         run.send_signal(signal.SIGCONT)
-        _, said = run.communicate(timeout=60)
+        _, said = run.communicate(timeout=HANGS)
     assert run.returncode == 5, said
     assert str(partial(pair)) in said
     assert state(pair.base) == before

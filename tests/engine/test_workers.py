@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from hangs import HANGS
 
 from streamshard.engine.workers import collect
 from streamshard.errors import InputError
@@ -22,7 +23,7 @@ def test_results_come_in_the_order_of_the_items(workers):
 
 
 def test_every_thread_has_a_workspace_of_its_own():
-    meet = threading.Barrier(2, timeout=30)
+    meet = threading.Barrier(2, timeout=HANGS)
 
     def both_at_once(_number, work):
         meet.wait()

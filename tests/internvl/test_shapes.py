@@ -276,12 +276,11 @@ def test_37000_tensors_cost_little():
     tensors, found = lazy(preset, "custom"), dims(preset)
     given = flat_names(tensors, "custom")
     assert len(tensors) > 37_000
-    seconds = []
-    for _ in range(5):
-        started = time.thread_time()
-        check_shapes("m", tensors, given, found, "custom")
-        seconds.append(time.thread_time() - started)
-    assert min(seconds) < 0.3
+    started = time.thread_time()
+    check_shapes("m", tensors, given, found, "custom")
+    assert (
+        time.thread_time() - started < 10
+    )  # a hundredth of that; each with each would take minutes
     tracemalloc.start()
     check_shapes("m", tensors, given, found, "custom")
     peak = tracemalloc.get_traced_memory()[1]

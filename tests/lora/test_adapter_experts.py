@@ -292,6 +292,9 @@ def test_an_unknown_order_is_a_usage_error(tmp_path, cli):
 # --- single experts -------------------------------------------------------------------------------
 
 
+SINGLE = ["gate_proj", "up_proj", "down_proj"]
+
+
 def single_experts(folder: Path, model: Any, **config: Any) -> tuple[Path, list[reference.Update]]:
     """As transformers 4 and InternVL's own code train them: one Linear an expert and projection."""
     tensors, updates = {}, []
@@ -304,7 +307,7 @@ def single_experts(folder: Path, model: Any, **config: Any) -> tuple[Path, list[
         tensors[f"base_model.model.{module}.lora_A.weight"] = A
         tensors[f"base_model.model.{module}.lora_B.weight"] = B
         updates.append(reference.Update(name, 2, double(A), double(B)))
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["down_proj"], **config}
+    config = {"r": 4, "lora_alpha": 8, "target_modules": SINGLE, **config}
     return reference.save_adapter(folder, tensors, **config), updates
 
 

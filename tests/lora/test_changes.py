@@ -51,8 +51,6 @@ TOKENS = {"embed_tokens.weight": numbers(8, 4, seed=7)}
 def test_a_plan_is_a_value(work):
     plan = plan_adapter(adapter(pair("l.0.q")), BASE, work, OTHERS)
     assert plan.homes == {"l.0.q.weight": [Place("l.0.q.weight", 0, 0, 6, whole=True)]}
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.homes = {}
 
 
 @pytest.mark.parametrize(

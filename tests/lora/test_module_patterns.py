@@ -130,17 +130,18 @@ def test_what_is_refused(pattern, problem):
     ids=lambda pattern: pattern[:12],
 )
 def test_no_pattern_takes_long(pattern):
+    """Python's matcher would take years for some; a thousandth of the limit is enough here."""
     check_pattern(pattern)
     for name in ("a" * 1024, "ab." * 340, "." * 1024):
-        started = time.perf_counter()
+        started = time.thread_time()
         assert first_match([pattern], name) is None
         assert first_match_before_015([pattern], name) is None
-        assert time.perf_counter() - started < 1
+        assert time.thread_time() - started < 10
 
 
 def test_many_plain_patterns_are_fast():
     """A config may have one for each module (EVA): 560 for a model of 80 layers."""
     names = [f"model.layers.{n}.mlp.{m}_proj" for n in range(80) for m in "qkvogud"]
-    started = time.perf_counter()
+    started = time.thread_time()
     assert [first_match(names, name) for name in names] == names
-    assert time.perf_counter() - started < 10
+    assert time.thread_time() - started < 60

@@ -85,7 +85,7 @@ def test_streams_are_opened_in_few_places(layers, files, updated, most):
 def test_of_files_all_over_the_model():
     pieces = model(24, 4, ["q", "down"])
     rounds = samples(pieces, work(in_order=False))
-    assert len(rounds) == 8
+    assert len(rounds) == 16
     assert {id(one.piece) for found in rounds for one in found} == {id(one) for one in pieces}
     assert all(len({one.piece.source.path for one in found}) == 4 for found in rounds)
 

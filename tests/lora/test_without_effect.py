@@ -202,7 +202,7 @@ def pair_of(folder: Any, *modules: str) -> Any:
         key = f"base_model.model.{module}.lora_"
         tensors[f"{key}A.weight"] = normal((2, 24), 1, seed=seed)
         tensors[f"{key}B.weight"] = normal((24, 2), 1, seed=9 + seed)
-    return reference.save_adapter(folder, tensors, r=2, lora_alpha=2, target_modules=["foo"])
+    return reference.save_adapter(folder, tensors, r=2, lora_alpha=2, target_modules=["foo", "bar"])
 
 
 @pytest.mark.parametrize("word", WORDS)

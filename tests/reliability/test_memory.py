@@ -183,27 +183,43 @@ def resident(*arguments: str | Path) -> tuple[dict[str, Any], int]:
     return report, report["peak_rss_bytes"]
 
 
+def of_a_model(folder: Path, model: str | Preset, shard: str) -> Path:
+    """In both layouts, and an adapter of it."""
+    for layout in ("custom", "hf"):
+        write_checkpoint(folder / layout, model, layout=layout, max_shard_size=shard)
+    write_adapter(folder / "adapter", model, layout="custom", r=2)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def largest(tmp_path_factory):
-    root = tmp_path_factory.mktemp("largest")
-    for layout in ("custom", "hf"):
-        write_checkpoint(root / layout, LARGEST, layout=layout, max_shard_size="500KB")
-    write_adapter(root / "adapter", LARGEST, layout="custom", r=2)
-    return root
+    return of_a_model(tmp_path_factory.mktemp("largest"), LARGEST, "500KB")
+
+
+@pytest.fixture(scope="module")
+def least(tmp_path_factory):
+    """What has hardly a tensor: its peaks are those of interpreter and libraries on this machine."""
+    return of_a_model(tmp_path_factory.mktemp("least"), "tiny", "5GB")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measured there")
-def test_a_merge_of_a_pair_for_each_of_37000_tensors(largest, tmp_path):
-    how = "--base", largest / "custom", "--adapter", largest / "adapter", "--output", tmp_path / "o"
-    report, peak = resident("merge-lora", *how)
+def test_a_merge_of_a_pair_for_each_of_37000_tensors(largest, least, tmp_path):
+    def merged(folder: Path) -> tuple[dict[str, Any], int]:
+        how = "--base", folder / "custom", "--adapter", folder / "adapter"
+        return resident("merge-lora", *how, "--output", tmp_path / folder.name)
+
+    report, peak = merged(largest)
     assert report["merged"] == 36472
-    assert peak < 110e6
+    assert peak - merged(least)[1] < 80e6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measured there")
 @pytest.mark.parametrize("command", ["hf2custom", "custom2hf"])
-def test_a_conversion_of_37000_tensors(command, largest, tmp_path):
-    how = "--hf-path", largest / "hf", "--custom-path", largest / "custom"
-    report, peak = resident(command, *how, "--save-path", tmp_path / "o")
+def test_a_conversion_of_37000_tensors(command, largest, least, tmp_path):
+    def converted(folder: Path) -> tuple[dict[str, Any], int]:
+        how = "--hf-path", folder / "hf", "--custom-path", folder / "custom"
+        return resident(command, *how, "--save-path", tmp_path / folder.name)
+
+    report, peak = converted(largest)
     assert report["tensors"] > 37000
-    assert peak < 66e6
+    assert peak - converted(least)[1] < 32e6

@@ -7,7 +7,7 @@ from dataclasses import replace
 import mutants
 import pytest
 from marks import slow
-from mutants import NotApplicableError, apply, find_source, find_tests, outcome
+from mutants import SECONDS, NotApplicableError, apply, find_source, find_tests, outcome
 from mutations import MUTANTS, Mutant
 
 HARMLESS = Mutant(
@@ -34,7 +34,7 @@ def test_names_are_there_once():
 
 @slow
 def test_what_survives_is_told(tmp_path):
-    good, text = outcome(HARMLESS, tmp_path, 120)
+    good, text = outcome(HARMLESS, tmp_path, SECONDS)
     assert not good
     assert text.startswith("SURVIVES: harmless (workers.py")
     assert [*tmp_path.iterdir()] == []
@@ -43,11 +43,11 @@ def test_what_survives_is_told(tmp_path):
 @slow
 def test_what_is_noticed_and_what_has_a_reason(tmp_path):
     (mutant,) = (mutant for mutant in MUTANTS if mutant.name == "verify-finite")
-    good, text = outcome(mutant, tmp_path, 120)
+    good, text = outcome(mutant, tmp_path, SECONDS)
     assert good, text
     assert text.startswith("noticed: verify-finite (dtypes.py")
     assert "test_the_count_is_that_of_torch[F8_E4M3]" in text
-    good, text = outcome(replace(HARMLESS, reason="nobody reads it"), tmp_path, 120)
+    good, text = outcome(replace(HARMLESS, reason="nobody reads it"), tmp_path, SECONDS)
     assert good
     assert "as nobody reads it" in text
 
@@ -62,7 +62,7 @@ def test_what_is_noticed_and_what_has_a_reason(tmp_path):
     ids=str,
 )
 def test_what_does_not_apply_is_told(changed, expected, tmp_path):
-    good, text = outcome(replace(HARMLESS, **changed), tmp_path, 120)
+    good, text = outcome(replace(HARMLESS, **changed), tmp_path, SECONDS)
     assert not good
     assert text.startswith("does not apply: harmless: ")
     assert expected in text

@@ -6,6 +6,7 @@ import signal
 import subprocess
 
 import pytest
+from hangs import ended
 from marks import slow
 from pushes import REPO, Ended, begin, commits_of, contents, pushed, sent_twice
 
@@ -21,8 +22,8 @@ STAGES = {
 }
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, told = process.communicate(timeout=300)
+def code_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    told = ended(process)
     return process.returncode, told
 
 
@@ -36,10 +37,10 @@ def test_a_kill_at_each_stage(stage, done, keeps, shop, hub, tmp_path):
     hub.fail(Ended(running, done), path, method=method, nth=nth)
     place, more = tmp_path / "here", ["--output", "kept"] if keeps else []
     running.append(begin(shop, hub, place, *more))
-    code, told = ended(running[0])
+    code, told = code_of(running[0])
     assert code == -signal.SIGKILL, told
     before = len(hub.commits(REPO)) if hub.exists(REPO) else 0
-    code, told = ended(begin(shop, hub, place, *more))
+    code, told = code_of(begin(shop, hub, place, *more))
     assert code == 0, told
     assert pushed(hub) == shop.right
     assert commits_of(hub, "the output") == 1
@@ -57,11 +58,11 @@ def test_an_interrupt(by, xet, shop, hub, tmp_path):
     running: list[subprocess.Popen[str]] = []
     hub.fail(Ended(running, done=True, by=by), STAGES["modes"][1], method="POST", nth=3)
     running.append(begin(shop, hub, tmp_path / "here", xet=xet))
-    code, told = ended(running[0])
+    code, told = code_of(running[0])
     assert code == (130 if by == signal.SIGINT else 143), told
     assert "run the same command again" in told
     assert commits_of(hub, "the output") == 0
-    code, told = ended(begin(shop, hub, tmp_path / "here", xet=xet))
+    code, told = code_of(begin(shop, hub, tmp_path / "here", xet=xet))
     assert code == 0, told
     assert pushed(hub) == shop.right
     assert [*(tmp_path / "here").iterdir()] == []

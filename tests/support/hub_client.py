@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from fake_hub import Hub
+from hangs import HANGS
 
 BIG = bytes(range(251)) * 12_000  # 3 MB, no two places alike
 FILES = {
@@ -85,7 +86,7 @@ def link(hub: Hub, name: str = "model.safetensors") -> str:
 def asked(url: str, method: str = "GET", body: Any = None, **headers: str) -> tuple[Any, bytes]:
     """A plain request, and its body as far as it came."""
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=20)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=HANGS)
     try:
         connection.request(method, f"{parts.path}?{parts.query}", body, headers)
         answer = connection.getresponse()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pushes
 from fake_hub import Hub
+from hangs import HANGS
 from pairs import Outcome
 
 # What differs from run to run, or says where inputs are from.
@@ -37,7 +38,7 @@ def streamshard(hub: Hub, home: Path, *arguments: str | Path, **env: str) -> Out
         text=True,
         env=os.environ | hub.env(home) | env,
         check=False,
-        timeout=300,
+        timeout=HANGS,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
+from hangs import HANGS
 from hub_faults import Faults
 from hub_messages import PIECE, Cut, Refusal, Reply, Request, Slice, refused
 from hub_state import State
@@ -59,6 +62,8 @@ class Server(ThreadingHTTPServer):
         self.connections.add(request)
         self.threads.add(threading.current_thread())
         try:
+            if self.state.stop.is_set():  # it came when the others were ended
+                request.shutdown(socket.SHUT_RDWR)
             super().process_request_thread(request, client_address)
         finally:
             self.connections.discard(request)
@@ -79,7 +84,7 @@ class Server(ThreadingHTTPServer):
             except OSError:
                 continue
         for thread in [self.loop, *self.threads]:
-            thread.join(5)
+            thread.join(HANGS)
         self.server_close()
 
 
@@ -184,7 +189,7 @@ class Handler(BaseHTTPRequestHandler):
                         self._cut(reply)
                     count = min(count, reply.cut_after - request.bytes)
                 if reply.stall and request.bytes == reply.stall[0]:
-                    self.server.state.stop.wait(reply.stall[1])
+                    self._stall(reply.stall[1])
                 elif reply.stall and request.bytes < reply.stall[0]:
                     count = min(count, reply.stall[0] - request.bytes)
                 if isinstance(part, Slice):
@@ -200,6 +205,15 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             if file >= 0:
                 os.close(file)
+
+    def _stall(self, seconds: float) -> None:
+        """Say nothing for so long, or until the hub closes or the client goes away."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if self.server.state.stop.wait(min(left, 0.05)):
+                return
+            if select.select([self.connection], [], [], 0)[0]:  # it has nothing to say but that
+                raise ConnectionError("the client does not wait")
 
     def _cut(self, reply: Reply) -> None:
         if reply.reset:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from hangs import HANGS
 from hub_messages import Refusal, Request
 from hub_store import Links, Repo, Store
 
@@ -54,9 +54,8 @@ class State:
         return repo
 
     def settled(self, but: Request | None = None) -> list[Request]:
-        """All requests so far, oldest first; those being answered get a second to end."""
+        """All requests so far, oldest first; those being answered are waited for."""
         seen = [request for request in self.requests if request is not but]
-        until = time.monotonic() + 1
         for request in seen:
-            request.done.wait(max(0, until - time.monotonic()))
+            assert request.done.wait(HANGS), f"{request.method} {request.target} does not end"
         return seen

@@ -190,10 +190,12 @@ class Links:
         self.seconds = seconds
         self._number = itertools.count(1)
         self._last = self._first = 0
+        self._lock = threading.Lock()
         self._key = hashlib.sha256(str(time.time_ns()).encode()).hexdigest()
 
     def query(self, path: str) -> str:
-        self._last = number = next(self._number)
+        with self._lock:
+            self._last = number = next(self._number)
         expires = time.time() + self.seconds
         return f"Expires={expires:.3f}&Link={number}&Signature={self._sign(path, expires, number)}"
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hangs import until
 from pairs import Pair
 
 from streamshard.disk.system import system
@@ -24,6 +24,20 @@ VARYING = {"seconds", "peak_rss_bytes", "resumed", "record_digest", "date"}
 # Ends the process after something has happened; `main` runs the command line after it.
 KILL = "import os, signal, sys\nkill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 MAIN = "\nfrom streamshard.cli import main\nmain()\n"
+# `interrupt` has the process signalled by a thread of a run, which goes on when the run has heard of it:
+# until then it finishes nothing, however long the thread that waits takes to wake up.
+INTERRUPT = """
+import os, threading
+from streamshard.engine.workers import Stop
+ended, fail = threading.Event(), Stop.fail
+def heard(self, error):
+    fail(self, error)
+    ended.set()
+Stop.fail = heard
+def interrupt(number):
+    os.kill(os.getpid(), number)
+    ended.wait(600)  # ends a hang
+"""
 AFTER_A_SHARD = """
 from streamshard.engine.journal import Journal
 add = Journal.add
@@ -92,11 +106,13 @@ def flip(file: Path, where: int) -> None:
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def open_below(folder: Path) -> list[str]:
+    """The files of a folder that this process has open; whatever else a thread opens does not count."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it is closed by now
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(path for path in found if path.startswith(f"{folder}{os.sep}"))
 
 
 def failing(

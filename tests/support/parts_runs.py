@@ -53,6 +53,25 @@ def last(*given, **how):
     kill()
 parts.discard_parts = last
 """
+# Ends the process before its call of this number to the operating system.
+AT_A_CALL = """
+import threading
+from streamshard.disk.system import System, system
+left, counting = [{}], threading.Lock()
+def counted(call):
+    def made(*given):
+        with counting:
+            left[0] -= 1
+            if not left[0]:
+                kill()
+        return call(*given)
+    return made
+for name in vars(System):
+    if not name.startswith("_"):
+        setattr(system, name, counted(getattr(system, name)))
+"""
+CALLS_OF_A_PART = 1800
+"""About as many as there are, if it is not all done yet."""
 
 
 def folder_of(pair: Pair) -> Path:
@@ -77,24 +96,20 @@ def process(command: Sequence[str], code: str = "") -> subprocess.Popen[str]:
 
 
 def all_parts_with_kills(command: Sequence[str], count: int, chance: random.Random) -> int:
-    """Run all parts of an output at once, each killed at some moment and run again until it ends.
+    """Run all parts of an output at once, each killed at some call and run again until it ends.
 
     Returns how many kills there were. Raises `AssertionError` if one ends otherwise than it should.
     """
     kills = 0
     left = dict.fromkeys(range(1, count + 1), 3)
-    running: dict[int, tuple[subprocess.Popen[str], float]] = {}
-    while left or running:
+    running: dict[int, subprocess.Popen[str]] = {}
+    while left:
         for number in [number for number in left if number not in running]:
-            found = process([*command, "--part", f"{number}/{count}"])
-            ends = time.monotonic() + chance.uniform(0.2, 2.0) if left[number] else float("inf")
-            running[number] = found, ends
+            code = AT_A_CALL.format(chance.randrange(1, CALLS_OF_A_PART)) if left[number] else ""
+            running[number] = process([*command, "--part", f"{number}/{count}"], code)
         time.sleep(0.01)
-        for number, (found, ends) in list(running.items()):
+        for number, found in list(running.items()):
             code = found.poll()
-            if code is None and time.monotonic() > ends:
-                found.kill()
-                code = found.wait()
             if code is None:
                 continue
             del running[number]

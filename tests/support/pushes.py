@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from fake_hub import Hub
 from folders import make
+from hangs import until
 from hub_client import client
 from hub_messages import Cut
 from make_checkpoint import write_adapter
@@ -112,6 +112,7 @@ class Ended:
     by: signal.Signals = signal.SIGKILL
 
     def act(self, state: Any, request: Any, answer: Callable[[], Any]) -> Any:
+        until(lambda: self.process)  # who asks may be faster than who has begun it
         reply = answer() if self.done else None
         self.process[-1].send_signal(self.by)
         if self.by == signal.SIGKILL:
@@ -145,6 +146,9 @@ def begin(
 
 
 def weights_here(place: Path) -> int:
-    """How many files of weights are on disk in a folder, finished or not."""
-    names = itertools.chain(place.rglob("*.safetensors"), place.rglob("*.safetensors.*"))
-    return len({name for name in names if ".index." not in name.name})
+    """How many files of weights are on disk in a folder, finished or not.
+
+    One that gets its name meanwhile is one.
+    """
+    names = (path.name.partition(".safetensors") for path in place.rglob("*.safetensors*"))
+    return len({stem for stem, _, end in names if not end.startswith(".index.")})

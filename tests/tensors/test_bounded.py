@@ -130,10 +130,13 @@ def merge(folder: Path, *more: str, verified: bool = False) -> dict[str, Any]:
         *more,
     ]
     planned = measured(*command, "--dry-run")
+    alone = measured(*command, "--dry-run", "--workers", "1")
     report = measured(*command)
     estimate, peak = planned["plan"]["memory_bytes"], report["peak_rss_bytes"]
     assert max(peak, planned["peak_rss_bytes"]) < MOST
-    assert peak / 1.5 < estimate < 1.5 * peak
+    assert peak < 1.5 * estimate
+    # A worker that was late may have found nothing left to do: one of them is sure.
+    assert alone["plan"]["memory_bytes"] < 1.5 * peak
     if verified:
         assert measured("verify", out)["peak_rss_bytes"] < MOST
         found = measured("diff", out, base)

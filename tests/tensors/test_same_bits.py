@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 from exactly import Term
+from hangs import HANGS
 from pairs import Pair
 from reference import load_file
 
@@ -94,7 +95,7 @@ def test_sums_do_not_depend_on_who_was_faster(uneven, monkeypatch):
     def waiting(descriptor: int, data: memoryview, offset: int) -> int:
         name = names.get(offset, "") if len(data) == 64 else ""
         if name.startswith(first):
-            assert rest.wait(30)
+            assert rest.wait(HANGS)
         count = write(descriptor, data, offset)
         if name:
             order.append(name)
@@ -130,7 +131,7 @@ def test_the_first_error_of_several_threads_is_raised():
     stop, both = Stop(), threading.Barrier(2)
 
     def fail(item: str, work: Workspace) -> None:
-        both.wait(30)
+        both.wait(HANGS)
         if item == "second":
             while stop.going():
                 threading.Event().wait(0.001)
