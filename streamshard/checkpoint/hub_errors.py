@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import errno
 import os
 import re
@@ -101,6 +100,8 @@ def asked_to_wait(headers: Mapping[str, str]) -> float | None:
     said = headers.get("Retry-After", "").strip()
     if said.isdecimal():
         return float(said)
+    import email.utils  # loads sockets, which folders need not
+
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(email.utils.parsedate_to_datetime(said).timestamp() - time.time(), 0.0)
     left = re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))

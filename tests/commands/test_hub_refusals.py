@@ -115,8 +115,8 @@ def test_no_answer(hub, home, tmp_path):
 )
 def test_an_environment_that_the_client_cannot_use(env, words, pair, hub, home, tmp_path):
     refused(merge(hub, home, tmp_path / "o", **env), 2, *words)
-    push = ["merge-lora", "--adapter", pair.adapter, "--base", pair.base, "--json"]
-    refused(streamshard(hub, home, *push, "--push-to", "org/o", **env), 2, *words)
+    push = [*pair.command, "--json", "--push-to", "org/o"]
+    refused(streamshard(hub, home, *push, **env), 2, *words)
 
 
 def test_an_error_of_the_client_that_names_a_package():

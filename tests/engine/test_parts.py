@@ -704,8 +704,9 @@ def test_one_that_only_looks(which, pair, clean):
     assert alone(pair)
 
 
-def test_one_that_has_only_to_rename(pair, clean):
+def test_one_that_has_only_to_rename(pair, clean, monkeypatch):
     """There is no journal then, and its lock is held: what it has is finished all the same."""
+    monkeypatch.setattr(engine_parts, "TRIES", 2)
     part(pair, "1/2")
     stops = BETWEEN_THE_RENAMES.replace("kill()", "os.kill(os.getpid(), signal.SIGSTOP)")
     last = process([*pair.command, "--part", "2/2"], stops)
