@@ -8,7 +8,14 @@ from typing import Any, TypeAlias
 
 import click
 
-from streamshard.cli.misuse import given_twice, missing, too_many, unknown_command, unknown_option
+from streamshard.cli.misuse import (
+    given_twice,
+    missing,
+    too_many,
+    unknown_command,
+    unknown_option,
+    without_value,
+)
 
 __all__ = [
     "CHECKS",
@@ -156,9 +163,9 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         names = {name for one in self.get_params(ctx) if one.type is SIZE for name in one.opts}
         joined = _joined(args, names)
-        twice = given_twice(joined, self, ctx)
-        if twice is not None and not ctx.resilient_parsing:
-            raise twice
+        wrong = without_value(joined, self, ctx) or given_twice(joined, self, ctx)
+        if wrong is not None and not ctx.resilient_parsing:
+            raise wrong
         rest = joined.copy()  # the parser takes from what it is given
         try:
             # Whether anything is left over is asked here, to be told better.

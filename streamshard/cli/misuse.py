@@ -16,6 +16,7 @@ __all__ = [
     "too_many",
     "unknown_command",
     "unknown_option",
+    "without_value",
 ]
 
 
@@ -113,6 +114,31 @@ def given_twice(
         names = [name for name in parameter.opts if name in given]
         if len(names) > 1 and isinstance(parameter, click.Option) and not parameter.is_flag:
             return click.UsageError(f"{' and '.join(names)} are the same: give one.", context)
+    return None
+
+
+def without_value(
+    arguments: Collection[str], command: click.Command, context: click.Context
+) -> click.UsageError | None:
+    """The error of an option with another option where its value should be, and so with that as a value.
+
+    As of `--adapter $LORA --base B` in a shell without that variable.
+    """
+    options = {name: one for one in command.get_params(context) for name in one.opts}
+    before = ""
+    for given in arguments:
+        name = given.replace("_", "-") if given.startswith("--") else given
+        if name == "--":
+            break
+        if before and name in options:
+            return click.UsageError(
+                f"{before} has no value: {given} behind it is an option. A variable of a shell that is "
+                "not set leaves nothing.",
+                context,
+            )
+        one = None if before else options.get(name)
+        takes = isinstance(one, click.Option) and not one.is_flag
+        before = name if takes and not getattr(one, "_flag_needs_value", False) else ""
     return None
 
 

@@ -18,7 +18,7 @@ from streamshard.cli.heat_text import heat_text
 from streamshard.cli.options import CACHE, COMPARING, READING, REVISION, WORKERS
 from streamshard.cli.screen import begin, with_picture
 from streamshard.cli.terminal_text import columns_of
-from streamshard.errors import VerificationError
+from streamshard.errors import UsageError, VerificationError
 from streamshard.wording import KEYWORDS, command_line
 
 _PATH = "Checkpoint or adapter folder, or a weight file; or a model on the hub (org/name)."
@@ -63,6 +63,10 @@ def diff(
       streamshard diff ./merged ./InternVL3-8B --heatmap
     """
     screen = begin(**output)
+    if names and heatmap:
+        raise UsageError(
+            "--heatmap shows distances, which --names does not measure: leave one of them out."
+        )
     with contextlib.closing(screen.progress) as progress, command_line(KEYWORDS["diff"]):
         report = streamshard.diff(
             a,

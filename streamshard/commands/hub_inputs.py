@@ -181,7 +181,7 @@ def _add_revision(
         )
     if name is None or found is None:
         what = "" if name is None else f": {printable(str(plain[name]))} is none"
-        raise UsageError(f"--revision is for a base on the hub (org/name){what}. Leave it out.")
+        raise UsageError(f"--revision is for a model on the hub (org/name){what}. Leave it out.")
     if found.revision not in (None, revision):
         raise UsageError(
             f"--revision is {printable(revision)}, but {printable(str(found))} names another one. Give "

@@ -31,6 +31,12 @@ from terminals import in_terminal
             "merge-lora --base x --adapter a b c",
             "To give several adapters, write --adapter before each.",
         ),
+        ("merge-lora --adapter --base b", "--adapter has no value: --base behind it is an option."),
+        (
+            "hf2custom --hf_path --custom_path c -o o",
+            "--hf-path has no value: --custom_path behind",
+        ),
+        ("merge-lora --adapter a --base -o o", "--base has no value: -o behind it is an option."),
         ("merge-lora --output a -o b", "-o and --output are the same: give one."),
         ("hf2custom --save_path=a --output b", "--output and --save-path are the same: give one."),
         ("merge-lora --workers many", "invalid value for '--workers': 'many' is not"),
@@ -44,6 +50,24 @@ def test_messages(line, message, cli):
     assert message in done.err
     assert done.err.splitlines()[-1].startswith("Try `streamshard")
     assert done.err.count("\n") == 2
+
+
+def test_values_that_look_like_options_are_values_with_an_equals_sign(pair, cli, monkeypatch):
+    monkeypatch.chdir(pair.root)
+    assert (
+        cli("merge-lora", "--adapter", pair.adapter, "--base", pair.base, "--output=--base").code
+        == 0
+    )
+    assert cli("verify", "--quiet", "--", "--base").code == 0
+    done = cli("verify", "--sample", "--workers", "1", "--", "--base")
+    assert "--sample has no value: --workers behind it is an option." in done.err
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_heat_map_of_names(more, pair, cli):
+    done = cli("diff", pair.base, pair.base, "--names", "--heatmap", *more)
+    assert done.code == 2
+    assert "--heatmap shows distances, which --names does not measure" in done.err
 
 
 def test_an_option_before_the_command(cli):
