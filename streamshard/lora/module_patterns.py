@@ -34,6 +34,7 @@ _ONE = re.compile(
     r"|\[\^?\]?(?:\\[dDwWsS]|\\[^\w]|[^\]\\\[])*\]"
     r"|[^\\()\[\]{}*+?|^$]"
 )
+_DIGIT = re.compile("[0-9]")
 _COUNT = re.compile(r"\{(\d{1,4})?(,)?(\d{1,4})?\}")
 
 
@@ -122,6 +123,16 @@ def full_match(pattern: str, name: str) -> bool | None:
     >>> full_match(r"^(?!vision)(?:.*\.)?[qv]_proj$", "model.layers.3.v_proj")
     True
     """
+    whole = _whole(pattern)
+    if whole is None:
+        return None
+    # Most patterns take numbers as they come, and experts differ in nothing else.
+    return _fits(pattern, name if whole[1] else _DIGIT.sub("0", name))
+
+
+@lru_cache(maxsize=64)
+def _whole(pattern: str) -> tuple[_Any, bool] | None:
+    """A pattern for whole names, and whether it tells digits apart; None if it is not understood."""
     if len(pattern) > MAX_LENGTH:
         return None
     try:
@@ -129,7 +140,25 @@ def full_match(pattern: str, name: str) -> bool | None:
         node = _parsed(pattern, looks=True)
     except (ValueError, re.error, RecursionError, OverflowError):
         return None
-    return bool(_Name(name).ends(node, 1) & 1 << len(name))
+    return node, any(_DIGIT.search(kind.pattern) for kind in _kinds(node))
+
+
+@lru_cache(maxsize=4096)
+def _fits(pattern: str, name: str) -> bool:
+    whole = _whole(pattern)
+    return whole is not None and bool(_Name(name).ends(whole[0], 1) & 1 << len(name))
+
+
+def _kinds(node: _Node) -> Iterator[re.Pattern[str]]:
+    """The kinds of characters that a pattern has."""
+    if isinstance(node, _One):
+        yield node.kind
+    elif isinstance(node, _Any):
+        for choice in node.choices:
+            for inner in choice:
+                yield from _kinds(inner)
+    elif not isinstance(node, _End):
+        yield from _kinds(node.node)
 
 
 class _Name:
