@@ -43,13 +43,16 @@ def main() -> None:
 
 
 def _leave(code: object) -> None:
-    """End here if nothing is left to wait for; what is printed is flushed.
+    """End here if nothing is left to wait for.
 
     Taking an interpreter apart, object by object, would take as long as all else that follows the last
     byte, and the system takes everything back at once.
     """
     if isinstance(code, int) and threading.active_count() == 1:
         atexit._run_exitfuncs()  # noqa: SLF001 - as multiprocessing does
+        for stream in (sys.stdout, sys.stderr):  # what these have said, too
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
         os._exit(code)
 
 
