@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,8 +169,9 @@ def test_a_shard_that_was_damaged_is_written_anew(when, pair, clean, read, monke
     def damage():
         data = bytearray(place.read_bytes())
         data[-1] ^= 1
-        time.sleep(0.02)  # a tick of the clock of files
-        place.write_bytes(data)
+        written = place.stat().st_mtime_ns
+        while place.stat().st_mtime_ns == written:  # until the clock of files has ticked
+            place.write_bytes(data)
 
     if when == "before":
         damage()
