@@ -9,7 +9,7 @@ integer: any pattern costs at most its length times the length of the name, squa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property, lru_cache
 from typing import TypeAlias
 
@@ -34,7 +34,6 @@ _ONE = re.compile(
     r"|\[\^?\]?(?:\\[dDwWsS]|\\[^\w]|[^\]\\\[])*\]"
     r"|[^\\()\[\]{}*+?|^$]"
 )
-_DIGIT = re.compile("[0-9]")
 _COUNT = re.compile(r"\{(\d{1,4})?(,)?(\d{1,4})?\}")
 
 
@@ -126,13 +125,16 @@ def full_match(pattern: str, name: str) -> bool | None:
     whole = _whole(pattern)
     if whole is None:
         return None
-    # Most patterns take numbers as they come, and experts differ in nothing else.
-    return _fits(pattern, name if whole[1] else _DIGIT.sub("0", name))
+    # Layers and experts differ in nothing but numbers, most of which are the same to a pattern.
+    return _fits(pattern, name.translate(whole[1]))
 
 
 @lru_cache(maxsize=64)
-def _whole(pattern: str) -> tuple[_Any, bool] | None:
-    """A pattern for whole names, and whether it tells digits apart; None if it is not understood."""
+def _whole(pattern: str) -> tuple[_Any, Mapping[int, str]] | None:
+    """A pattern for whole names, and for each digit the first that it does not tell from this one.
+
+    None if it is not understood.
+    """
     if len(pattern) > MAX_LENGTH:
         return None
     try:
@@ -140,7 +142,9 @@ def _whole(pattern: str) -> tuple[_Any, bool] | None:
         node = _parsed(pattern, looks=True)
     except (ValueError, re.error, RecursionError, OverflowError):
         return None
-    return node, any(_DIGIT.search(kind.pattern) for kind in _kinds(node))
+    kinds, first = [*_kinds(node)], dict[tuple[bool, ...], str]()
+    fits = {digit: tuple(bool(kind.fullmatch(digit)) for kind in kinds) for digit in "0123456789"}
+    return node, {ord(digit): first.setdefault(fits[digit], digit) for digit in fits}
 
 
 @lru_cache(maxsize=4096)

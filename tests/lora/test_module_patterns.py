@@ -32,6 +32,7 @@ pieces = st.sampled_from(
         r"\w",
         "1",
         "[0-1]",
+        "[^3-4]",
         "^",
         "$",
         "\n",
@@ -50,7 +51,7 @@ patterns = st.recursive(
     ),
     max_leaves=8,
 )
-modules = st.text("ab.12_\nA", max_size=12)
+modules = st.text("ab.123_\nA", max_size=12)
 
 
 @settings(max_examples=3000)
