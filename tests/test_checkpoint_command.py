@@ -89,7 +89,8 @@ def test_the_list_has_sizes_that_say_something():
         (["--preset", "internvl3-1", "--layout", "hf"], "such as InternVL3-1B and InternVL3"),
         (["--preset", "tiny", "--layout", "custom", "--tied"], "only in the hf layout"),
         (["--preset", "tiny", "--layout", "hf", "--max-shard-size", "5 potatoes"], "not a size"),
-        (["--preset", "tiny"], "needs --demo FOLDER; or --preset, --layout"),
+        (["--preset", "tiny"], "--layout is missing; or --demo FOLDER, which needs no more."),
+        (["--layout", "hf"], "--preset is missing; or --demo FOLDER"),
         (["--preset", "tiny", "--lora", "x"], "there is no option --lora here. Is --adapter meant"),
     ],
 )
@@ -99,6 +100,7 @@ def test_mistakes_are_one_line(tmp_path, arguments, message):
     line = done.stderr.splitlines()[0]
     assert line.startswith("error: ")
     assert message in line
+    assert not line.endswith("..")
     assert "Usage" not in done.stderr
     assert not (tmp_path / "new").exists()
 

@@ -17,7 +17,7 @@ from presets import LAYOUTS, PRESETS, SPELLINGS, tensor_shapes
 from streamshard.cli import main
 from streamshard.cli.command import CONTEXT, INPUTS, RUNNING, Command, option
 from streamshard.cli.progress import Progress
-from streamshard.errors import OutputError, UsageError, WriteError, bytes_text
+from streamshard.errors import OutputError, StreamshardError, UsageError, WriteError, bytes_text
 
 __all__ = ["run"]
 
@@ -108,9 +108,16 @@ def _write(*, listing: bool, demo: Path | None, quiet: bool, **asked: Any) -> No
             progress.close()
             show("\n".join(f"{demo / name}: {what}" for name, what in made.items()))
             return
-        if not (asked["preset"] and asked["layout"] and (asked["output"] or asked["adapter"])):
+        given = {
+            "--preset": asked["preset"],
+            "--layout": asked["layout"],
+            "--output or --adapter (or both)": asked["output"] or asked["adapter"],
+        }
+        lacking = [name for name, value in given.items() if not value]
+        if lacking:
+            verb = "is" if len(lacking) == 1 else "are"
             raise UsageError(
-                "needs --demo FOLDER; or --preset, --layout, and --output or --adapter (or both)."
+                f"{' and '.join(lacking)} {verb} missing; or --demo FOLDER, which needs no more."
             )
         if asked["output"]:
             show(_timed(asked["output"], progress, lambda: _checkpoint(progress, **asked)))
@@ -166,6 +173,8 @@ def _told_as_ours() -> Iterator[None]:
     """Have mistakes told, with exit codes, as the other commands have them."""
     try:
         yield
+    except StreamshardError:  # a UsageError is a ValueError, too
+        raise
     except FileExistsError as error:
         raise OutputError(str(error)) from error
     except ValueError as error:

@@ -31,6 +31,8 @@ from streamshard.checkpoint.nothing_there import instead
 from streamshard.checkpoint.weight_files import (
     has,
     has_weights,
+    instead_of_adapter,
+    is_of_adapter,
     is_weight_file,
     open_weights,
     read_weights,
@@ -121,6 +123,8 @@ def open_checkpoint(path: PathLike, *, needs_weights: bool = True) -> Checkpoint
 def _open_file(path: Path) -> Checkpoint:
     if not is_weight_file(path.name):
         raise InputError.at(path, f"is no {SUFFIX} or .bin file. Give the checkpoint's folder.")
+    if is_of_adapter(path):
+        raise instead_of_adapter(path)
     headers = {path.name: read_weights(path)}
     indexes = [path.parent / names.index_name for names in CHECKPOINT_NAMES]
     # One of several files is not what the config beside it describes.

@@ -32,6 +32,8 @@ __all__ = [
     "find_weights",
     "has",
     "has_weights",
+    "instead_of_adapter",
+    "is_of_adapter",
     "is_weight_file",
     "open_listed",
     "open_weights",
@@ -57,6 +59,20 @@ _F = TypeVar("_F", bound=_Opened)
 def is_weight_file(name: str) -> bool:
     """Whether files of such a name are read here, by its ending."""
     return name.endswith((SUFFIX, *PICKLED))
+
+
+def is_of_adapter(file: Path) -> bool:
+    """Whether a weight file is that of the adapter whose config lies beside it."""
+    return file.name.startswith("adapter_model") and is_file(file.parent / ADAPTER_CONFIG_NAME)
+
+
+def instead_of_adapter(path: Path) -> InputError:
+    """The error for an adapter, folder or file, that was given as a checkpoint."""
+    return InputError.at(
+        path,
+        "is a PEFT adapter, not a checkpoint. It goes with the model it was trained on: "
+        f"`merge-lora --adapter {argument(path)} --base MODEL`.",
+    )
 
 
 def read_weights(file: Path) -> Header:
@@ -158,11 +174,7 @@ def _only_other(folder: Path) -> Path:
         )
     instead = what_instead(folder)
     if instead is None and is_file(folder / ADAPTER_CONFIG_NAME):
-        raise InputError.at(
-            folder,
-            "is a PEFT adapter, not a checkpoint. It goes with the model it was trained on: "
-            f"`merge-lora --adapter {argument(folder)} --base MODEL`.",
-        )
+        raise instead_of_adapter(folder)
     pickled = [name for name in names_in(folder) if _is_pickled(folder, name)]
     if len(pickled) == 1:
         instead = f"If they are in {printable(pickled[0])}, give that file itself."

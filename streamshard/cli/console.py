@@ -57,14 +57,21 @@ def open_streams() -> None:
 
 
 class _Pipe(io.FileIO):
-    """One end of a pipe, whose reader may have read enough."""
+    """One end of a pipe, whose reader may have read enough, or be slow where nobody waits for it.
+
+    Whoever shares a pipe can have made it one that does not block.
+    """
 
     def write(self, data: Buffer, /) -> int:
         try:
-            return super().write(data)
+            while (written := super().write(data)) is None:
+                import select  # few runs need it
+
+                select.select([], [self.fileno()], [])
         except BrokenPipeError:
             _discard(self.fileno())
-            return memoryview(data).nbytes
+            written = memoryview(data).nbytes
+        return written
 
 
 def _is_pipe(stream: io.TextIOWrapper, number: int) -> bool:

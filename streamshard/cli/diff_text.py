@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamshard.cli.amounts import l2_text, number_text
@@ -26,14 +26,12 @@ def diff_text(report: dict[str, Any], columns: int | None = None) -> str:
         lines.append(f"  L2 of A from B: {l2_text(l2)}")
     lines += _likeness(report)
     for title, key in (("only in B", "missing"), ("only in A", "unexpected")):
-        lines += [f"  {title}: {name}" for name in report[key][:MOST_NAMES]]
-        lines += _more(report[key])
+        lines += _listing(title, report[key])
     for title, key in (("shapes", "shapes"), ("dtypes", "dtypes")):
-        lines += [
-            f"  {title} differ: {name}: {left} and {right}"
-            for name, (left, right) in list(report[key].items())[:MOST_NAMES]
-        ]
-        lines += _more(report[key])
+        pairs = report[key].items()
+        lines += _listing(
+            f"{title} differ", [f"{name}: {left} and {right}" for name, (left, right) in pairs]
+        )
     if report["different"]:
         lines.append(f"  {'L2':>10} {'relative':>9}  largest differences")
     for row in report["different"][:MOST_ROWS]:
@@ -44,8 +42,12 @@ def diff_text(report: dict[str, Any], columns: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def _more(names: Any) -> list[str]:
-    return [f"    and {len(names) - MOST_NAMES:,} more"] if len(names) > MOST_NAMES else []
+def _listing(title: str, found: Sequence[str]) -> list[str]:
+    """What was found of one kind, under a title: names nearly fill a line of a terminal."""
+    if len(found) <= 1:
+        return [f"  {title}: {one}" for one in found]
+    more = [f"    and {len(found) - MOST_NAMES:,} more"] if len(found) > MOST_NAMES else []
+    return [f"  {title}:", *(f"    {one}" for one in found[:MOST_NAMES]), *more]
 
 
 def _likeness(report: Mapping[str, Any]) -> list[str]:

@@ -100,7 +100,8 @@ def missing(parameters: Collection[click.Parameter], context: click.Context) -> 
         for parameter in parameters
     ]
     verb = "is" if len(wanted) == 1 else "are"
-    return click.UsageError(f"{' and '.join(wanted)} {verb} missing.", context)
+    every = " and ".join([*filter(None, [", ".join(wanted[:-1])]), wanted[-1]])
+    return click.UsageError(f"{every} {verb} missing.", context)
 
 
 def given_twice(

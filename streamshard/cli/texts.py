@@ -172,12 +172,14 @@ def inspect_text(report: dict[str, Any]) -> str:
     if report["dimensions"]:
         known = {k: v for k, v in report["dimensions"].items() if v is not None}
         lines.append("  " + ", ".join(f"{k} {v}" for k, v in known.items()))
-    lines.append(
-        f"  LoRA: {lora['pairs']} pairs inside, ranks {_value_text(lora['ranks'])}: fold them in by "
-        f"`streamshard merge-lora {argument(report['path'])}`"
-        if lora["wrapped"]
-        else "  LoRA: none inside"
-    )
+    pairs = f"  LoRA: {lora['pairs']} pairs inside, ranks {_value_text(lora['ranks'])}"
+    if not lora["wrapped"]:
+        lines.append("  LoRA: none inside")
+    elif 2 * lora["pairs"] >= report["tensors"]:
+        lines.append(f"{pairs}, and nothing else: only what was trained")
+    else:
+        command = f"streamshard merge-lora {argument(report['path'])}"
+        lines.append(f"{pairs}: fold them in by `{command}`")
     return "\n".join(lines)
 
 

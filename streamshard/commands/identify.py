@@ -235,7 +235,7 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
     architecture = None
     if custom.config is not None:
         where = printable(str(custom.path / MODEL_CONFIG_NAME))
-        _check_layout(custom, "custom", where, hf)
+        _check_layout(custom, "custom", where, hf, given=custom is source)
         check_config(custom.config, where)
         architecture = llm_architecture(custom.config, where)
         _check_inferred(custom, architecture, where)
@@ -244,7 +244,8 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
         config = configs[side].config
         if config is not None:
             where = printable(str(configs[side].path / MODEL_CONFIG_NAME))
-            _check_layout(configs[side], side, where, configs[OTHER[side]])
+            own, other = configs[side], configs[OTHER[side]]
+            _check_layout(own, side, where, other, given=own is source)
             found[side] = dims_from_config(config, architecture=architecture, where=where)
     if not found:
         raise InputError(
@@ -260,24 +261,33 @@ def model_dims(source: Model, reference: Model, layout: Layout) -> Dims:
     return replace(dims, tied=of_source is not None and of_source.tied)
 
 
-def _check_layout(model: Model, side: Layout, where: str, other: Model) -> None:
+def _check_layout(model: Model, side: Layout, where: str, other: Model, *, given: bool) -> None:
+    """Raise `InputError` unless a config is of `side`; `given` is the model that has the weights."""
     found = config_layout(model.config or {})
-    if found != side:
-        kind = printable(str((model.config or {}).get("model_type")))
-        what = "a custom" if side == "custom" else "an HF"
-        swapped = found is not None and config_layout(other.config or {}) == side
-        raise InputError(
-            f"{where}: model_type is '{kind}', {f'of the {found} layout' if found else 'not known'}, "
-            f"but {what} model (model_type "
-            f"'{'internvl_chat' if side == 'custom' else 'internvl'}') was expected here. "
-            + (
-                "Are the two folders swapped?"
-                if swapped
-                else f"Give, as {'--custom-path' if side == 'custom' else '--hf-path'}|--reference, the "
-                f"original model in the {'custom' if side == 'custom' else 'HF'} layout: it is published "
-                "under a name of its own, like InternVL3-8B and InternVL3-8B-hf."
-            )
+    if found == side:
+        return
+    kind = printable(str((model.config or {}).get("model_type")))
+    what, named = ("a custom", "custom") if side == "custom" else ("an HF", "HF")
+    option = ("--custom-path" if side == "custom" else "--hf-path") + (
+        "|--base" if given else "|--reference"
+    )
+    if found is not None and config_layout(other.config or {}) == side:
+        hint = "Are the two folders swapped?"
+    elif given:
+        hint = f"Give, as {option}, the model to convert, which is in the {named} layout."
+        if found is not None:
+            command = "hf2custom" if found == "hf" else "custom2hf"
+            hint += f" A model in the {'HF' if found == 'hf' else found} layout goes through `{command}`."
+    else:
+        hint = (
+            f"Give, as {option}, the original model in the {named} layout: it is published under a "
+            "name of its own, like InternVL3-8B and InternVL3-8B-hf."
         )
+    raise InputError(
+        f"{where}: model_type is '{kind}', {f'of the {found} layout' if found else 'not known'}, "
+        f"but {what} model (model_type "
+        f"'{'internvl_chat' if side == 'custom' else 'internvl'}') was expected here. {hint}"
+    )
 
 
 def _check_inferred(custom: Model, architecture: str, where: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 from streamshard.checkpoint.adapter_folder import AdapterFolder, is_adapter, open_adapter
 from streamshard.checkpoint.folder import Checkpoint, open_checkpoint
 from streamshard.checkpoint.header import total_nbytes
+from streamshard.checkpoint.weight_files import is_of_adapter
 from streamshard.commands.identify import Model, dimensions
 from streamshard.commands.public import public
 from streamshard.disk.existence import is_folder
@@ -35,6 +36,8 @@ def inspect(path: PathLike, **_cache: Unpack[BaseOptions]) -> Report:
     started = time.perf_counter()
     folder = input_path(path, "a checkpoint or adapter")
     with reading(folder):
+        if is_of_adapter(folder):
+            return _inspect_adapter(folder.parent, started)
         adapter = is_folder(folder) and is_adapter(folder, system.listdir(folder))
     if adapter:
         return _inspect_adapter(folder, started)

@@ -224,10 +224,9 @@ def pieces(name: str, rows: int, dims: Dims, layout: Layout) -> list[Piece]:
     table = table_of(dims.family)
     match = find(table, side, plain)
     if match is None:
-        near = nearest_names(plain, table, side)
+        # Not what it is like: that takes milliseconds, and many readings of an adapter's names end here.
         raise InputError(
-            f"'{printable(name)}' is no tensor of the {TITLES[side]} layout of {dims.family}; "
-            f"nearest: {listed(near) if near else 'nothing like it'}."
+            f"'{printable(name)}' is no tensor of the {TITLES[side]} layout of {dims.family}."
         )
     number, position, holes = match
     entry = table.entries[number]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from streamshard.errors import listed
 from streamshard.lora.adapter import AdapterPlan
-from streamshard.tensor_names import is_of_tokens
+from streamshard.tensor_names import is_of_tokens, peft_prefix, split_module, without_wrappers
 
 __all__ = ["not_selected"]
 
@@ -23,19 +23,21 @@ _WHY = {
 def not_selected(plan: AdapterPlan) -> list[str]:
     """Warnings of pairs whose modules the config leaves out.
 
-    A pattern that fits no module of the file was written for other spellings of the names. Tied
-    embeddings that PEFT adapts along need not be named.
+    A pattern that fits no module of the file was written for other spellings of the names. Where PEFT
+    wrapped a part of the model, names may be those within it. Tied embeddings that PEFT adapts along
+    need not be named.
     """
     settings = plan.adapter.settings
     selection, tied = settings.selection, settings.ensure_weight_tying
-    pairs = [name for name, module in plan.keys.modules.items() if module.A]
+    pairs = {name: module.A for name, module in plan.keys.modules.items() if module.A}
     left = {
         name: field
-        for name in pairs
+        for name, key in pairs.items()
         if name not in plan.parameters
         and not selection.takes_parameter(plan.weight(name))
         and not (tied and is_of_tokens(plan.weight(name)))
         and (field := selection.leaves_out(name))
+        and selection.leaves_out(_within(key))
     }
     if not left:
         return []
@@ -54,3 +56,11 @@ def not_selected(plan: AdapterPlan) -> list[str]:
         f"config ({listed(named, 3)}): {_WHY[field]}. PEFT would drop these pairs without a word; all of "
         "them are merged. If they were not trained, remove them from the file"
     ]
+
+
+def _within(key: str) -> str:
+    """The module of a key as it is called in the part of the model that PEFT wrapped."""
+    name = split_module(without_wrappers(key))[0]
+    while (prefix := peft_prefix(name)) is not None:
+        name = name[prefix.end() :]
+    return name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from pairs import heed_interrupts
 
 import streamshard
 from streamshard import limits
+from streamshard.cli import console
 from streamshard.disk.system import System
 from streamshard.errors import OutOfMemoryError, StreamshardError
 
@@ -413,3 +416,26 @@ runpy.run_module("streamshard", run_name="__main__")
     assert done.returncode in ({130} if number == signal.SIGINT else {143, -signal.SIGTERM})
     assert "Traceback" not in done.stderr
     assert not pair.output.exists()
+
+
+def test_a_full_pipe_that_does_not_block_is_waited_for(monkeypatch):
+    """Whoever shares a pipe can have made it so: then what it has no room for was an error."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += os.write(writing, b"." * 4096)
+    waited = []
+
+    def wait(*_):
+        waited.append(os.read(reading, filled))
+
+    monkeypatch.setattr(select, "select", wait)
+    with open(writing, "w", encoding="utf-8") as given:
+        stream = console._as_pipe(given, writing)
+        stream.write("the end")
+        stream.flush()
+    assert b"".join(waited) == b"." * filled
+    assert os.read(reading, 100) == b"the end"
+    os.close(reading)

@@ -72,6 +72,13 @@ def test_the_scripts_explain_themselves(layout):
     assert f"tools/{name} --custom_path" in done.stdout
 
 
+def test_a_script_says_all_that_it_lacks():
+    done = script("hf")
+    assert done.returncode == 2
+    every = "--custom-path FOLDER, --hf-path FOLDER and --save-path FOLDER are missing."
+    assert " ".join(done.stderr.split()).startswith(f"error: {every}")
+
+
 def test_the_merge_script_takes_what_its_messages_name(tmp_path):
     run, ref = make(tmp_path / "run", "tiny", "custom"), make(tmp_path / "ref", "tiny", "custom")
     put(run, wrapped(read(run)))

@@ -49,6 +49,18 @@ def test_one_folder_for_both_is_not_swapped(layout, folders, tmp_path, cli):
 
 
 @pytest.mark.parametrize("layout", ["custom", "hf"])
+def test_a_source_that_needs_the_other_command(layout, folders, tmp_path, cli):
+    """What lacks is the model to convert, not an original one."""
+    own = folders[layout]
+    text = refused(cli, tmp_path, 3, *command(layout, own, own, tmp_path / "out"))
+    option, kind = ("--hf-path", "HF") if layout == "custom" else ("--custom-path", "custom")
+    assert f"Give, as {option}, the model to convert, which is in the {kind} layout." in text
+    other = "custom2hf" if layout == "custom" else "hf2custom"
+    assert f"goes through `streamshard {other}`" in text
+    assert "original" not in text
+
+
+@pytest.mark.parametrize("layout", ["custom", "hf"])
 def test_weights_of_the_wrong_layout(layout, folders, tmp_path, cli):
     """The config is right, the weights are not."""
     source = folders[OTHER[layout]]

@@ -323,13 +323,25 @@ def test_diff_in_words(tmp_path, cli):
     del content["mlp1.0.bias"]
     put(other, content)
     text = cli("diff", one, other).out
-    assert "only in A: mlp1.0.bias" in text
+    assert "\n  only in A: mlp1.0.bias\n" in text
     assert "dtypes differ: mlp1.3.bias: BF16 and F32" in text
     assert re.search(r"L2 of A from B: \S+ \(sum over tensors \S+, per parameter \S+\)", text)
     assert "two unrelated models, it seems" in text
     assert max(map(len, text.splitlines())) <= 100 + len(str(tmp_path))
     assert len(text.splitlines()) < 30
     assert cli("diff", one, other, "--quiet").out == ""
+
+
+def test_several_names_share_one_title(tmp_path, cli):
+    """A terminal would break a line of title and long name in two, each with the title again."""
+    one = make(tmp_path / "one", "tiny", "custom")
+    other = make(tmp_path / "other", "tiny-qwen3", "custom")
+    text = cli("diff", one, other).out
+    assert "\n  only in A:\n    language_model.model.layers.0.self_attn.k_proj.bias\n" in text
+    first = "language_model.model.layers.0.self_attn.k_proj.weight: [32, 64] and [64, 64]"
+    assert f"\n  shapes differ:\n    {first}\n" in text
+    assert [text.count(what) for what in ("  only in A", "  only in B", "shapes differ")] == [1] * 3
+    assert "\n    and 2 more\n" in f"{text}\n"
 
 
 @pytest.mark.parametrize("gone", ["one", "other"])

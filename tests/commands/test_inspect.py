@@ -111,6 +111,16 @@ def test_an_adapter_is_told(tmp_path, cli):
     assert json.loads(cli("inspect", tmp_path / "a", "--json").out)["adapter"]["r"] == 4
 
 
+def test_the_file_of_an_adapter_is_told_as_the_adapter(tmp_path, cli):
+    write_adapter(tmp_path / "a", "tiny", layout="custom")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    assert cli("inspect", file).out == cli("inspect", tmp_path / "a").out
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    text = cli("inspect", file).out
+    assert "LoRA: 21 pairs inside, ranks 16, and nothing else: only what was trained" in text
+    assert "merge-lora" not in text  # which has no weights to fold them into
+
+
 @pytest.mark.parametrize(("layout", "trained"), [("custom", "custom"), ("hf", "hf")])
 def test_an_adapter_says_where_it_was_trained(layout, trained, tmp_path):
     write_adapter(tmp_path / "a", "tiny", layout=trained, targets="vision")

@@ -98,16 +98,18 @@ def test_what_is_not_there(path, said, pair, monkeypatch):
 # --- adapters in place of checkpoints ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("file", ["", "adapter_model.safetensors"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_adapter_in_place_of_a_checkpoint(command, pair, cli):
-    """Part 4: `diff` and `extract-lora` advised --adapter, which they lack."""
-    done = cli(*lines(pair, pair.adapter)[command])
+def test_an_adapter_in_place_of_a_checkpoint(command, file, pair, cli):
+    """Part 4: `diff` and `extract-lora` advised --adapter, which they lack; files had none of it."""
+    done = cli(*lines(pair, pair.adapter / file)[command])
     assert done.code == 3
     assert "is a PEFT adapter" in done.err
     check_options(done.err, command)
     (advice,) = re.findall(r"`streamshard (merge-lora [^`]*)`", done.err)
     again = [str(pair.base) if word == "MODEL" else word for word in shlex.split(advice)]
-    assert cli(*again, "--output", pair.root / "out" / "advised").code == 0
+    out = pair.root / "out" / "advised"
+    assert cli(*again, "--output", out, "--overwrite").code == 0
 
 
 def test_an_adapter_as_the_second_of_two(pair, cli):

@@ -12,11 +12,14 @@ from typing import Any
 
 import peft
 import pytest
+from make_checkpoint import write_adapter, write_checkpoint
 from marks import PEERS
 from peft_cases import adapted, language_model, save_adapter, save_base
+from safetensors.numpy import load_file, save_file
 
 from streamshard import merge_lora
 from streamshard.lora.selection import read_selection
+from streamshard.tensor_names import PREFIX
 
 pytestmark = PEERS
 
@@ -133,3 +136,22 @@ def test_full_names_may_be_spelled_otherwise_before_the_layer(tmp_path):
 )
 def test_what_a_config_leaves_out(config, left):
     assert read_selection(config).leaves_out("model.layers.1.experts.3.up") == left
+
+
+@pytest.mark.parametrize("pattern", [r"model\.layers\.\d+\..*_proj", r"language_model\..*_proj"])
+def test_a_pattern_may_be_for_the_part_that_was_wrapped(pattern, tmp_path):
+    """InternVL wraps its language model alone: a pattern is for names from there, or for whole ones."""
+    base, made = tmp_path / "base", tmp_path / "adapter"
+    write_checkpoint(base, "tiny", layout="custom")
+    write_adapter(made, "tiny", layout="custom")
+    file = made / "adapter_model.safetensors"
+    named = {
+        f"language_model.{PREFIX}{key.partition('language_model.')[2]}": values
+        for key, values in load_file(file).items()
+    }
+    save_file(named, file)
+    config = json.loads((made / "adapter_config.json").read_text())
+    config["target_modules"] = pattern
+    (made / "adapter_config.json").write_text(json.dumps(config))
+    report = merge_lora(base=base, adapter=made, output=tmp_path / "out")
+    assert (report["merged"], report["warnings"]) == (21, [])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 import pytest
 from folders import make
 from make_checkpoint import PRESETS, write_adapter, write_checkpoint
@@ -24,12 +26,23 @@ def test_an_adapter_of_a_deeper_model(layout, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_names_are_still_listed(tmp_path):
-    """Modules that the base does not have in any layer, however many layers there are."""
+def test_other_names_are_still_listed(tmp_path, monkeypatch):
+    """Modules that the base does not have in any layer, however many layers there are.
+
+    Likenesses are slow to find: they are asked of the names that are shown, not in every reading.
+    """
+    asked: list[object] = []
+    alike = difflib.get_close_matches
+    monkeypatch.setattr(
+        difflib,
+        "get_close_matches",
+        lambda name, *a, **k: asked.append(name) or alike(name, *a, **k),
+    )
     write_adapter(tmp_path / "lora", "tiny-internlm2", layout="custom", r=2)
     write_checkpoint(tmp_path / "base", "tiny", layout="custom")
     with pytest.raises(AdapterError, match="nearest in the base"):
         merge_lora(base=tmp_path / "base", adapter=tmp_path / "lora", output=tmp_path / "out")
+    assert len(asked) == 3
 
 
 def test_only_what_lies_behind_all_others_is_deeper():
