@@ -43,14 +43,25 @@ def main() -> None:
 
 
 def _leave(code: object) -> None:
-    """End here if nothing is left to wait for; what is printed is flushed.
+    """End here if nothing is left to wait for.
 
     Taking an interpreter apart, object by object, would take as long as all else that follows the last
     byte, and the system takes everything back at once.
     """
-    if isinstance(code, int) and threading.active_count() == 1:
+    if isinstance(code, int) and threading.active_count() == 1 and not _is_within(sys._getframe(2)):  # noqa: SLF001
         atexit._run_exitfuncs()  # noqa: SLF001 - as multiprocessing does
+        for stream in (sys.stdout, sys.stderr):  # what these have said, too
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
         os._exit(code)
+
+
+def _is_within(frame: FrameType) -> bool:
+    """Whether something else runs this, and has work left when this ends: a profiler, say."""
+    around = frame.f_back
+    while around is not None and around.f_globals.get("__name__") == "runpy":  # `python -m`
+        around = around.f_back
+    return around is not None
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

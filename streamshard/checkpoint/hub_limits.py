@@ -34,7 +34,8 @@ def in_time(most: int | None = None) -> Iterator[None]:
     """Have requests of the hub's client that nobody has given a limit end by a timeout meanwhile.
 
     That of an answer to a question is `HF_HUB_DOWNLOAD_TIMEOUT`, as for content. More than `most`
-    requests of this thread raise `EndlessError`.
+    requests of this thread raise `EndlessError`. What does this stays in the client's session, and does
+    nothing while no call of ours is on its way.
     """
     from huggingface_hub.utils import get_session
 

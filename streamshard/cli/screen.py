@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import sys
@@ -38,9 +37,6 @@ def begin(writing: str = "", *, as_json: bool, quiet: bool, verbose: bool) -> Sc
     _log(screen.progress, quiet=quiet, verbose=verbose)
     _one_blas_thread()
     _return_memory()
-    # Modules and tables of names are many objects that stay: looking for garbage among them every 700 of
-    # them took a twentieth of the time before the first byte.
-    gc.set_threshold(50_000)
     return screen
 
 

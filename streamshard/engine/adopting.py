@@ -26,12 +26,12 @@ def adopting(output: Output) -> Callable[[Staging], None]:
         if parts.shared != output.shared:
             raise OutputError.at(parts.folder, "was begun anew by others. Run all parts again.")
         for name, shard in parts.finished.items():
-            mark = parts.checked(shard)
-            if mark is not None:
-                staging.checked[name] = mark
             # Noted before it is there: what is noted and not there is written again, or found here.
             if name not in staging.finished:
                 staging.add(shard)
+            mark = parts.checked(staging.finished[name])
+            if mark is not None:
+                staging.checked[name] = mark
             try:
                 rename(parts.folder / name, staging.folder / name)
             except WriteError as error:

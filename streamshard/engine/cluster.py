@@ -15,7 +15,7 @@ import queue
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streamshard.checkpoint.header import total_nbytes
@@ -39,6 +39,7 @@ SILENT_SECONDS = 30
 """How long workers may say nothing while all that is left is to read again: then it is read here."""
 LEFT_SECONDS = 30.0
 """How long the scheduler may take to notice that a worker is lost."""
+_WRITE, _READ = "write", "read"
 A_THREAD = 2
 """Tasks that are given to the scheduler at a time, for each thread of a worker."""
 RETRIES = 2
@@ -66,7 +67,7 @@ class Cluster:
         left.sort(key=lambda shard: (-_effort(shard), shard.name))
         on_step("connecting", 0, 0)
         with connected(self.scheduler) as client:
-            run = _Run(self, client, made, parts, progress, on_step)
+            run = _Run(self, client, made, parts, progress)
             run.check_workers(left)
             total = made.tensor_nbytes
             on_step("writing", total, total - sum(total_nbytes(shard.tensors) for shard in left))
@@ -83,10 +84,9 @@ class _Run:
         made: Plan,
         parts: PartsFolder,
         progress: Progress | None,
-        on_step: OnStep,
     ) -> None:
         self._cluster, self._client, self._made, self._parts = cluster, client, made, parts
-        self._progress, self._on_step = progress, on_step
+        self._progress = progress
         self._environment = cluster_task.environment()
         self._where = printable(cluster.scheduler)
         self._topic = f"streamshard-{uuid.uuid4().hex}"
@@ -187,7 +187,7 @@ class _Run:
                     what, name, future = self._done.get(timeout=LOOK_SECONDS)
                 except queue.Empty:
                     if reads and self._is_silent():
-                        self._client.cancel(list(going.values()), force=True)
+                        self._cancel(going.values())
                         break
                     self._look()
                     continue
@@ -197,9 +197,7 @@ class _Run:
                 self._heard = time.monotonic()
                 future.release()
         except BaseException:
-            if self._client.status == "running":
-                with contextlib.suppress(Exception):
-                    self._client.cancel(list(going.values()), force=True)
+            self._cancel(going.values())
             raise
         finally:
             with contextlib.suppress(Exception):
@@ -221,6 +219,12 @@ class _Run:
         """Whether nobody is heard of any more while all is written."""
         lost = self._client.status != "running"
         return lost or time.monotonic() - self._heard > SILENT_SECONDS
+
+    def _cancel(self, futures: Iterable[Any]) -> None:
+        """Have tasks ended that nobody waits for any more, if the scheduler is there."""
+        if self._client.status == "running":
+            with contextlib.suppress(Exception):
+                self._client.cancel(list(futures), force=True)
 
     def _submit(self, what: str, shard: Shard, workers: list[str] | None) -> Any:
         """Have a shard written by any worker, or read again by one of some, or by any if these go."""
@@ -317,9 +321,6 @@ class _Run:
             f"{self._where}: the scheduler is lost, or has dropped the tasks. Start it and its workers "
             "again."
         )
-
-
-_WRITE, _READ = "write", "read"
 
 
 def _effort(shard: Shard) -> int:

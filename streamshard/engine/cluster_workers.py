@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from threading import Thread
 from typing import Any
 
-from streamshard.disk.threads import new_thread, start
+from streamshard.disk.threads import new_thread, starts_another
 from streamshard.errors import ClusterError, listed
 
 __all__ = ["ANSWER_SECONDS", "asked", "nobody_answers", "silence"]
@@ -34,10 +35,11 @@ def asked(
             except Exception as error:  # noqa: BLE001 - what it is is for the caller to say
                 found[worker] = error
 
-    threads = [new_thread(ask) for _ in range(min(len(left), AT_ONCE))]
+    count = min(len(left), AT_ONCE)
     end = time.monotonic() + ANSWER_SECONDS * -(-len(left) // AT_ONCE)
-    for thread in threads:
-        start(thread)
+    threads: list[Thread] = []
+    while len(threads) < count and starts_another(thread := new_thread(ask), len(threads)):
+        threads.append(thread)
     for thread in threads:
         thread.join(max(end - time.monotonic(), 0))
     return dict(found)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamshard.checkpoint.header import total_nbytes
 from streamshard.disk.folders import exists, resolved
 from streamshard.disk.inputs import active
 from streamshard.engine.beside_output import (
@@ -134,14 +133,10 @@ class Output:
                     cluster.write(own, parts, progress, on_step)
             self._finished.update(parts.look())
             if cluster is None and not self.shared.goes:
-                self._read_others(parts, progress, on_step)
-
-    def _read_others(self, parts: PartsFolder, progress: Progress | None, on_step: OnStep) -> None:
-        """Read again what the part before this one has finished by now: the last need not, then."""
-        theirs = [s for s in of_neighbour(self.made.shards, self.part) if s.name in parts.finished]
-        if theirs:
-            on_step("checking", sum(total_nbytes(shard.tensors) for shard in theirs), 0)
-            check_of_others(theirs, parts, workers=self.made.workers, progress=progress)
+                # Who completes it need not read these, then.
+                theirs = of_neighbour(self.made.shards, self.part)
+                workers = self.made.workers
+                check_of_others(theirs, parts, workers=workers, progress=progress, on_step=on_step)
 
     def _begin(self, parts: PartsFolder) -> None:
         """See that shards may be sent where the output goes, if it goes anywhere."""

@@ -79,23 +79,31 @@ def check_finished(
 
 
 def check_of_others(
-    shards: Iterable[Shard], parts: PartsFolder, *, workers: int, progress: Progress | None = None
+    shards: Iterable[Shard],
+    parts: PartsFolder,
+    *,
+    workers: int,
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
 ) -> None:
     """Read shards that other parts have finished, and note which are right, unless that is noted.
 
     Whoever completes the output reads the others, and finds what is wrong with them.
     """
-    for shard in shards:
-        finished = parts.finished.get(shard.name)
-        file = parts.folder / shard.name
-        before = mark_of(file)
-        if finished is None or before is None or parts.checked(finished) == before:
-            continue
-        if _unlike([(shard, finished)], parts.folder, workers, progress):
-            continue
-        if mark_of(file) == before:
+    unread = [
+        (shard, finished, mark)
+        for shard in shards
+        if (finished := parts.finished.get(shard.name)) is not None
+        and (mark := mark_of(parts.folder / shard.name)) is not None
+        and mark != parts.checked(finished)
+    ]
+    if on_step is not None and unread:
+        on_step("checking", sum(total_nbytes(shard.tensors) for shard, *_ in unread), 0)
+    for shard, finished, mark in unread:
+        right = not _unlike([(shard, finished)], parts.folder, workers, progress)
+        if right and mark == mark_of(parts.folder / shard.name):
             with contextlib.suppress(OutputError, WriteError):  # it may be completed by now
-                parts.add_checked(finished, before)
+                parts.add_checked(finished, mark)
 
 
 def _unlike(

@@ -66,7 +66,7 @@ def _first_layers(
     stacks: dict[str, tuple[int, int]] = {}
     for name, missing in absent.items():
         used = here[name]
-        listed_all = not isinstance(targets, str) and {*used.values()} <= {*(targets or ())}
+        listed_all = not isinstance(targets, str) and {*used.values()} <= (targets or set())
         if listed_all and {*used} == {*range(missing[0])}:
             stacks[name.partition(".{}.")[0]] = len(used), len(used) + len(missing)
     if not stacks:

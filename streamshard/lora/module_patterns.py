@@ -9,7 +9,7 @@ integer: any pattern costs at most its length times the length of the name, squa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property, lru_cache
 from typing import TypeAlias
 
@@ -122,6 +122,19 @@ def full_match(pattern: str, name: str) -> bool | None:
     >>> full_match(r"^(?!vision)(?:.*\.)?[qv]_proj$", "model.layers.3.v_proj")
     True
     """
+    whole = _whole(pattern)
+    if whole is None:
+        return None
+    # Layers and experts differ in nothing but numbers, most of which are the same to a pattern.
+    return _fits(pattern, name.translate(whole[1]))
+
+
+@lru_cache(maxsize=64)
+def _whole(pattern: str) -> tuple[_Any, Mapping[int, str]] | None:
+    """A pattern for whole names, and for each digit the first that it does not tell from this one.
+
+    None if it is not understood.
+    """
     if len(pattern) > MAX_LENGTH:
         return None
     try:
@@ -129,7 +142,27 @@ def full_match(pattern: str, name: str) -> bool | None:
         node = _parsed(pattern, looks=True)
     except (ValueError, re.error, RecursionError, OverflowError):
         return None
-    return bool(_Name(name).ends(node, 1) & 1 << len(name))
+    kinds, first = [*_kinds(node)], dict[tuple[bool, ...], str]()
+    fits = {digit: tuple(bool(kind.fullmatch(digit)) for kind in kinds) for digit in "0123456789"}
+    return node, {ord(digit): first.setdefault(fits[digit], digit) for digit in fits}
+
+
+@lru_cache(maxsize=4096)
+def _fits(pattern: str, name: str) -> bool:
+    whole = _whole(pattern)
+    return whole is not None and bool(_Name(name).ends(whole[0], 1) & 1 << len(name))
+
+
+def _kinds(node: _Node) -> Iterator[re.Pattern[str]]:
+    """The kinds of characters that a pattern has."""
+    if isinstance(node, _One):
+        yield node.kind
+    elif isinstance(node, _Any):
+        for choice in node.choices:
+            for inner in choice:
+                yield from _kinds(inner)
+    elif not isinstance(node, _End):
+        yield from _kinds(node.node)
 
 
 class _Name:

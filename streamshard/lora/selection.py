@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ __all__ = ["Selection", "read_selection", "with_number"]
 _NO_NUMBERS = re.compile(r"\\[dDwWsSbB]|\{[\d,]*\}|[A-Za-z_]\w*")
 
 
-@frozen
+@frozen(slots=False)
 class Selection:
     """The fields of `LoraConfig` that choose modules; everything, unless they say otherwise.
 
@@ -28,9 +29,9 @@ class Selection:
     targets selects nothing that is known.
     """
 
-    targets: str | tuple[str, ...] | None = ".*"
-    parameters: tuple[str, ...] = ()
-    excluded: str | tuple[str, ...] = ()
+    targets: str | frozenset[str] | None = ".*"
+    parameters: frozenset[str] = frozenset()
+    excluded: str | frozenset[str] = frozenset()
     saved: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     layers_after: tuple[str, ...] = ()
@@ -64,7 +65,7 @@ class Selection:
         if isinstance(self.targets, str):
             return "target_modules" if _matched(self.targets, module) is False else None
         tail = _after_number(module)
-        if module in self.targets or (tail and tail in map(_after_number, self.targets)):
+        if module in self.targets or (tail and tail in self._tails):
             return None
         if not _matched(self.targets, module):
             return "target_modules"
@@ -75,6 +76,11 @@ class Selection:
     def takes_parameter(self, name: str) -> bool:
         """Whether PEFT adapts a parameter of this name, as one of `target_parameters`."""
         return _ends(self.parameters, name)
+
+    @cached_property
+    def _tails(self) -> set[tuple[str, ...] | None]:
+        """What the targets are from a layer's number on: a config may list every module."""
+        return set(map(_after_number, self.targets or ()))
 
     def _takes_layer(self, module: str) -> bool:
         if not self.layers:
@@ -95,7 +101,7 @@ class Selection:
         return [*numbers[:1], *numbers[1:][-1:]]
 
 
-def _ends(wanted: str | tuple[str, ...], name: str) -> bool:
+def _ends(wanted: str | frozenset[str], name: str) -> bool:
     """Whether a name is among the wanted ones, a pattern that is not understood being guessed at."""
     found = _matched(wanted, name)
     if found is not None or not isinstance(wanted, str):
@@ -103,14 +109,15 @@ def _ends(wanted: str | tuple[str, ...], name: str) -> bool:
     return not re.search(r"\d", _NO_NUMBERS.sub("", wanted))
 
 
-def _matched(wanted: str | tuple[str, ...], name: str) -> bool | None:
+def _matched(wanted: str | frozenset[str], name: str) -> bool | None:
     """Whether a name ends with one of the given ones, or matches the one pattern as a whole.
 
     None if the pattern is one that is not understood here.
     """
-    if not isinstance(wanted, str):
-        return any(name == end or name.endswith(f".{end}") for end in wanted)
-    return full_match(wanted, name)
+    if isinstance(wanted, str):
+        return full_match(wanted, name)
+    words = name.split(".")
+    return any(".".join(words[at:]) in wanted for at in range(len(words)))
 
 
 def _after_number(name: str) -> tuple[str, ...] | None:
@@ -144,8 +151,8 @@ def read_selection(config: Mapping[str, Any]) -> Selection:
         targets = ".*"
     return Selection(
         targets=targets,
-        parameters=tuple(_strings(config.get("target_parameters"))),
-        excluded=excluded or (),
+        parameters=frozenset(_strings(config.get("target_parameters"))),
+        excluded=excluded or frozenset(),
         saved=tuple(_strings(config.get("modules_to_save"))),
         layers=tuple(_integers(config.get("layers_to_transform"))),
         layers_after=tuple(_strings(config.get("layers_pattern"))),
@@ -155,10 +162,10 @@ def read_selection(config: Mapping[str, Any]) -> Selection:
 _FIELDS = ("target", "exclude")
 
 
-def _names_or_pattern(value: object) -> str | tuple[str, ...] | None:
+def _names_or_pattern(value: object) -> str | frozenset[str] | None:
     if isinstance(value, str):
         return value
-    return tuple(_strings(value)) if isinstance(value, list) else None
+    return frozenset(_strings(value)) if isinstance(value, list) else None
 
 
 def _strings(value: object) -> Iterator[str]:

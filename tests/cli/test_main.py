@@ -78,3 +78,21 @@ def test_a_closed_pipe_is_no_error_message(pair):
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert (pair.output / "streamshard.json").exists()
+
+
+NOTED = "import os; end = os._exit; os._exit = lambda code: (os.write(1, b'at once'), end(code))"
+RUN = "from streamshard.__main__ import main; main()"
+
+
+def test_it_ends_at_once_unless_something_else_runs_it(tmp_path):
+    """A profiler, say, has its result to write."""
+    line = [sys.executable, "-c", f"{NOTED}; {RUN}", "--version"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("at once")
+    line[2] = f"{NOTED}\ntry:\n    exec({RUN!r})\nfinally:\n    print('the rest')"
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("the rest\n")
+    found = tmp_path / "profile"
+    line[1:] = ["-m", "cProfile", "-o", str(found), "-m", "streamshard", "--version"]
+    subprocess.run(line, capture_output=True, check=True)
+    assert found.stat().st_size

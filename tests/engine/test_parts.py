@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +48,8 @@ from streamshard.engine import parts_cleanup, parts_folder, resume
 from streamshard.engine.division import divided
 from streamshard.engine.fingerprint import Fingerprint
 from streamshard.engine.lock import locked
+from streamshard.engine.marks import mark_of
+from streamshard.engine.parts_files import read_checked
 from streamshard.engine.parts_folder import PartsFolder
 from streamshard.errors import OutputError, UsageError, WriteError
 
@@ -170,8 +172,9 @@ def test_a_shard_that_was_damaged_is_written_anew(when, pair, clean, read, monke
     def damage():
         data = bytearray(place.read_bytes())
         data[-1] ^= 1
-        time.sleep(0.02)  # a tick of the clock of files
-        place.write_bytes(data)
+        written = place.stat().st_mtime_ns
+        while place.stat().st_mtime_ns == written:  # until the clock of files has ticked
+            place.write_bytes(data)
 
     if when == "before":
         damage()
@@ -182,6 +185,28 @@ def test_a_shard_that_was_damaged_is_written_anew(when, pair, clean, read, monke
     assert read[-1] == [FIRST, SECOND]
     assert content(pair.output) == clean
     assert alone(pair)
+
+
+def test_a_check_counts_for_what_was_checked(pair):
+    """Not for a shard that was noted otherwise, another plan, or a note that is not as it was written."""
+    part(pair, "1/2")
+    with parts_folder.opened_parts(pair.output) as found:
+        shared = found.shared
+    with parts_folder.shared_parts(pair.output, shared, overwrite=False) as parts:
+        ((name, shard),) = parts.finished.items()
+        assert parts.checked(shard) is None
+        mark = mark_of(parts.folder / name)
+        parts.add_checked(shard, mark)
+        assert parts.checked(shard) == mark
+        assert parts.checked(replace(shard, digest="0" * len(shard.digest))) is None
+        assert read_checked(parts.folder, shard, "0" * len(shared.digest)) is None
+        assert parts.checked(replace(shard, name=SECOND if name == FIRST else FIRST)) is None
+        note = parts.folder / f"{name}.checked"
+        for place in range(note.stat().st_size):
+            flip(note, place)
+            assert parts.checked(shard) is None
+            flip(note, place)
+        assert parts.checked(shard) == mark
 
 
 def part_files(pair, number: str) -> list[str]:

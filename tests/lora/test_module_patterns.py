@@ -9,7 +9,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streamshard.lora.module_patterns import check_pattern, first_match, first_match_before_015
+from streamshard.lora.module_patterns import (
+    check_pattern,
+    first_match,
+    first_match_before_015,
+    full_match,
+)
 
 pieces = st.sampled_from(
     [
@@ -26,6 +31,8 @@ pieces = st.sampled_from(
         r"\d",
         r"\w",
         "1",
+        "[0-1]",
+        "[^3-4]",
         "^",
         "$",
         "\n",
@@ -44,7 +51,7 @@ patterns = st.recursive(
     ),
     max_leaves=8,
 )
-modules = st.text("ab.1_\nA", max_size=12)
+modules = st.text("ab.123_\nA", max_size=12)
 
 
 @settings(max_examples=3000)
@@ -66,6 +73,8 @@ def test_the_same_as_python(pattern, module):
     before = re.match(rf".*\.{pattern}$", module)
     assert (first_match([pattern], module) is not None) == (now is not None)
     assert (first_match_before_015([pattern], module) is not None) == (before is not None)
+    for name in (module, module.replace("2", "1"), module.replace("1", "2")):
+        assert full_match(pattern, name) is (re.fullmatch(pattern, name) is not None)
 
 
 MODULE = "base.language_model.model.layers.10.self_attn.q_proj"
