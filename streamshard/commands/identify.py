@@ -31,7 +31,7 @@ from streamshard.internvl.relatives import check_names, no_conversion, other_enc
 from streamshard.internvl.same_model import differences
 from streamshard.internvl.shapes import check_gathered, check_shapes
 from streamshard.internvl.spelling import flat_names
-from streamshard.internvl.tables import UNKNOWN, compared_names
+from streamshard.internvl.tables import TITLES, UNKNOWN, compared_names
 from streamshard.internvl.tied_embeddings import embedding_and_head, tied_names
 from streamshard.notes import note
 from streamshard.tensors.lazy import Stored
@@ -267,7 +267,7 @@ def _check_layout(model: Model, side: Layout, where: str, other: Model, *, given
     if found == side:
         return
     kind = printable(str((model.config or {}).get("model_type")))
-    what, named = ("a custom", "custom") if side == "custom" else ("an HF", "HF")
+    what, named = "a custom" if side == "custom" else "an HF", TITLES[side]
     option = ("--custom-path" if side == "custom" else "--hf-path") + (
         "|--base" if given else "|--reference"
     )
@@ -277,7 +277,7 @@ def _check_layout(model: Model, side: Layout, where: str, other: Model, *, given
         hint = f"Give, as {option}, the model to convert, which is in the {named} layout."
         if found is not None:
             command = "hf2custom" if found == "hf" else "custom2hf"
-            hint += f" A model in the {'HF' if found == 'hf' else found} layout goes through `{command}`."
+            hint += f" A model in the {TITLES[found]} layout goes through `{command}`."
     else:
         hint = (
             f"Give, as {option}, the original model in the {named} layout: it is published under a "

@@ -117,10 +117,8 @@ class _Run:
 
     def _check(self) -> int:
         """How many workers there are; `ClusterError` if some cannot do the tasks, or none answers."""
-        found = self._workers()
-        used = [name for name, one in found.items() if _offers(one) or not self._resource]
-        own = self._environment
-        given = asked(self._client, set(used) - self._silent, cluster_task.check, self._inputs, own)
+        used, own = self._used(), self._environment
+        given = asked(self._client, used, cluster_task.check, self._inputs, own)
         answers = {
             name: said for name, one in given.items() if (said := self._said(name, one)) is not None
         }

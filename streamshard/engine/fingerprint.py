@@ -178,27 +178,25 @@ class _Recipe:
             if kind not in self._fields:
                 self._fields[kind] = tuple(field.name for field in dataclasses.fields(value))
             self._texts.append(kind.__name__)
-            for name in self._fields[kind]:
-                part = getattr(value, name)
-                if type(part) in _PLAIN:  # nearly all are
-                    self._texts.append(repr(part))
-                else:
-                    self._put(part)
+            self._put_each(getattr(value, name) for name in self._fields[kind])
         elif isinstance(value, np.ndarray):
             self._texts.append(f"array {value.shape} {value.dtype}")
             self._update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         elif isinstance(value, (tuple, list)):
             self._texts.append(f"{len(value)} of")
-            for part in value:
-                if type(part) in _PLAIN:
-                    self._texts.append(repr(part))
-                else:
-                    self._put(part)
+            self._put_each(value)
         elif isinstance(value, bytes):
             self._texts.append(f"{len(value)} bytes")
             self._update(value)
         else:
             self._texts.append(repr(value))
+
+    def _put_each(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if type(value) in _PLAIN:  # nearly all are, and need no question more
+                self._texts.append(repr(value))
+            else:
+                self._put(value)
 
     def _update(self, content: bytes | memoryview = b"") -> None:
         """Add lines of text that were not added yet, and bytes behind them."""

@@ -63,8 +63,7 @@ def check_finished(
         if (mark := staging.checked.get(shard.name)) is None
         or mark != mark_of(staging.folder / shard.name)
     ]
-    if on_step is not None and unread:
-        on_step("checking", sum(total_nbytes(shard.tensors) for shard, _ in unread), 0)
+    _begin((shard for shard, _ in unread), on_step)
     wrong = _unlike(unread, staging.folder, workers, progress)
     for name in wrong:
         staging.forget(name)
@@ -97,13 +96,19 @@ def check_of_others(
         and (mark := mark_of(parts.folder / shard.name)) is not None
         and mark != parts.checked(finished)
     ]
-    if on_step is not None and unread:
-        on_step("checking", sum(total_nbytes(shard.tensors) for shard, *_ in unread), 0)
+    _begin((shard for shard, *_ in unread), on_step)
     for shard, finished, mark in unread:
         right = not _unlike([(shard, finished)], parts.folder, workers, progress)
         if right and mark == mark_of(parts.folder / shard.name):
             with contextlib.suppress(OutputError, WriteError):  # it may be completed by now
                 parts.add_checked(finished, mark)
+
+
+def _begin(unread: Iterable[Shard], on_step: OnStep | None) -> None:
+    """Say how much is to be read again, if anything is."""
+    nbytes = [total_nbytes(shard.tensors) for shard in unread]
+    if on_step is not None and nbytes:
+        on_step("checking", sum(nbytes), 0)
 
 
 def _unlike(

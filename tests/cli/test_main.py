@@ -9,16 +9,14 @@ import sys
 
 import pytest
 import reference
-from interrupted_runs import INTERRUPT, MAIN
-from pairs import heed_interrupts, record_of
+from interrupted_runs import INTERRUPT, TOLD, signalled
+from pairs import record_of
 from sparse_folders import sparse_adapter, sparse_base
 
 # Every thread stops in its first write of weights, and goes on when the run has heard of the signal; what
 # each then still writes is counted.
 AT_WORK = f"""{INTERRUPT}
-import sys
 from streamshard.disk.new_files import OutputFile
-number = int(sys.argv.pop())
 write, one, counted = OutputFile.write, threading.Lock(), []
 def stop(self, data, offset):
     if self.path.name.endswith(".part") and offset:
@@ -29,12 +27,8 @@ def stop(self, data, offset):
         counted.append(threading.get_ident())
     write(self, data, offset)
 OutputFile.write = stop
-exit = os._exit
-def tell(code):
-    os.write(1, f"{{max(map(counted.count, counted))}}".encode())
-    exit(code)
-os._exit = tell
-"""
+still = lambda: max(map(counted.count, counted))
+{TOLD}"""
 
 
 @pytest.mark.parametrize(
@@ -57,14 +51,7 @@ def test_signals_leave_nothing_where_nothing_is_finished(number, code, said, ove
     arguments = ["--base", base, "--adapter", adapter, "--output", output, "--workers", "2"]
     arguments += ["--overwrite"] * overwrite
     before = reference.digests(tmp_path / "out")
-    line = [sys.executable, "-c", AT_WORK + MAIN, "merge-lora", *map(str, arguments)]
-    done = subprocess.run(
-        [*line, str(int(number))],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=heed_interrupts,
-    )
+    done = signalled(AT_WORK, number, "merge-lora", *arguments)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert "same command again" in done.stderr

@@ -18,16 +18,16 @@ from interrupted_runs import (
     AFTER_A_SHARD,
     FIRST,
     INTERRUPT,
-    MAIN,
     SECOND,
+    TOLD,
     alone,
     content,
     failing,
     flip,
     killed,
     partial,
+    signalled,
 )
-from pairs import heed_interrupts
 from reference import load_file, save_file
 from sparse_folders import sparse_adapter, sparse_base
 
@@ -254,10 +254,8 @@ def test_nothing_is_kept_where_the_same_would_happen_again(pair, cli):
 # A run is signalled in the first write to its third file, when two are finished; what it still writes
 # when it has heard of that is counted.
 IN_THE_THIRD = f"""{INTERRUPT}
-import sys
 from streamshard.disk.new_files import OutputFile
 from streamshard.engine.journal import Journal
-number = int(sys.argv.pop())
 write, add, two = OutputFile.write, Journal.add, threading.Event()
 names, counted = [], []
 def stop(self, data, offset):
@@ -276,12 +274,8 @@ def noted(self, shard):
     if len(self.finished) == 2:
         two.set()
 Journal.add = noted
-exit = os._exit
-def tell(code):
-    os.write(1, f"{{len(counted)}}".encode())
-    exit(code)
-os._exit = tell
-"""
+still = lambda: len(counted)
+{TOLD}"""
 
 
 @pytest.mark.parametrize(
@@ -294,14 +288,7 @@ def test_a_signal_keeps_what_is_finished(number, code, tmp_path):
     arguments = ["--base", base, "--adapter", adapter, "--output", output, "--workers", "1"]
     arguments += ["--max-shard-size", "100MB"]
     staging = output.with_name(".merged.partial")
-    line = [sys.executable, "-c", IN_THE_THIRD + MAIN, "merge-lora", *map(str, arguments)]
-    run = subprocess.run(
-        [*line, str(int(number))],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=heed_interrupts,
-    )
+    run = signalled(IN_THE_THIRD, number, "merge-lora", *arguments)
     assert run.returncode == code, run.stderr
     assert "run the same command again" in run.stderr
     assert str(staging) in run.stderr

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from hangs import until
-from pairs import Pair
+from pairs import Pair, heed_interrupts
 
 from streamshard.disk.system import system
 
@@ -37,6 +37,14 @@ Stop.fail = heard
 def interrupt(number):
     os.kill(os.getpid(), number)
     ended.wait(600)  # ends a hang
+"""
+# After it: what `still` says was written since the signal is printed last, as the process ends at once.
+TOLD = """
+exit = os._exit
+def tell(code):
+    os.write(1, str(still()).encode())
+    exit(code)
+os._exit = tell
 """
 AFTER_A_SHARD = """
 from streamshard.engine.journal import Journal
@@ -71,6 +79,20 @@ def killed(code: str, command: list[str]) -> None:
     line = [sys.executable, "-c", KILL + code + MAIN, *command]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def signalled(
+    code: str, number: signal.Signals, *arguments: str | Path
+) -> subprocess.CompletedProcess[str]:
+    """A command that has itself signalled where `code` says; that finds the number as `number`."""
+    line = [sys.executable, "-c", f"number = {int(number)}\n{code}{MAIN}", *map(str, arguments)]
+    return subprocess.run(
+        line,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=heed_interrupts,
+    )
 
 
 def report_of(folder: Path) -> dict[str, Any]:
